@@ -1,0 +1,1 @@
+"""Networks and adapters of the published hierarchical VAEs."""

@@ -38,4 +38,11 @@ class OutputError(EbmPriorError):
 
 
 class DivergenceError(EbmPriorError):
-    """Training diverged again after rolling back; the command line turns it into exit code 3."""
+    """Training or sampling diverged; the command line turns it into exit code 3.
+
+    `prior`: the best prior before that, where there is one.
+    """
+
+    def __init__(self, message: str, *, prior: object = None) -> None:
+        super().__init__(message)
+        self.prior = prior

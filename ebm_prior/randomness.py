@@ -37,13 +37,13 @@ class BlockGenerator:
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Standard normal (count, *shape[1:])."""
-        kind = {"dtype": dtype, "device": device}
-        return self.rows([torch.randn(BLOCK, *shape[1:], generator=g, **kind) for g in self._generators])  # type: ignore[arg-type]
+        block = (BLOCK, *shape[1:])
+        return self.rows([torch.randn(block, generator=g, dtype=dtype, device=device) for g in self._generators])
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uniform on [0, 1), (count, *shape[1:])."""
-        kind = {"dtype": dtype, "device": device}
-        return self.rows([torch.rand(BLOCK, *shape[1:], generator=g, **kind) for g in self._generators])  # type: ignore[arg-type]
+        block = (BLOCK, *shape[1:])
+        return self.rows([torch.rand(block, generator=g, dtype=dtype, device=device) for g in self._generators])
 
 
 Generator = torch.Generator | BlockGenerator | None
@@ -54,14 +54,14 @@ def standard_normal(shape: Sequence[int], generator: Generator, *, dtype: torch.
     """N(0, 1) of `shape`; axis 0 is the batch."""
     if isinstance(generator, BlockGenerator):
         return generator.normal(shape, dtype, device)
-    return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
 
 
 def uniform(shape: Sequence[int], generator: Generator, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """U[0, 1) of `shape`; axis 0 is the batch."""
     if isinstance(generator, BlockGenerator):
         return generator.uniform(shape, dtype, device)
-    return torch.rand(*shape, generator=generator, dtype=dtype, device=device)
+    return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=device)
 
 
 def derived_seed(*words: int) -> int:

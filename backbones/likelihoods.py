@@ -1,0 +1,113 @@
+"""Image distributions p(x | z): implementations of `ebm_prior.backbone.ImageDistribution`, for images in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.randomness import Generator, uniform
+
+
+class Bernoulli:
+    """Independent binary pixels with the given logits, (B, C, H, W)."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    @property
+    def mean(self) -> Tensor:
+        """The probability of a 1, (B, C, H, W)."""
+        return self.logits.sigmoid()
+
+    def log_prob(self, images: Tensor) -> Tensor:
+        """Nats per image, (B,), of binary images (B, C, H, W): Σ x·l − log(1 + e^l)."""
+        cross_entropy = F.binary_cross_entropy_with_logits(self.logits, images.expand_as(self.logits), reduction="none")
+        return -cross_entropy.flatten(1).sum(1)
+
+    def sample(self, *, generator: Generator = None) -> Tensor:
+        """Binary images, (B, C, H, W)."""
+        return binarize(self.mean, generator=generator)
+
+
+def binarize(images: Tensor, *, generator: Generator = None) -> Tensor:
+    """Bernoulli(pixel) draws of images (B, C, H, W) in [0, 1]: zeros and ones of the same shape and dtype."""
+    u = uniform(images.shape, generator, dtype=images.dtype, device=images.device)
+    return (u < images).to(images.dtype)
+
+
+def dequantize(images: Tensor, *, generator: Generator = None) -> Tensor:
+    """8-bit images (B, C, H, W) in [0, 1] as (255·x + u)/256 with u uniform: continuous, of the same shape."""
+    u = uniform(images.shape, generator, dtype=images.dtype, device=images.device)
+    return ((images * 255).round() + u) / 256
+
+
+class LogisticMixture:
+    """Discretised mixture of logistics over RGB pixels (Salimans et al., PixelCNN++, 2017).
+
+    `parameters` (B, 10·M, H, W): M mixture logits, then for each colour M means, M log-scales and M coefficients.
+    Within a component the colours come in sequence: green's mean moves by c₀·red, blue's by c₁·red + c₂·green. The
+    arithmetic is on [−1, 1], where the 256 values lie 2/255 apart and the outermost bins reach to infinity.
+    """
+
+    LOG_SCALE_MIN = -7.0
+    HALF_BIN = 1 / 255
+
+    def __init__(self, parameters: Tensor) -> None:
+        batch, channels, height, width = parameters.shape
+        if channels % 10:
+            raise ConfigurationError(f"expected 10 channels per mixture component, found {channels} in all")
+        self.components = channels // 10
+        self.logits = parameters[:, : self.components]  # (B, M, H, W)
+        rest = parameters[:, self.components :].view(batch, 3, 3, self.components, height, width)
+        self.means = rest[:, :, 0]  # (B, 3, M, H, W), before the move by the other colours
+        self.log_scales = rest[:, :, 1].clamp(min=self.LOG_SCALE_MIN)
+        self.coefficients = rest[:, :, 2].tanh()
+
+    def log_prob(self, images: Tensor) -> Tensor:
+        """Nats per image, (B,), of images (B, 3, H, W) in [0, 1]."""
+        x = (2 * images - 1).unsqueeze(2)  # (B, 3, 1, H, W)
+        red, green = x[:, 0], x[:, 1]
+        c = self.coefficients
+        shift = torch.stack([torch.zeros_like(c[:, 0]), c[:, 0] * red, c[:, 1] * red + c[:, 2] * green], dim=1)
+        u = x - (self.means + shift)
+        v = torch.exp(-self.log_scales)
+        upper, lower = v * (u + self.HALF_BIN), v * (u - self.HALF_BIN)
+        mass = upper.sigmoid() - lower.sigmoid()
+        # Where the bin's mass underflows: the density at its centre times its width.
+        density = v * u - self.log_scales - 2 * F.softplus(v * u) - math.log(127.5)
+        inside = torch.where(mass > 1e-5, mass.clamp(min=1e-12).log(), density)
+        log_mass = torch.where(
+            x < -0.999, upper - F.softplus(upper), torch.where(x > 0.999, -F.softplus(lower), inside)
+        )
+        per_pixel = torch.logsumexp(log_mass.sum(1) + self.logits.log_softmax(1), dim=1)  # (B, H, W)
+        return per_pixel.flatten(1).sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mixture's mean with every component's colours clipped to the range, (B, 3, H, W)."""
+        colours = self._colours(self.means, self.coefficients)  # (B, 3, M, H, W)
+        return ((colours * self.logits.softmax(1).unsqueeze(1)).sum(2) + 1) / 2
+
+    def sample(self, *, generator: Generator = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], continuous (not rounded to 8 bits)."""
+        kind = {"dtype": self.logits.dtype, "device": self.logits.device}
+        u = 1e-5 + (1 - 2e-5) * uniform(self.logits.shape, generator, **kind)
+        chosen = (self.logits - torch.log(-torch.log(u))).argmax(1)[:, None, None].expand(-1, 3, 1, -1, -1)
+        mean, log_scale, coefficients = (
+            t.gather(2, chosen) for t in (self.means, self.log_scales, self.coefficients)
+        )  # (B, 3, 1, H, W)
+        u = 1e-5 + (1 - 2e-5) * uniform(mean.shape, generator, **kind)
+        noise = log_scale.exp() * (u.log() - torch.log1p(-u))
+        return (self._colours(mean + noise, coefficients).squeeze(2) + 1) / 2
+
+    @staticmethod
+    def _colours(own: Tensor, c: Tensor) -> Tensor:
+        """Red, green, blue in sequence from their own terms and the coefficients (B, 3, M, H, W), clipped."""
+        red = own[:, 0].clamp(-1, 1)
+        green = (own[:, 1] + c[:, 0] * red).clamp(-1, 1)
+        blue = (own[:, 2] + c[:, 1] * red + c[:, 2] * green).clamp(-1, 1)
+        return torch.stack([red, green, blue], dim=1)

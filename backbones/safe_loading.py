@@ -1,0 +1,76 @@
+"""Reading other people's checkpoint files: no code runs, and what is wrong is said.
+
+A pickle can name any function of any installed package. `torch.load(weights_only=True)` resolves a fixed list of names
+only; what comes out is then held to plain values or to tensors, so that a surprise ends here and not in a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebm_prior.errors import CheckpointError
+
+PLAIN = (str, int, float, bool, type(None))
+
+
+def load_file(path: Path, content: str) -> Any:
+    """The content of a torch file. `content` says what the file should hold, for the error message."""
+    if not path.is_file():
+        raise CheckpointError(f"expected {content} in {path}, found no such file; copy the whole folder of the run")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive or pickle can raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"expected {content} in {path}, found a file that is damaged, or that holds objects other than tensors and "
+            f"plain values, which are not loaded because they could run code ({reason}); copy it again from its source"
+        ) from error
+
+
+def load_plain(path: Path, content: str) -> Any:
+    """Strings, numbers, booleans and None in lists and dicts with string keys; tuples become lists."""
+    return _plain(load_file(path, content), path)
+
+
+def _plain(value: Any, path: Path) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, path) for v in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(v, path) for key, v in value.items()}
+    if isinstance(value, PLAIN):
+        return value
+    raise CheckpointError(f"expected plain values in {path}, found {type(value).__name__}; this is not the file it claims")
+
+
+def load_tensors(path: Path, content: str) -> dict[str, Tensor]:
+    """A state dict: dense tensors by name, the floating-point ones finite."""
+    state = load_file(path, content)
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in state.items()
+    ):
+        raise CheckpointError(f"expected {content} in {path}, found something else than a dict of dense tensors")
+    broken = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if broken:
+        raise CheckpointError(f"expected finite weights in {path}, found NaN or infinity in {', '.join(broken)}")
+    return dict(state)
+
+
+def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Names, shapes and kinds of `found` must be those of `expected`; CheckpointError names every one that is not."""
+    problems = [f"missing: {key} {tuple(expected[key].shape)}" for key in expected if key not in found]
+    problems += [f"unexpected: {key} {tuple(found[key].shape)}" for key in found if key not in expected]
+    for key in [key for key in expected if key in found]:
+        wanted, got = expected[key], found[key]
+        if wanted.shape != got.shape:
+            problems.append(f"mis-shaped: {key} expected {tuple(wanted.shape)}, found {tuple(got.shape)}")
+        elif wanted.is_floating_point() != got.is_floating_point():
+            problems.append(f"of another type: {key} expected {wanted.dtype}, found {got.dtype}")
+    if problems:
+        raise CheckpointError(
+            f"the weights in {path} do not fit the architecture recorded beside them:\n  " + "\n  ".join(problems)
+        )

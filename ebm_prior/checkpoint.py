@@ -1,0 +1,153 @@
+"""Weights on disk: safetensors with one metadata key of sorted JSON, and the fingerprint that names a backbone.
+
+One key, because several are written in random order and equal runs would give unequal bytes. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import ebm_prior
+from ebm_prior.backbone import Backbone
+from ebm_prior.errors import CheckpointError
+from ebm_prior.files import write_atomically
+from ebm_prior.registry import adapter, adapter_name
+
+BACKBONE_KEY = "ebm_prior_backbone"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]) -> None:
+    """Write tensors and the record as one safetensors file, atomically. Equal content gives equal bytes."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    write_atomically(path, save(plain, metadata={key: json.dumps(record, sort_keys=True)}))
+
+
+def read_tensors(path: Path, key: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of `write_tensors`: its tensors (on the CPU) and its record.
+
+    `what` names the expected kind in messages, e.g. "a prior". Raises CheckpointError for a missing, truncated or
+    corrupt file, and for a safetensors file of another kind.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"expected {what} at {path}, found {'a folder' if path.is_dir() else 'nothing'} there")
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get(key, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}); expected {what}. Copy or make it again"
+        ) from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} is a safetensors file, but not {what}: its metadata has no key {key!r}")
+    return tensors, record
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state dict with every missing, unexpected and mis-shaped key named. Raises CheckpointError."""
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"{name}: expected {expected[name]}, found {shape}"
+        for name, shape in found.items()
+        if name in expected and expected[name] != shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit the network that it describes: {'; '.join(problems)}")
+    module.load_state_dict(dict(tensors))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the sorted (name, shape, dtype, bytes) of the state dict: which weights these are.
+
+    Floating-point tensors are hashed as float32, so that a network run in float64 has the fingerprint of its file.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        plain = plain.float() if plain.is_floating_point() else plain
+        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype} ".encode())
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_backbone(
+    backbone: Backbone, path: Path, *, dtype: torch.dtype | None = None, record: Mapping[str, Any] | None = None
+) -> None:
+    """Write a backbone's own form: weights, architecture and adapter name, plus `record` (where it comes from).
+
+    `dtype` (e.g. torch.float16) halves the file; the fingerprint in it is that of the weights as they load again.
+    """
+    state = {
+        name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
+        for name, t in backbone.state_dict().items()
+    }
+    described = {
+        "format": 1,
+        "library": ebm_prior.__version__,
+        "adapter": adapter_name(backbone),
+        "architecture": dict(backbone.architecture),
+        "record": dict(record or {}),
+    }
+    write_tensors(path, state, BACKBONE_KEY, described)
+
+
+def load_backbone(
+    name: str | None, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Backbone:
+    """A pretrained backbone, frozen and in eval mode, from its official or own form.
+
+    `name`: the registered adapter; None takes the one that an own-form file names. `path`: the file or folder, or the
+    name of a bundled backbone (`bundled()` lists them). Raises UnknownBackboneError, CheckpointError.
+    """
+    path = bundled().get(str(path), Path(path))
+    if not path.exists():
+        raise CheckpointError(
+            f"no backbone at {path}; expected a file or folder, or a bundled one: {', '.join(bundled())}"
+        )
+    if path.suffix == ".safetensors":
+        backbone = _load_own(name, path)
+    elif name is None:
+        raise CheckpointError(f"{path} is not in ebm-prior's own form: say which adapter reads it (--backbone NAME)")
+    else:
+        backbone = adapter(name).load_official(path)
+    bad = [key for key, t in backbone.state_dict().items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if bad:
+        raise CheckpointError(f"{path} holds NaN or infinite weights in {', '.join(bad[:5])}; the network is broken")
+    return backbone.to(device=device, dtype=dtype or torch.float32).eval().requires_grad_(False)
+
+
+def _load_own(name: str | None, path: Path) -> Backbone:
+    tensors, record = read_tensors(path, BACKBONE_KEY, "a backbone in ebm-prior's own form")
+    stored = str(record.get("adapter"))
+    if name is not None and name != stored:
+        raise CheckpointError(f"{path} is a backbone of adapter {stored!r}, not {name!r}; use --backbone {stored}")
+    try:
+        backbone = adapter(stored)(**record["architecture"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} describes an architecture that {stored!r} cannot build: {error}") from error
+    load_strictly(backbone, tensors, path)
+    return backbone
+
+
+def backbone_record(path: str | Path) -> dict[str, Any]:
+    """The metadata of an own-form file: adapter, architecture, record."""
+    return read_tensors(bundled().get(str(path), Path(path)), BACKBONE_KEY, "a backbone in ebm-prior's own form")[1]
+
+
+def bundled() -> dict[str, Path]:
+    """Name -> file of the trained backbones that come with the package (checkpoints/README.md)."""
+    folder = Path(str(resources.files("ebm_prior.checkpoints")))
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors")) if not path.stem.endswith("classifier")}

@@ -1,0 +1,144 @@
+"""The joint energy: one small head per latent group, f(z) = Σ_i f_i(z_i) (Eqs. 6-7), and an optional joint head.
+
+f is the NEGATIVE energy: p_α(z) ∝ exp(f(z)) p_β(z), larger is more probable. Each head sees its group standardised
+with posterior statistics and ends in a linear layer that starts at zero, so that f = 0 exactly before training: an
+untrained prior IS the backbone's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ebm_prior.backbone import LatentGroup
+from ebm_prior.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """Sizes of the heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint head."""
+
+    channels: int = field(default=32, metadata={"help": "channels of a spatial head's convolutions (nef)"})
+    hidden: int = field(default=64, metadata={"help": "width of the heads' linear layers (ndf)"})
+    vector_layers: int = field(default=2, metadata={"help": "hidden layers of the head of a flat group"})
+    joint: int = field(default=64, metadata={"help": "width of the joint head over all groups; 0: none"})
+    dropout: float = field(default=0.1, metadata={"help": "dropout in the joint head"})
+
+    def __post_init__(self) -> None:
+        if min(self.channels, self.hidden, self.vector_layers) < 1 or self.joint < 0 or not 0 <= self.dropout < 1:
+            raise ConfigurationError(
+                f"expected positive channels, hidden, vector_layers; joint >= 0; dropout in [0, 1); found {self}"
+            )
+
+
+class Head(nn.Module):
+    """One group's energy f_i: z_i (B, *shape) -> (B,), with the features that a joint head may pool.
+
+    Maps (C, H, W): N × [conv(4, stride 2, pad 1), LeakyReLU 0.2] and N × [Linear, LeakyReLU 0.2], N = log2(side/4),
+    the paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
+    convolution on maps smaller than 6. Vectors: `vector_layers` linear layers.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: tuple[int, ...], config: EnergyConfig) -> None:
+        super().__init__()
+        per_channel = (shape[0], *(1 for _ in shape[1:]))
+        self.register_buffer("shift", torch.zeros(per_channel))
+        self.register_buffer("scale", torch.ones(per_channel))
+        layers: list[nn.Module] = []
+        if len(shape) == 3:
+            halvings = max(0, round(math.log2(min(shape[1:]) / 4)))
+            channels, height, width = shape
+            for _ in range(halvings):
+                layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+                channels, height, width = config.channels, height // 2, width // 2
+            features, depth = channels * height * width, max(1, halvings)
+        else:
+            features, depth = math.prod(shape), config.vector_layers
+        layers.append(nn.Flatten())
+        for _ in range(depth):
+            layers += [nn.Linear(features, config.hidden), nn.LeakyReLU(0.2)]
+            features = config.hidden
+        self.body = nn.Sequential(*layers)
+        self.last = zero_linear(features)
+
+    def features(self, z: Tensor) -> Tensor:
+        """The last hidden layer, (B, hidden)."""
+        hidden: Tensor = self.body((z - self.shift) / self.scale)
+        return hidden
+
+    def forward(self, z: Tensor) -> Tensor:
+        """f_i(z_i), (B,)."""
+        return self.energy(self.features(z))
+
+    def energy(self, features: Tensor) -> Tensor:
+        """f_i from the features that `features` returned, (B,)."""
+        value: Tensor = self.last(features)
+        return value.squeeze(1)
+
+
+class JointEnergy(nn.Module):
+    """f(z) = Σ_i f_i(z_i) [+ f_joint(features of all groups)], the negative energy of the prior (Eq. 6).
+
+    The joint head is one of the paper's "other parameterizations" (§3.1): it sees what no sum of per-group terms can,
+    the relations between groups that the backbone's conditionals miss.
+    """
+
+    def __init__(self, groups: Sequence[LatentGroup], config: EnergyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.names = [group.name for group in groups]
+        # Names come from adapters and may hold dots, which a module name may not: state keys use the names as in files.
+        self.heads = nn.ModuleDict({_key(group.name): Head(group.shape, config) for group in groups})
+        self.joint = (
+            nn.Sequential(
+                nn.Dropout(config.dropout),
+                nn.Linear(config.hidden * len(groups), config.joint),
+                nn.LeakyReLU(0.2),
+                nn.Dropout(config.dropout),
+                zero_linear(config.joint),
+            )
+            if config.joint
+            else None
+        )
+
+    def terms(self, z: Sequence[Tensor]) -> Tensor:
+        """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1)."""
+        features = [head.features(z_i) for head, z_i in zip(self._heads(), z, strict=True)]
+        columns = [head.energy(h) for head, h in zip(self._heads(), features, strict=True)]
+        if self.joint is not None:
+            columns.append(self.joint(torch.cat(features, dim=1)).squeeze(1))
+        return torch.stack(columns, dim=1)
+
+    def forward(self, z: Sequence[Tensor]) -> Tensor:
+        """f(z) in nats, (B,), for z a list of (B, *group.shape) in generation order."""
+        return self.terms(z).sum(1)
+
+    @torch.no_grad()
+    def standardize(self, z: Sequence[Tensor]) -> None:
+        """Fit the heads' input scaling to posterior latents: per dimension (vectors) or per channel (maps)."""
+        for head, z_i in zip(self._heads(), z, strict=True):
+            axes = [axis for axis in range(z_i.dim()) if axis != 1]
+            head.shift.copy_(z_i.mean(axes).reshape(head.shift.shape))
+            head.scale.copy_(z_i.std(axes).clamp(min=1e-6).reshape(head.scale.shape))
+
+    def _heads(self) -> list[Head]:
+        return [head for head in self.heads.values() if isinstance(head, Head)]
+
+
+def zero_linear(features: int) -> nn.Linear:
+    """A linear layer to one number that starts at exactly zero."""
+    layer = nn.Linear(features, 1)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")

@@ -1,0 +1,167 @@
+"""Distances between two sets of images, in the feature space of a named network, and the numbers made of them.
+
+Every distance depends on the number of samples (the Fréchet distance is biased upwards, about as 1/N), on the network and
+on the preprocessing: say all of them beside the number, and compare only at equal N. A Fréchet distance is called FID only on
+Inception's official features (`ebm_prior.inception`); on any other it is FD(name of the network).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ebm_prior.errors import ConfigurationError, DataError
+
+Array = NDArray[np.float64]
+Features = Tensor | NDArray[np.floating]
+
+
+class FeatureExtractor(Protocol):
+    """A network whose features can be compared: a FeatureClassifier, or Inception."""
+
+    @property
+    def name(self) -> str:
+        """Which network, with which weights."""
+
+    @property
+    def distance_name(self) -> str:
+        """How a Fréchet distance on its features is printed: FD(name), or FID for Inception's official weights."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> features (B, D)."""
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean (D,) and covariance (D, D) of n feature vectors, in float64: all that a Fréchet distance needs of a set."""
+
+    mean: Array
+    covariance: Array
+    n: int
+
+    @classmethod
+    def of(cls, features: Features) -> FeatureStatistics:
+        """The unbiased statistics of features (N, D). Raises DataError for N < 2, another shape, or NaN and infinity."""
+        values = _checked(features)
+        return cls(values.mean(0), np.cov(values, rowvar=False).reshape(values.shape[1], values.shape[1]), len(values))
+
+
+def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStatistics) -> float:
+    """The squared Fréchet distance between the Gaussians with the moments of two sets of features (N, D), (M, D).
+
+        d² = ‖μ_a − μ_b‖² + tr Σ_a + tr Σ_b − 2 tr (Σ_a Σ_b)^½      (Dowson & Landau 1982, Eq. 4; Heusel et al. 2017, Eq. 6)
+
+    Σ_a Σ_b has the eigenvalues of the symmetric Σ_a^½ Σ_b Σ_a^½, so two symmetric eigendecompositions do, also for
+    singular covariances (N ≤ D), where a general matrix square root fails. Raises DataError as FeatureStatistics.of does, and for
+    different D.
+    """
+    a, b = (s if isinstance(s, FeatureStatistics) else FeatureStatistics.of(s) for s in (a, b))
+    if a.mean.shape != b.mean.shape:
+        raise DataError(
+            f"expected features of one network, found {len(a.mean)} and {len(b.mean)} dimensions: "
+            "statistics of different extractors cannot be compared"
+        )
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = vectors * np.sqrt(
+        values.clip(min=0)
+    )  # root @ root.T = Σ_a; rotated on one side, which changes no eigenvalue
+    cross = np.sqrt(np.linalg.eigvalsh(root.T @ b.covariance @ root).clip(min=0)).sum()
+    difference = a.mean - b.mean
+    distance = float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    return max(distance, 0.0)  # equal sets: rounding may leave −1e-12
+
+
+def kernel_distance(a: Features, b: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> float:
+    """The kernel distance (KID): unbiased MMD² with k(x, y) = (x·y/D + 1)³, mean over random subsets of both sets.
+
+    MMD² = mean_{i≠j} k(a_i, a_j) + mean_{i≠j} k(b_i, b_j) − 2 mean_{ij} k(a_i, b_j)   (Bińkowski et al. 2018, Eq. 4)
+    Features (N, D), (M, D); subsets of min(subset_size, N, M) rows without replacement, drawn from `seed`. It may be slightly
+    negative for equal distributions. Raises DataError as `frechet_distance` does.
+    """
+    if subsets < 1 or subset_size < 2:
+        raise ConfigurationError(f"expected subsets ≥ 1 of subset_size ≥ 2, found {subsets} of {subset_size}")
+    x, y = _checked(a), _checked(b)
+    if x.shape[1] != y.shape[1]:
+        raise DataError(f"expected features of one network, found {x.shape[1]} and {y.shape[1]} dimensions")
+    size = min(subset_size, len(x), len(y))
+    random = np.random.default_rng(seed)
+    total = 0.0
+    for _ in range(subsets):
+        p, q = (features[random.choice(len(features), size, replace=False)] for features in (x, y))
+        within = _cubic(p, p) + _cubic(q, q)
+        total += (within.sum() - np.trace(within)) / (size * (size - 1)) - 2 * _cubic(p, q).mean()
+    return float(total / subsets)
+
+
+def gap_closed(distance_backbone: float, distance_prior: float, distance_reconstruction: float) -> float:
+    """The share of the gap between the backbone's prior and its reconstructions that a learned prior closes.
+
+        (d_backbone − d_prior) / (d_backbone − d_reconstruction)
+
+    All three against the same reference at the same N. Reconstructions are what a perfect prior would reach with this decoder.
+    1 is that, 0 is no change, negative is worse than without. NaN where there is no gap to close (the backbone's samples
+    are no farther than its reconstructions): no share of it can be stated.
+    """
+    gap = distance_backbone - distance_reconstruction
+    return (distance_backbone - distance_prior) / gap if gap > 0 else math.nan
+
+
+def auroc(positive: Features, negative: Features) -> float:
+    """P(score of a positive > score of a negative) + ½ P(equal): the area under the ROC curve, of scores (N,), (M,).
+
+    From ranks with ties shared (Mann-Whitney U). Raises DataError for empty or NaN scores.
+    """
+    p, n = (np.asarray(_numpy(scores), dtype=np.float64).reshape(-1) for scores in (positive, negative))
+    if len(p) == 0 or len(n) == 0 or np.isnan(p).any() or np.isnan(n).any():
+        raise DataError(f"expected scores of both classes without NaN, found {len(p)} positive and {len(n)} negative")
+    ordered = np.sort(n)
+    below = np.searchsorted(ordered, p, side="left") + np.searchsorted(ordered, p, side="right")
+    return float(below.mean() / (2 * len(n)))
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float], *samples: Features, level: float = 0.95, repeats: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `statistic(*samples)`; each sample is resampled along its first axis.
+
+    Right for statistics such as `auroc` or a mean; not for a Fréchet distance, whose bias grows with repeated rows.
+    """
+    if not 0 < level < 1 or repeats < 1:
+        raise ConfigurationError(f"expected level in (0, 1) and repeats ≥ 1, found {level} and {repeats}")
+    arrays = [_numpy(sample) for sample in samples]
+    random = np.random.default_rng(seed)
+    values = [statistic(*(x[random.integers(len(x), size=len(x))] for x in arrays)) for _ in range(repeats)]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@torch.no_grad()
+def extract(extractor: FeatureExtractor, images: Tensor, *, batch_size: int = 250) -> Tensor:
+    """Features (N, D) on the CPU of images (N, C, H, W) in [0, 1], in batches."""
+    return torch.cat([extractor.features(batch).cpu() for batch in torch.split(images, batch_size)])
+
+
+def _cubic(x: Array, y: Array) -> Array:
+    kernel: Array = (x @ y.T / x.shape[1] + 1) ** 3
+    return kernel
+
+
+def _numpy(values: Features) -> NDArray[np.floating]:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _checked(features: Features) -> Array:
+    values = _numpy(features).astype(np.float64)
+    if values.ndim != 2 or len(values) < 2:
+        raise DataError(f"expected features (N, D) of at least 2 images, found shape {values.shape}")
+    if not np.isfinite(values).all():
+        rows = np.flatnonzero(~np.isfinite(values).all(1))
+        raise DataError(f"features hold NaN or infinity in {len(rows)} of {len(values)} rows, first row {rows[0]}")
+    return values

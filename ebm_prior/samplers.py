@@ -1,0 +1,261 @@
+"""Samplers in ε-space, where the backbone's prior is N(0, I) and the target is (Appendix A.3)
+
+    log p(ε) = g(ε) − ½‖ε‖² + const,    g(ε) = f(T_β(ε)).
+
+The Jacobian of T_β cancels, and the reference's gradient is exactly −ε, so only g is differentiated. Kernels are pure:
+(state, potential, step_size, generator) -> (state, info). A set of latents stays a list of (B, *group.shape). Chains
+are independent: step sizes, acceptances and norms are per chain, (B,), so that no result depends on the batching.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.randomness import Generator, standard_normal, uniform
+
+Potential = Callable[[Sequence[Tensor]], Tensor]
+"""g: ε, a list of (B, *group.shape) -> (B,) nats, differentiable."""
+
+
+class ChainState(NamedTuple):
+    """What the next step needs: the position ε and g with its gradient there."""
+
+    eps: list[Tensor]
+    value: Tensor  # g(ε), (B,)
+    gradient: list[Tensor]  # ∇g(ε)
+
+
+class ChainInfo(NamedTuple):
+    """Diagnostics of one step, per chain."""
+
+    acceptance: Tensor  # probability in [0, 1]; 1 for the unadjusted kernel
+    norm: Tensor  # ‖ε‖/√D, about 1 under the backbone's prior
+
+
+Kernel = Callable[[ChainState, Potential, Tensor, Generator], tuple[ChainState, ChainInfo]]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """A sampler: importance resampling among `proposals` draws, then `steps` of a kernel; either may be nothing."""
+
+    proposals: int = field(
+        default=32, metadata={"help": "ancestral draws among which one is resampled (1: plain draw)"}
+    )
+    kernel: Literal["langevin", "pcn-langevin"] = field(default="pcn-langevin", metadata={"help": "Markov kernel"})
+    steps: int = field(default=0, metadata={"help": "steps of the kernel after resampling"})
+    step_size: float = field(default=0.15, metadata={"help": "s of Eq. 12, or δ of pCN-Langevin"})
+    adapt_steps: int = field(
+        default=0, metadata={"help": "the first steps, in which pCN-Langevin adapts its step size"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "factor on Langevin's noise"})
+
+    def __post_init__(self) -> None:
+        if self.proposals < 1 or self.steps < 0 or not 0 <= self.adapt_steps <= self.steps:
+            raise ConfigurationError(f"expected proposals >= 1, 0 <= adapt_steps <= steps, found {self}")
+        if self.kernel not in KERNELS:
+            raise ConfigurationError(f"expected kernel {' or '.join(KERNELS)}, found {self.kernel!r}")
+        if not 0 < self.step_size <= 2:
+            raise ConfigurationError(f"expected a step size in (0, 2], found {self.step_size}")
+        if self.kernel != "langevin" and (self.temperature != 1):
+            raise ConfigurationError("temperature acts on the Langevin kernel alone: the exact kernel has none")
+        if self.kernel == "langevin" and self.adapt_steps:
+            raise ConfigurationError("Langevin (Eq. 12) accepts every step: there is no acceptance to adapt to")
+
+
+class Sampled(NamedTuple):
+    """The outcome of `draw`: positions ε and per-chain diagnostics (B,)."""
+
+    eps: list[Tensor]
+    acceptance: Tensor  # mean over the steps
+    norm: Tensor  # of the final ε
+    ess_fraction: Tensor  # effective sample size of the resampling / proposals
+    step_size: Tensor
+
+
+def start(potential: Potential, eps: Sequence[Tensor]) -> ChainState:
+    """The state at ε: g and its gradient there."""
+    leaves = [e.detach().requires_grad_(True) for e in eps]
+    with torch.enable_grad():
+        value = potential(leaves)
+        gradient = torch.autograd.grad(value.sum(), leaves)
+    return ChainState([leaf.detach() for leaf in leaves], value.detach(), list(gradient))
+
+
+def langevin_step(
+    state: ChainState, potential: Potential, step_size: Tensor, generator: Generator, *, temperature: float = 1.0
+) -> tuple[ChainState, ChainInfo]:
+    """Langevin (Eq. 12) on the ε-target: ε ← ε + s(∇g − ε) + √(2s)·τ·ξ. `step_size`: (B,)."""
+    s = step_size
+    moved = [
+        e + _rows(s, e) * (d - e) + _rows((2 * s).sqrt() * temperature, e) * _noise_like(e, generator)
+        for e, d in zip(state.eps, state.gradient, strict=True)
+    ]
+    return start(potential, moved), ChainInfo(torch.ones_like(s), norm(moved))
+
+
+def pcn_langevin_step(
+    state: ChainState, potential: Potential, step_size: Tensor, generator: Generator
+) -> tuple[ChainState, ChainInfo]:
+    """Preconditioned Crank-Nicolson Langevin (Cotter et al. 2013, §4.3), exact for any dimension. `step_size` δ: (B,).
+
+    (2+δ)ε′ = (2−δ)ε + 2δ∇g + √(8δ)ξ, accepted with log a = ρ(ε, ε′) − ρ(ε′, ε),
+    ρ(u, v) = −g(u) − ½⟨v−u, ∇g(u)⟩ − (δ/4)⟨u+v, ∇g(u)⟩ + (δ/4)‖∇g(u)‖².
+    With f = 0 every step is accepted, at any step size and dimension.
+    """
+    delta = step_size
+    proposal = [
+        (_rows(2 - delta, e) * e + _rows(2 * delta, e) * d + _rows((8 * delta).sqrt(), e) * _noise_like(e, generator))
+        / _rows(2 + delta, e)
+        for e, d in zip(state.eps, state.gradient, strict=True)
+    ]
+    new = start(potential, proposal)
+
+    def rho(u: ChainState, v: ChainState) -> Tensor:
+        forward = [b - a for a, b in zip(u.eps, v.eps, strict=True)]
+        both = [a + b for a, b in zip(u.eps, v.eps, strict=True)]
+        slope, mean = _dot(forward, u.gradient), _dot(both, u.gradient)
+        return -u.value - 0.5 * slope - 0.25 * delta * mean + 0.25 * delta * _dot(u.gradient, u.gradient)
+
+    log_ratio = rho(state, new) - rho(new, state)
+    acceptance = log_ratio.clamp(max=0).exp().nan_to_num(nan=0.0)  # a proposal where g is not finite is refused
+    accepted = uniform(delta.shape, generator, dtype=delta.dtype, device=delta.device) < acceptance
+    kept = ChainState(
+        [torch.where(_rows(accepted, a), b, a) for a, b in zip(state.eps, new.eps, strict=True)],
+        torch.where(accepted, new.value, state.value),
+        [torch.where(_rows(accepted, a), b, a) for a, b in zip(state.gradient, new.gradient, strict=True)],
+    )
+    return kept, ChainInfo(acceptance, norm(kept.eps))
+
+
+KERNELS: dict[str, Any] = {"langevin": langevin_step, "pcn-langevin": pcn_langevin_step}
+TARGET_ACCEPTANCE = 0.57  # the optimal rate of Langevin proposals (Roberts & Rosenthal 1998)
+
+
+def run_chain(
+    kernel: Kernel,
+    state: ChainState,
+    potential: Potential,
+    steps: int,
+    *,
+    step_size: Tensor,
+    adapt_steps: int = 0,
+    generator: Generator = None,
+    callback: Callable[[int, ChainState, ChainInfo], None] | None = None,
+) -> tuple[ChainState, Tensor, Tensor]:
+    """`steps` of a kernel. Returns the last state, the mean acceptance (B,) and the step sizes (B,).
+
+    In the first `adapt_steps` each chain moves its log step size by Robbins-Monro towards the target acceptance; after
+    them it is fixed, so that the chain's target is exact. Raises DivergenceError when a chain is no longer finite.
+    """
+    acceptance = torch.zeros_like(state.value)
+    for step in range(steps):
+        state, info = kernel(state, potential, step_size, generator)
+        acceptance += info.acceptance
+        if step < adapt_steps:
+            move = (info.acceptance - TARGET_ACCEPTANCE) / math.sqrt(step + 1)
+            step_size = (step_size * move.exp()).clamp(1e-6, 2.0)
+        if callback:
+            callback(step, state, info)
+    lost = int((~torch.isfinite(norm(state.eps))).sum())
+    if lost:
+        raise DivergenceError(
+            f"{lost} of {len(acceptance)} chains left the finite numbers within {steps} steps: use a smaller step size "
+            "or the exact kernel, pcn-langevin"
+        )
+    return state, acceptance / max(1, steps), step_size
+
+
+def resample(
+    potential: Potential, propose: Callable[[], list[Tensor]], proposals: int, generator: Generator
+) -> tuple[list[Tensor], Tensor]:
+    """Sampling-importance-resampling: one of `proposals` draws of N(0, I) per chain, with probability ∝ exp g.
+
+    Returns ε and the effective sample size (Σw)²/Σw², (B,). Streaming: argmax of g + Gumbel noise is a draw from
+    softmax(g) (the Gumbel-max identity), so only the best proposal is kept.
+    """
+    best = propose()
+    if proposals == 1:
+        return best, torch.ones(len(best[0]), dtype=best[0].dtype, device=best[0].device)
+    with torch.no_grad():
+        values = [potential(best)]
+        score = values[0] + _gumbel_like(values[0], generator)
+        for _ in range(proposals - 1):
+            eps = propose()
+            values.append(potential(eps))
+            challenger = values[-1] + _gumbel_like(values[-1], generator)
+            better = challenger > score
+            score = torch.where(better, challenger, score)
+            best = [torch.where(_rows(better, old), new, old) for old, new in zip(best, eps, strict=True)]
+        return best, effective_sample_size(torch.stack(values, dim=1))
+
+
+def draw(
+    potential: Potential,
+    propose: Callable[[], list[Tensor]],
+    config: SamplerConfig,
+    generator: Generator = None,
+    callback: Callable[[int, ChainState, ChainInfo], None] | None = None,
+) -> Sampled:
+    """Draw from the ε-target as `config` says. `propose()`: ε ~ N(0, I), a list of (B, *group.shape)."""
+    eps, ess = resample(potential, propose, config.proposals, generator)
+    step_size = torch.full_like(ess, config.step_size)
+    acceptance = torch.ones_like(ess)
+    if config.steps:
+        kernel = KERNELS[config.kernel]
+        if config.kernel == "langevin":
+            tempered = config.temperature
+
+            def kernel(
+                state: ChainState, potential: Potential, step_size: Tensor, generator: Generator
+            ) -> tuple[ChainState, ChainInfo]:
+                return langevin_step(state, potential, step_size, generator, temperature=tempered)
+
+        state, acceptance, step_size = run_chain(
+            kernel,
+            start(potential, eps),
+            potential,
+            config.steps,
+            step_size=step_size,
+            adapt_steps=config.adapt_steps,
+            generator=generator,
+            callback=callback,
+        )
+        eps = state.eps
+    return Sampled(eps, acceptance, norm(eps), ess / config.proposals, step_size)
+
+
+def norm(eps: Sequence[Tensor]) -> Tensor:
+    """‖ε‖/√D per chain, (B,): 1 ± 1/√(2D) under N(0, I)."""
+    dimensions = sum(e[0].numel() for e in eps)
+    return (_dot(eps, eps) / dimensions).sqrt()
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """(Σw)²/Σw² over the last axis of log weights (..., M)."""
+    return torch.exp(2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1))
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).flatten(1).sum(1) for x, y in zip(a, b, strict=True)]).sum(0)
+
+
+def _rows(per_chain: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, …), to broadcast over a latent group."""
+    return per_chain.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
+def _noise_like(e: Tensor, generator: Generator) -> Tensor:
+    return standard_normal(e.shape, generator, dtype=e.dtype, device=e.device)
+
+
+def _gumbel_like(value: Tensor, generator: Generator) -> Tensor:
+    u = uniform(value.shape, generator, dtype=torch.float64, device=value.device)
+    return -torch.log(-torch.log(u.clamp(min=1e-300))).to(value.dtype)

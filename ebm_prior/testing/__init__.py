@@ -1,0 +1,5 @@
+"""The contract kit: proves that an adapter, built-in or your own, keeps the backbone contract."""
+
+from ebm_prior.testing.contract import ContractReport, check_backbone
+
+__all__ = ["ContractReport", "check_backbone"]

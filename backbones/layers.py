@@ -9,6 +9,7 @@ its outputs there have mean 0 and standard deviation `init_std` in every channel
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,8 @@ class Affine(nn.Module):
         """The weight, of the shape that the operation expects."""
         if not self.weight_norm:
             return self.weight
-        return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=self._axes, keepdim=True))
+        norm: Tensor = torch.linalg.vector_norm(self.weight_v, dim=self._axes, keepdim=True)
+        return self.weight_v * (self.weight_g / norm)
 
 
 class DataInitialized(nn.Module):
@@ -152,9 +154,7 @@ class SameConvTranspose2d(DataInitialized):
 class Dense(DataInitialized):
     """Affine map of everything but the batch axis: (B, …) flattened in C, H, W order, to (B, out_features)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, weight_norm: bool = True, init_std: float = 1.0
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, *, weight_norm: bool = True, init_std: float = 1.0) -> None:
         super().__init__(init_std, weight_norm=weight_norm)
         self.linear = Affine((out_features, in_features), weight_norm=weight_norm)
 
@@ -195,14 +195,16 @@ class ResidualBlock(nn.Module):
         super().__init__()
         channels, size, _ = in_shape
         if not transposed and size % stride:
-            raise ConfigurationError(f"expected image sizes that the strides divide, found size {size}, stride {stride}")
+            raise ConfigurationError(
+                f"expected image sizes that the strides divide, found size {size}, stride {stride}"
+            )
         out_size = size * stride if transposed else size // stride
         self.out_shape: Shape = (filters, out_size, out_size)
         self.aux_shape = aux_shape
         self.filters, self.stride, self.dropout = filters, stride, dropout
         self.activation, self.gated, self.residual = activation, gated, residual
         self.shortcut = residual and out_size <= size
-        self._layer_options = {"weight_norm": weight_norm, "init_std": init_std}
+        self._layer_options: dict[str, Any] = {"weight_norm": weight_norm, "init_std": init_std}
         self.conv1 = SameConv2d(channels, filters, kernel, **self._layer_options)
         self.aux_op = None if aux_shape is None else self._build_aux_op(aux_shape, (filters, size, size), kernel)
         conv2 = SameConvTranspose2d if transposed and stride > 1 else SameConv2d
@@ -217,7 +219,9 @@ class ResidualBlock(nn.Module):
             raise ConfigurationError(f"expected sizes that divide each other, found auxiliary {aux} and block {target}")
         if aux[1] < target[1]:
             return SameConvTranspose2d(aux[0], target[0], kernel, larger // smaller, **self._layer_options)
-        return SameConv2d(aux[0], target[0], 1 if larger == smaller else kernel, larger // smaller, **self._layer_options)
+        return SameConv2d(
+            aux[0], target[0], 1 if larger == smaller else kernel, larger // smaller, **self._layer_options
+        )
 
     def _shortcut(self, x: Tensor) -> Tensor:
         """x with its surplus channels cut, or missing ones appended as zeros, average-pooled to the output's size."""

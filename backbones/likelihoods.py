@@ -90,17 +90,18 @@ class LogisticMixture:
     def mean(self) -> Tensor:
         """The mixture's mean with every component's colours clipped to the range, (B, 3, H, W)."""
         colours = self._colours(self.means, self.coefficients)  # (B, 3, M, H, W)
-        return ((colours * self.logits.softmax(1).unsqueeze(1)).sum(2) + 1) / 2
+        mean = (colours * self.logits.softmax(1).unsqueeze(1)).sum(2)
+        return ((mean + 1) / 2).clamp(0, 1)  # rounding may leave the range by an ulp
 
     def sample(self, *, generator: Generator = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], continuous (not rounded to 8 bits)."""
-        kind = {"dtype": self.logits.dtype, "device": self.logits.device}
-        u = 1e-5 + (1 - 2e-5) * uniform(self.logits.shape, generator, **kind)
+        dtype, device = self.logits.dtype, self.logits.device
+        u = 1e-5 + (1 - 2e-5) * uniform(self.logits.shape, generator, dtype=dtype, device=device)
         chosen = (self.logits - torch.log(-torch.log(u))).argmax(1)[:, None, None].expand(-1, 3, 1, -1, -1)
         mean, log_scale, coefficients = (
             t.gather(2, chosen) for t in (self.means, self.log_scales, self.coefficients)
         )  # (B, 3, 1, H, W)
-        u = 1e-5 + (1 - 2e-5) * uniform(mean.shape, generator, **kind)
+        u = 1e-5 + (1 - 2e-5) * uniform(mean.shape, generator, dtype=dtype, device=device)
         noise = log_scale.exp() * (u.log() - torch.log1p(-u))
         return (self._colours(mean + noise, coefficients).squeeze(2) + 1) / 2
 

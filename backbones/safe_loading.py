@@ -6,6 +6,7 @@ only; what comes out is then held to plain values or to tensors, so that a surpr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ def load_file(path: Path, content: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"expected {content} in {path}, found a file that is damaged, or that holds objects other than tensors and "
-            f"plain values, which are not loaded because they could run code ({reason}); copy it again from its source"
-        ) from error
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        found = (
+            f"the name {refused[1]}, refused because loading it could run code; get the file from its source"
+            if refused
+            else f"a damaged file or another format ({type(error).__name__}); copy it again from its source"
+        )
+        raise CheckpointError(f"expected {content} in {path}, found {found}") from error
 
 
 def load_plain(path: Path, content: str) -> Any:
@@ -44,7 +47,9 @@ def _plain(value: Any, path: Path) -> Any:
         return {key: _plain(v, path) for key, v in value.items()}
     if isinstance(value, PLAIN):
         return value
-    raise CheckpointError(f"expected plain values in {path}, found {type(value).__name__}; this is not the file it claims")
+    raise CheckpointError(
+        f"expected plain values in {path}, found {type(value).__name__}; this is not the file it claims"
+    )
 
 
 def load_tensors(path: Path, content: str) -> dict[str, Tensor]:

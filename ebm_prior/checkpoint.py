@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,15 @@ from torch import Tensor, nn
 
 import ebm_prior
 from ebm_prior.backbone import Backbone
-from ebm_prior.errors import CheckpointError
+from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.errors import BackboneMismatchError, CheckpointError
 from ebm_prior.files import write_atomically
+from ebm_prior.prior import EBMPrior
 from ebm_prior.registry import adapter, adapter_name
+from ebm_prior.samplers import SamplerConfig
 
 BACKBONE_KEY = "ebm_prior_backbone"
+PRIOR_KEY = "ebm_prior"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]) -> None:
@@ -151,3 +157,97 @@ def bundled() -> dict[str, Path]:
     """Name -> file of the trained backbones that come with the package (checkpoints/README.md)."""
     folder = Path(str(resources.files("ebm_prior.checkpoints")))
     return {path.stem: path for path in sorted(folder.glob("*.safetensors")) if not path.stem.endswith("classifier")}
+
+
+def save_prior(prior: EBMPrior, path: Path, *, checkpoint: str) -> None:
+    """Write a prior as one safetensors file: the heads, and what is needed to use them again.
+
+    `checkpoint`: where the backbone was loaded from (a path, or the name of a bundled one), for `load_prior`.
+    """
+    record = {
+        "format": 1,
+        "library": ebm_prior.__version__,
+        "backbone": {
+            "adapter": adapter_name(prior.backbone),
+            "checkpoint": checkpoint,
+            "fingerprint": fingerprint(prior.backbone),
+            "groups": _groups(prior.backbone),
+            "parameters": count_parameters(prior.backbone),
+        },
+        "energy": asdict(prior.energy.config),
+        "tau": prior.tau,
+        "regime": prior.regime,
+        "target": prior.target,
+        "sampler": asdict(prior.sampler),
+        "record": prior.record,
+    }
+    write_tensors(path, prior.energy.state_dict(), PRIOR_KEY, record)
+
+
+def prior_record(path: Path) -> dict[str, Any]:
+    """What a prior file says of itself. Raises CheckpointError for another kind of file or a newer format."""
+    record = read_tensors(path, PRIOR_KEY, "an ebm-prior file")[1]
+    if record.get("format") != 1:
+        raise CheckpointError(
+            f"{path} has format {record.get('format')!r}, written by ebm-prior {record.get('library')}; this version "
+            "reads format 1: update ebm-prior"
+        )
+    return record
+
+
+def load_prior(
+    path: str | Path,
+    backbone: Backbone | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    force: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> EBMPrior:
+    """A prior with its backbone: the given one, or the one at `checkpoint`, or the one that the file remembers.
+
+    Raises CheckpointError for a damaged file, BackboneMismatchError if the backbone's weights are not those that the
+    prior was trained on; `force` allows other weights (not other latent groups).
+    """
+    path = Path(path)
+    tensors, _ = read_tensors(path, PRIOR_KEY, "an ebm-prior file")
+    record = prior_record(path)
+    try:
+        trained_on = record["backbone"]
+        config, sampler = EnergyConfig(**record["energy"]), SamplerConfig(**record["sampler"])
+        tau, regime, target, training = record["tau"], record["regime"], record["target"], record["record"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} lacks a part of its record ({error}): it is damaged, fit it again") from error
+    if backbone is None:
+        where = str(checkpoint or trained_on["checkpoint"])
+        if where not in bundled() and not Path(where).exists():
+            raise CheckpointError(
+                f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
+            )
+        backbone = load_backbone(trained_on["adapter"], where, device=device, dtype=dtype)
+    if _groups(backbone) != trained_on["groups"]:
+        raise BackboneMismatchError(
+            f"{path} is for a backbone with the latent groups {trained_on['groups']}, found {_groups(backbone)}"
+        )
+    found = fingerprint(backbone)
+    if found != trained_on["fingerprint"] and not force:
+        raise BackboneMismatchError(
+            f"{path} was trained on the {trained_on['adapter']} backbone with fingerprint "
+            f"{trained_on['fingerprint'][:12]}…, found {found[:12]}…: the weights differ. Give the right one "
+            "(--ckpt), or use --force if you know better"
+        )
+    energy = JointEnergy(backbone.groups, config)
+    load_strictly(energy, tensors, path)
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad or not math.isfinite(tau):
+        raise CheckpointError(f"{path} holds NaN or infinite numbers in {', '.join(bad) or 'tau'}: fit it again")
+    return EBMPrior(backbone, energy, tau=tau, regime=regime, target=target, sampler=sampler, record=training)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable scalars (frozen ones included)."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _groups(backbone: Backbone) -> list[list[Any]]:
+    return [[group.name, list(group.shape)] for group in backbone.groups]

@@ -121,7 +121,7 @@ def train_classifier(
     source: LabelledImages,
     test_source: LabelledImages,
     config: ClassifierConfig | None = None,
-    progress: Callback | None = None,
+    on_step: Callback | None = None,
 ) -> tuple[FeatureClassifier, float]:
     """Train on `source`; return the classifier in eval mode and its accuracy on `test_source`, a share in [0, 1].
 
@@ -147,8 +147,8 @@ def train_classifier(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            if progress is not None:
-                progress({"iteration": iteration + 1, "iterations": iterations, "loss": loss.item()})
+            if on_step is not None:
+                on_step({"iteration": iteration + 1, "iterations": iterations, "loss": loss.item()})
     model.eval().requires_grad_(False)
     test_accuracy = accuracy(model, test_source)
     recipe = asdict(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,19 @@ _GAP, _MARGIN = 2, 20  # pixels between images; around the page and between pane
 _READABLE = 64  # pixels: smaller images are enlarged to at least this
 _TITLE_SIZE, _CAPTION_SIZE = 18, 14
 _INK, _CAPTION_INK, _PAPER = (25, 25, 25), (95, 95, 95), (255, 255, 255)
+_SPELLED = {
+    "→": "->",
+    "×": "x",
+    "‖": "||",
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "½": "1/2",
+    "²": "^2",
+    "≤": "<=",
+    "≥": ">=",
+    "≈": "~",
+}
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -27,7 +41,9 @@ def grid(images: Tensor, *, columns: int, scale: int | None = None) -> Image.Ima
     A pixel value v becomes round(255·v), the same for every image. There is no contrast stretching per image: it
     makes faint samples look strong, hides a shift of brightness, and a picture so changed is not the one that was
     scored. `scale` enlarges by nearest neighbour, so that every pixel stays visible as it is; by default small images
-    are brought to 64 pixels or a little more. Raises ConfigurationError for another shape, NaN, or values outside [0, 1].
+    are brought to 64 pixels or a little more.
+
+    Raises ConfigurationError for another shape, NaN, or values outside [0, 1].
     """
     pixels = _bytes(images)
     if columns < 1 or (scale is not None and scale < 1):
@@ -52,7 +68,8 @@ def titled_grids(
 ) -> Image.Image:
     """Grids side by side, each under its title, for comparison; caption lines below.
 
-    panels: (title, images (N, C, H, W) in [0, 1]), each drawn by `grid`. Titles and captions wrap at the width they have.
+    panels: (title, images (N, C, H, W) in [0, 1]), each drawn by `grid`. Titles and captions are wrapped, and spelled
+    in ASCII where the font has no sign (δ becomes delta).
     Raises ConfigurationError if there is nothing to draw, and as `grid` does.
     """
     if not panels:
@@ -94,7 +111,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
     A file of that name is replaced. Raises OutputError where that cannot be done, and leaves nothing behind.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         try:
             image.save(part, format="PNG")
@@ -117,19 +134,33 @@ def _bytes(images: Tensor) -> Tensor:
         )
     images = images.detach().to("cpu", torch.float32)
     low, high = float(images.amin()), float(images.amax())
-    if not (low >= -1e-4 and high <= 1 + 1e-4):  # false for NaN; the margin is for rounding in a decoder
+    if not (low >= -1e-4 and high <= 1 + 1e-4):  # false for NaN; a decoder may be off by rounding
         raise ConfigurationError(f"expected images in [0, 1] without NaN, found values from {low:g} to {high:g}")
-    pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return pixels.expand(-1, -1, -1, 3).contiguous()
 
 
 def _wrap(text: str, font: _Font, width: int) -> list[str]:
     """Break `text` into lines of at most `width` pixels, at spaces; at least one line."""
     lines: list[str] = []
-    for word in text.split() or [""]:
+    for word in _spelled(text).split() or [""]:
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
     return lines
+
+
+def _spelled(text: str) -> str:
+    """`text` in the characters of Pillow's own font, little more than ASCII: it draws all others as empty boxes."""
+    text = "".join(_SPELLED.get(char, char) for char in text)
+    spelled = ""
+    for char in unicodedata.normalize("NFKD", text):
+        if char.isascii() or char == "±":
+            spelled += char
+        elif unicodedata.name(char, "").startswith("GREEK"):
+            spelled += unicodedata.name(char).split()[-1].lower()
+        elif not unicodedata.combining(char):
+            spelled += "?"
+    return spelled

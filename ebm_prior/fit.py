@@ -50,11 +50,11 @@ class FitConfig:
     )
     refresh: float = field(default=0.05, metadata={"help": "mle: share of persistent chains restarted each step"})
     penalty: float = field(default=1e-3, metadata={"help": "mle: weight of E[f_q² + f_p²]"})
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    sampler: SamplerConfig | None = None  # recorded with the prior; None: see `recorded_sampler`
     target: Target = field(default="exact", metadata={"help": "the ε-target; published: for replication only"})
     regime: Regime = field(default="calibrated", metadata={"help": "what f is meant to be"})
     held_out: int = field(
-        default=5_000, metadata={"help": "training images kept for held-out latents, at most 1 in 10"}
+        default=5_000, metadata={"help": "images kept for held-out latents, at most 1 in 10"}
     )
     ess_floor: float = field(default=0.05, metadata={"help": "tempering keeps at least this ESS / number of draws"})
     evaluate_every: int = field(default=100, metadata={"help": "iterations between held-out gains and resume states"})
@@ -67,6 +67,11 @@ class FitConfig:
                 raise ConfigurationError(f"{name} must be positive, found {getattr(self, name)}")
         if not (0 <= self.ema < 1 and 0 <= self.ess_floor < 1 and 0 <= self.refresh <= 1 and self.warmup >= 0):
             raise ConfigurationError("expected ema and ess_floor in [0, 1), refresh in [0, 1], warmup >= 0")
+
+    @property
+    def recorded_sampler(self) -> SamplerConfig:
+        """The sampler of the prior file: the exact default for a density ratio, for mle the chains it was trained by."""
+        return self.sampler or (SamplerConfig() if self.objective == "nce" else self.chain)
 
 
 def paper_preset() -> FitConfig:
@@ -153,7 +158,11 @@ class _Fit:
         self.rate = 1.0  # falls by half at a roll-back
         self.rollbacks = 0
         self.chains: list[Tensor] = []
-        self.best: dict[str, Any] = {"gain": -math.inf, "iteration": 0, "energy": _copy(self.average.state_dict())}
+        self.best: dict[str, Any] = {
+            "gain": -math.inf,
+            "iteration": 0,
+            "energy": copy.deepcopy(self.average.state_dict()),
+        }
 
     # -- the loop
 
@@ -180,8 +189,9 @@ class _Fit:
             except DivergenceError as reason:
                 if self.rollbacks:
                     raise DivergenceError(
-                        f"training diverged again after a roll-back at half the rate: {reason}. Kept: the prior of iteration "
-                        f"{self.best['iteration']}. Lower the learning rate (now {config.learning_rate:g}) or the step size",
+                        f"training diverged again after a roll-back at half the rate: {reason}. Kept: the prior of "
+                        f"iteration {self.best['iteration']}. Lower the learning rate (now {config.learning_rate:g}) "
+                        "or the step size",
                         prior=self._finish(),
                     ) from reason
                 rate, rollbacks = self.rate * 0.5, self.rollbacks + 1
@@ -211,7 +221,7 @@ class _Fit:
             f_q, f_p = self.energy([torch.cat(pair) for pair in zip(positive, negative, strict=True)]).chunk(2)
             loss = nce_loss(f_q, f_p) if config.objective == "nce" else mle_loss(f_q, f_p, penalty=config.penalty)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         gradient = torch.nn.utils.get_total_norm([p.grad for p in self.energy.parameters() if p.grad is not None])
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient)):
             raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
@@ -222,8 +232,8 @@ class _Fit:
         decay = min(config.ema, (1 + t) / (10 + t))  # a young average forgets its zeros
         for kept, new in zip(self.average.parameters(), self.energy.parameters(), strict=True):
             kept.lerp_(new.detach(), 1 - decay)
-        gap = float(f_q.mean() - f_p.mean())
-        return {"iteration": self.iteration, "loss": float(loss), "f_gap": gap, "chain_norm": chain_norm}
+        gap = float((f_q.mean() - f_p.mean()).detach())
+        return {"iteration": self.iteration, "loss": float(loss.detach()), "f_gap": gap, "chain_norm": chain_norm}
 
     def _evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
@@ -234,7 +244,7 @@ class _Fit:
             self.best = {
                 "gain": tempered.nats,
                 "iteration": self.iteration,
-                "energy": _copy(self.average.state_dict()),
+                "energy": copy.deepcopy(self.average.state_dict()),
             }
         return {
             **shown,
@@ -322,12 +332,12 @@ class _Fit:
             tau=tau,
             regime=config.regime,
             target=config.target,
-            sampler=config.sampler,
+            sampler=config.recorded_sampler,
             record=record,
         )
 
     def _state(self) -> dict[str, Any]:
-        return _copy(
+        return copy.deepcopy(
             {
                 "iteration": self.iteration,
                 "rate": self.rate,
@@ -341,7 +351,7 @@ class _Fit:
         )
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        state = _copy(state)
+        state = copy.deepcopy(dict(state))
         self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
         self.energy.load_state_dict(state["energy"])
         self.average.load_state_dict(state["average"])
@@ -362,7 +372,3 @@ def _in_chunks(energy: JointEnergy, z: list[Tensor], size: int = 1000) -> Tensor
     with torch.no_grad():
         parts = [energy([group[i : i + size] for group in z]) for i in range(0, len(z[0]), size)]
     return torch.cat(parts)
-
-
-def _copy(state: Any) -> Any:
-    return copy.deepcopy(state)

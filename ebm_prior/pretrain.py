@@ -27,14 +27,14 @@ from ebm_prior.training import Callback, Images, Recorder, batch_indices
 class PretrainConfig:
     """Settings of the first stage; the defaults train the bundled HVAE."""
 
-    iterations: int = field(default=20_000, metadata={"help": "gradient steps"})
+    iterations: int = field(default=13_500, metadata={"help": "gradient steps"})
     batch_size: int = field(default=128, metadata={"help": "images per step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak rate of Adam"})
     kl_warmup: float = field(default=0.1, metadata={"help": "share of the run over which β rises from 0 to 1"})
     free_nats: float = field(default=0.0, metadata={"help": "KL per group (nats) that costs nothing"})
     ema: float = field(default=0.999, metadata={"help": "decay of the weights' moving average"})
     gradient_clip: float = field(default=200.0, metadata={"help": "largest gradient norm"})
-    checkpoint_every: int = field(default=500, metadata={"help": "iterations between resume states, metrics, pictures"})
+    checkpoint_every: int = field(default=1_000, metadata={"help": "iterations between states, metrics and pictures"})
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
@@ -51,6 +51,16 @@ class Elbo(NamedTuple):
     elbo: float
     log_likelihood: float
     kl: list[float]  # per group, generation order
+
+
+def build(kind: type[Backbone], architecture: Mapping[str, Any], *, seed: int = 0) -> Backbone:
+    """An untrained network of adapter class `kind`, whose initial weights depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(seed, 0))
+        try:
+            return kind(**architecture)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ConfigurationError(f"{kind.__name__} cannot build {architecture}: {error}") from error
 
 
 def pretrain(
@@ -108,7 +118,7 @@ def pretrain(
             average.n_averaged.zero_()  # averaging begins when the objective has settled
         average.update_parameters(backbone)
         done = iteration + 1
-        elbo = float((log_likelihood - kl.sum(1)).mean())
+        elbo = float((log_likelihood - kl.sum(1)).mean().detach())
         if on_step:
             on_step({"iteration": done, "iterations": config.iterations, "elbo": elbo})
         if run and (done % config.checkpoint_every == 0 or done == config.iterations):

@@ -1,0 +1,388 @@
+"""The network of HVAE (Havtorn et al., 2021), with the official module and parameter names.
+
+Stages are numbered from the image: stage 0 holds z1, the last one the top latent zL. The encoder is a chain,
+x → h_1 → z1 → h_2 → z2 → …, the generator runs down from zL; block t of a lower stage is also offered the output of
+block t − n, where n is the number of the top stage's blocks and t counts all generator blocks from the top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ebm_prior.backbone import Draw, Gaussian
+from ebm_prior.errors import ConfigurationError
+
+from .layers import Activation, Dense, ResidualBlock, SameConv2d, Shape
+from .likelihoods import Bernoulli, LogisticMixture
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "Identity": _identity,
+    "ReLU": F.relu,
+    "LeakyReLU": F.leaky_relu,
+    "SELU": F.selu,
+    "ELU": F.elu,
+    "Tanh": torch.tanh,
+    "Swish": F.silu,
+}
+LIKELIHOODS = ("bernoulli", "logistic_mixture")
+MIXTURE_CHANNELS = 100  # ten components of ten parameters
+
+Skips = deque[Tensor]
+"""The outputs of the last n generator blocks, oldest first; full once the top stage, of n blocks, has run."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block: output channels, kernel size, stride; gated: times a sigmoid of as many further outputs."""
+
+    filters: int
+    kernel: int
+    stride: int = 1
+    gated: bool = False
+    weight_norm: bool = True
+
+    def __post_init__(self) -> None:
+        _require_counts(self, "filters", "kernel", "stride")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent group: a map of `features` channels from a convolution of size `kernel`; a vector if that is None."""
+
+    features: int
+    kernel: int | None = None
+    weight_norm: bool = True
+    learned_prior: bool = False  # at the top: mean and spread of p(zL) are parameters
+
+    def __post_init__(self) -> None:
+        _require_counts(self, "features", *(["kernel"] if self.kernel is not None else []))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all stages share."""
+
+    activation: Activation
+    q_dropout: float
+    p_dropout: float
+    skips: bool
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: its inference blocks in order (the generator runs them reversed and transposed), and its latent."""
+
+    blocks: tuple[Block, ...]
+    latent: Latent
+
+
+def _require_counts(record: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if type(value) is not int or value < 1:
+            raise ConfigurationError(f"{type(record).__name__}.{name}: expected a positive integer, found {value!r}")
+
+
+Record = TypeVar("Record", Block, Latent)
+
+
+def _record(kind: type[Record], options: Any) -> Record:
+    try:
+        return kind(**options)
+    except TypeError as error:
+        known = [field.name for field in fields(kind)]
+        raise ConfigurationError(f"{kind.__name__}: expected options among {known}, found {options}") from error
+
+
+def stage_spec(options: Any) -> StageSpec:
+    """A stage from its JSON form. Raises ConfigurationError."""
+    if not isinstance(options, Mapping) or set(options) != {"blocks", "latent"} or not options["blocks"]:
+        raise ConfigurationError(f"expected a stage with blocks (at least one) and a latent, found {options}")
+    return StageSpec(tuple(_record(Block, b) for b in options["blocks"]), _record(Latent, options["latent"]))
+
+
+class StdInverseConstants(nn.Module):
+    """Two constants that the official files carry in every stage and that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("beta", torch.full((1,), math.log(2)))
+        self.register_buffer("threshold", torch.full((1,), 20.0))
+
+
+class GaussianHead(nn.Module):
+    """q(z | h) and p(z | d), from activated features; at the top p(z) is a constant: N(0, I) unless it is learned."""
+
+    def __init__(self, latent: Latent, in_shape: Shape, activation: Activation, *, top: bool) -> None:
+        super().__init__()
+        self.shape: tuple[int, ...] = (latent.features, *(in_shape[1:] if latent.kernel else ()))
+        self.activation = activation
+        self.std_activation_inverse = StdInverseConstants()
+        self.in_transform_q = self._transform(latent, in_shape)
+        if not top:
+            self.in_transform_p = self._transform(latent, in_shape)
+            return
+        logits = torch.zeros(2 * latent.features, *self.shape[1:])
+        if latent.learned_prior:
+            self.prior_logits: Tensor = nn.Parameter(logits)
+        else:
+            self.register_buffer("prior_logits", logits)
+
+    @staticmethod
+    def _transform(latent: Latent, in_shape: Shape) -> nn.Module:
+        if latent.kernel is None:
+            return Dense(math.prod(in_shape), 2 * latent.features, weight_norm=latent.weight_norm)
+        return SameConv2d(in_shape[0], 2 * latent.features, latent.kernel, weight_norm=latent.weight_norm)
+
+    def posterior(self, h: Tensor) -> Gaussian:
+        """q(z | h) for features (B, *in_shape)."""
+        return self._gaussian(self.in_transform_q(self.activation(h)))
+
+    def prior(self, d: Tensor | None) -> Gaussian:
+        """p(z | d) for features (B, *in_shape); None at the top, where the batch axis is 1."""
+        return self._gaussian(self.prior_logits[None] if d is None else self.in_transform_p(self.activation(d)))
+
+    @staticmethod
+    def _gaussian(logits: Tensor) -> Gaussian:
+        mean, spread = logits.chunk(2, dim=1)
+        return Gaussian(mean, F.softplus(spread, beta=math.log(2)).clamp(min=1e-6))  # log2(1 + 2^s): 1 at 0
+
+
+class Projection(nn.Module):
+    """Dense layer from a latent vector to a feature map."""
+
+    def __init__(self, features: int, out_shape: Shape) -> None:
+        super().__init__()
+        self.out_shape = out_shape
+        self.transform = Dense(features, math.prod(out_shape))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, features) to (B, *out_shape)."""
+        y: Tensor = self.transform(z)
+        return y.view(-1, *self.out_shape)
+
+
+class InferencePath(nn.Module):
+    """The blocks of a stage on the way up; each is offered the features of the stage below."""
+
+    def __init__(self, blocks: Iterable[ResidualBlock]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, aux: Tensor | None) -> Tensor:
+        """The stage's features h."""
+        for block in self.layers:
+            x = block(x, aux)
+        return x
+
+
+class GenerativePath(nn.Module):
+    """The blocks of a stage on the way down; each is offered the oldest skip and appends its output as the newest."""
+
+    def __init__(self, blocks: Iterable[ResidualBlock]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, d: Tensor, skips: Skips) -> Tensor:
+        """The features that the stage below, or the likelihood, starts from. Advances `skips`."""
+        for block in self.layers:
+            d = block(d, skips[0] if len(skips) == skips.maxlen else None)
+            skips.append(d)
+        return d
+
+
+def _blocks(
+    specs: Sequence[Block],
+    in_shape: Shape,
+    aux_shape: Shape | None,
+    activation: Activation,
+    dropout: float,
+    *,
+    transposed: bool,
+    first_residual: bool,
+) -> list[ResidualBlock]:
+    blocks: list[ResidualBlock] = []
+    for spec in specs:
+        block = ResidualBlock(
+            blocks[-1].out_shape if blocks else in_shape,
+            spec.filters,
+            spec.kernel,
+            spec.stride,
+            activation=activation,
+            gated=spec.gated,
+            residual=bool(blocks) or first_residual,
+            transposed=transposed,
+            aux_shape=aux_shape,
+            dropout=dropout,
+            weight_norm=spec.weight_norm,
+        )
+        blocks.append(block)
+    return blocks
+
+
+class Stage(nn.Module):
+    """One latent group with its two paths: up from `image_shape` or the stage `below`, down to the same."""
+
+    def __init__(
+        self, spec: StageSpec, image_shape: Shape, below: Stage | None, options: Options, *, top: bool
+    ) -> None:
+        super().__init__()
+        up = _blocks(
+            spec.blocks,
+            image_shape if below is None else below.latent_map_shape,
+            below.h_shape if below is not None and options.skips else None,
+            options.activation,
+            options.q_dropout,
+            transposed=False,
+            first_residual=below is not None,
+        )
+        h_shape = up[-1].out_shape
+        self.h_shape: Shape = h_shape
+        self.q_deterministic = InferencePath(up)
+        self.stochastic = GaussianHead(spec.latent, h_shape, options.activation, top=top)
+        # What the paths beyond the latent start from: a latent map as it is, a vector through a dense layer.
+        self.latent_map_shape: Shape
+        self.q_projection: nn.Module
+        self.p_projection: nn.Module
+        if spec.latent.kernel is None:
+            self.latent_map_shape = h_shape
+            self.q_projection = q_projection = Projection(spec.latent.features, h_shape)
+            self.p_projection = Projection(spec.latent.features, h_shape)
+            if top:  # in the official files, but nothing reads its output, so that no data ever initialises it
+                q_projection.transform.initialized.fill_(True)
+        else:
+            self.latent_map_shape = (spec.latent.features, *h_shape[1:])
+            self.q_projection = nn.Identity()
+            self.p_projection = nn.Identity()
+        down = _blocks(
+            spec.blocks[::-1],
+            self.latent_map_shape,
+            h_shape if options.skips and not top else None,
+            options.activation,
+            options.p_dropout,
+            transposed=True,
+            first_residual=False,
+        )
+        self.p_deterministic = GenerativePath(down)
+
+
+class LikelihoodHead(nn.Module):
+    """The last convolution: features (B, C, H, W) to the parameters of p(x | z)."""
+
+    def __init__(self, kind: str, in_channels: int, colours: int, activation: Activation, weight_norm: bool) -> None:
+        super().__init__()
+        self.kind, self.activation = kind, activation
+        if kind == "bernoulli":
+            self.parameter_net = SameConv2d(in_channels, colours, 3, weight_norm=weight_norm)
+        else:
+            self.parameter_net = SameConv2d(in_channels, MIXTURE_CHANNELS, 1, weight_norm=weight_norm)
+
+    def forward(self, features: Tensor) -> Bernoulli | LogisticMixture:
+        """p(x | z)."""
+        if self.kind == "bernoulli":
+            return Bernoulli(self.parameter_net(self.activation(features)))
+        return LogisticMixture(self.parameter_net(features))  # without the activation, as published
+
+
+class Features(NamedTuple):
+    """What the image depends on: z1 (B, *shape), and the skips that the blocks of stage 0 are offered."""
+
+    z: Tensor
+    skips: tuple[Tensor, ...]
+
+
+class Network(nn.Module):
+    """The stages, bottom first, and the likelihood: the official module tree."""
+
+    def __init__(self, image_shape: Shape, likelihood: str, specs: Sequence[StageSpec], options: Options) -> None:
+        super().__init__()
+        stages: list[Stage] = []
+        for i, spec in enumerate(specs):
+            below = stages[-1] if stages else None
+            stages.append(Stage(spec, image_shape, below, options, top=i == len(specs) - 1))
+        _check_shapes(stages)
+        self.stages = nn.ModuleList(stages)
+        self.likelihood = LikelihoodHead(
+            likelihood,
+            specs[0].blocks[0].filters,
+            image_shape[0],
+            options.activation,
+            specs[-1].blocks[-1].weight_norm,
+        )
+
+    def encode(self, images: Tensor, noise: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """z (B, *shape) and log q (B,) of every group, bottom first; `noise` likewise."""
+        z: list[Tensor] = []
+        log_q: list[Tensor] = []
+        x, h = images, None
+        for stage, xi in zip(self.bottom_up, noise, strict=True):
+            h = stage.q_deterministic(x, h)
+            q = stage.stochastic.posterior(h)
+            z.append(q.mean + q.std * xi)
+            log_q.append(q.log_prob(z[-1]))
+            if len(z) < len(self.stages):
+                x = stage.q_projection(z[-1])
+        return z, log_q
+
+    def generate(self, draw: Draw) -> Features:
+        """Draw every group from the top down, and stop there."""
+        above = self.bottom_up[1:]
+        skips: Skips = deque(maxlen=self.skip_length)
+        d: Tensor | None = None
+        for index, stage in enumerate(reversed(above)):
+            z = draw(index, stage.stochastic.prior(d), None)
+            d = stage.p_deterministic(stage.p_projection(z), skips)
+        z = draw(len(above), self.bottom_up[0].stochastic.prior(d), None)
+        return Features(z, tuple(skips))
+
+    def image(self, features: Features) -> Bernoulli | LogisticMixture:
+        """p(x | z): the blocks of stage 0 and the likelihood. Leaves `features` as they are."""
+        bottom = self.bottom_up[0]
+        skips: Skips = deque(features.skips, maxlen=self.skip_length)
+        distribution: Bernoulli | LogisticMixture = self.likelihood(
+            bottom.p_deterministic(bottom.p_projection(features.z), skips)
+        )
+        return distribution
+
+    @property
+    def skip_length(self) -> int:
+        """The number of the top stage's blocks."""
+        return len(self.bottom_up[-1].p_deterministic.layers)
+
+    @property
+    def bottom_up(self) -> list[Stage]:
+        """The stages in order, with their type."""
+        return cast(list[Stage], list(self.stages))
+
+
+def _check_shapes(stages: Sequence[Stage]) -> None:
+    """What arrives from above must have the shape that a stage was built for."""
+    skips: deque[Shape] = deque(maxlen=len(stages[-1].p_deterministic.layers))
+    arriving = stages[-1].h_shape
+    for stage in reversed(stages):
+        if arriving != stage.h_shape:
+            raise ConfigurationError(
+                f"a stage's features have shape {stage.h_shape}, but the stage above generates {arriving}: its "
+                "first block must have as many filters as the last block of the stage below"
+            )
+        for block in cast(list[ResidualBlock], list(stage.p_deterministic.layers)):
+            if block.aux_op is not None and skips[0] != block.aux_shape:
+                raise ConfigurationError(
+                    f"a generator block expects a skip of shape {block.aux_shape}, but its turn in the queue brings "
+                    f"{skips[0]}: use equal numbers of blocks per stage, with the strides in the last ones"
+                )
+            arriving = block.out_shape
+            skips.append(arriving)

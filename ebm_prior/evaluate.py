@@ -1,0 +1,175 @@
+"""What `ebm-prior eval` measures: is the prior closer to the data and to the posterior than the backbone's own?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.gauge import GaugeConfig, GaugeResult, gauge_auc
+from ebm_prior.metrics import (
+    FeatureExtractor,
+    FeatureStatistics,
+    extract,
+    frechet_distance,
+    gap_closed,
+    kernel_distance,
+)
+from ebm_prior.objectives import gain
+from ebm_prior.prior import ANCESTRAL, EBMPrior
+from ebm_prior.randomness import derived_generator
+from ebm_prior.samplers import SamplerConfig
+from ebm_prior.training import Images
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of an evaluation. Distances depend on N: compare them at equal N only."""
+
+    samples: int = field(default=10_000, metadata={"help": "draws of each prior, and at most as many held-out images"})
+    batch_size: int = field(default=512, metadata={"help": "draws at a time; no result depends on it"})
+    gauge: GaugeConfig = field(default_factory=GaugeConfig)
+    auc: bool = field(default=True, metadata={"help": "train fresh classifiers on posterior vs prior latents"})
+    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or self.batch_size < 1:
+            raise ConfigurationError(
+                f"expected samples >= 2 and batch_size >= 1, found {self.samples}, {self.batch_size}"
+            )
+
+
+class Reference:
+    """What does not depend on the prior: features of held-out images, of their reconstructions, of backbone samples.
+
+    Made once and shared by the evaluations of several priors on one backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: Images,
+        extractor: FeatureExtractor,
+        config: EvalConfig,
+        *,
+        training_images: Images | None = None,
+    ) -> None:
+        self.backbone, self.extractor, self.config = backbone, extractor, config
+        self.data = images.name
+        self.n = min(config.samples, len(images))
+        real, self.posterior, reconstructed = self._reconstruct(images, stream=0)
+        self.real, self.reconstructed = FeatureStatistics.of(real), FeatureStatistics.of(reconstructed)
+        self.real_features, self.reconstructed_features = real, reconstructed
+        # The floor of FDrec: reconstructions of other images. Without any, it is taken to be 0, which flatters nobody.
+        self.floor = 0.0
+        if training_images is not None:
+            other = self._reconstruct(training_images, stream=1)[2]
+            self.floor = frechet_distance(FeatureStatistics.of(other), self.reconstructed)
+        untrained = EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig()))
+        self.backbone_latents, self.backbone_features = self.sampled(untrained, ANCESTRAL)[:2]
+
+    @cached_property
+    def auc_before(self) -> GaugeResult:
+        """How well a fresh classifier tells posterior latents from the backbone's prior."""
+        return self.auc(self.backbone_latents)
+
+    def auc(self, latents: list[Tensor]) -> GaugeResult:
+        """How well a fresh classifier tells posterior latents from as many of the given ones."""
+        as_many = [z[: self.n] for z in latents]
+        return gauge_auc(self.posterior, as_many, self.backbone.groups, config=self.config.gauge)
+
+    def sampled(self, prior: EBMPrior, sampler: SamplerConfig) -> tuple[list[Tensor], Tensor, dict[str, float]]:
+        """Latents and features of `config.samples` draws, and the sampler's mean diagnostics."""
+        config = self.config
+        latents: list[list[Tensor]] = []
+        features, info = [], []
+        for part in prior.chunks(config.samples, seed=config.seed, sampler=sampler, chunk=config.batch_size):
+            latents.append([z.cpu() for z in part.z])
+            features.append(extract(self.extractor, part.images))
+            info.append(torch.stack(part[3:]).cpu())
+        acceptance, norm, ess = torch.cat(info, dim=1).mean(1).tolist()
+        z = [torch.cat(group) for group in zip(*latents, strict=True)]
+        return z, torch.cat(features), {"acceptance": acceptance, "norm": norm, "resampling_ess_fraction": ess}
+
+    @torch.no_grad()
+    def _reconstruct(self, images: Images, *, stream: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Features of up to n images, one posterior draw each, and features of the decoded draws."""
+        like = next(self.backbone.parameters())
+        real, latents, decoded = [], [], []
+        chosen = torch.arange(len(images))
+        if len(images) > self.n:
+            chosen = torch.randperm(len(images), generator=derived_generator(self.config.seed, 20, stream))[: self.n]
+        for number, indices in enumerate(torch.split(chosen, 500)):
+            generator = derived_generator(self.config.seed, 21, stream, number, device=like.device)
+            batch = images.batch(indices).to(like.device, like.dtype)
+            posterior = self.backbone.infer(self.backbone.observe(batch, generator=generator), generator=generator)
+            real.append(extract(self.extractor, batch))
+            decoded.append(extract(self.extractor, self.backbone.likelihood(posterior.features).mean))
+            latents.append([z.cpu() for z in posterior.z])
+        return torch.cat(real), [torch.cat(group) for group in zip(*latents, strict=True)], torch.cat(decoded)
+
+
+def evaluate(prior: EBMPrior, reference: Reference, *, on_stage: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Distances, gap closed, held-out gain and AUC of a prior. Plain numbers, ready for JSON.
+
+    fd_*: Fréchet distance to held-out images; fdrec_*: to decoded posterior samples of these; kid_*: kernel distance to
+    held-out images. gap_closed*: share of the distance between backbone prior and reconstructions that is closed.
+    """
+    config = reference.config
+    say = on_stage or (lambda stage: None)
+    say("sampling the prior")
+    latents, features, info = reference.sampled(prior, prior.sampler)
+    say("distances")
+    rows = {
+        "backbone": reference.backbone_features,
+        "prior": features,
+        "reconstruction": reference.reconstructed_features,
+    }
+    statistics = {name: FeatureStatistics.of(row) for name, row in rows.items()}
+    fd = {name: frechet_distance(s, reference.real) for name, s in statistics.items()}
+    kid = {name: kernel_distance(row, reference.real_features, seed=config.seed) for name, row in rows.items()}
+    fdrec = {name: frechet_distance(s, reference.reconstructed) for name, s in statistics.items()}
+    fdrec["reconstruction"] = reference.floor
+    result: dict[str, Any] = {
+        "data": reference.data,
+        "samples": config.samples,
+        "held_out_images": reference.n,
+        "extractor": reference.extractor.distance_name,
+        "statistics": reference.real.digest,
+        "seed": config.seed,
+        "sampler": asdict(prior.sampler),
+        **{f"fd_{name}": value for name, value in fd.items()},
+        "gap_closed": gap_closed(fd["backbone"], fd["prior"], fd["reconstruction"]),
+        **{f"fdrec_{name}": value for name, value in fdrec.items()},
+        "gap_closed_rec": gap_closed(fdrec["backbone"], fdrec["prior"], fdrec["reconstruction"]),
+        **{f"kid_{name}": value for name, value in kid.items()},
+        **info,
+    }
+    f_q, f_p = (_f_values(prior, z) for z in (reference.posterior, reference.backbone_latents))
+    held_out = gain(f_q, f_p)
+    result |= {"gain_nats": held_out.nats, "ess_fraction": held_out.ess_fraction, "tau": prior.tau}
+    if config.auc:
+        say("AUC of posterior against prior latents")
+        before, after = reference.auc_before, reference.auc(latents)
+        result |= {
+            "auc_before": before.overall,
+            "auc_after": after.overall,
+            "auc_before_per_group": before.per_group,
+            "auc_after_per_group": after.per_group,
+            "auc_budget": after.budget,
+        }
+    return result
+
+
+@torch.no_grad()
+def _f_values(prior: EBMPrior, z: list[Tensor], size: int = 1000) -> Tensor:
+    like = next(prior.energy.parameters())
+    parts = ([group[i : i + size].to(like.device) for group in z] for i in range(0, len(z[0]), size))
+    return torch.cat([prior.f(part).cpu() for part in parts])

@@ -1,0 +1,154 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ebm_prior.classifier import (
+    CLASSIFIER_KEY,
+    ClassifierConfig,
+    FeatureClassifier,
+    accuracy,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
+from ebm_prior.data import from_array
+from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
+from ebm_prior.metrics import extract, frechet_distance
+
+QUICK = ClassifierConfig(data="bars", epochs=4, batch_size=32, width=4, shift=1)
+
+
+def bars(n, seed, shape=(1, 12, 10)):
+    """Three classes: a bright row, a bright column, or neither, in noise."""
+    random = np.random.default_rng(seed)
+    images, labels = 0.3 * random.random((n, *shape)), random.integers(0, 3, n)
+    for image, label, place in zip(images, labels, random.integers(2, 8, n), strict=True):
+        if label:
+            image[(slice(None), place) if label == 1 else (slice(None), slice(None), place)] = 1
+    return from_array(images.astype(np.float32), labels, name="bars")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_classifier(bars(600, 0), bars(200, 1), QUICK)
+
+
+def test_training_learns_and_reports_its_held_out_accuracy(trained):
+    classifier, share = trained
+    assert share > 0.95
+    assert share == accuracy(classifier, bars(200, 1)) == pytest.approx(classifier.record["test_accuracy"], abs=1e-6)
+    assert not classifier.training
+    assert not any(p.requires_grad for p in classifier.parameters())
+
+
+def test_training_depends_on_the_seed_alone(trained):
+    torch.rand(3)
+    seen = []
+    again, _ = train_classifier(bars(600, 0), bars(200, 1), QUICK, on_step=seen.append)
+    assert again.name == trained[0].name
+    assert [m["iteration"] for m in seen] == list(range(1, 4 * 600 // 32 + 1))
+    other, _ = train_classifier(bars(600, 0), bars(200, 1), ClassifierConfig(**{**vars(QUICK), "seed": 1}))
+    assert other.name != trained[0].name
+
+
+def test_training_leaves_the_global_random_state():
+    before = torch.get_rng_state()
+    train_classifier(bars(64, 0), bars(10, 1), ClassifierConfig(epochs=1, width=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_file_gives_the_same_network_back(trained, tmp_path):
+    classifier, _ = trained
+    save_classifier(classifier, tmp_path / "a.safetensors")
+    save_classifier(classifier, tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    loaded = load_classifier(tmp_path / "a.safetensors")
+    images = bars(20, 2).batch(range(20))
+    assert torch.equal(loaded.features(images), classifier.features(images))
+    assert loaded.record == classifier.record
+    assert loaded.distance_name == classifier.distance_name == f"FD({classifier.name})"
+    assert loaded.name.startswith("bars-CNN-")
+    assert not loaded.training
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert list(file.metadata()) == [CLASSIFIER_KEY]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 20), (3, 17, 31), (1, 28, 28), (3, 64, 64)])
+def test_images_of_any_size_have_64_features(shape):
+    classifier = FeatureClassifier(shape, 7, width=4).eval()
+    images = torch.rand(2, *shape)
+    assert classifier.features(images).shape == (2, 64)
+    assert classifier.features(images.double()).dtype == torch.float32
+    assert classifier(images).shape == (2, 7)
+
+
+def test_what_cannot_be_classified_is_refused(trained):
+    with pytest.raises(ConfigurationError, match="8 x 8"):
+        FeatureClassifier((1, 7, 28), 10)
+    with pytest.raises(ConfigurationError, match="two classes"):
+        FeatureClassifier((1, 28, 28), 1)
+    with pytest.raises(DataError, match=r"\(1, 12, 10\)"):
+        trained[0].features(torch.rand(2, 1, 10, 12))
+    unlabelled = from_array(np.zeros((20, 1, 8, 8), np.float32))
+    with pytest.raises(DataError, match="one label per image"):
+        train_classifier(unlabelled, unlabelled)
+    one, two = (from_array(np.zeros((4, 1, 8, 8), np.float32), np.array(y)) for y in ([0, 1, 0, 1], [0, 1, 2, 1]))
+    with pytest.raises(DataError, match=r"0 … 1"):
+        train_classifier(one, two)
+    with pytest.raises(ConfigurationError, match="epochs"):
+        ClassifierConfig(epochs=0)
+    with pytest.raises(ConfigurationError, match="dropout"):
+        ClassifierConfig(dropout=1.0)
+
+
+def test_damaged_and_foreign_files_are_refused(trained, tmp_path):
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    save_classifier(trained[0], good)
+    bad.write_bytes(good.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_classifier(bad)
+    save_file({"weight": torch.zeros(2)}, bad)
+    with pytest.raises(CheckpointError, match="not a feature classifier"):
+        load_classifier(bad)
+    with pytest.raises(CheckpointError, match="nothing"):
+        load_classifier(tmp_path / "missing.safetensors")
+
+    state = {name: tensor.clone() for name, tensor in trained[0].state_dict().items()}
+    record = {"architecture": trained[0].architecture, "record": {}}
+    save_file({**state, "head.bias": torch.full((3,), torch.nan)}, bad, {CLASSIFIER_KEY: json.dumps(record)})
+    with pytest.raises(CheckpointError, match=r"NaN.*head\.bias"):
+        load_classifier(bad)
+    state.pop("head.bias")
+    save_file(state, bad, {CLASSIFIER_KEY: json.dumps(record)})
+    with pytest.raises(CheckpointError, match=r"missing head\.bias"):
+        load_classifier(bad)
+    save_file(state, bad, {CLASSIFIER_KEY: json.dumps({"architecture": {"shape": [1, 2]}, "record": {}})})
+    with pytest.raises(CheckpointError, match="describes no network"):
+        load_classifier(bad)
+
+
+def test_bundled_classifier_is_small_and_says_where_it_comes_from():
+    classifier = load_classifier()
+    assert classifier.shape == (1, 28, 28)
+    assert classifier.classes == 10
+    assert classifier.record["data"] == "Fashion-MNIST"
+    assert classifier.record["test_accuracy"] > 0.9
+    assert classifier.record["recipe"] == {
+        key: value for key, value in vars(ClassifierConfig()).items() if key not in ("data", "seed")
+    }
+    bundled = Path(__file__).parents[1] / "checkpoints" / "fashion_mnist_classifier.safetensors"
+    assert bundled.stat().st_size < 300_000
+
+
+def test_bundled_classifier_sees_a_difference_between_sets_of_images():
+    classifier = load_classifier()
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(600, 1, 4, 4, generator=generator), 28, mode="bilinear")
+    a, b = extract(classifier, smooth[:300]), extract(classifier, smooth[300:])
+    brighter = extract(classifier, (smooth[300:] + 0.1).clamp(max=1))
+    assert frechet_distance(a, brighter) > 1.5 * frechet_distance(a, b)

@@ -1,0 +1,211 @@
+"""Inception through clean-fid. The real weights are not here: stand-ins go the same way through the same code."""
+
+import hashlib
+import io
+import sys
+import urllib.error
+import urllib.request
+import warnings
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ebm_prior import inception
+from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
+from ebm_prior.inception import OFFICIAL, Weights, load_inception
+
+
+class Layers(nn.Module):
+    """(B, 3, H, W) -> (B, 2048): pooled pixels, so that features show what the network was given."""
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 32).flatten(1)[:, :2048]
+
+
+class StandIn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x, return_features: bool = False):
+        return self.layers((nn.functional.interpolate(x, (299, 299)) - 128) / 128)
+
+
+@pytest.fixture(scope="module")
+def torchscript(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "stand-in.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but it is what the official file is
+        torch.jit.save(torch.jit.script(StandIn()), path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated:FutureWarning")
+def test_features_are_those_of_clean_fid_on_png_files(torchscript, tmp_path):
+    from cleanfid.inception_torchscript import InceptionV3W
+    from cleanfid.utils import ResizeDataset
+
+    images = torch.rand(3, 3, 20, 24, generator=torch.Generator().manual_seed(0))
+    paths = []
+    for number, image in enumerate(images):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save(paths[-1])
+    (tmp_path / "inception-2015-12-05.pt").write_bytes(torchscript.read_bytes())
+    for mode in ("clean", "legacy_tensorflow"):
+        files = ResizeDataset(paths, mode=mode)
+        network = InceptionV3W(str(tmp_path), download=False, resize_inside=mode == "legacy_tensorflow")
+        expected = network(torch.stack([files[i] for i in range(3)]))
+        found = load_inception(torchscript, mode=mode)(images)
+        assert found.shape == (3, 2048)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected)
+
+
+def test_legacy_pytorch_is_clean_fids_network_with_the_given_state_dict(tmp_path):
+    from cleanfid import inception_pytorch
+    from cleanfid.resize import build_resizer
+
+    captured = {}
+
+    def remember(self, state, *arguments, **options):
+        captured["state"] = {key: value.clone() for key, value in self.state_dict().items()}
+
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(inception_pytorch, "load_state_dict_from_url", return_value={}),
+        mock.patch.object(nn.Module, "load_state_dict", remember),
+    ):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        reference = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False).eval()
+    path = tmp_path / "weights.pth"
+    torch.save(captured["state"], path)
+
+    images = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extractor = load_inception(path, mode="legacy_pytorch")
+        assert warnings.filters[0][0] == "error"  # clean-fid's resizer turns all warnings off: not ours
+        found = extractor(images)
+    with warnings.catch_warnings():
+        resize = build_resizer("legacy_pytorch")
+    grey = (images[0, 0] * 255).round().byte().numpy()
+    resized = torch.from_numpy(resize(np.stack([grey] * 3, axis=2))).permute(2, 0, 1)[None]
+    torch.testing.assert_close(found, reference(resized / 255)[0].flatten(1))
+    assert extractor.distance_name == f"FD(inception-{extractor.sha256[:8]}, legacy_pytorch)"
+
+
+def test_grey_images_are_taken_as_rgb(torchscript):
+    grey = torch.rand(2, 1, 28, 28)
+    extractor = load_inception(torchscript)
+    torch.testing.assert_close(extractor(grey), extractor(grey.expand(-1, 3, -1, -1)))
+
+
+def test_images_are_quantised_to_8_bits(torchscript):
+    extractor = load_inception(torchscript)
+    image = torch.randint(1, 255, (1, 3, 16, 16)) / 255
+    assert torch.equal(extractor(image), extractor(image + 0.4 / 255))
+    assert not torch.equal(extractor(image), extractor(image + 0.6 / 255))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 2, 8, 8),
+        torch.zeros(3, 8, 8),
+        torch.full((1, 3, 8, 8), -1.0),
+        torch.full((1, 3, 8, 8), torch.nan),
+    ],
+)
+def test_images_of_another_kind_are_refused(torchscript, images):
+    with pytest.raises(DataError):
+        load_inception(torchscript)(images)
+
+
+def test_only_official_weights_give_fid(torchscript, monkeypatch):
+    sha256 = hashlib.sha256(torchscript.read_bytes()).hexdigest()
+    extractor = load_inception(torchscript)
+    assert extractor.distance_name == f"FD(inception-{sha256[:8]}, clean)"
+    monkeypatch.setitem(OFFICIAL, "clean", Weights("stand-in.pt", 1, sha256))
+    assert extractor.distance_name == "FID(clean)"
+
+
+def test_missing_weights_say_what_to_do(tmp_path):
+    with pytest.raises(CheckpointError, match=r"--download .*--inception PATH .*Offline"):
+        load_inception(cache_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=r"nowhere\.pt"):
+        load_inception(tmp_path / "nowhere.pt")
+    with pytest.raises(ConfigurationError, match="legacy_tensorflow"):
+        load_inception(mode="dirty")
+
+
+@pytest.mark.parametrize(("mode", "content"), [("clean", b"garbage"), ("legacy_pytorch", b"garbage"), ("clean", b"")])
+def test_damaged_weights_are_refused(tmp_path, mode, content):
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"mode {mode} needs {OFFICIAL[mode].name}"):
+        load_inception(tmp_path / "weights", mode=mode)
+
+
+def test_another_network_is_refused(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Layers()), tmp_path / "layers.pt")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "state.pth")
+    with pytest.raises(CheckpointError, match="of another form"):
+        load_inception(tmp_path / "layers.pt")
+    with pytest.raises(CheckpointError, match="of another form"):
+        load_inception(tmp_path / "state.pth", mode="legacy_pytorch")
+
+
+def test_nothing_in_a_state_dict_is_executed(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (sys.exit, ("executed",))
+
+    torch.save({"weight": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(CheckpointError):
+        load_inception(tmp_path / "trap.pth", mode="legacy_pytorch")
+
+
+def test_download_is_verified_and_cached(torchscript, tmp_path, monkeypatch):
+    content = torchscript.read_bytes()
+    requests = []
+
+    def urlopen(url, timeout):
+        requests.append(url)
+        return io.BytesIO(content)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    with pytest.raises(CheckpointError, match="not the official file"):
+        load_inception(download=True, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setitem(OFFICIAL, "clean", Weights("stand-in.pt", 1, hashlib.sha256(content).hexdigest()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_inception(download=True).official
+    assert load_inception(download=True).official  # from the cache
+    assert requests == [inception._url("clean")] * 2  # a refused one and a kept one
+    cached = tmp_path / "ebm-prior" / "stand-in.pt"
+    cached.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=r"damaged: expected SHA-256 .*Delete it"):
+        load_inception()
+
+
+def test_offline_download_says_what_to_do(tmp_path, monkeypatch):
+    def urlopen(url, timeout):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    with pytest.raises(CheckpointError, match=r"no route to host.*--inception PATH"):
+        load_inception(mode="legacy_pytorch", download=True, cache_dir=tmp_path)
+
+
+def test_official_hashes_fit_the_names_that_clean_fid_uses():
+    assert OFFICIAL["clean"].name == inception._url("clean").rsplit("/", 1)[1]
+    assert OFFICIAL["legacy_pytorch"].name == inception._url("legacy_pytorch").rsplit("/", 1)[1]
+    # torch.hub's convention: the name ends with the first hex digits of the content's SHA-256.
+    assert OFFICIAL["legacy_pytorch"].name == f"pt_inception-2015-12-05-{OFFICIAL['legacy_pytorch'].sha256[:8]}.pth"

@@ -1,0 +1,86 @@
+"""The README's "Your own VAE", run as another distribution's code: what it promises a third party is what happens."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTION = "## Your own VAE"
+
+
+def block(language: str) -> str:
+    """The only code block of the section in `language`."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition(SECTION + "\n")[2].partition("\n## ")[0]
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1, f"README.md, {SECTION!r}: expected one {language} block, found {len(blocks)}"
+    return str(blocks[0])
+
+
+class Installed:
+    """A folder that looks as after `pip install` of the README's module, and processes that see it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "my_vae.py").write_text(block("python"), encoding="utf-8")
+        setup = configparser.ConfigParser()
+        setup.read_string(block("ini"))
+        info = folder / "my_vae-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-vae\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(
+            "".join(f"[{group}]\n{points}\n" for group, points in setup["options.entry_points"].items())
+        )
+        self.python("-c", "import torch, my_vae; torch.save(my_vae.MyVAE().state_dict(), 'my_weights.pt')")
+
+    def python(self, *arguments: str) -> str:
+        """Run python in the folder; its standard output."""
+        environment = {**os.environ, "PYTHONPATH": f"{self.folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def third_party(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """Installed, and its weights written in the own form by the session that the README shows."""
+    installed = Installed(tmp_path_factory.mktemp("third_party"))
+    (installed.folder / "session.txt").write_text(block("pycon"), encoding="utf-8")
+    installed.python("-m", "doctest", "session.txt")  # check_backbone raises in here, and doctest tells
+    return installed
+
+
+def test_an_adapter_is_short() -> None:
+    assert len(block("python").splitlines()) < 60
+
+
+def test_the_registered_name_finds_the_class_and_the_saved_weights(third_party: Installed) -> None:
+    program = """
+import torch
+from ebm_prior.checkpoint import load_backbone
+vae = load_backbone("mine", "mine.safetensors")
+weights = torch.load("my_weights.pt", weights_only=True)
+print(type(vae).__module__, type(vae).__name__, all(torch.equal(t, weights[n]) for n, t in vae.state_dict().items()))
+"""
+    assert third_party.python("-c", program).split() == ["my_vae", "MyVAE", "True"]
+
+
+def test_the_commands_work_on_it(third_party: Installed) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, size=(64, 28, 28), dtype=np.uint8)
+    np.save(third_party.folder / "images.npy", pixels)
+    fit, sample = (shlex.split(line)[1:] for line in block("console").splitlines())
+    assert (fit[0], sample[0]) == ("fit", "sample")
+    third_party.python("-m", "ebm_prior", *fit, "--iterations", "4", "--batch-size", "8", "--held-out", "8")
+    assert (third_party.folder / "runs/mine/prior.safetensors").is_file()
+    third_party.python("-m", "ebm_prior", *sample, "--number", "2")
+    assert any((third_party.folder / "samples").iterdir())

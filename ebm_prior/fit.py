@@ -51,11 +51,9 @@ class FitConfig:
     refresh: float = field(default=0.05, metadata={"help": "mle: share of persistent chains restarted each step"})
     penalty: float = field(default=1e-3, metadata={"help": "mle: weight of E[f_q² + f_p²]"})
     sampler: SamplerConfig | None = None  # recorded with the prior; None: see `recorded_sampler`
-    target: Target = field(default="exact", metadata={"help": "the ε-target; published: for replication only"})
+    target: Target = field(default="exact", metadata={"help": "ε-target; published: to replicate only"})
     regime: Regime = field(default="calibrated", metadata={"help": "what f is meant to be"})
-    held_out: int = field(
-        default=5_000, metadata={"help": "images kept for held-out latents, at most 1 in 10"}
-    )
+    held_out: int = field(default=5_000, metadata={"help": "images kept for held-out latents, at most a tenth"})
     ess_floor: float = field(default=0.05, metadata={"help": "tempering keeps at least this ESS / number of draws"})
     evaluate_every: int = field(default=100, metadata={"help": "iterations between held-out gains and resume states"})
     patience: int = field(default=10, metadata={"help": "stop after so many held-out gains without a better one"})
@@ -70,7 +68,7 @@ class FitConfig:
 
     @property
     def recorded_sampler(self) -> SamplerConfig:
-        """The sampler of the prior file: the exact default for a density ratio, for mle the chains it was trained by."""
+        """The sampler of the prior file: the exact default for a density ratio; for mle the chains of training."""
         return self.sampler or (SamplerConfig() if self.objective == "nce" else self.chain)
 
 

@@ -23,14 +23,20 @@ from ebm_prior.files import append_line, write_atomically
 
 
 class Run:
-    """One run directory. `config` (JSON-able) is what makes the run; a resume with another one is refused."""
+    """One run directory. `config` and `inputs` (JSON-able) make the run; a resume with other ones is refused."""
 
     def __init__(
-        self, directory: Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.directory = directory
         record = directory / "config.json"
-        normal = json.loads(json.dumps(config, sort_keys=True))
+        normal = json.loads(json.dumps({"config": config, "inputs": inputs}, sort_keys=True))
         if record.exists() and resume:
             self._check_same(record, normal)
             return
@@ -43,18 +49,22 @@ class Run:
                 raise OutputError(f"{directory} is not a run of ebm-prior (no config.json): it will not be overwritten")
             shutil.rmtree(directory)
         versions = {"ebm_prior": ebm_prior.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        text = json.dumps({"config": normal, "versions": versions}, indent=2, sort_keys=True) + "\n"
+        text = json.dumps({**normal, "versions": versions}, indent=2, sort_keys=True) + "\n"
         write_atomically(record, text.encode())
 
-    def _check_same(self, record: Path, config: Mapping[str, Any]) -> None:
+    def _check_same(self, record: Path, now: Mapping[str, Any]) -> None:
         try:
-            before = json.loads(record.read_text())["config"]
-        except (OSError, ValueError, KeyError) as error:
+            before = json.loads(record.read_text())
+            pairs = [
+                (key, before[part].get(key), now[part].get(key)) for part in now for key in {*before[part], *now[part]}
+            ]
+        except (OSError, ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{record} cannot be read ({error}); start anew with --overwrite") from error
-        changed = sorted(key for key in {*before, *config} if before.get(key) != config.get(key))
+        changed = sorted(f"{key}: {old!r} before, {new!r} now" for key, old, new in pairs if old != new)
         if changed:
-            details = "; ".join(f"{key}: {before.get(key)!r} before, {config.get(key)!r} now" for key in changed)
-            raise ConfigurationError(f"cannot resume {self.directory} with another configuration: {details}")
+            raise ConfigurationError(
+                f"cannot resume {self.directory}, which was begun with others: {'; '.join(changed)}"
+            )
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; it must have the key "iteration"."""

@@ -191,6 +191,33 @@ class PosteriorNoise(LinearGaussian):
         return super().encode(images, [torch.randn_like(n) for n in noise])
 
 
+class CountsItsDraws(ToyConv):
+    def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
+        drawn: list[Tensor] = []
+
+        def conditional(index: int, prior: Gaussian, context: Any) -> tuple[Tensor, Tensor]:
+            q = Gaussian(prior.mean + len(drawn), prior.std)
+            drawn.append(q.mean + q.std * noise[index])
+            return drawn[-1], q.log_prob(drawn[-1])
+
+        return PosteriorDraw(conditional)
+
+
+class CrossedNoise(LinearGaussian):
+    """Every group's own block of the Jacobian is the identity, but the blocks beside them are not zero."""
+
+    def __init__(self) -> None:
+        super().__init__(top=3, bottom=3)
+        self.architecture = {}
+
+    def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
+        def conditional(index: int, prior: Gaussian, context: Any) -> tuple[Tensor, Tensor]:
+            own, other = noise[index], noise[1 - index]
+            return own + 0.5 * other, -0.5 * (own**2 + math.log(2 * math.pi)).sum(1)
+
+        return PosteriorDraw(conditional)
+
+
 class DetachedPosterior(LinearGaussian):
     def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
         return super().encode(images, [n.detach() for n in noise])
@@ -287,6 +314,11 @@ class HardCodedDtype(ToyConv):
         return super().encode(images.float(), noise)
 
 
+class ComputesInFloat64(ToyConv):
+    def likelihood(self, features: Any) -> BernoulliImage:
+        return BernoulliImage(super().likelihood(features).logits.double())
+
+
 class Counter(LinearGaussian):
     def __init__(self) -> None:
         super().__init__()
@@ -370,6 +402,8 @@ BROKEN = [
     ),
     (NoiseBottomFirst, r"noise for group 'z2' does not move its draw: noise is indexed in generation order"),
     (PosteriorNoise, r"infer draws from torch's global random generator although the noise is given"),
+    (CountsItsDraws, r"draw of group 'point' changes when the other groups are given.*: it must use the index"),
+    (CrossedNoise, r"densities do not multiply to the joint density of the draws: two groups' draws use each other's"),
     (DetachedPosterior, r"group 'z2' has a singular Jacobian with respect to its own noise \(detached"),
     (WrongLogPrior, r"log_prior\(z\) is not log p_β"),
     (HeadInTopDown, r"goes on after the last draw \(convolution with conv.weight, convolution with head\.1\.weight"),
@@ -387,6 +421,7 @@ BROKEN = [
     (ObserveIgnoresGenerator, r"observe ignores its generator"),
     (ObserveKnowsOneKindOfGenerator, r"observe takes no BlockGenerator, draw through ebm_prior.randomness"),
     (HardCodedDtype, r"must take dtype and device from a parameter"),
+    (ComputesInFloat64, r"likelihood.mean has dtype torch.float64 where the parameters have torch.float32"),
     (Counter, r"passes change the state dict: passes"),
     (WrongArchitecture, r"does not rebuild this network's state dict: .* is \(4, 2\), expected \(3, 2\)"),
     (ArchitectureOfAnotherClass, r"fails to rebuild the network: TypeError.*depth"),

@@ -47,10 +47,14 @@ def noise_map(case: Case) -> Iterator[str]:
     backbone.encode(1 - images, noise)
     if not all(map(close, run(backbone, draw, len(images)).z, first.z)):
         yield "encoding other images changes a draw that encode returned before: encode keeps its state in the module"
-    draw = backbone.encode(images, noise)
-    upper = run(backbone, lambda i, p, c: p.mean + p.std * case.eps[i] if i else draw(i, p, c), len(images))
-    if not close(upper.z[0], first.z[0]):
-        yield "the posterior draw of the top group changes when the groups below are drawn from the prior (L^{>k})"
+    for i, name in enumerate(case.names):
+        draw = backbone.encode(images, noise)
+        alone = run(backbone, lambda k, p, c, i=i, d=draw: d(k, p, c) if k == i else first.z[k], len(images))  # type: ignore[misc]
+        if not close(alone.z[i], first.z[i]):
+            yield (
+                f"the posterior draw of group {name!r} changes when the other groups are given, not drawn by it: "
+                "it must use the index, prior and context of the call and count on no earlier call"
+            )
 
 
 def log_p_of_draws(case: Case) -> Iterator[str]:

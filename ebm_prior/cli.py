@@ -1,0 +1,456 @@
+"""The command line: `ebm-prior COMMAND`. The only place with click, progress bars and exit codes.
+
+Results go to stdout (`--json` for machines), progress and remarks to stderr.
+Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from tqdm import tqdm
+
+import ebm_prior
+from ebm_prior import commands, report
+from ebm_prior.checkpoint import (
+    backbone_record,
+    bundled,
+    count_parameters,
+    load_backbone,
+    load_prior,
+    prior_record,
+    save_backbone,
+)
+from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
+from ebm_prior.data import open_images
+from ebm_prior.energy import JointEnergy
+from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError, UnknownBackboneError
+from ebm_prior.evaluate import EvalConfig
+from ebm_prior.fit import PRESETS, FitConfig
+from ebm_prior.options import config_options, resolve
+from ebm_prior.pretrain import PretrainConfig
+from ebm_prior.registry import adapter, registered
+from ebm_prior.samplers import SamplerConfig
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+EXISTING = click.Path(exists=False, path_type=Path)
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options under one name, so that they mean the same everywhere."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+DEVICE = together(
+    click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda"),
+    click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True),
+)
+SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of everything random")
+JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+BACKBONE = together(
+    click.option(
+        "--backbone", "adapter_name", help="adapter that reads the checkpoint (ebm-prior backbones lists them)"
+    ),
+    click.option(
+        "--ckpt", "checkpoint", required=True, help="backbone: official file or folder, own form, or bundled name"
+    ),
+)
+DATA_ROOT = together(
+    click.option(
+        "--data-root", type=EXISTING, help="where named data sets lie  [default: $EBM_PRIOR_DATA, else user cache]"
+    ),
+    click.option("--download", is_flag=True, help="fetch a named data set if it is not there"),
+)
+DATA = together(
+    click.option(
+        "--data", help="folder of images, .npz, .npy, idx file or data set name  [default: the backbone's own data set]"
+    ),
+    DATA_ROOT,
+)
+RUN = together(
+    click.option("--out", type=EXISTING, help="run directory  [default: the next free one under ./runs]"),
+    click.option("--overwrite", is_flag=True, help="start anew where an earlier run lies"),
+    click.option("--resume", is_flag=True, help="go on from the last state of the run in --out"),
+    click.option("--config", "config_file", type=EXISTING, help="JSON file of settings; options given here win"),
+)
+
+
+class _Group(click.Group):
+    """Turns stated errors into one line on stderr and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DivergenceError as error:
+            click.echo(f"ebm-prior: diverged: {error}", err=True)
+            ctx.exit(3)
+        except EbmPriorError as error:
+            click.echo(f"ebm-prior: error: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(ebm_prior.__version__)
+def main() -> None:
+    """Better samples and scores from a pretrained hierarchical VAE, by an energy-based prior trained on top of it.
+
+    Start with `ebm-prior demo`. With a backbone of your own: `fit`, then `sample` and `eval`.
+    """
+
+
+@main.command()
+@BACKBONE
+@DATA
+@RUN
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help="base settings")
+@config_options(FitConfig)
+@SEED
+@DEVICE
+@JSON
+def fit(
+    adapter_name: str | None,
+    checkpoint: str,
+    data: str | None,
+    data_root: Path | None,
+    download: bool,
+    out: Path | None,
+    overwrite: bool,
+    resume: bool,
+    config_file: Path | None,
+    preset: str,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train an energy-based prior on a frozen backbone (second stage)."""
+    config = replace(resolve(PRESETS[preset](), given, config_file), seed=seed)
+    backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
+    images = open_images(
+        data or _own_data(checkpoint), data_root=data_root, download=download, image_shape=backbone.image_shape
+    )
+    directory = commands.run_directory(out, "fit", resume=resume)
+    with _Bar("fit", config.iterations) as bar:
+        result = commands.fit_into(
+            directory,
+            backbone,
+            images,
+            config,
+            checkpoint=checkpoint,
+            resume=resume,
+            overwrite=overwrite,
+            on_step=bar.step,
+        )
+    _show(result, as_json, report.fit_summary)
+
+
+@main.command()
+@click.argument("prior", type=EXISTING)
+@click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="how many samples")
+@click.option("--out", type=EXISTING, required=True, help=".png: a grid; .npz: arrays; otherwise a folder of PNG files")
+@click.option("--compare", is_flag=True, help="in the grid, show the backbone's own samples beside them")
+@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
+@click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
+@click.option(
+    "--chunk", type=click.IntRange(1), default=512, show_default=True, help="samples at a time; changes no result"
+)
+@config_options(SamplerConfig)
+@SEED
+@DEVICE
+@JSON
+def sample(
+    prior: Path,
+    number: int,
+    out: Path,
+    compare: bool,
+    overwrite: bool,
+    checkpoint: str | None,
+    force: bool,
+    chunk: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Draw images from a prior file, by the sampler recorded in it unless options say otherwise."""
+    commands.require_free(out, overwrite)
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])
+    sampler = resolve(loaded.sampler, given)
+    with _Bar("sample", number) as bar:
+        drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, on_chunk=bar.to)
+    files = commands.write_samples(loaded, drawn, out, seed=seed, compare=compare)
+    result = {
+        "samples": number,
+        "seed": seed,
+        "sampler": asdict(sampler),
+        "acceptance": float(drawn.acceptance.mean()),
+        "norm": float(drawn.norm.mean()),
+        "ess_fraction": float(drawn.ess_fraction.mean()),
+        "files": [str(file) for file in files],
+    }
+    _show(result, as_json, report.sample_summary)
+
+
+@main.command("eval")
+@click.argument("priors", type=EXISTING, nargs=-1, required=True)
+@DATA
+@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
+@click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
+@click.option("--classifier", type=EXISTING, help="feature classifier of FD  [default: the bundled Fashion-MNIST one]")
+@click.option("--inception", type=EXISTING, help="Inception weights: print FID and KID on their features instead")
+@click.option("--fid", is_flag=True, help="the same with the weights in the cache (--download fetches them)")
+@click.option(
+    "--fid-mode",
+    type=click.Choice(["clean", "legacy_pytorch", "legacy_tensorflow"]),
+    default="clean",
+    show_default=True,
+)
+@config_options(EvalConfig)
+@config_options(SamplerConfig)
+@SEED
+@DEVICE
+@JSON
+def evaluate(
+    priors: tuple[Path, ...],
+    data: str | None,
+    data_root: Path | None,
+    download: bool,
+    checkpoint: str | None,
+    force: bool,
+    classifier: Path | None,
+    inception: Path | None,
+    fid: bool,
+    fid_mode: str,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure priors of one backbone against held-out images: FD, KID, gap closed, held-out gain, AUC.
+
+    With several PRIORS (training seeds, say) the mean and standard deviation are printed as well.
+    """
+    config = replace(resolve(EvalConfig(), given), seed=seed)
+    extractor = commands.feature_extractor(classifier, inception, fid, fid_mode, download, _device(device))
+    loaded = [load_prior(priors[0], checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])]
+    loaded += [load_prior(path, loaded[0].backbone, force=force) for path in priors[1:]]
+    for prior in loaded:
+        prior.sampler = resolve(prior.sampler, given)
+    spec = data or str(prior_record(priors[0])["record"]["data"]["name"]).split("/")[0]
+    test, train = (
+        open_images(
+            spec, split=split, data_root=data_root, download=download, image_shape=loaded[0].backbone.image_shape
+        )
+        for split in ("test", "train")
+    )
+    with _Bar("eval", 4 * len(loaded) + 1) as bar:
+        results = commands.evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage)
+    _show(results, as_json, report.evaluation_tables)
+
+
+@main.command()
+@click.argument("prior", type=EXISTING, required=False)
+@click.option("--backbone", "adapter_name", help="adapter that reads --ckpt")
+@click.option("--ckpt", "checkpoint", help="a backbone instead of a prior: official, own form, or bundled name")
+@JSON
+def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, as_json: bool) -> None:
+    """Say what a prior file or a backbone is: groups, parameters, how it was trained."""
+    if (prior is None) == (checkpoint is None):
+        raise click.UsageError("give either a prior file or --ckpt")
+    if prior is not None:
+        _show(prior_record(prior) | {"heads": commands.head_parameters(prior)}, as_json, report.prior_card)
+        return
+    backbone = load_backbone(adapter_name, str(checkpoint))
+    heads = count_parameters(JointEnergy(backbone.groups, FitConfig().energy))
+    _show(commands.describe_backbone(backbone, heads), as_json, report.backbone_card)
+
+
+@main.command()
+@BACKBONE
+@click.option("--out", type=EXISTING, required=True, help="the .safetensors file to write")
+@click.option("--precision", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option("--overwrite", is_flag=True, help="replace --out")
+def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str, overwrite: bool) -> None:
+    """Write a backbone in ebm-prior's own form, one safetensors file that every command takes as --ckpt."""
+    commands.require_free(out, overwrite)
+    if out.suffix != ".safetensors":
+        raise ConfigurationError(f"--out must end in .safetensors, by which its form is known; found {out}")
+    backbone = load_backbone(adapter_name, checkpoint)
+    record = {"stage": "convert", **commands.source_record(checkpoint)}
+    save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
+    click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
+
+
+@main.command()
+@click.option("--backbone", "adapter_name", required=True, help="adapter to train")
+@click.option("--architecture", type=EXISTING, help="JSON file of the adapter's keyword arguments  [default: its own]")
+@DATA
+@RUN
+@config_options(PretrainConfig)
+@SEED
+@DEVICE
+@JSON
+def pretrain(
+    adapter_name: str,
+    architecture: Path | None,
+    data: str | None,
+    data_root: Path | None,
+    download: bool,
+    out: Path | None,
+    overwrite: bool,
+    resume: bool,
+    config_file: Path | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train a hierarchical VAE from scratch by its ELBO (first stage)."""
+    if data is None:
+        raise click.UsageError("say what to train on: --data")
+    config = replace(resolve(PretrainConfig(), given, config_file), seed=seed)
+    backbone = commands.new_backbone(adapter(adapter_name), architecture, seed).to(_device(device), DTYPES[dtype])
+    train, test = (
+        open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
+        for split in ("train", "test")
+    )
+    directory = commands.run_directory(out, "pretrain", resume=resume)
+    with _Bar("pretrain", config.iterations) as bar:
+        result = commands.pretrain_into(
+            directory, backbone, train, test, config, resume=resume, overwrite=overwrite, on_step=bar.step
+        )
+    _show(result, as_json, report.pretrain_summary)
+
+
+@main.command()
+@click.option(
+    "--out", type=EXISTING, default=Path("ebm-prior-demo"), show_default=True, help="where results are written"
+)
+@SEED
+@JSON
+def demo(out: Path, seed: int, as_json: bool) -> None:
+    """Fit a prior to the bundled HVAE and show samples before and after. Offline, a few minutes on two cores."""
+    with _Bar("demo", commands.demo_config().iterations) as bar:
+        result = commands.demo(out, seed=seed, on_step=bar.step, on_stage=bar.remark)
+    _show(result, as_json, report.demo_summary)
+
+
+@main.command()
+@DATA
+@click.option("--out", type=EXISTING, required=True, help="the .safetensors file to write")
+@click.option("--overwrite", is_flag=True, help="replace --out")
+@config_options(ClassifierConfig)
+@SEED
+def classifier(
+    data: str | None, data_root: Path | None, download: bool, out: Path, overwrite: bool, seed: int, **given: Any
+) -> None:
+    """Train the classifier whose features FD compares, on a labelled data set (for `eval --classifier`)."""
+    if data is None:
+        raise click.UsageError("say what to train on: --data")
+    commands.require_free(out, overwrite)
+    train, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
+    config = replace(resolve(ClassifierConfig(data=Path(data).stem), given), seed=seed)
+    with _Bar("classifier", 0) as bar:
+        trained, accuracy = train_classifier(train, test, config, on_step=bar.step)
+    save_classifier(trained, out)
+    click.echo(f"wrote {out}: test accuracy {accuracy:.4f}")
+
+
+@main.command()
+@JSON
+def backbones(as_json: bool) -> None:
+    """List the adapters that are installed, and the trained backbones that come with the package."""
+    rows: list[dict[str, Any]] = []
+    for name, point in registered().items():
+        try:
+            rows.append({"adapter": name, "class": point.value, "reads": adapter(name).official_format})
+        except UnknownBackboneError as error:
+            rows.append({"adapter": name, "class": point.value, "error": str(error)})
+    trained = [{"name": name, **_bundled_card(path)} for name, path in bundled().items()]
+    _show({"adapters": rows, "bundled": trained}, as_json, report.backbone_list)
+
+
+def _bundled_card(path: Path) -> dict[str, Any]:
+    record = backbone_record(path)
+    return {"adapter": record["adapter"], "data": record["record"].get("data", {}).get("name")}
+
+
+def _own_data(checkpoint: str) -> str:
+    """The data set that an own-form checkpoint says it was trained on."""
+    path = bundled().get(checkpoint, Path(checkpoint))
+    if path.suffix == ".safetensors":
+        name = backbone_record(path)["record"].get("data", {}).get("name")
+        if name:
+            return str(name).split("/")[0]
+    raise ConfigurationError(f"{checkpoint} does not say what it was trained on: pass --data")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _show(result: Any, as_json: bool, human: Callable[[Any], str]) -> None:
+    click.echo(json.dumps(result, sort_keys=True) if as_json else human(result))
+
+
+class _Bar:
+    """A progress bar on stderr that shows the latest numbers."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self._bar: tqdm[Any] = tqdm(
+            desc=name, total=total or None, file=sys.stderr, dynamic_ncols=True, mininterval=1.0
+        )
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def to(self, done: int) -> None:
+        """Move to `done`."""
+        self._bar.update(done - self._bar.n)
+
+    def step(self, shown: Mapping[str, Any]) -> None:
+        """Move to an iteration and show its numbers."""
+        numbers = {k: f"{v:.3g}" for k, v in shown.items() if isinstance(v, float)}
+        self._bar.total = shown["iterations"]
+        self._bar.set_postfix(numbers, refresh=False)
+        self.to(shown["iteration"])
+
+    def stage(self, name: str) -> None:
+        """Move on by one and say what is being done."""
+        self._bar.set_postfix_str(name)
+        self._bar.update(1)
+
+    def remark(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

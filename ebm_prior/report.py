@@ -1,0 +1,187 @@
+"""Results as text for a person: tables and cards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ebm_prior.commands import mean_and_sd
+
+Row = Sequence[str]
+
+
+def table(head: Row, rows: Sequence[Row]) -> str:
+    """Columns aligned, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(row: Row) -> str:
+        cells = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(head), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
+
+
+def evaluation_tables(results: Sequence[Mapping[str, Any]]) -> str:
+    """One evaluation in full; of several, the distances of each and their mean and standard deviation."""
+    parts = [evaluation_table(result) for result in results]
+    if len(results) > 1:
+        spread = mean_and_sd(results)
+        rows = [[_LABELS.get(k, k), f"{m:.4g}", f"{s:.2g}"] for k, (m, s) in spread.items() if k in _LABELS]
+        parts.append(f"mean and standard deviation over {len(results)} priors\n" + table(["", "mean", "sd"], rows))
+    return "\n\n".join(parts)
+
+
+_LABELS = {
+    "fd_backbone": "FD, backbone prior",
+    "fd_prior": "FD, energy-based prior",
+    "fd_reconstruction": "FD, reconstructions",
+    "gap_closed": "gap closed in FD",
+    "fdrec_backbone": "FDrec, backbone prior",
+    "fdrec_prior": "FDrec, energy-based prior",
+    "fdrec_reconstruction": "FDrec, reconstructions (floor)",
+    "gap_closed_rec": "gap closed in FDrec",
+    "kid_backbone": "KID, backbone prior",
+    "kid_prior": "KID, energy-based prior",
+    "kid_reconstruction": "KID, reconstructions",
+    "gain_nats": "held-out gain (nats)",
+    "ess_fraction": "its ESS / draws",
+    "tau": "tempering τ",
+    "auc_before": "AUC before",
+    "auc_after": "AUC after",
+    "acceptance": "sampler: acceptance",
+    "norm": "sampler: ‖ε‖/√D",
+    "resampling_ess_fraction": "sampler: ESS / proposals",
+}
+
+
+def evaluation_table(result: Mapping[str, Any]) -> str:
+    """Distances, gap closed, gain and AUC of one prior."""
+    closed = [f"{result[key]:.1%}" for key in ("gap_closed", "gap_closed_rec")]
+    rows = [
+        ["backbone prior", *(f"{result[f'{m}_backbone']:.4g}" for m in ("fd", "fdrec", "kid")), "", ""],
+        ["energy-based prior", *(f"{result[f'{m}_prior']:.4g}" for m in ("fd", "fdrec", "kid")), *closed],
+        ["reconstructions", *(f"{result[f'{m}_reconstruction']:.4g}" for m in ("fd", "fdrec", "kid")), "", ""],
+    ]
+    lines = [
+        *([f"{result['prior']}"] if "prior" in result else []),
+        table(["", "FD", "FDrec", "KID", "gap closed FD", "gap closed FDrec"], rows),
+        f"features: {result['extractor']}; {result['samples']:,} samples against {result['held_out_images']:,} images "
+        f"of {result['data']} (statistics {result['statistics']}), seed {result['seed']}",
+        f"sampler: {_sampler(result['sampler'])}; acceptance {result['acceptance']:.2f}, ‖ε‖/√D {result['norm']:.3f}, "
+        f"ESS / proposals {result['resampling_ess_fraction']:.2f}",
+        f"held-out gain {result['gain_nats']:+.3f} nats at ESS {result['ess_fraction']:.1%} (τ = {result['tau']:.3f})",
+    ]
+    if "auc_before" in result:
+        groups = result["auc_before_per_group"]
+        rows = [["all groups", f"{result['auc_before']:.3f}", f"{result['auc_after']:.3f}"]]
+        rows += [[g, f"{groups[g]:.3f}", f"{result['auc_after_per_group'][g]:.3f}"] for g in groups]
+        lines += [
+            "",
+            table(["AUC, posterior vs prior latents", "before", "after"], rows),
+            f"gauge: {result['auc_budget']}",
+        ]
+    return "\n".join(lines)
+
+
+def demo_summary(result: Mapping[str, Any]) -> str:
+    """The demo's table, and where to look."""
+    lines = [evaluation_table(result), "", f"{result['seconds']:.0f} s on {result['cores']} cores. Look at:"]
+    return "\n".join([*lines, *(f"  {file}" for file in result["files"])])
+
+
+def fit_summary(result: Mapping[str, Any]) -> str:
+    """What a fit gave, and what to do next."""
+    held_out, count = result["held_out"], result["parameters"]
+    plain, tempered = held_out["plain"], held_out["tempered"]
+    rows = [
+        ["f as trained", f"{plain['nats']:+.3f}", f"{plain['ess_fraction']:.1%}", "1"],
+        ["tempered", f"{tempered['nats']:+.3f}", f"{tempered['ess_fraction']:.1%}", f"{tempered['tau']:.3f}"],
+    ]
+    return "\n".join(
+        [
+            table(["held-out", "gain (nats)", "ESS / draws", "τ"], rows),
+            f"iteration {result['best_iteration']} of {result['iterations']} kept, {result['rollbacks']} roll-backs, "
+            f"{result['cpu_seconds']:.0f} CPU-seconds; heads {count['heads']:,} parameters, {count['ratio']:.1%} of "
+            "the backbone's",
+            f"sampler: {_sampler(result['sampler'])}",
+            f"wrote {result['prior']} and {result['picture']}",
+            f"next: ebm-prior sample {result['prior']} --out samples.png",
+        ]
+    )
+
+
+def sample_summary(result: Mapping[str, Any]) -> str:
+    """What was drawn and where it is."""
+    return (
+        f"{result['samples']} samples, {_sampler(result['sampler'])}; acceptance {result['acceptance']:.2f}, "
+        f"‖ε‖/√D {result['norm']:.3f}, ESS / proposals {result['ess_fraction']:.2f}\nwrote {', '.join(result['files'])}"
+    )
+
+
+def pretrain_summary(result: Mapping[str, Any]) -> str:
+    """What a first stage gave."""
+    elbo = result["test_elbo"]
+    kl = ", ".join(f"{value:.2f}" for value in elbo["kl"])
+    return (
+        f"one-sample test ELBO {elbo['elbo']:.2f} nats (log-likelihood {elbo['log_likelihood']:.2f}; KL, top group "
+        f"first: {kl}); {result['parameters']:,} parameters, {result['cpu_seconds'] / 60:.1f} CPU-minutes\n"
+        f"wrote {result['backbone']}"
+    )
+
+
+def prior_card(record: Mapping[str, Any]) -> str:
+    """What a prior file says of itself."""
+    backbone, training = record["backbone"], record["record"]
+    heads = sum(record["heads"].values())
+    rows = [
+        [name, "×".join(map(str, shape)), f"{record['heads'].get(name, 0):,}"] for name, shape in backbone["groups"]
+    ]
+    if "joint" in record["heads"]:
+        rows.append(["joint head", "all groups", f"{record['heads']['joint']:,}"])
+    lines = [
+        f"energy-based prior, {record['regime']}, τ = {record['tau']:.4g}, written by ebm-prior {record['library']}",
+        f"backbone: {backbone['adapter']}, {backbone['checkpoint']}, fingerprint {backbone['fingerprint'][:12]}",
+        f"parameters: backbone {backbone['parameters']:,}, heads {heads:,} ({heads / backbone['parameters']:.1%})",
+        table(["group (top first)", "shape", "head parameters"], rows),
+        f"sampler: {_sampler(record['sampler'])}",
+    ]
+    if training:
+        gain = training["held_out"]["tempered"]
+        lines.append(
+            f"trained on {training['data']['name']}: {training['config']['objective']}, {training['iterations']} "
+            f"iterations (kept: {training['best_iteration']}), held-out gain {gain['nats']:+.3f} nats at ESS "
+            f"{gain['ess_fraction']:.1%}"
+        )
+    return "\n".join(lines)
+
+
+def backbone_card(described: Mapping[str, Any]) -> str:
+    """A backbone's groups and parameter counts."""
+    count = described["parameters"]
+    rows = [[name, "×".join(map(str, shape))] for name, shape in described["groups"]]
+    return "\n".join(
+        [
+            f"{described['class']}, images {'×'.join(map(str, described['image_shape']))}, fingerprint "
+            f"{described['fingerprint'][:12]}",
+            f"parameters: backbone {count['backbone']:,}, default heads {count['heads']:,} ({count['ratio']:.1%})",
+            table(["group (top first)", "shape"], rows),
+        ]
+    )
+
+
+def backbone_list(listed: Mapping[str, Any]) -> str:
+    """Adapters and bundled backbones."""
+    adapters = [[row["adapter"], row["class"]] for row in listed["adapters"]]
+    trained = [[row["name"], row["adapter"], str(row["data"])] for row in listed["bundled"]]
+    return "\n\n".join([table(["adapter", "class"], adapters), table(["bundled", "adapter", "data"], trained)])
+
+
+def _sampler(sampler: Mapping[str, Any]) -> str:
+    parts = []
+    if sampler["proposals"] > 1:
+        parts.append(f"resampling among {sampler['proposals']} draws")
+    if sampler["steps"]:
+        parts.append(f"{sampler['steps']} steps of {sampler['kernel']} at step size {sampler['step_size']:g}")
+    return ", then ".join(parts) or "ancestral draws"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.energy import EnergyConfig, JointEnergy
 from ebm_prior.errors import BackboneMismatchError, CheckpointError
 from ebm_prior.files import write_atomically
-from ebm_prior.prior import EBMPrior
+from ebm_prior.prior import EBMPrior, Regime, Target
 from ebm_prior.registry import adapter, adapter_name
 from ebm_prior.samplers import SamplerConfig
 
@@ -32,18 +32,24 @@ BACKBONE_KEY = "ebm_prior_backbone"
 PRIOR_KEY = "ebm_prior"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]) -> None:
     """Write tensors and the record as one safetensors file, atomically. Equal content gives equal bytes."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    # Cloned, for safetensors refuses tensors that share memory, as tied weights do.
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in sorted(tensors.items())
+    }
+    record = {**record, "sha256": _digest(plain, record)}
     write_atomically(path, save(plain, metadata={key: json.dumps(record, sort_keys=True)}))
 
 
-def read_tensors(path: Path, key: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: str | Path, key: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of `write_tensors`: its tensors (on the CPU) and its record.
 
     `what` names the expected kind in messages, e.g. "a prior". Raises CheckpointError for a missing, truncated or
     corrupt file, and for a safetensors file of another kind.
     """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"expected {what} at {path}, found {'a folder' if path.is_dir() else 'nothing'} there")
     try:
@@ -56,7 +62,28 @@ def read_tensors(path: Path, key: str, what: str) -> tuple[dict[str, Tensor], di
         ) from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} is a safetensors file, but not {what}: its metadata has no key {key!r}")
+    written = record.pop("sha256", None)
+    if written is not None and written != _digest(tensors, record):
+        raise CheckpointError(f"{path} is damaged: its content is not what its checksum says. Copy or make it again")
     return tensors, record
+
+
+def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
+    """SHA-256 over the record and the tensors: safetensors itself notices no flipped bit."""
+    normal = json.loads(json.dumps(record))
+    digest = hashlib.sha256(json.dumps(normal, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _require_format(path: Path, record: Mapping[str, Any]) -> None:
+    if record.get("format") != 1:
+        raise CheckpointError(
+            f"{path} has format {record.get('format')!r}, written by ebm-prior {record.get('library')}; this version, "
+            f"{ebm_prior.__version__}, reads format 1: update ebm-prior"
+        )
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -90,11 +117,11 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def save_backbone(
-    backbone: Backbone, path: Path, *, dtype: torch.dtype | None = None, record: Mapping[str, Any] | None = None
+    backbone: Backbone, path: str | Path, *, dtype: torch.dtype | None = None, record: Mapping[str, Any] | None = None
 ) -> None:
     """Write a backbone's own form: weights, architecture and adapter name, plus `record` (where it comes from).
 
-    `dtype` (e.g. torch.float16) halves the file; the fingerprint in it is that of the weights as they load again.
+    `dtype` (e.g. torch.float16) halves the file; the fingerprint is then that of the rounded weights.
     """
     state = {
         name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
@@ -137,12 +164,14 @@ def load_backbone(
 
 def _load_own(name: str | None, path: Path) -> Backbone:
     tensors, record = read_tensors(path, BACKBONE_KEY, "a backbone in ebm-prior's own form")
+    _require_format(path, record)
     stored = str(record.get("adapter"))
     if name is not None and name != stored:
         raise CheckpointError(f"{path} is a backbone of adapter {stored!r}, not {name!r}; use --backbone {stored}")
+    kind = adapter(stored)
     try:
-        backbone = adapter(stored)(**record["architecture"])
-    except (TypeError, KeyError, ValueError) as error:
+        backbone = kind(**record["architecture"])
+    except Exception as error:  # an adapter can raise nearly anything over a foreign architecture
         raise CheckpointError(f"{path} describes an architecture that {stored!r} cannot build: {error}") from error
     load_strictly(backbone, tensors, path)
     return backbone
@@ -159,7 +188,7 @@ def bundled() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.safetensors")) if not path.stem.endswith("classifier")}
 
 
-def save_prior(prior: EBMPrior, path: Path, *, checkpoint: str) -> None:
+def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
     """Write a prior as one safetensors file: the heads, and what is needed to use them again.
 
     `checkpoint`: where the backbone was loaded from (a path, or the name of a bundled one), for `load_prior`.
@@ -184,15 +213,26 @@ def save_prior(prior: EBMPrior, path: Path, *, checkpoint: str) -> None:
     write_tensors(path, prior.energy.state_dict(), PRIOR_KEY, record)
 
 
-def prior_record(path: Path) -> dict[str, Any]:
+def prior_record(path: str | Path) -> dict[str, Any]:
     """What a prior file says of itself. Raises CheckpointError for another kind of file or a newer format."""
-    record = read_tensors(path, PRIOR_KEY, "an ebm-prior file")[1]
-    if record.get("format") != 1:
-        raise CheckpointError(
-            f"{path} has format {record.get('format')!r}, written by ebm-prior {record.get('library')}; this version "
-            "reads format 1: update ebm-prior"
-        )
-    return record
+    return _read_prior(Path(path))[1]
+
+
+def _read_prior(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, record = read_tensors(path, PRIOR_KEY, "an ebm-prior file")
+    _require_format(path, record)
+    backbone = record.get("backbone")
+    lacking = [
+        key for key in ("backbone", "energy", "tau", "regime", "target", "sampler", "record") if key not in record
+    ]
+    if isinstance(backbone, dict):
+        parts = ("adapter", "checkpoint", "fingerprint", "groups", "parameters")
+        lacking += [f"backbone.{key}" for key in parts if key not in backbone]
+    elif "backbone" in record:
+        lacking += ["backbone"]
+    if lacking:
+        raise CheckpointError(f"{path} lacks {', '.join(lacking)} in its record: it is damaged, fit it again")
+    return tensors, record
 
 
 def load_prior(
@@ -210,14 +250,14 @@ def load_prior(
     prior was trained on; `force` allows other weights (not other latent groups).
     """
     path = Path(path)
-    tensors, _ = read_tensors(path, PRIOR_KEY, "an ebm-prior file")
-    record = prior_record(path)
+    tensors, record = _read_prior(path)
+    trained_on, tau, regime, target = (record[key] for key in ("backbone", "tau", "regime", "target"))
     try:
-        trained_on = record["backbone"]
         config, sampler = EnergyConfig(**record["energy"]), SamplerConfig(**record["sampler"])
-        tau, regime, target, training = record["tau"], record["regime"], record["target"], record["record"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} lacks a part of its record ({error}): it is damaged, fit it again") from error
+        if not (math.isfinite(tau) and regime in get_args(Regime) and target in get_args(Target)):
+            raise ValueError(f"tau {tau}, regime {regime!r}, target {target!r}")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
     if backbone is None:
         where = str(checkpoint or trained_on["checkpoint"])
         if where not in bundled() and not Path(where).exists():
@@ -236,12 +276,15 @@ def load_prior(
             f"{trained_on['fingerprint'][:12]}…, found {found[:12]}…: the weights differ. Give the right one "
             "(--ckpt), or use --force if you know better"
         )
-    energy = JointEnergy(backbone.groups, config)
+    try:
+        energy = JointEnergy(backbone.groups, config)
+    except RuntimeError as error:  # sizes that no memory holds
+        raise CheckpointError(f"{path} describes heads that cannot be built: {error}") from error
     load_strictly(energy, tensors, path)
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if bad or not math.isfinite(tau):
-        raise CheckpointError(f"{path} holds NaN or infinite numbers in {', '.join(bad) or 'tau'}: fit it again")
-    return EBMPrior(backbone, energy, tau=tau, regime=regime, target=target, sampler=sampler, record=training)
+    if bad:
+        raise CheckpointError(f"{path} holds NaN or infinite numbers in {', '.join(bad)}: fit it again")
+    return EBMPrior(backbone, energy, tau=tau, regime=regime, target=target, sampler=sampler, record=record["record"])
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -60,6 +60,7 @@ DEVICE = together(
     click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True),
 )
 SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of everything random")
+RUN_SEED = click.option("--seed", type=click.IntRange(0), help="seed of everything random  [default: 0, or --config's]")
 JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 BACKBONE = together(
     click.option(
@@ -118,7 +119,7 @@ def main() -> None:
 @RUN
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help="base settings")
 @config_options(FitConfig)
-@SEED
+@RUN_SEED
 @DEVICE
 @JSON
 def fit(
@@ -132,14 +133,14 @@ def fit(
     resume: bool,
     config_file: Path | None,
     preset: str,
-    seed: int,
+    seed: int | None,
     device: str,
     dtype: str,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Train an energy-based prior on a frozen backbone (second stage)."""
-    config = replace(resolve(PRESETS[preset](), given, config_file), seed=seed)
+    config = resolve(PRESETS[preset](), given | {"seed": seed}, config_file)
     backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
     images = open_images(
         data or _own_data(checkpoint), data_root=data_root, download=download, image_shape=backbone.image_shape
@@ -170,7 +171,7 @@ def fit(
 @click.option(
     "--chunk", type=click.IntRange(1), default=512, show_default=True, help="samples at a time; changes no result"
 )
-@config_options(SamplerConfig)
+@config_options(SamplerConfig, default="as recorded")
 @SEED
 @DEVICE
 @JSON
@@ -223,7 +224,7 @@ def sample(
     show_default=True,
 )
 @config_options(EvalConfig)
-@config_options(SamplerConfig)
+@config_options(SamplerConfig, default="as recorded")
 @SEED
 @DEVICE
 @JSON
@@ -305,7 +306,7 @@ def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str
 @DATA
 @RUN
 @config_options(PretrainConfig)
-@SEED
+@RUN_SEED
 @DEVICE
 @JSON
 def pretrain(
@@ -318,7 +319,7 @@ def pretrain(
     overwrite: bool,
     resume: bool,
     config_file: Path | None,
-    seed: int,
+    seed: int | None,
     device: str,
     dtype: str,
     as_json: bool,
@@ -327,8 +328,10 @@ def pretrain(
     """Train a hierarchical VAE from scratch by its ELBO (first stage)."""
     if data is None:
         raise click.UsageError("say what to train on: --data")
-    config = replace(resolve(PretrainConfig(), given, config_file), seed=seed)
-    backbone = commands.new_backbone(adapter(adapter_name), architecture, seed).to(_device(device), DTYPES[dtype])
+    config = resolve(PretrainConfig(), given | {"seed": seed}, config_file)
+    backbone = commands.new_backbone(adapter(adapter_name), architecture, config.seed).to(
+        _device(device), DTYPES[dtype]
+    )
     train, test = (
         open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
         for split in ("train", "test")

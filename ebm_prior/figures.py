@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import unicodedata
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ebm_prior.errors import ConfigurationError, OutputError
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.files import write_atomically
 
 _GAP, _MARGIN = 2, 20  # pixels between images; around the page and between panels
 _READABLE = 64  # pixels: smaller images are enlarged to at least this
@@ -105,25 +105,11 @@ def titled_grids(
     return page
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write a PNG: beside its place first, then renamed, so that no half-written picture is ever seen there.
-
-    A file of that name is replaced. Raises OutputError where that cannot be done, and leaves nothing behind.
-    """
-    path = Path(path)
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
-    try:
-        try:
-            image.save(part, format="PNG")
-            part.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot write the picture ({error.strerror or error}); choose a file in a folder that exists and"
-            " can be written to"
-        ) from error
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG atomically; a file of that name is replaced. Raises OutputError where that cannot be done."""
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())
 
 
 def _bytes(images: Tensor) -> Tensor:

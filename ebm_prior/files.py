@@ -9,11 +9,12 @@ from pathlib import Path
 from ebm_prior.errors import OutputError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to a temporary file beside `path`, flush it to disk, and rename it to `path`.
 
     Raises OutputError where the place cannot be written or the disk is full; what stood at `path` is then untouched.
     """
+    path = Path(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

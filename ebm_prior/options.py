@@ -21,11 +21,16 @@ Config = TypeVar("Config")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def config_options(kind: type[Any], *, skip: tuple[str, ...] = ("seed",)) -> Callable[[Command], Command]:
-    """Decorate a command with an option for every field of a configuration dataclass that has a help text."""
+def config_options(
+    kind: type[Any], *, skip: tuple[str, ...] = ("seed",), default: str | None = None
+) -> Callable[[Command], Command]:
+    """Decorate a command with an option for every field of a configuration dataclass that has a help text.
+
+    `default`: what the help says in place of the dataclass's own defaults, where a command starts from others.
+    """
 
     def decorate(command: Command) -> Command:
-        for name, option_type, entry, default in reversed(list(_leaves(kind, skip))):
+        for name, option_type, entry, value in reversed(list(_leaves(kind, skip))):
             multiple = option_type[1] if isinstance(option_type, tuple) else 1
             click.option(
                 f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"
@@ -35,7 +40,7 @@ def config_options(kind: type[Any], *, skip: tuple[str, ...] = ("seed",)) -> Cal
                 type=None if option_type is bool else option_type[0] if multiple > 1 else option_type,
                 nargs=multiple,
                 default=None,
-                help=f"{entry.metadata['help']}  [default: {_spelled(default)}]",
+                help=f"{entry.metadata['help']}  [default: {_spelled(value) if default is None else default}]",
             )(command)
         return command
 
@@ -60,13 +65,16 @@ def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) ->
     return resolved
 
 
-def _leaves(kind: type[Any], skip: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Any, Field[Any], Any]]:
+def _leaves(
+    kind: type[Any], skip: tuple[str, ...], prefix: str = "", blank: Any = None
+) -> Iterator[tuple[str, Any, Field[Any], Any]]:
+    """Name, type, field and default of every setting; the default is that of the outermost dataclass."""
     hints = get_type_hints(kind)
-    blank = kind()
+    blank = kind() if blank is None else blank
     for entry in fields(kind):
         hint, default = _not_none(hints[entry.name]), getattr(blank, entry.name)
         if is_dataclass(hint) and isinstance(hint, type):
-            yield from _leaves(hint, skip, f"{prefix}{entry.name}_")
+            yield from _leaves(hint, skip, f"{prefix}{entry.name}_", default)
         elif "help" in entry.metadata and entry.name not in skip:
             yield prefix + entry.name, _click_type(hint), entry, default
 
@@ -90,19 +98,18 @@ def _spelled(default: Any) -> str:
 
 
 def _nested(base: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"energy_channels": 64} -> {"energy": {"channels": 64}}."""
+    """{"energy_channels": 64} -> {"energy": {"channels": 64}}, to any depth."""
     result: dict[str, Any] = {}
-    hints = get_type_hints(type(base))
-    names = {entry.name: is_dataclass(_not_none(hints[entry.name])) for entry in fields(base)}
+    kind = base if isinstance(base, type) else type(base)
+    hints = {name: _not_none(hint) for name, hint in get_type_hints(kind).items()}
+    owned: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
-        owner = next(
-            (n for n, nested in names.items() if nested and key.startswith(f"{n}_") and key not in names), None
-        )
-        if owner is None:
+        owner = next((n for n, h in hints.items() if is_dataclass(h) and key.startswith(f"{n}_")), None)
+        if owner is None or key in hints:
             result[key] = value
         else:
-            result.setdefault(owner, {})[key[len(owner) + 1 :]] = value
-    return result
+            owned.setdefault(owner, {})[key[len(owner) + 1 :]] = value
+    return result | {owner: _nested(hints[owner], part) for owner, part in owned.items()}
 
 
 def _put(base: Any, values: Mapping[str, Any]) -> Any:
@@ -116,9 +123,28 @@ def _put(base: Any, values: Mapping[str, Any]) -> Any:
         if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
             current = getattr(base, name)
             new[name] = _put(hint() if current is None else current, value)
+        elif not (_fits(value, hint) or (value is None and hint is not hints[name])):
+            raise ConfigurationError(f"{type(base).__name__}: {name} must be {_described(hint)}, found {value!r}")
         else:
             new[name] = tuple(value) if get_origin(hint) is tuple else value
-    try:
-        return replace(base, **new)
-    except TypeError as error:
-        raise ConfigurationError(f"{type(base).__name__}: a setting has the wrong type: {error}") from error
+    return replace(base, **new)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"{len(get_args(hint))} numbers"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(hint, "an object of settings")

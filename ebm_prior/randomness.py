@@ -1,7 +1,7 @@
 """Reproducible randomness: generators derived from (seed, purpose), and work cut into blocks of samples.
 
 Image i of a run must be the same for any batching, chunking or number of processes. So samples are drawn in fixed
-blocks of `BLOCK`, each with its own torch.Generator seeded from (seed, block number), and chunks are whole blocks.
+blocks of `BLOCK`, each with its own torch.Generator derived from (seed, block number), and chunks are whole blocks.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
+_PURPOSE = 0xB10C  # keeps blocks apart from every other (seed, small number): see `derived_seed`
 
 
 class BlockGenerator:
     """Stands where a torch.Generator does, for a chunk of samples made of several blocks.
 
-    Block b's rows come from b's own generator, seeded with (seed, b): `first` is the index of the chunk's first
+    Block b's rows come from b's own generator, derived from (seed, b): `first` is the index of the chunk's first
     sample in the run, a multiple of `BLOCK`; `count` its number of samples.
     """
 
@@ -27,7 +28,7 @@ class BlockGenerator:
             raise ValueError(f"a chunk starts at a multiple of {BLOCK} samples, found {first}")
         self._count = count
         self._generators = [
-            derived_generator(seed, block, device=device)
+            derived_generator(seed, _PURPOSE, block, device=device)
             for block in range(first // BLOCK, -(-(first + count) // BLOCK))
         ]
 
@@ -65,7 +66,10 @@ def uniform(shape: Sequence[int], generator: Generator, *, dtype: torch.dtype, d
 
 
 def derived_seed(*words: int) -> int:
-    """A 63-bit seed from a tuple of non-negative integers, well mixed: nearby tuples give unrelated seeds."""
+    """A 63-bit seed from a tuple of non-negative integers, well mixed: nearby tuples give unrelated seeds.
+
+    Trailing zeros do not count, (7,) and (7, 0) are one: tuples of different lengths must differ in a word before.
+    """
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

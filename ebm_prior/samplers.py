@@ -124,8 +124,9 @@ def pcn_langevin_step(
         slope, mean = _dot(forward, u.gradient), _dot(both, u.gradient)
         return -u.value - 0.5 * slope - 0.25 * delta * mean + 0.25 * delta * _dot(u.gradient, u.gradient)
 
-    log_ratio = rho(state, new) - rho(new, state)
-    acceptance = log_ratio.clamp(max=0).exp().nan_to_num(nan=0.0)  # a proposal where g is not finite is refused
+    # A proposal where g or its gradient is not finite is refused; g = +∞ alone would give acceptance 1.
+    log_ratio = (rho(state, new) - rho(new, state)).masked_fill(~new.value.isfinite(), -math.inf)
+    acceptance = log_ratio.clamp(max=0).exp().nan_to_num(nan=0.0)
     accepted = uniform(delta.shape, generator, dtype=delta.dtype, device=delta.device) < acceptance
     kept = ChainState(
         [torch.where(_rows(accepted, a), b, a) for a, b in zip(state.eps, new.eps, strict=True)],

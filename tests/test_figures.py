@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -152,22 +153,21 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     save_png(grid(image_batch(1), columns=1), path)
     before = path.read_bytes()
 
-    def disk_full(self: Image.Image, file: Path, **_: str) -> None:
-        Path(file).write_bytes(b"half a pict")
+    def disk_full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", disk_full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OutputError, match=f"{re.escape(str(path))}.*No space left"):
         save_png(grid(image_batch(2), columns=1), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("place", ["missing/a.png", "file/a.png", "folder"])
+@pytest.mark.parametrize("place", ["file/a.png", "folder"])
 def test_unwritable_places_are_named(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, not a folder")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match="cannot write the picture") as caught:
+    with pytest.raises(OutputError, match="cannot write") as caught:
         save_png(grid(image_batch(1), columns=1), tmp_path / place)
     assert str(tmp_path / place) in str(caught.value)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ebm_prior.backbone import Draw
 from ebm_prior.testing.case import Case, Skipped, close, given_z, random_state, run
 from ebm_prior.testing.prior_path import log_normal
 
@@ -48,13 +49,17 @@ def noise_map(case: Case) -> Iterator[str]:
     if not all(map(close, run(backbone, draw, len(images)).z, first.z)):
         yield "encoding other images changes a draw that encode returned before: encode keeps its state in the module"
     for i, name in enumerate(case.names):
-        draw = backbone.encode(images, noise)
-        alone = run(backbone, lambda k, p, c, i=i, d=draw: d(k, p, c) if k == i else first.z[k], len(images))  # type: ignore[misc]
+        alone = run(backbone, _only(i, backbone.encode(images, noise), first.z), len(images))
         if not close(alone.z[i], first.z[i]):
             yield (
                 f"the posterior draw of group {name!r} changes when the other groups are given, not drawn by it: "
                 "it must use the index, prior and context of the call and count on no earlier call"
             )
+
+
+def _only(drawn: int, draw: Draw, z: Sequence[Tensor]) -> Draw:
+    """Draw one group; take the others from z."""
+    return lambda index, prior, context: draw(index, prior, context) if index == drawn else z[index]
 
 
 def log_p_of_draws(case: Case) -> Iterator[str]:

@@ -1,0 +1,107 @@
+"""What the tests share: one thread, and a place where the toy backbones are installed, with files and images."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click.testing
+import numpy as np
+import pytest
+import torch
+from toys import LinearGaussian, ToyConv
+
+from ebm_prior.checkpoint import save_backbone
+from ebm_prior.cli import main
+
+torch.set_num_threads(1)  # equal bytes are promised for equal numbers of threads, and children run with one
+TESTS = Path(__file__).resolve().parent
+
+# The smallest second stage that has everything in it: seconds become milliseconds.
+SMALL_FIT = {
+    "iterations": 6,
+    "batch_size": 8,
+    "evaluate_every": 2,
+    "held_out": 20,
+    "warmup": 0,
+    "energy": {"channels": 4, "hidden": 8, "joint": 8},
+    "sampler": {"proposals": 2},
+}
+
+
+class Workshop(NamedTuple):
+    """A folder in which the toy adapters are installed as `toy` and `linear`, with a backbone and images for `toy`."""
+
+    folder: Path
+    backbone: Path  # ToyConv in its own form, which says that it was trained on MNIST
+    images: Path  # (120, 8, 8) uint8
+    data_root: Path  # where "mnist" is an .npz of 8 × 8 images
+
+    def run(self, *arguments: object, code: int = 0) -> click.testing.Result:
+        """`ebm-prior ARGUMENTS` in this process. Anything but a stated error is raised."""
+        result = click.testing.CliRunner(catch_exceptions=False).invoke(main, [str(a) for a in arguments])
+        assert result.exit_code == code, f"exit code {result.exit_code}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    def error(self, *arguments: object, code: int = 1) -> str:
+        """The message of a command that fails as stated: one line on stderr, nothing on stdout."""
+        result = self.run(*arguments, code=code)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("ebm-prior: ")]
+        assert len(lines) == 1
+        assert result.stderr.endswith(lines[0] + "\n"), "the error is not the last line"
+        assert result.stdout == ""
+        return lines[0]
+
+    def popen(self, *arguments: object) -> subprocess.Popen[bytes]:
+        """`python ARGUMENTS` as a process of its own, which sees the same adapters."""
+        path = os.pathsep.join([str(self.folder), str(TESTS), str(TESTS.parent)])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *(str(a) for a in arguments)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    folder = tmp_path_factory.mktemp("workshop")
+    info = folder / "toys-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
+    points = "[ebm_prior.backbones]\ntoy = toys:ToyConv\nlinear = toys:LinearGaussian\nbroken = toys_nowhere:Nothing\n"
+    (info / "entry_points.txt").write_text(points)
+    sys.path.insert(0, str(folder))
+    random = np.random.default_rng(0)
+
+    def images(n: int) -> np.ndarray:
+        ramp = np.linspace(0, 255, 8)[:, None] * random.random((n, 1, 1)) + np.zeros(8)
+        return np.clip(ramp + random.normal(0, 20, (n, 8, 8)), 0, 255).astype(np.uint8)
+
+    pixels = images(120)
+    np.save(folder / "images.npy", pixels)
+    data_root = folder / "data"
+    data_root.mkdir()
+    np.savez(data_root / "mnist.npz", x_train=pixels, x_test=images(60))
+    backbone = folder / "toy.safetensors"
+    save_backbone(ToyConv(), backbone, record={"data": {"name": "mnist/train", "images": 120}})
+    save_backbone(LinearGaussian(), folder / "linear.safetensors")
+    yield Workshop(folder, backbone, folder / "images.npy", data_root)
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="session")
+def small_options() -> list[str]:
+    """`SMALL_FIT` as options of `ebm-prior fit`."""
+    flat = {f"{k}-{n}": v for k, part in SMALL_FIT.items() if isinstance(part, dict) for n, v in part.items()}
+    flat |= {k: v for k, v in SMALL_FIT.items() if not isinstance(v, dict)}
+    return [word for key, value in flat.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def fitted(workshop: Workshop, small_options: list[str]) -> Path:
+    """A run directory of `ebm-prior fit` on the toy backbone."""
+    out = workshop.folder / "fitted"
+    workshop.run("fit", "--ckpt", workshop.backbone, "--data", workshop.images, "--out", out, *small_options)
+    return out

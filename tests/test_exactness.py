@@ -1,0 +1,374 @@
+"""With a quadratic f on the linear-Gaussian toy everything has a closed form: the library must agree with it.
+
+f(z) = c + ⟨b, z⟩ − ½⟨z, Qz⟩ tilts the Gaussian p_β(z) into a Gaussian p_α(z); aggregate posteriors are Gaussian, so the
+log density ratio f* is quadratic too. Tolerances are `closed_form.Z_LIMIT` = 4.5 standard errors unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from closed_form import (
+    Z_LIMIT,
+    Normal,
+    Quadratic,
+    aggregate_posterior,
+    flat,
+    images_of,
+    latent_map,
+    latent_prior,
+    log_ratio,
+    tilt,
+)
+from scipy.stats import chi2
+from torch import Tensor
+from toys import LinearGaussian
+
+from ebm_prior.energy import EnergyConfig
+from ebm_prior.fit import FitConfig, fit
+from ebm_prior.objectives import gain, mle_loss, nce_loss, temper
+from ebm_prior.prior import EBMPrior
+from ebm_prior.randomness import derived_generator
+from ebm_prior.samplers import SamplerConfig
+
+SIZES = (2, 3)
+D = sum(SIZES)
+
+
+def groups(z: Tensor) -> list[Tensor]:
+    """The groups of flat latents (B, D), in generation order."""
+    return list(z.split(SIZES, dim=1))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> LinearGaussian:
+    return LinearGaussian(*SIZES).double().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def f() -> Quadratic:
+    """A tilt that couples the groups; ESS about a fifth."""
+    generator = derived_generator(20)
+    root = torch.randn(D, D, generator=generator, dtype=torch.float64)
+    b = 0.5 * torch.randn(D, generator=generator, dtype=torch.float64)
+    return Quadratic(torch.tensor(0.3, dtype=torch.float64), b, 0.15 * root @ root.T).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def prior(backbone: LinearGaussian, f: Quadratic) -> EBMPrior:
+    return EBMPrior(backbone, f)  # type: ignore[arg-type]
+
+
+def eps_law(backbone: LinearGaussian, target: Normal) -> Normal:
+    """The law of ε = M⁻¹(z − μ) for z ~ target."""
+    mean, M = latent_map(backbone)
+    inverse = torch.linalg.inv(M)
+    return Normal(inverse @ (target.mean - mean), inverse @ target.covariance @ inverse.T)
+
+
+# Densities.
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.4])
+def test_densities(backbone: LinearGaussian, f: Quadratic, tau: float) -> None:
+    """log_density − log Z and log_prior − log Z are the Gaussians' log densities, in ε and in z."""
+    prior = EBMPrior(backbone, f, tau=tau)  # type: ignore[arg-type]
+    target, log_z = tilt(latent_prior(backbone), f.scaled(tau))
+    eps = backbone.standard_normal(50, generator=derived_generator(21))
+    z = backbone.reparameterize(eps)
+    torch.testing.assert_close(prior.log_prior(z) - log_z, target.distribution.log_prob(flat(z)))
+    in_eps = eps_law(backbone, target).distribution.log_prob(flat(eps))
+    torch.testing.assert_close(prior.log_density(eps) - log_z, in_eps)
+    torch.testing.assert_close(
+        prior.potential(eps) - 0.5 * flat(eps).square().sum(1) - 2.5 * math.log(2 * math.pi) - log_z, in_eps
+    )
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.4, 0.0])
+def test_log_normalizer(backbone: LinearGaussian, f: Quadratic, tau: float) -> None:
+    """log Z within standard errors, √((1/ESS fraction − 1)/n); the ESS fraction is Z(τf)²/Z(2τf) within 10 %."""
+    n, reference = 20_000, latent_prior(backbone)
+    log_z, log_z2 = (float(tilt(reference, f.scaled(k * tau))[1]) for k in (1, 2))
+    estimate, ess_fraction = EBMPrior(backbone, f, tau=tau).log_normalizer(n=n, seed=22, chunk=4096)  # type: ignore[arg-type]
+    true_fraction = math.exp(2 * log_z - log_z2)
+    assert abs(estimate - log_z) <= Z_LIMIT * math.sqrt((1 / true_fraction - 1) / n) + 1e-12
+    assert ess_fraction == pytest.approx(true_fraction, rel=0.1)
+    assert (tau == 0) == (true_fraction > 0.99)
+
+
+# Samplers. Chains are independent, so the draws are.
+
+CONVERGED = {
+    # The law of SIR is off by about (1/ESS fraction − 1)/proposals < 1 % of a standard deviation.
+    "sir": (SamplerConfig(proposals=800), 4_000),
+    "pcn-langevin": (SamplerConfig(proposals=1, steps=60, step_size=0.6), 20_000),
+    "pcn-langevin, warmed up": (SamplerConfig(proposals=1, steps=60, step_size=0.1, adapt_steps=30), 20_000),
+    "sir then pcn-langevin": (SamplerConfig(proposals=8, steps=30, step_size=0.6), 20_000),
+}
+
+
+@pytest.mark.parametrize("name", CONVERGED)
+def test_samplers_draw_the_tilted_gaussian(backbone: LinearGaussian, f: Quadratic, prior: EBMPrior, name: str) -> None:
+    sampler, n = CONVERGED[name]
+    target, _ = tilt(latent_prior(backbone), f)
+    drawn = prior.sample(n, seed=23, sampler=sampler, chunk=4096)
+    target.check(flat(drawn.z))
+    eps_law(backbone, target).check(flat(drawn.eps))
+    if sampler.steps:
+        assert 0.2 < drawn.acceptance.mean() < 0.99
+
+
+@pytest.mark.parametrize("s", [0.02, 0.2])
+def test_langevin_draws_the_tilted_gaussian_with_its_known_bias(
+    backbone: LinearGaussian, f: Quadratic, prior: EBMPrior, s: float
+) -> None:
+    """ε′ = ε + sΛ(m − ε) + √(2s)ξ has the stationary law N(m, (Λ(I − sΛ/2))⁻¹), which tends to the target with s.
+
+    Λ ⪰ I, so after K steps the start is forgotten to (1 − s)ᴷ < 1e-2 · one standard error.
+    """
+    target = eps_law(backbone, tilt(latent_prior(backbone), f)[0])
+    precision = torch.linalg.inv(target.covariance)
+    assert s * torch.linalg.eigvalsh(precision).max() < 2
+    eye = torch.eye(D, dtype=torch.float64)
+    stationary = Normal(target.mean, torch.linalg.inv(precision @ (eye - 0.5 * s * precision)))
+    steps = math.ceil(math.log(1e-4) / math.log(1 - s))
+    sampler = SamplerConfig(proposals=1, kernel="langevin", steps=steps, step_size=s)
+    stationary.check(flat(prior.sample(10_000, seed=24, sampler=sampler, chunk=10_000).eps))
+
+
+# The trained optimum. Images come from latents that p_β does not have; q is their aggregate posterior.
+
+
+class Problem(NamedTuple):
+    p: Normal  # p_β(z)
+    source: Normal  # latents of the images
+    q: Normal  # aggregate posterior
+    best: Quadratic  # f* = log q − log p_β
+
+
+@pytest.fixture(scope="module")
+def problem(backbone: LinearGaussian) -> Problem:
+    p = latent_prior(backbone)
+    shift = torch.tensor([0.8, -0.6, 0.9, -0.8, 0.7], dtype=torch.float64)
+    source = Normal(p.mean + shift, 0.7 * p.covariance)
+    q = aggregate_posterior(backbone, source)
+    return Problem(p, source, q, log_ratio(q, p).requires_grad_(False))
+
+
+def posterior_draws(backbone: LinearGaussian, problem: Problem, n: int, seed: int) -> list[Tensor]:
+    """Posterior draws of fresh images, as the library makes them."""
+    generator = derived_generator(25, seed)
+    return backbone.infer(images_of(backbone, problem.source, n, generator), generator=generator).z
+
+
+def test_the_log_ratio_is_normalised_and_its_tilt_is_the_aggregate_posterior(
+    backbone: LinearGaussian, problem: Problem
+) -> None:
+    tilted, log_z = tilt(problem.p, problem.best)
+    torch.testing.assert_close(tilted, problem.q)
+    assert abs(float(log_z)) < 1e-9
+    problem.q.check(flat(posterior_draws(backbone, problem, 50_000, 0)))
+    assert problem.q.kl(problem.p) > 0.5  # there is something to learn
+
+
+def quadratic_features(z: Tensor) -> Tensor:
+    """φ(z) with f = ⟨θ, φ⟩: 1, z, and −½z_i z_j for i ≤ j (off the diagonal twice), (B, 1 + D + D(D+1)/2)."""
+    i, j = torch.triu_indices(D, D)
+    return torch.cat([torch.ones(len(z), 1, dtype=z.dtype), z, -0.5 * z[:, i] * z[:, j] * (1 + (i != j))], dim=1)
+
+
+def quadratic_parameters(f: Quadratic) -> Tensor:
+    i, j = torch.triu_indices(D, D)
+    return torch.cat([f.c[None], f.b, f.Q[i, j]])
+
+
+def test_nce_finds_the_log_density_ratio(backbone: LinearGaussian, problem: Problem) -> None:
+    """Over all quadratics the minimiser of nce_loss is f*, level included: log Z = 0.
+
+    Wald test: with N posterior and N prior draws the loss is 1/N of a logistic regression's negative log-likelihood,
+    so ⟨θ̂ − θ*, H(θ̂ − θ*)⟩ with its Hessian H is χ² with 21 degrees of freedom (a little less: the classes are balanced).
+    """
+    n = 40_000
+    generator = derived_generator(26)
+    phi_q = quadratic_features(flat(posterior_draws(backbone, problem, n, 1)))
+    phi_p = quadratic_features(flat(backbone.sample(n, generator=generator)))
+    theta = torch.zeros(phi_q.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=300, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nce_loss(phi_q @ theta, phi_p @ theta)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    best = quadratic_parameters(problem.best)
+    phi = torch.cat([phi_q, phi_p])
+    weight = (phi @ best).sigmoid() * (-phi @ best).sigmoid()
+    hessian = (phi * weight[:, None]).T @ phi
+    error = theta.detach() - best
+    wald = float(error @ hessian @ error)
+    assert wald < chi2.isf(1e-4, len(best)), wald
+    assert best @ hessian @ best > 100 * wald  # the test sees much smaller errors than that of f = 0
+
+
+def test_mle_gradient_is_that_of_the_likelihood(backbone: LinearGaussian, f: Quadratic) -> None:
+    """−∇mle_loss at draws of p_α is ∇(E_q[f] − log Z(f)) (Eqs. 10, 17), here from the closed form of log Z.
+
+    Standard errors are those of the two means of ∇f: 1, z, −½zzᵀ. The negatives are independent exact chains.
+    """
+    n = 20_000
+    q = Normal(torch.full((D,), 0.4, dtype=torch.float64), 0.8 * torch.eye(D, dtype=torch.float64))
+    z_q = q.sample(n, derived_generator(27))
+    sampler = SamplerConfig(proposals=1, steps=50, step_size=0.6)
+    z_p = flat(EBMPrior(backbone, f).sample(n, seed=28, sampler=sampler, chunk=4096).z)  # type: ignore[arg-type]
+
+    trained = copy.deepcopy(f).requires_grad_()
+    parameters = list(trained.parameters())
+    loss = mle_loss(trained(groups(z_q)), trained(groups(z_p)))
+    estimates = torch.autograd.grad(loss, parameters)
+    expected_f = trained.c + q.mean @ trained.b - 0.5 * (trained.Q * (q.covariance + torch.outer(q.mean, q.mean))).sum()
+    exact = torch.autograd.grad(expected_f - tilt(latent_prior(backbone), trained)[1], parameters)
+
+    assert abs(float(estimates[0])) < 1e-12  # the level of f does not matter
+    slopes = [[z, -0.5 * z[:, :, None] * z[:, None, :]] for z in (z_q, z_p)]
+    for estimate, gradient, s_q, s_p in zip(estimates[1:], exact[1:], *slopes, strict=True):
+        error = ((s_q.var(0) + s_p.var(0)) / n).sqrt()
+        assert ((estimate + gradient).abs() < Z_LIMIT * error).all()
+        assert ((gradient / error).abs() > 10).double().mean() > 0.5  # most components are far from zero
+
+
+def test_mle_rests_at_the_log_density_ratio(backbone: LinearGaussian, problem: Problem) -> None:
+    """At f* the draws of p_α, by chains, are draws of q: every component of ∇mle_loss vanishes within its error."""
+    n = 20_000
+    sampler = SamplerConfig(proposals=1, steps=50, step_size=0.6)
+    z_p = flat(EBMPrior(backbone, problem.best).sample(n, seed=29, sampler=sampler, chunk=4096).z)  # type: ignore[arg-type]
+    phi_q = quadratic_features(flat(posterior_draws(backbone, problem, n, 2)))
+    phi_p = quadratic_features(z_p)
+    theta = quadratic_parameters(problem.best).requires_grad_()
+    (gradient,) = torch.autograd.grad(mle_loss(phi_q @ theta, phi_p @ theta), theta)
+    error = ((phi_q.var(0) + phi_p.var(0)) / n).sqrt()
+    assert (gradient.abs() <= Z_LIMIT * error + 1e-12).all()
+
+
+# The gain, and tempering.
+
+
+def gain_error(f_q: Tensor, f_p: Tensor, tau: float) -> float:
+    """Standard error of the gain of τf: of τE_q[f], and by the delta method of log E_p[e^{τf}]."""
+    weights = (tau * f_p - (tau * f_p).max()).exp()
+    relative = float(weights.var() / weights.mean() ** 2)
+    return math.sqrt(tau**2 * float(f_q.var()) / len(f_q) + relative / len(f_p))
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+@pytest.mark.parametrize("which", ["optimum", "another f"])
+def test_gain_is_a_difference_of_divergences(
+    backbone: LinearGaussian, problem: Problem, f: Quadratic, which: str, tau: float
+) -> None:
+    """E_q[log p_α − log p_β] = KL(q ‖ p_β) − KL(q ‖ p_α), which at τf = f* is KL(q ‖ p_β) itself, its greatest value."""
+    energy = problem.best if which == "optimum" else f
+    z_q = posterior_draws(backbone, problem, 50_000, 3)
+    z_p = backbone.sample(50_000, generator=derived_generator(30))
+    f_q, f_p = energy(z_q), energy(z_p)
+    p_alpha, _ = tilt(problem.p, energy.scaled(tau))
+    expected = problem.q.kl(problem.p) - problem.q.kl(p_alpha)
+    measured = gain(f_q, f_p, tau)
+    assert abs(measured.nats - expected) < Z_LIMIT * gain_error(f_q, f_p, tau)
+    assert gain_error(f_q, f_p, tau) < 0.02
+    assert expected <= problem.q.kl(problem.p) + 1e-9
+    assert measured.tau == tau
+    shifted = gain(f_q + 3, f_p + 3, tau)  # the level of f does not matter
+    assert shifted.nats == pytest.approx(measured.nats, abs=1e-9)
+    assert shifted.ess_fraction == pytest.approx(measured.ess_fraction)
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.0, 1.6])
+def test_tempering_finds_the_right_scale(backbone: LinearGaussian, problem: Problem, scale: float) -> None:
+    """For f = scale·f* the best τ is 1/scale.
+
+    The slope of the gain, E_q[f] − E_{p,τ}[f], vanishes there and has the derivative −Var_q[f]; its standard error by
+    the delta method is that of the mean of f over q and of the weighted mean over p_β.
+    """
+    n = 50_000
+    f_q = scale * problem.best(posterior_draws(backbone, problem, n, 4))
+    f_p = scale * problem.best(backbone.sample(n, generator=derived_generator(31)))
+    best = temper(f_q, f_p, ess_floor=0.0)
+    weights = torch.softmax(f_p / scale, 0)
+    slope_error = math.sqrt(float(f_q.var() / n + (weights**2 * (f_p - weights @ f_p) ** 2).sum()))
+    error = slope_error / float(f_q.var())
+    assert error < 0.03
+    assert abs(best.tau - 1 / scale) < Z_LIMIT * error
+
+
+# The whole second stage.
+
+
+class ArrayImages:
+    """Images in memory, as `fit` takes them."""
+
+    name = "closed form"
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Any) -> Tensor:
+        return self.images[torch.as_tensor(indices)]
+
+
+HEADS = EnergyConfig(hidden=32, joint=32, dropout=0.0)
+FITS = {
+    "nce": FitConfig(iterations=300, evaluate_every=50, ema=0.98, energy=HEADS),
+    "mle": FitConfig(
+        objective="mle",
+        iterations=200,
+        evaluate_every=50,
+        ema=0.98,
+        learning_rate=3e-3,
+        energy=HEADS,
+        chains="persistent",
+        chain=SamplerConfig(proposals=1, steps=4, step_size=0.4),
+        sampler=SamplerConfig(proposals=1, steps=20, step_size=0.4),
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", FITS)
+def test_fit_gains_what_there_is_to_gain(problem: Problem, objective: str) -> None:
+    """On images of the toy a fit approaches KL(q ‖ p_β) on fresh latents, from below, and its samples approach q."""
+    backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
+    double = LinearGaussian(*SIZES).double().requires_grad_(False)
+    images = images_of(double, problem.source, 20_000, derived_generator(32)).float()
+    fresh = images_of(double, problem.source, 20_000, derived_generator(33)).float()
+    z_q = backbone.infer(fresh, generator=derived_generator(34)).z
+    z_p = backbone.sample(20_000, generator=derived_generator(35))
+    possible = problem.q.kl(problem.p)
+    course: list[float] = []
+
+    def measure(shown: Mapping[str, Any]) -> None:
+        prior = shown["prior"]
+        course.append(gain(prior.f(z_q), prior.f(z_p)).nats)
+
+    prior = fit(backbone, ArrayImages(images), FITS[objective], on_evaluate=measure)
+    f_q, f_p = prior.f(z_q), prior.f(z_p)
+    final, error = gain(f_q, f_p).nats, gain_error(f_q, f_p, 1.0)
+    assert 0.9 * possible < final < possible + Z_LIMIT * error
+    assert course[0] < 0.85 * final  # the first quarter of the training is not all of it
+    assert abs(prior.record["held_out"]["tempered"]["nats"] - final) < 0.2  # 2,000 held-out posterior draws
+
+    before, after = (
+        flat(p.sample(2_000, seed=36).z).double()
+        for p in (EBMPrior(backbone, prior.energy, sampler=SamplerConfig(proposals=1)), prior)
+    )
+    distance = [float((z.mean(0) - problem.q.mean).norm()) for z in (before, after)]
+    assert distance[1] < 0.2 * distance[0]

@@ -1,0 +1,186 @@
+"""Settings on the command line: every one is there, none is repeated, and the order of precedence is as promised."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from ebm_prior.cli import main
+from ebm_prior.energy import EnergyConfig
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.evaluate import EvalConfig
+from ebm_prior.fit import FitConfig, paper_preset
+from ebm_prior.options import config_options, resolve
+from ebm_prior.pretrain import PretrainConfig
+from ebm_prior.samplers import SamplerConfig
+
+
+@dataclass(frozen=True)
+class Deep:
+    size: int = field(default=3, metadata={"help": "a size"})
+
+
+@dataclass(frozen=True)
+class Inner:
+    deep: Deep = field(default_factory=lambda: Deep(4))
+    rate: float = field(default=0.5, metadata={"help": "a rate"})
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = field(default_factory=lambda: Inner(Deep(5), 0.25))
+    maybe: Deep | None = None
+    kind: Literal["a", "b"] = field(default="a", metadata={"help": "a kind"})
+    pair: tuple[float, float] = field(default=(1.0, 2.0), metadata={"help": "a pair"})
+    flag: bool = field(default=True, metadata={"help": "a flag"})
+    hidden: int = 7
+    seed: int = field(default=0, metadata={"help": "a seed"})
+
+
+@click.command()
+@config_options(Outer)
+@click.option("--config", type=click.Path(path_type=Path))
+def command(config: Path | None, **given: Any) -> None:
+    click.echo(json.dumps(dataclasses.asdict(resolve(Outer(), given, config))))
+
+
+def outcome(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(command, arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+DEFAULTS = json.loads(json.dumps(dataclasses.asdict(Outer())))
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    return {**DEFAULTS, **values}
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert outcome() == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--kind b", changed(kind="b")),
+        ("--pair 3 4.5", changed(pair=[3.0, 4.5])),
+        ("--no-flag", changed(flag=False)),
+        ("--flag", DEFAULTS),
+        ("--inner-rate 2", changed(inner={"deep": {"size": 5}, "rate": 2.0})),
+        ("--inner-deep-size 9", changed(inner={"deep": {"size": 9}, "rate": 0.25})),
+        ("--maybe-size 1", changed(maybe={"size": 1})),
+    ],
+)
+def test_each_kind_of_option(arguments: str, expected: dict[str, Any]) -> None:
+    assert outcome(*arguments.split()) == expected
+
+
+def test_the_help_shows_the_defaults_of_the_outermost_dataclass() -> None:
+    text = " ".join(CliRunner().invoke(command, ["--help"]).stdout.split())
+    for option, default in (("--inner-rate", "0.25"), ("--inner-deep-size", "5"), ("--pair", "1.0 2.0")):
+        assert re.search(rf"{option} [^[]*\[default: {re.escape(default)}\]", text), option
+    assert "--flag / --no-flag" in text
+    assert "--hidden" not in text
+    assert "--seed" not in text  # the common option, not one of its own
+
+
+def test_a_file_is_put_in_and_options_win(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"kind": "b", "pair": [0, 1], "inner": {"deep": {"size": 8}}, "maybe": None}))
+    expected = changed(kind="b", pair=[0, 1], inner={"deep": {"size": 8}, "rate": 0.25})
+    assert outcome("--config", str(file)) == expected
+    assert outcome("--config", str(file), "--kind", "a", "--inner-deep-size", "2") == changed(
+        pair=[0, 1], inner={"deep": {"size": 2}, "rate": 0.25}
+    )
+    file.write_text(json.dumps({"config": {"flag": False}, "inputs": {}, "versions": {}}))  # a run's config.json
+    assert outcome("--config", str(file)) == changed(flag=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"knd": "b", "flags": 1}', "unknown settings flags, knd"),
+        ('{"inner": {"deep": {"depth": 1}}}', "unknown settings depth; Deep has size"),
+        ('{"kind": "c"}', "kind must be a or b, found 'c'"),
+        ('{"flag": 1}', "flag must be true or false, found 1"),
+        ('{"pair": [1]}', r"pair must be 2 numbers, found \[1\]"),
+        ('{"pair": 1}', "pair must be 2 numbers, found 1"),
+        ('{"inner": {"rate": "fast"}}', "rate must be a number, found 'fast'"),
+        ('{"inner": {"deep": {"size": 2.5}}}', "size must be a whole number, found 2.5"),
+        ('{"inner": {"deep": {"size": true}}}', "size must be a whole number, found True"),
+        ('{"inner": null}', "inner must be an object of settings, found None"),
+        ("[1]", "expected a JSON object, found list"),
+        ('{"kind": ', "cannot be read as JSON"),
+    ],
+)
+def test_a_file_with_a_mistake(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(content)
+    with pytest.raises(ConfigurationError, match=message):
+        outcome("--config", str(file))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"absent\.json cannot be read"):
+        outcome("--config", str(tmp_path / "absent.json"))
+
+
+def settings(kind: type[Any], prefix: str = "") -> list[str]:
+    """The options that a configuration should have, found another way than `options` does."""
+    found: list[str] = []
+    for entry in dataclasses.fields(kind):
+        hint = str(get_type_hints(kind)[entry.name])
+        nested = next((k for k in (EnergyConfig, SamplerConfig) if k.__name__ in hint), None)
+        if nested is not None:
+            found += settings(nested, f"{prefix}{entry.name}-")
+        elif entry.name != "seed":
+            assert entry.metadata.get("help"), f"{kind.__name__}.{entry.name} has no help"
+            found.append(f"--{prefix}{entry.name}".replace("_", "-"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fit", FitConfig), ("pretrain", PretrainConfig), ("sample", SamplerConfig)])
+def test_every_setting_is_an_option(name: str, kind: type[Any]) -> None:
+    text = CliRunner().invoke(main, [name, "--help"], terminal_width=200).stdout
+    for option in [*settings(kind), "--seed", "--device", "--dtype", "--out", "--overwrite", "--json"]:
+        assert re.search(rf"{option}[ ,/]", text), option
+
+
+def test_the_help_of_fit_tells_the_defaults_of_fit() -> None:
+    text = " ".join(CliRunner().invoke(main, ["fit", "--help"], terminal_width=200).stdout.split())
+    config = FitConfig()
+    for option, default in (
+        ("--iterations", config.iterations),
+        ("--chain-proposals", config.chain.proposals),
+        ("--chain-step-size", config.chain.step_size),
+        ("--energy-channels", config.energy.channels),
+    ):
+        assert re.search(rf"{option} [^[]*(\[[a-z|<>=0-9-]+\])?[^[]*\[default: {default}\]", text), option
+
+
+def test_presets_are_the_base() -> None:
+    assert resolve(paper_preset(), {"iterations": None, "energy_joint": 3}).energy == dataclasses.replace(
+        paper_preset().energy, joint=3
+    )
+    assert resolve(paper_preset(), {}) == paper_preset()
+    assert paper_preset() != FitConfig()
+
+
+def test_options_of_two_configurations_do_not_mix() -> None:
+    given = {"samples": 5, "gauge_energy_hidden": 3, "gauge_folds": 4, "proposals": 7}
+    config, sampler = resolve(EvalConfig(), given), resolve(SamplerConfig(), given)
+    assert (config.samples, config.gauge.energy.hidden, config.gauge.folds) == (5, 3, 4)
+    assert config.gauge.energy.dropout == EvalConfig().gauge.energy.dropout
+    assert sampler == SamplerConfig(proposals=7)

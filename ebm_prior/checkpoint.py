@@ -145,6 +145,8 @@ def load_backbone(
     `name`: the registered adapter; None takes the one that an own-form file names. `path`: the file or folder, or the
     name of a bundled backbone (`bundled()` lists them). Raises UnknownBackboneError, CheckpointError.
     """
+    if name is not None:
+        adapter(name)  # an unknown name is the error to report first
     path = bundled().get(str(path), Path(path))
     if not path.exists():
         raise CheckpointError(

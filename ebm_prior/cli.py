@@ -29,10 +29,11 @@ from ebm_prior.checkpoint import (
     save_backbone,
 )
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
-from ebm_prior.data import open_images
+from ebm_prior.data import DATA_SET_NAMES, open_images
 from ebm_prior.energy import JointEnergy
 from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError, UnknownBackboneError
 from ebm_prior.evaluate import EvalConfig
+from ebm_prior.files import without_nan
 from ebm_prior.fit import PRESETS, FitConfig
 from ebm_prior.options import config_options, resolve
 from ebm_prior.pretrain import PretrainConfig
@@ -255,7 +256,7 @@ def evaluate(
     loaded += [load_prior(path, loaded[0].backbone, force=force) for path in priors[1:]]
     for prior in loaded:
         prior.sampler = resolve(prior.sampler, given)
-    spec = data or str(prior_record(priors[0])["record"]["data"]["name"]).split("/")[0]
+    spec = data or _named_data(prior_record(priors[0])["record"], str(priors[0]))
     test, train = (
         open_images(
             spec, split=split, data_root=data_root, download=download, image_shape=loaded[0].backbone.image_shape
@@ -295,7 +296,7 @@ def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str
     if out.suffix != ".safetensors":
         raise ConfigurationError(f"--out must end in .safetensors, by which its form is known; found {out}")
     backbone = load_backbone(adapter_name, checkpoint)
-    record = {"stage": "convert", **commands.source_record(checkpoint)}
+    record = {**commands.source_record(checkpoint), "stage": "convert"}
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
     click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
@@ -361,7 +362,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 @DATA
 @click.option("--out", type=EXISTING, required=True, help="the .safetensors file to write")
 @click.option("--overwrite", is_flag=True, help="replace --out")
-@config_options(ClassifierConfig)
+@config_options(ClassifierConfig, skip=("seed", "data"))
 @SEED
 def classifier(
     data: str | None, data_root: Path | None, download: bool, out: Path, overwrite: bool, seed: int, **given: Any
@@ -400,11 +401,17 @@ def _bundled_card(path: Path) -> dict[str, Any]:
 def _own_data(checkpoint: str) -> str:
     """The data set that an own-form checkpoint says it was trained on."""
     path = bundled().get(checkpoint, Path(checkpoint))
-    if path.suffix == ".safetensors":
-        name = backbone_record(path)["record"].get("data", {}).get("name")
-        if name:
-            return str(name).split("/")[0]
-    raise ConfigurationError(f"{checkpoint} does not say what it was trained on: pass --data")
+    return _named_data(backbone_record(path)["record"] if path.suffix == ".safetensors" else {}, checkpoint)
+
+
+def _named_data(record: Mapping[str, Any], what: str) -> str:
+    """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere."""
+    recorded = (record.get("data") or {}).get("name")
+    name, _, split = str(recorded).partition("/")
+    if name in DATA_SET_NAMES and split in ("train", "test"):
+        return name
+    known = "does not say what it was trained on" if recorded is None else f"was trained on {recorded}"
+    raise ConfigurationError(f"{what} {known}, which names no data set: pass --data")
 
 
 def _device(name: str) -> torch.device:
@@ -417,7 +424,7 @@ def _device(name: str) -> torch.device:
 
 
 def _show(result: Any, as_json: bool, human: Callable[[Any], str]) -> None:
-    click.echo(json.dumps(result, sort_keys=True) if as_json else human(result))
+    click.echo(json.dumps(without_nan(result), sort_keys=True) if as_json else human(result))
 
 
 class _Bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ import torch
 from ebm_prior.backbone import Backbone
 from ebm_prior.checkpoint import (
     PRIOR_KEY,
+    backbone_record,
     bundled,
     count_parameters,
     fingerprint,
@@ -31,7 +33,7 @@ from ebm_prior.data import SUBSET, ImageSource, open_images
 from ebm_prior.errors import ConfigurationError, DivergenceError, OutputError
 from ebm_prior.evaluate import EvalConfig, Reference, evaluate
 from ebm_prior.figures import grid, save_png, titled_grids
-from ebm_prior.files import write_atomically
+from ebm_prior.files import without_nan, write_atomically
 from ebm_prior.fit import FitConfig, fit
 from ebm_prior.gauge import GaugeConfig
 from ebm_prior.metrics import FeatureExtractor
@@ -54,9 +56,13 @@ def run_directory(out: Path | None, stage: str, *, resume: bool) -> Path:
 
 
 def require_free(out: Path, overwrite: bool) -> None:
-    """Refuse to write over something. Raises OutputError."""
+    """Refuse to write over something, or where nothing can be written, before work is done. Raises OutputError."""
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists: pass --overwrite to replace it, or another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
 
 
 def fit_into(
@@ -74,7 +80,12 @@ def fit_into(
 
     Where training diverges for good, the best prior so far is written before DivergenceError goes on.
     """
-    inputs = {"backbone": fingerprint(backbone), "data": images.name, "images": images.fingerprint()}
+    inputs = {
+        "backbone": fingerprint(backbone),
+        "dtype": str(next(backbone.parameters()).dtype),
+        "data": images.name,
+        "images": images.fingerprint(),
+    }
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
     path = directory / "prior.safetensors"
     where = checkpoint if checkpoint in bundled() else str(Path(checkpoint).resolve())
@@ -136,10 +147,6 @@ def write_comparison(prior: EBMPrior, path: Path, *, seed: int, number: int = 64
 def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, compare: bool) -> list[Path]:
     """Write samples as `out`'s suffix says: .png a grid, .npz arrays, else a folder of PNG files."""
     images = drawn.images.cpu()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     if out.suffix == ".png":
         columns = max(1, round(len(images) ** 0.5))
         if compare:
@@ -160,7 +167,9 @@ def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, comp
     width = len(str(len(images) - 1))
     files = [out / f"{index:0{width}d}.png" for index in range(len(images))]
     try:
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for earlier in (path for path in out.glob("*.png") if path.stem.isdigit()):
+            earlier.unlink()  # of a larger number of samples, say
     except OSError as error:
         raise OutputError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from error
     for image, file in zip(images, files, strict=True):
@@ -207,15 +216,14 @@ def mean_and_sd(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, 
 
 
 def source_record(checkpoint: str) -> dict[str, Any]:
-    """Where a converted backbone comes from: name and SHA-256 over the files of the official form."""
-    import hashlib
-
-    path = Path(checkpoint)
+    """Where a converted backbone comes from: name and SHA-256 over its files; of an own form also what it says."""
+    path = bundled().get(checkpoint, Path(checkpoint))
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [bundled().get(checkpoint, path)]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return {"source": path.name, "source_sha256": digest.hexdigest()}
+    known = backbone_record(path)["record"] if path.suffix == ".safetensors" else {}
+    return {**known, "source": path.name, "source_sha256": digest.hexdigest()}
 
 
 def describe_backbone(backbone: Backbone, heads: int) -> dict[str, Any]:
@@ -256,7 +264,12 @@ def pretrain_into(
 ) -> dict[str, Any]:
     """Train a backbone in a run directory: backbone.safetensors, metrics, pictures, resume state."""
     architecture = json.loads(json.dumps(dict(backbone.architecture)))
-    inputs = {"architecture": architecture, "data": train.name, "images": train.fingerprint()}
+    inputs = {
+        "architecture": architecture,
+        "dtype": str(next(backbone.parameters()).dtype),
+        "data": train.name,
+        "images": train.fingerprint(),
+    }
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
 
     def picture(shown: Mapping[str, Any]) -> None:
@@ -325,5 +338,5 @@ def demo(
         "cores": os.cpu_count(),
         "files": [str(path), str(picture), str(table)],
     }
-    write_atomically(table, (json.dumps(result, indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(table, (json.dumps(without_nan(result), indent=2, sort_keys=True) + "\n").encode())
     return result

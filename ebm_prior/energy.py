@@ -126,7 +126,7 @@ class JointEnergy(nn.Module):
         for head, z_i in zip(self._heads(), z, strict=True):
             axes = [axis for axis in range(z_i.dim()) if axis != 1]
             head.shift.copy_(z_i.mean(axes).reshape(head.shift.shape))
-            head.scale.copy_(z_i.std(axes).clamp(min=1e-6).reshape(head.scale.shape))
+            head.scale.copy_(z_i.std(axes, unbiased=False).clamp(min=1e-6).reshape(head.scale.shape))
 
     def _heads(self) -> list[Head]:
         return [head for head in self.heads.values() if isinstance(head, Head)]

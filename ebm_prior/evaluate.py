@@ -33,7 +33,7 @@ from ebm_prior.training import Images
 class EvalConfig:
     """Settings of an evaluation. Distances depend on N: compare them at equal N only."""
 
-    samples: int = field(default=10_000, metadata={"help": "draws of each prior, and at most as many held-out images"})
+    samples: int = field(default=10_000, metadata={"help": "held-out images (at most all), and draws of each prior"})
     batch_size: int = field(default=512, metadata={"help": "draws at a time; no result depends on it"})
     gauge: GaugeConfig = field(default_factory=GaugeConfig)
     auc: bool = field(default=True, metadata={"help": "train fresh classifiers on posterior vs prior latents"})
@@ -82,15 +82,14 @@ class Reference:
 
     def auc(self, latents: list[Tensor]) -> GaugeResult:
         """How well a fresh classifier tells posterior latents from as many of the given ones."""
-        as_many = [z[: self.n] for z in latents]
-        return gauge_auc(self.posterior, as_many, self.backbone.groups, config=self.config.gauge)
+        return gauge_auc(self.posterior, latents, self.backbone.groups, config=self.config.gauge)
 
     def sampled(self, prior: EBMPrior, sampler: SamplerConfig) -> tuple[list[Tensor], Tensor, dict[str, float]]:
-        """Latents and features of `config.samples` draws, and the sampler's mean diagnostics."""
+        """Latents and features of n draws (distances compare at equal N), and the sampler's mean diagnostics."""
         config = self.config
         latents: list[list[Tensor]] = []
         features, info = [], []
-        for part in prior.chunks(config.samples, seed=config.seed, sampler=sampler, chunk=config.batch_size):
+        for part in prior.chunks(self.n, seed=config.seed, sampler=sampler, chunk=config.batch_size):
             latents.append([z.cpu() for z in part.z])
             features.append(extract(self.extractor, part.images))
             info.append(torch.stack(part[3:]).cpu())
@@ -139,7 +138,7 @@ def evaluate(prior: EBMPrior, reference: Reference, *, on_stage: Callable[[str],
     fdrec["reconstruction"] = reference.floor
     result: dict[str, Any] = {
         "data": reference.data,
-        "samples": config.samples,
+        "samples": reference.n,
         "held_out_images": reference.n,
         "extractor": reference.extractor.distance_name,
         "statistics": reference.real.digest,

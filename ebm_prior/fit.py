@@ -23,9 +23,9 @@ from ebm_prior.objectives import Gain, gain, mle_loss, nce_loss, temper
 from ebm_prior.prior import EBMPrior, Regime, Target
 from ebm_prior.randomness import derived_generator, derived_seed
 from ebm_prior.samplers import SamplerConfig, draw, norm
-from ebm_prior.training import Callback, Images, Recorder, batch_indices
+from ebm_prior.training import Callback, Images, Recorder, batch_indices, require_choices
 
-NORM_LIMIT = 1.2  # ‖ε‖/√D of a chain that has left the prior's typical set (it is 1 ± 1/√(2D) there)
+NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best before the run counts as diverging
 
 
@@ -36,6 +36,7 @@ class FitConfig:
     objective: Literal["nce", "mle"] = field(default="nce", metadata={"help": "how the heads are trained"})
     iterations: int = field(default=2_000, metadata={"help": "gradient steps"})
     batch_size: int = field(default=256, metadata={"help": "posterior draws, and as many prior draws, per step"})
+    reuse: int = field(default=1, metadata={"help": "steps that share the posterior draws of a batch"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak rate"})
     warmup: int = field(default=50, metadata={"help": "iterations over which the rate rises linearly"})
     decay: bool = field(default=True, metadata={"help": "let the rate fall to 0 along a cosine"})
@@ -60,11 +61,18 @@ class FitConfig:
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience"):
-            if getattr(self, name) <= 0:
+        for name in ("iterations", "batch_size", "reuse", "learning_rate", "held_out", "evaluate_every", "patience"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(f"{name} must be positive, found {getattr(self, name)}")
-        if not (0 <= self.ema < 1 and 0 <= self.ess_floor < 1 and 0 <= self.refresh <= 1 and self.warmup >= 0):
-            raise ConfigurationError("expected ema and ess_floor in [0, 1), refresh in [0, 1], warmup >= 0")
+        for name, value in (("ema", self.ema), ("ess_floor", self.ess_floor), *(("betas", b) for b in self.betas)):
+            if not 0 <= value < 1:
+                raise ConfigurationError(f"{name} must be in [0, 1), found {value}")
+        for name in ("warmup", "weight_decay", "penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigurationError(f"{name} must not be negative, found {getattr(self, name)}")
+        if not 0 <= self.refresh <= 1:
+            raise ConfigurationError(f"refresh must be in [0, 1], found {self.refresh}")
+        require_choices(self)
 
     @property
     def recorded_sampler(self) -> SamplerConfig:
@@ -147,6 +155,9 @@ class _Fit:
             torch.manual_seed(derived_seed(config.seed, 10))
             self.energy = JointEnergy(backbone.groups, config.energy).to(self.device, self.dtype)
         self.energy.standardize(self.held_out.posterior)
+        with torch.no_grad():
+            typical = norm(backbone.standardize([z[:500] for z in self.held_out.posterior])).mean()
+        self.norm_limit = NORM_LIMIT * max(1.0, float(typical))
         self.average = copy.deepcopy(self.energy).eval().requires_grad_(False)
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(
@@ -156,6 +167,7 @@ class _Fit:
         self.rate = 1.0  # falls by half at a roll-back
         self.rollbacks = 0
         self.chains: list[Tensor] = []
+        self.encoded: tuple[int, list[Tensor]] | None = None  # a function of the iteration: not part of the state
         self.best: dict[str, Any] = {
             "gain": -math.inf,
             "iteration": 0,
@@ -204,8 +216,7 @@ class _Fit:
     def _step(self) -> dict[str, Any]:
         config, t = self.config, self.iteration
         generator = derived_generator(config.seed, 11, t, device=self.device)
-        indices = self.training[batch_indices(len(self.training), config.batch_size, t, config.seed)]
-        positive = self._posterior(indices, generator)
+        positive = self._positives(t // config.reuse)
         negative, chain_norm = self._negatives(generator)
         rate = self.rate * config.learning_rate * min(1.0, (t + 1) / max(1, config.warmup))
         if config.decay:
@@ -223,8 +234,10 @@ class _Fit:
         gradient = torch.nn.utils.get_total_norm([p.grad for p in self.energy.parameters() if p.grad is not None])
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient)):
             raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
-        if chain_norm > NORM_LIMIT:
-            raise DivergenceError(f"chains left the typical set at iteration {t}: ‖ε‖/√D = {chain_norm:.3g}")
+        if chain_norm > self.norm_limit:
+            raise DivergenceError(
+                f"chains left the typical set at iteration {t}: ‖ε‖/√D = {chain_norm:.3g}, at most {self.norm_limit:.3g}"
+            )
         self.optimizer.step()
         self.iteration += 1
         decay = min(config.ema, (1 + t) / (10 + t))  # a young average forgets its zeros
@@ -277,6 +290,14 @@ class _Fit:
         return self._prior(tau=tempered.tau if calibrated else 1.0, record=record)
 
     # -- its parts
+
+    def _positives(self, number: int) -> list[Tensor]:
+        """The posterior draws of batch `number`, kept for the steps that share it."""
+        if self.encoded is None or self.encoded[0] != number:
+            seed = self.config.seed
+            indices = self.training[batch_indices(len(self.training), self.config.batch_size, number, seed)]
+            self.encoded = number, self._posterior(indices, derived_generator(seed, 15, number, device=self.device))
+        return self.encoded[1]
 
     def _posterior(self, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Posterior draws of the images at `indices`; fresh each time, since heads overfit to cached ones."""

@@ -39,10 +39,13 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "learning_rate", "gradient_clip", "checkpoint_every"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(f"{name} must be positive, found {getattr(self, name)}")
         if not (0 <= self.kl_warmup <= 1 and 0 <= self.ema < 1 and self.free_nats >= 0):
-            raise ConfigurationError("expected kl_warmup in [0, 1], ema in [0, 1), free_nats >= 0")
+            raise ConfigurationError(
+                f"expected kl_warmup in [0, 1], ema in [0, 1), free_nats >= 0; found {self.kl_warmup}, {self.ema}, "
+                f"{self.free_nats}"
+            )
 
 
 class Elbo(NamedTuple):

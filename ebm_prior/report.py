@@ -147,7 +147,7 @@ def prior_card(record: Mapping[str, Any]) -> str:
         table(["group (top first)", "shape", "head parameters"], rows),
         f"sampler: {_sampler(record['sampler'])}",
     ]
-    if training:
+    if "held_out" in training:  # a library user may record anything
         gain = training["held_out"]["tempered"]
         lines.append(
             f"trained on {training['data']['name']}: {training['config']['objective']}, {training['iterations']} "
@@ -175,7 +175,9 @@ def backbone_list(listed: Mapping[str, Any]) -> str:
     """Adapters and bundled backbones."""
     adapters = [[row["adapter"], row["class"]] for row in listed["adapters"]]
     trained = [[row["name"], row["adapter"], str(row["data"])] for row in listed["bundled"]]
-    return "\n\n".join([table(["adapter", "class"], adapters), table(["bundled", "adapter", "data"], trained)])
+    broken = [row["error"] for row in listed["adapters"] if "error" in row]
+    tables = [table(["adapter", "class"], adapters), table(["bundled", "adapter", "data"], trained)]
+    return "\n\n".join(["\n".join([tables[0], *broken]), tables[1]])
 
 
 def _sampler(sampler: Mapping[str, Any]) -> str:

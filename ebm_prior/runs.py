@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import platform
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 
 import ebm_prior
 from ebm_prior.errors import CheckpointError, ConfigurationError, OutputError
-from ebm_prior.files import append_line, write_atomically
+from ebm_prior.files import append_line, without_nan, write_atomically
 
 
 class Run:
@@ -40,14 +38,18 @@ class Run:
         if record.exists() and resume:
             self._check_same(record, normal)
             return
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and not directory.is_dir():
+            raise OutputError(f"{directory} is a file; a run needs a folder: choose another --out")
+        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
+            if not _is_run(record):
+                raise OutputError(f"{directory} is not empty and not a run of ebm-prior: choose another --out")
             if not overwrite:
                 raise OutputError(
-                    f"{directory} is not empty: pass --resume to go on, --overwrite to start anew, or another --out"
+                    f"{directory} holds a run: pass --resume to go on, --overwrite to start anew, or another --out"
                 )
-            if not record.exists():
-                raise OutputError(f"{directory} is not a run of ebm-prior (no config.json): it will not be overwritten")
-            shutil.rmtree(directory)
+            # Only what would mix with the new run goes. A result stands until the new one replaces it.
+            for path in (directory / "state.pt", directory / "metrics.jsonl", *directory.glob("samples-*.png")):
+                path.unlink(missing_ok=True)
         versions = {"ebm_prior": ebm_prior.__version__, "torch": torch.__version__, "python": platform.python_version()}
         text = json.dumps({**normal, "versions": versions}, indent=2, sort_keys=True) + "\n"
         write_atomically(record, text.encode())
@@ -55,26 +57,29 @@ class Run:
     def _check_same(self, record: Path, now: Mapping[str, Any]) -> None:
         try:
             before = json.loads(record.read_text())
-            pairs = [
-                (key, before[part].get(key), now[part].get(key)) for part in now for key in {*before[part], *now[part]}
-            ]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{record} cannot be read ({error}); start anew with --overwrite") from error
-        changed = sorted(f"{key}: {old!r} before, {new!r} now" for key, old, new in pairs if old != new)
+            old, new = ({k: v for part in now for k, v in _flat(run[part]).items()} for run in (before, now))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{record} cannot be read ({error}); choose another --out") from error
+        names = sorted({*old, *new})
+        changed = [f"{k}: {old.get(k)!r} before, {new.get(k)!r} now" for k in names if old.get(k) != new.get(k)]
         if changed:
             raise ConfigurationError(
-                f"cannot resume {self.directory}, which was begun with others: {'; '.join(changed)}"
+                f"cannot resume {self.directory}, which was begun with other settings: {'; '.join(changed)}. Give the "
+                "same again, or another --out"
             )
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; it must have the key "iteration"."""
-        append_line(self.directory / "metrics.jsonl", json.dumps(metrics))
+        append_line(self.directory / "metrics.jsonl", json.dumps(without_nan(metrics)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
         path = self.directory / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        try:
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []
+            return [dict(json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); remove the broken line and use --resume") from error
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Write the resume state (tensors and plain values, with "iteration"), atomically."""
@@ -85,13 +90,33 @@ class Run:
     def load_state(self) -> dict[str, Any] | None:
         """The resume state, or None at the start. Metrics written after it are dropped: they will come again."""
         path = self.directory / "state.pt"
-        if not path.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); start anew with --overwrite") from error
-        kept = [line for line in self.metrics() if line["iteration"] <= state["iteration"]]
+        state: dict[str, Any] | None = None
+        if path.exists():
+            try:
+                state = dict(torch.load(path, weights_only=True, map_location="cpu"))
+                if not isinstance(state["iteration"], int):
+                    raise TypeError(f"iteration {state['iteration']!r}")
+            except Exception as error:  # a damaged archive or pickle can raise nearly anything
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise CheckpointError(f"{path} is damaged ({reason}); start anew with --overwrite") from error
+        reached = state["iteration"] if state else 0
+        kept = [line for line in self.metrics() if line["iteration"] <= reached]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self.directory / "metrics.jsonl", text.encode())
         return state
+
+
+def _is_run(record: Path) -> bool:
+    """Whether this config.json is ours: other programs use the name, too."""
+    try:
+        return {"config", "inputs", "versions"} <= set(json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"energy": {"channels": 4}} -> {"energy.channels": 4}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

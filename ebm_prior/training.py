@@ -7,11 +7,13 @@ the very numbers of an uninterrupted one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import fields
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
+from ebm_prior.errors import ConfigurationError
 from ebm_prior.randomness import derived_generator
 
 Callback = Callable[[Mapping[str, Any]], None]
@@ -41,6 +43,15 @@ class Recorder(Protocol):
 
     def load_state(self) -> dict[str, Any] | None:
         """The resume state, or None at the start."""
+
+
+def require_choices(config: Any) -> None:
+    """Raise ConfigurationError where a Literal field of a configuration dataclass has another value."""
+    hints = get_type_hints(type(config))
+    for name in (entry.name for entry in fields(config)):
+        value, allowed = getattr(config, name), get_args(hints[name])
+        if get_origin(hints[name]) is Literal and value not in allowed:
+            raise ConfigurationError(f"{name} must be {' or '.join(allowed)}, found {value!r}")
 
 
 def batch_indices(n: int, batch_size: int, iteration: int, seed: int) -> Tensor:

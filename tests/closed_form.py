@@ -1,4 +1,4 @@
-"""Closed forms for the linear-Gaussian toy: its latents, a Gaussian tilt of them, and tests of draws against a Gaussian.
+"""Closed forms for the linear-Gaussian toy: its latents, a Gaussian tilt of them, and checks of draws against them.
 
 Latents and ε are here flat: the groups side by side in generation order, (B, D).
 """
@@ -70,7 +70,7 @@ class Quadratic(nn.Module):
         return self.c + z_ @ self.b - 0.5 * ((z_ @ self.Q) * z_).sum(1)
 
     def scaled(self, tau: float) -> Quadratic:
-        return Quadratic(tau * self.c.detach(), tau * self.b.detach(), tau * self.Q.detach())
+        return Quadratic(*(tau * parameter.detach() for parameter in self.parameters())).requires_grad_(False)
 
 
 def tilt(reference: Normal, f: Quadratic) -> tuple[Normal, Tensor]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click.testing
 import numpy as np
@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # equal bytes are promised for equal numbers of thread
 TESTS = Path(__file__).resolve().parent
 
 # The smallest second stage that has everything in it: seconds become milliseconds.
-SMALL_FIT = {
+SMALL_FIT: dict[str, Any] = {
     "iterations": 6,
     "batch_size": 8,
     "evaluate_every": 2,

@@ -32,7 +32,7 @@ from toys import LinearGaussian
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.fit import FitConfig, fit
 from ebm_prior.objectives import gain, mle_loss, nce_loss, temper
-from ebm_prior.prior import EBMPrior
+from ebm_prior.prior import ANCESTRAL, EBMPrior
 from ebm_prior.randomness import derived_generator
 from ebm_prior.samplers import SamplerConfig
 
@@ -52,11 +52,11 @@ def backbone() -> LinearGaussian:
 
 @pytest.fixture(scope="module")
 def f() -> Quadratic:
-    """A tilt that couples the groups; ESS about a fifth."""
+    """A tilt that couples the groups; ESS fraction .4."""
     generator = derived_generator(20)
     root = torch.randn(D, D, generator=generator, dtype=torch.float64)
     b = 0.5 * torch.randn(D, generator=generator, dtype=torch.float64)
-    return Quadratic(torch.tensor(0.3, dtype=torch.float64), b, 0.15 * root @ root.T).requires_grad_(False)
+    return Quadratic(torch.tensor(0.3, dtype=torch.float64), b, 0.08 * root @ root.T).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_densities(backbone: LinearGaussian, f: Quadratic, tau: float) -> None:
 def test_log_normalizer(backbone: LinearGaussian, f: Quadratic, tau: float) -> None:
     """log Z within standard errors, √((1/ESS fraction − 1)/n); the ESS fraction is Z(τf)²/Z(2τf) within 10 %."""
     n, reference = 20_000, latent_prior(backbone)
-    log_z, log_z2 = (float(tilt(reference, f.scaled(k * tau))[1]) for k in (1, 2))
+    log_z, log_z2 = (tilt(reference, f.scaled(k * tau))[1].item() for k in (1, 2))
     estimate, ess_fraction = EBMPrior(backbone, f, tau=tau).log_normalizer(n=n, seed=22, chunk=4096)  # type: ignore[arg-type]
     true_fraction = math.exp(2 * log_z - log_z2)
     assert abs(estimate - log_z) <= Z_LIMIT * math.sqrt((1 / true_fraction - 1) / n) + 1e-12
@@ -106,9 +106,9 @@ def test_log_normalizer(backbone: LinearGaussian, f: Quadratic, tau: float) -> N
 CONVERGED = {
     # The law of SIR is off by about (1/ESS fraction − 1)/proposals < 1 % of a standard deviation.
     "sir": (SamplerConfig(proposals=800), 4_000),
-    "pcn-langevin": (SamplerConfig(proposals=1, steps=60, step_size=0.6), 20_000),
+    "pcn-langevin": (SamplerConfig(proposals=1, steps=60, step_size=0.5), 20_000),
     "pcn-langevin, warmed up": (SamplerConfig(proposals=1, steps=60, step_size=0.1, adapt_steps=30), 20_000),
-    "sir then pcn-langevin": (SamplerConfig(proposals=8, steps=30, step_size=0.6), 20_000),
+    "sir then pcn-langevin": (SamplerConfig(proposals=8, steps=30, step_size=0.5), 20_000),
 }
 
 
@@ -154,8 +154,8 @@ class Problem(NamedTuple):
 @pytest.fixture(scope="module")
 def problem(backbone: LinearGaussian) -> Problem:
     p = latent_prior(backbone)
-    shift = torch.tensor([0.8, -0.6, 0.9, -0.8, 0.7], dtype=torch.float64)
-    source = Normal(p.mean + shift, 0.7 * p.covariance)
+    shift = torch.tensor([1.0, -0.8, 1.1, -1.0, 0.9], dtype=torch.float64)
+    source = Normal(p.mean + shift, 0.3 * p.covariance)
     q = aggregate_posterior(backbone, source)
     return Problem(p, source, q, log_ratio(q, p).requires_grad_(False))
 
@@ -191,7 +191,8 @@ def test_nce_finds_the_log_density_ratio(backbone: LinearGaussian, problem: Prob
     """Over all quadratics the minimiser of nce_loss is f*, level included: log Z = 0.
 
     Wald test: with N posterior and N prior draws the loss is 1/N of a logistic regression's negative log-likelihood,
-    so ⟨θ̂ − θ*, H(θ̂ − θ*)⟩ with its Hessian H is χ² with 21 degrees of freedom (a little less: the classes are balanced).
+    so ⟨θ̂ − θ*, H(θ̂ − θ*)⟩ with its Hessian H is χ² with 21 degrees of freedom (a little less, the classes being
+    balanced).
     """
     n = 40_000
     generator = derived_generator(26)
@@ -227,7 +228,7 @@ def test_mle_gradient_is_that_of_the_likelihood(backbone: LinearGaussian, f: Qua
     n = 20_000
     q = Normal(torch.full((D,), 0.4, dtype=torch.float64), 0.8 * torch.eye(D, dtype=torch.float64))
     z_q = q.sample(n, derived_generator(27))
-    sampler = SamplerConfig(proposals=1, steps=50, step_size=0.6)
+    sampler = SamplerConfig(proposals=1, steps=50, step_size=0.5)
     z_p = flat(EBMPrior(backbone, f).sample(n, seed=28, sampler=sampler, chunk=4096).z)  # type: ignore[arg-type]
 
     trained = copy.deepcopy(f).requires_grad_()
@@ -248,7 +249,7 @@ def test_mle_gradient_is_that_of_the_likelihood(backbone: LinearGaussian, f: Qua
 def test_mle_rests_at_the_log_density_ratio(backbone: LinearGaussian, problem: Problem) -> None:
     """At f* the draws of p_α, by chains, are draws of q: every component of ∇mle_loss vanishes within its error."""
     n = 20_000
-    sampler = SamplerConfig(proposals=1, steps=50, step_size=0.6)
+    sampler = SamplerConfig(proposals=1, steps=50, step_size=0.5)
     z_p = flat(EBMPrior(backbone, problem.best).sample(n, seed=29, sampler=sampler, chunk=4096).z)  # type: ignore[arg-type]
     phi_q = quadratic_features(flat(posterior_draws(backbone, problem, n, 2)))
     phi_p = quadratic_features(z_p)
@@ -273,7 +274,7 @@ def gain_error(f_q: Tensor, f_p: Tensor, tau: float) -> float:
 def test_gain_is_a_difference_of_divergences(
     backbone: LinearGaussian, problem: Problem, f: Quadratic, which: str, tau: float
 ) -> None:
-    """E_q[log p_α − log p_β] = KL(q ‖ p_β) − KL(q ‖ p_α), which at τf = f* is KL(q ‖ p_β) itself, its greatest value."""
+    """E_q[log p_α − log p_β] = KL(q ‖ p_β) − KL(q ‖ p_α), at τf = f* the greatest, KL(q ‖ p_β)."""
     energy = problem.best if which == "optimum" else f
     z_q = posterior_draws(backbone, problem, 50_000, 3)
     z_p = backbone.sample(50_000, generator=derived_generator(30))
@@ -328,13 +329,14 @@ class ArrayImages:
 
 HEADS = EnergyConfig(hidden=32, joint=32, dropout=0.0)
 FITS = {
-    "nce": FitConfig(iterations=300, evaluate_every=50, ema=0.98, energy=HEADS),
+    "nce": FitConfig(iterations=300, evaluate_every=20, patience=100, ema=0.98, energy=HEADS),
     "mle": FitConfig(
         objective="mle",
         iterations=200,
-        evaluate_every=50,
+        evaluate_every=20,
+        patience=100,
         ema=0.98,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         energy=HEADS,
         chains="persistent",
         chain=SamplerConfig(proposals=1, steps=4, step_size=0.4),
@@ -363,12 +365,9 @@ def test_fit_gains_what_there_is_to_gain(problem: Problem, objective: str) -> No
     f_q, f_p = prior.f(z_q), prior.f(z_p)
     final, error = gain(f_q, f_p).nats, gain_error(f_q, f_p, 1.0)
     assert 0.9 * possible < final < possible + Z_LIMIT * error
-    assert course[0] < 0.85 * final  # the first quarter of the training is not all of it
+    assert course[0] < 0.8 * final  # after 20 iterations there is still some way to go
     assert abs(prior.record["held_out"]["tempered"]["nats"] - final) < 0.2  # 2,000 held-out posterior draws
 
-    before, after = (
-        flat(p.sample(2_000, seed=36).z).double()
-        for p in (EBMPrior(backbone, prior.energy, sampler=SamplerConfig(proposals=1)), prior)
-    )
-    distance = [float((z.mean(0) - problem.q.mean).norm()) for z in (before, after)]
+    draws = [flat(prior.sample(2_000, seed=36, sampler=sampler).z).double() for sampler in (ANCESTRAL, prior.sampler)]
+    distance = [float((z.mean(0) - problem.q.mean).norm()) for z in draws]
     assert distance[1] < 0.2 * distance[0]

@@ -151,7 +151,9 @@ def settings(kind: type[Any], prefix: str = "") -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("name", "kind"), [("fit", FitConfig), ("pretrain", PretrainConfig), ("sample", SamplerConfig)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fit", FitConfig), ("pretrain", PretrainConfig), ("sample", SamplerConfig)]
+)
 def test_every_setting_is_an_option(name: str, kind: type[Any]) -> None:
     text = CliRunner().invoke(main, [name, "--help"], terminal_width=200).stdout
     for option in [*settings(kind), "--seed", "--device", "--dtype", "--out", "--overwrite", "--json"]:

@@ -1,0 +1,254 @@
+"""The first stage: the loss is the ELBO's, what is kept is the average, and a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workshop
+from toys import LinearGaussian, ToyConv
+
+import ebm_prior.pretrain as stage
+from ebm_prior.checkpoint import backbone_record, fingerprint, load_backbone
+from ebm_prior.commands import pretrain_into
+from ebm_prior.data import ImageSource, from_array, open_images
+from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.pretrain import PretrainConfig, build, evaluate_elbo, pretrain
+
+SMALL: dict[str, Any] = {"iterations": 8, "batch_size": 16, "checkpoint_every": 2, "ema": 0.5, "kl_warmup": 0.5}
+
+
+@pytest.fixture(scope="module")
+def images(workshop: Workshop) -> ImageSource:
+    return open_images(workshop.images)
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def into(out: Path, images: ImageSource, config: PretrainConfig, **how: Any) -> bytes:
+    backbone = build(ToyConv, {"width": 6}, seed=config.seed)
+    pretrain_into(out, backbone, images, images.subset(range(40)), config, **how)
+    return (out / "backbone.safetensors").read_bytes()
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_elbo_rises(images: ImageSource) -> None:
+    config = PretrainConfig(iterations=40, batch_size=40, learning_rate=1e-2, ema=0.8)
+    before = evaluate_elbo(ToyConv(), images).elbo
+    trained = pretrain(ToyConv(), images, config)
+    assert evaluate_elbo(trained, images).elbo > before + 2
+    assert not trained.training
+    assert not any(p.requires_grad for p in trained.parameters())
+
+
+def test_the_elbo_of_an_exact_posterior_is_the_evidence() -> None:
+    backbone = LinearGaussian().double().eval()
+    x = backbone.decode(backbone.sample(40, generator=torch.Generator().manual_seed(0))).sample().clamp(0, 1).detach()
+    source = from_array(x.float().numpy())
+    found = evaluate_elbo(backbone.float(), source, batch_size=7)
+    assert found.elbo == pytest.approx(float(backbone.evidence(source.batch(range(40))).detach().mean()), abs=1e-3)
+    assert found.elbo == pytest.approx(found.log_likelihood - sum(found.kl))
+    assert len(found.kl) == 2
+
+
+def losses(
+    config: PretrainConfig, images: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[float, Any, Any]]:
+    """The loss of every iteration, with log p(x|z) and the KL of which it is made."""
+    terms: list[tuple[Any, Any]] = []
+    found: list[float] = []
+    true_terms, true_backward = stage._elbo_terms, torch.Tensor.backward
+
+    def spy(*arguments: Any) -> Any:
+        terms.append(true_terms(*arguments))
+        return terms[-1]
+
+    def backward(self: torch.Tensor) -> None:
+        found.append(float(self.detach()))
+        true_backward(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_elbo_terms", spy)
+        patch.setattr(torch.Tensor, "backward", backward)
+        pretrain(ToyConv(), images, config)
+    return [(loss, log_p.detach(), kl.detach()) for loss, (log_p, kl) in zip(found, terms, strict=True)]
+
+
+def test_the_loss_is_the_elbo_with_a_warm_up(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PretrainConfig(**SMALL)  # β reaches 1 after half of 8 iterations
+    found = losses(config, images, monkeypatch)
+    for (loss, log_p, kl), beta in zip(found, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1], strict=True):
+        assert loss == pytest.approx(float(beta * kl.mean(0).sum() - log_p.mean()), rel=1e-5)
+
+
+def test_free_nats_are_a_floor_per_group(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PretrainConfig(iterations=2, batch_size=16, kl_warmup=0.0, free_nats=5.0)
+    for loss, log_p, kl in losses(config, images, monkeypatch):
+        per_group = kl.mean(0)
+        assert float(per_group.min()) < 5 < float(per_group.max())
+        assert loss == pytest.approx(float(per_group.clamp(min=5.0).sum() - log_p.mean()), rel=1e-5)
+
+
+def test_what_is_kept_is_the_moving_average(images: ImageSource) -> None:
+    """The average begins where the warm-up ends: before, it follows the weights."""
+    backbone, kept, weights = ToyConv(), [], []
+
+    def note(shown: Mapping[str, Any]) -> None:
+        kept.append(shown["backbone"].dense.weight.detach().clone())
+        weights.append(backbone.dense.weight.detach().clone())
+
+    class Nowhere:
+        def log(self, metrics: Mapping[str, Any]) -> None: ...
+        def save_state(self, state: Mapping[str, Any]) -> None: ...
+        def load_state(self) -> None: ...
+
+    config = PretrainConfig(**SMALL | {"checkpoint_every": 1, "ema": 0.9})
+    trained = pretrain(backbone, images, config, run=Nowhere(), on_checkpoint=note)
+    assert torch.equal(kept[3], weights[3])
+    for t in range(4, 8):
+        assert torch.allclose(kept[t], 0.9 * kept[t - 1] + 0.1 * weights[t], atol=1e-7)
+    assert torch.equal(trained.dense.weight, kept[-1])
+
+
+def test_the_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    first = build(UsuallyInitialised, {}, seed=1)
+    torch.manual_seed(6)
+    assert fingerprint(build(UsuallyInitialised, {}, seed=1)) == fingerprint(first)
+    assert fingerprint(build(UsuallyInitialised, {}, seed=2)) != fingerprint(first)
+    with pytest.raises(ConfigurationError, match=r"ToyConv cannot build \{'depth': 3\}"):
+        build(ToyConv, {"depth": 3})
+
+
+class UsuallyInitialised(ToyConv):
+    """By torch's global generator, as networks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+
+
+@pytest.mark.parametrize("after", [1, 2, 5, 7])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(images: ImageSource, tmp_path: Path, after: int) -> None:
+    def stop(shown: Mapping[str, Any]) -> None:
+        if shown["iteration"] == after:
+            raise Interrupted
+
+    config = PretrainConfig(**SMALL)
+    whole = into(tmp_path / "whole", images, config)
+    with pytest.raises(Interrupted):
+        into(tmp_path / "cut", images, config, on_step=stop)
+    assert into(tmp_path / "cut", images, config, resume=True) == whole
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert [line["iteration"] for line in metrics(tmp_path / "cut")] == [2, 4, 6, 8]
+    assert into(tmp_path / "again", images, config) == whole
+
+
+def test_another_configuration_is_not_resumed(images: ImageSource, tmp_path: Path) -> None:
+    into(tmp_path / "run", images, PretrainConfig(**SMALL))
+    with pytest.raises(ConfigurationError, match=r"ema: 0\.5 before, 0\.6 now"):
+        into(tmp_path / "run", images, PretrainConfig(**SMALL | {"ema": 0.6}), resume=True)
+    with pytest.raises(ConfigurationError, match=r"architecture\.width: 6 before, 8 now"):
+        pretrain_into(tmp_path / "run", ToyConv(), images, images, PretrainConfig(**SMALL), resume=True)
+
+
+def test_divergence_is_said_and_the_state_is_intact(
+    images: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, true_terms, calls = PretrainConfig(**SMALL), stage._elbo_terms, 0
+
+    def spoiled(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        log_p, kl = true_terms(*arguments)
+        return log_p, kl * (math.nan if calls == 6 and torch.is_grad_enabled() else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_elbo_terms", spoiled)
+        with pytest.raises(DivergenceError, match=r"not finite at iteration 5: lower the learning rate"):
+            into(tmp_path / "cut", images, config)
+    assert into(tmp_path / "cut", images, config, resume=True) == into(tmp_path / "whole", images, config)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"iterations": 0}, {"learning_rate": math.nan}, {"kl_warmup": 1.5}, {"ema": 1.0}, {"free_nats": -1.0}]
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=f"{next(iter(settings))}.*found"):
+        PretrainConfig(**settings)
+
+
+# The command.
+
+OPTIONS = ("--backbone", "toy", "--batch-size", 16, "--checkpoint-every", 10, "--ema", 0.9)
+
+
+def test_the_command_writes_a_backbone_that_fit_takes(
+    workshop: Workshop, small_options: list[str], tmp_path: Path
+) -> None:
+    architecture = tmp_path / "architecture.json"
+    architecture.write_text('{"width": 5}')
+    out, data = tmp_path / "run", ("--data-root", workshop.data_root)
+    arguments = (*OPTIONS, "--iterations", 20, "--data", "mnist", *data, "--architecture", architecture, "--out", out)
+    shown = json.loads(workshop.run("pretrain", *arguments, "--json").stdout)
+    path = out / "backbone.safetensors"
+    assert shown["backbone"] == str(path)
+    assert {p.name for p in out.iterdir()} == {
+        *("backbone.safetensors", "config.json", "metrics.jsonl", "state.pt"),
+        *("samples-000010.png", "samples-000020.png"),
+    }
+    backbone = load_backbone(None, path)
+    assert backbone.architecture["width"] == 5
+    record = backbone_record(path)["record"]
+    assert record["data"] == {"name": "mnist/train", "images": 120}
+    measured = evaluate_elbo(backbone, open_images("mnist", split="test", data_root=workshop.data_root))
+    assert measured.elbo == pytest.approx(record["test_elbo"]["elbo"], abs=1e-4)
+    assert metrics(out)[-1]["elbo"] == pytest.approx(measured.elbo, abs=1e-4)
+    fitted = workshop.run("fit", "--ckpt", path, *data, "--out", tmp_path / "fit", *small_options, "--json")
+    assert json.loads(fitted.stdout)["iterations"] == 6  # the data set is the backbone's own
+
+
+def test_a_killed_process_goes_on(workshop: Workshop, tmp_path: Path) -> None:
+    arguments = ["pretrain", *OPTIONS, "--iterations", 60, "--data", workshop.images]
+    workshop.run(*arguments, "--out", tmp_path / "whole")
+    out = tmp_path / "cut"
+    process = workshop.popen("-m", "ebm_prior", *arguments, "--out", out)
+    deadline = time.monotonic() + 60
+    while not (out / "state.pt").exists():
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "backbone.safetensors").exists()
+    workshop.run(*arguments, "--out", out, "--resume")
+    assert (out / "backbone.safetensors").read_bytes() == (tmp_path / "whole" / "backbone.safetensors").read_bytes()
+    assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_errors_of_the_command(workshop: Workshop, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run", "--data", workshop.images)
+    bad = tmp_path / "bad.json"
+    for content, message in (("[1]", "expected a JSON object"), ("{", "cannot be read as JSON")):
+        bad.write_text(content)
+        assert message in workshop.error("pretrain", *OPTIONS, *out, "--architecture", bad)
+    bad.write_text('{"depth": 2}')
+    assert "cannot build {'depth': 2}" in workshop.error("pretrain", *OPTIONS, *out, "--architecture", bad)
+    assert "no backbone adapter" in workshop.error("pretrain", "--backbone", "nonesuch", *out)
+    assert "--data" in workshop.run("pretrain", "--backbone", "toy", code=2).stderr
+    assert not (tmp_path / "run").exists()

@@ -236,7 +236,7 @@ class _Fit:
             raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
         if chain_norm > self.norm_limit:
             raise DivergenceError(
-                f"chains left the typical set at iteration {t}: ‖ε‖/√D = {chain_norm:.3g}, at most {self.norm_limit:.3g}"
+                f"chains left the typical set at iteration {t}: ‖ε‖/√D {chain_norm:.3g}, limit {self.norm_limit:.3g}"
             )
         self.optimizer.step()
         self.iteration += 1

@@ -242,7 +242,7 @@ def test_a_killed_process_goes_on(workshop: Workshop, small_options: list[str], 
     out = tmp_path / "cut"
     for lines, more in ((1, ()), (4, ("--resume",))):
         process = workshop.popen("-m", "ebm_prior", *arguments, "--out", out, *more)
-        log, deadline = out / "metrics.jsonl", time.monotonic() + 60
+        log, deadline = out / "metrics.jsonl", time.monotonic() + 240
         while not (log.exists() and log.read_text().count("\n") >= lines):
             assert process.poll() is None, process.communicate()[1].decode()
             assert time.monotonic() < deadline

@@ -13,12 +13,13 @@ from torch import Tensor
 from ebm_prior.backbone import Backbone, Draw, ImageDistribution, LatentGroup, PosteriorDraw
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.randomness import Generator
+from ebm_prior.weights import check_state
 
 from . import hvae_official
 from .hvae_network import ACTIVATIONS, LIKELIHOODS, Features, Network, Options, stage_spec
 from .layers import DataInitialized
 from .likelihoods import binarize, dequantize
-from .safe_loading import check_state, load_plain, load_tensors
+from .safe_loading import load_plain, load_tensors
 
 
 class HVAE(Backbone):

@@ -1,12 +1,7 @@
-"""Weights on disk: safetensors with one metadata key of sorted JSON, and the fingerprint that names a backbone.
-
-One key, because several are written in random order and equal runs would give unequal bytes. Nothing here unpickles.
-"""
+"""The two files of the project: a backbone in the own form, and a prior, which names its backbone by fingerprint."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,67 +10,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 import ebm_prior
 from ebm_prior.backbone import Backbone
 from ebm_prior.energy import EnergyConfig, JointEnergy
 from ebm_prior.errors import BackboneMismatchError, CheckpointError
-from ebm_prior.files import write_atomically
 from ebm_prior.prior import EBMPrior, Regime, Target
 from ebm_prior.registry import adapter, adapter_name
 from ebm_prior.samplers import SamplerConfig
+from ebm_prior.weights import count_parameters, fingerprint, load_strictly, read_tensors, write_tensors
 
 BACKBONE_KEY = "ebm_prior_backbone"
 PRIOR_KEY = "ebm_prior"
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]) -> None:
-    """Write tensors and the record as one safetensors file, atomically. Equal content gives equal bytes."""
-    # Cloned, for safetensors refuses tensors that share memory, as tied weights do.
-    plain = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in sorted(tensors.items())
-    }
-    record = {**record, "sha256": _digest(plain, record)}
-    write_atomically(path, save(plain, metadata={key: json.dumps(record, sort_keys=True)}))
-
-
-def read_tensors(path: str | Path, key: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of `write_tensors`: its tensors (on the CPU) and its record.
-
-    `what` names the expected kind in messages, e.g. "a prior". Raises CheckpointError for a missing, truncated or
-    corrupt file, and for a safetensors file of another kind.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"expected {what} at {path}, found {'a folder' if path.is_dir() else 'nothing'} there")
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get(key, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or not a safetensors file ({error}); expected {what}. Copy or make it again"
-        ) from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{path} is a safetensors file, but not {what}: its metadata has no key {key!r}")
-    written = record.pop("sha256", None)
-    if written is not None and written != _digest(tensors, record):
-        raise CheckpointError(f"{path} is damaged: its content is not what its checksum says. Copy or make it again")
-    return tensors, record
-
-
-def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
-    """SHA-256 over the record and the tensors: safetensors itself notices no flipped bit."""
-    normal = json.loads(json.dumps(record))
-    digest = hashlib.sha256(json.dumps(normal, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _require_format(path: Path, record: Mapping[str, Any]) -> None:
@@ -84,36 +31,6 @@ def _require_format(path: Path, record: Mapping[str, Any]) -> None:
             f"{path} has format {record.get('format')!r}, written by ebm-prior {record.get('library')}; this version, "
             f"{ebm_prior.__version__}, reads format 1: update ebm-prior"
         )
-
-
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict with every missing, unexpected and mis-shaped key named. Raises CheckpointError."""
-    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
-    problems += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in expected]
-    problems += [
-        f"{name}: expected {expected[name]}, found {shape}"
-        for name, shape in found.items()
-        if name in expected and expected[name] != shape
-    ]
-    if problems:
-        raise CheckpointError(f"{path} does not fit the network that it describes: {'; '.join(problems)}")
-    module.load_state_dict(dict(tensors))
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the sorted (name, shape, dtype, bytes) of the state dict: which weights these are.
-
-    Floating-point tensors are hashed as float32, so that a network run in float64 has the fingerprint of its file.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
-        plain = plain.float() if plain.is_floating_point() else plain
-        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype} ".encode())
-        digest.update(plain.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_backbone(
@@ -262,6 +179,9 @@ def load_prior(
         raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
     if backbone is None:
         where = str(checkpoint or trained_on["checkpoint"])
+        beside = path.parent / Path(where).name
+        if checkpoint is None and not Path(where).exists() and beside.exists():
+            where = str(beside)
         if where not in bundled() and not Path(where).exists():
             raise CheckpointError(
                 f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
@@ -287,11 +207,6 @@ def load_prior(
     if bad:
         raise CheckpointError(f"{path} holds NaN or infinite numbers in {', '.join(bad)}: fit it again")
     return EBMPrior(backbone, energy, tau=tau, regime=regime, target=target, sampler=sampler, record=record["record"])
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of trainable scalars (frozen ones included)."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _groups(backbone: Backbone) -> list[list[Any]]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebm_prior.checkpoint import fingerprint, load_strictly, read_tensors, write_tensors
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
 from ebm_prior.randomness import derived_generator, derived_seed
 from ebm_prior.training import Callback, batch_indices
+from ebm_prior.weights import fingerprint, load_strictly, read_tensors, write_tensors
 
 FEATURES = 64
 BUNDLED = "fashion_mnist_classifier.safetensors"

@@ -19,15 +19,7 @@ from tqdm import tqdm
 
 import ebm_prior
 from ebm_prior import commands, report
-from ebm_prior.checkpoint import (
-    backbone_record,
-    bundled,
-    count_parameters,
-    load_backbone,
-    load_prior,
-    prior_record,
-    save_backbone,
-)
+from ebm_prior.checkpoint import backbone_record, bundled, load_backbone, load_prior, prior_record, save_backbone
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.data import DATA_SET_NAMES, open_images
 from ebm_prior.energy import JointEnergy
@@ -39,9 +31,10 @@ from ebm_prior.options import config_options, resolve
 from ebm_prior.pretrain import PretrainConfig
 from ebm_prior.registry import adapter, registered
 from ebm_prior.samplers import SamplerConfig
+from ebm_prior.weights import count_parameters
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-EXISTING = click.Path(exists=False, path_type=Path)
+PATH = click.Path(exists=False, path_type=Path)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -73,7 +66,7 @@ BACKBONE = together(
 )
 DATA_ROOT = together(
     click.option(
-        "--data-root", type=EXISTING, help="where named data sets lie  [default: $EBM_PRIOR_DATA, else user cache]"
+        "--data-root", type=PATH, help="where named data sets lie  [default: $EBM_PRIOR_DATA, else user cache]"
     ),
     click.option("--download", is_flag=True, help="fetch a named data set if it is not there"),
 )
@@ -84,10 +77,10 @@ DATA = together(
     DATA_ROOT,
 )
 RUN = together(
-    click.option("--out", type=EXISTING, help="run directory  [default: the next free one under ./runs]"),
+    click.option("--out", type=PATH, help="run directory  [default: the next free one under ./runs]"),
     click.option("--overwrite", is_flag=True, help="start anew where an earlier run lies"),
-    click.option("--resume", is_flag=True, help="go on from the last state of the run in --out"),
-    click.option("--config", "config_file", type=EXISTING, help="JSON file of settings; options given here win"),
+    click.option("--resume", is_flag=True, help="go on from the last state of the run in --out, if there is one"),
+    click.option("--config", "config_file", type=PATH, help="JSON file of settings; options given here win"),
 )
 
 
@@ -141,7 +134,9 @@ def fit(
     **given: Any,
 ) -> None:
     """Train an energy-based prior on a frozen backbone (second stage)."""
+    sampler = {key.removeprefix("sampler_"): given.pop(key) for key in list(given) if key.startswith("sampler_")}
     config = resolve(PRESETS[preset](), given | {"seed": seed}, config_file)
+    config = replace(config, sampler=resolve(config.recorded_sampler, sampler))
     backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
     images = open_images(
         data or _own_data(checkpoint), data_root=data_root, download=download, image_shape=backbone.image_shape
@@ -162,9 +157,9 @@ def fit(
 
 
 @main.command()
-@click.argument("prior", type=EXISTING)
+@click.argument("prior", type=PATH)
 @click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="how many samples")
-@click.option("--out", type=EXISTING, required=True, help=".png: a grid; .npz: arrays; otherwise a folder of PNG files")
+@click.option("--out", type=PATH, required=True, help=".png: a grid; .npz: arrays; otherwise a folder of PNG files")
 @click.option("--compare", is_flag=True, help="in the grid, show the backbone's own samples beside them")
 @click.option("--overwrite", is_flag=True, help="replace what is at --out")
 @click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
@@ -211,12 +206,12 @@ def sample(
 
 
 @main.command("eval")
-@click.argument("priors", type=EXISTING, nargs=-1, required=True)
+@click.argument("priors", type=PATH, nargs=-1, required=True)
 @DATA
 @click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
 @click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
-@click.option("--classifier", type=EXISTING, help="feature classifier of FD  [default: the bundled Fashion-MNIST one]")
-@click.option("--inception", type=EXISTING, help="Inception weights: print FID and KID on their features instead")
+@click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled Fashion-MNIST one]")
+@click.option("--inception", type=PATH, help="Inception weights: print FID and KID on their features instead")
 @click.option("--fid", is_flag=True, help="the same with the weights in the cache (--download fetches them)")
 @click.option(
     "--fid-mode",
@@ -250,7 +245,8 @@ def evaluate(
 
     With several PRIORS (training seeds, say) the mean and standard deviation are printed as well.
     """
-    config = replace(resolve(EvalConfig(), given), seed=seed)
+    config = resolve(EvalConfig(), given)
+    config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
     extractor = commands.feature_extractor(classifier, inception, fid, fid_mode, download, _device(device))
     loaded = [load_prior(priors[0], checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])]
     loaded += [load_prior(path, loaded[0].backbone, force=force) for path in priors[1:]]
@@ -269,7 +265,7 @@ def evaluate(
 
 
 @main.command()
-@click.argument("prior", type=EXISTING, required=False)
+@click.argument("prior", type=PATH, required=False)
 @click.option("--backbone", "adapter_name", help="adapter that reads --ckpt")
 @click.option("--ckpt", "checkpoint", help="a backbone instead of a prior: official, own form, or bundled name")
 @JSON
@@ -287,7 +283,7 @@ def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, a
 
 @main.command()
 @BACKBONE
-@click.option("--out", type=EXISTING, required=True, help="the .safetensors file to write")
+@click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
 @click.option("--precision", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
 @click.option("--overwrite", is_flag=True, help="replace --out")
 def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str, overwrite: bool) -> None:
@@ -303,7 +299,7 @@ def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str
 
 @main.command()
 @click.option("--backbone", "adapter_name", required=True, help="adapter to train")
-@click.option("--architecture", type=EXISTING, help="JSON file of the adapter's keyword arguments  [default: its own]")
+@click.option("--architecture", type=PATH, help="JSON file of the adapter's keyword arguments  [default: its own]")
 @DATA
 @RUN
 @config_options(PretrainConfig)
@@ -346,9 +342,7 @@ def pretrain(
 
 
 @main.command()
-@click.option(
-    "--out", type=EXISTING, default=Path("ebm-prior-demo"), show_default=True, help="where results are written"
-)
+@click.option("--out", type=PATH, default=Path("ebm-prior-demo"), show_default=True, help="where results are written")
 @SEED
 @JSON
 def demo(out: Path, seed: int, as_json: bool) -> None:
@@ -360,7 +354,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 
 @main.command()
 @DATA
-@click.option("--out", type=EXISTING, required=True, help="the .safetensors file to write")
+@click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
 @click.option("--overwrite", is_flag=True, help="replace --out")
 @config_options(ClassifierConfig, skip=("seed", "data"))
 @SEED

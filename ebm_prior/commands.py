@@ -17,17 +17,7 @@ import numpy as np
 import torch
 
 from ebm_prior.backbone import Backbone
-from ebm_prior.checkpoint import (
-    PRIOR_KEY,
-    backbone_record,
-    bundled,
-    count_parameters,
-    fingerprint,
-    load_backbone,
-    read_tensors,
-    save_backbone,
-    save_prior,
-)
+from ebm_prior.checkpoint import PRIOR_KEY, backbone_record, bundled, load_backbone, save_backbone, save_prior
 from ebm_prior.classifier import load_classifier
 from ebm_prior.data import SUBSET, ImageSource, open_images
 from ebm_prior.errors import ConfigurationError, DivergenceError, OutputError
@@ -41,6 +31,7 @@ from ebm_prior.pretrain import PretrainConfig, build, evaluate_elbo, pretrain, t
 from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.runs import Run
 from ebm_prior.training import Callback
+from ebm_prior.weights import count_parameters, fingerprint, read_tensors
 
 DEMO_BACKBONE = "hvae_fashion_mnist"
 

@@ -22,10 +22,10 @@ from ebm_prior.errors import ConfigurationError
 class EnergyConfig:
     """Sizes of the heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint head."""
 
-    channels: int = field(default=32, metadata={"help": "channels of a spatial head's convolutions (nef)"})
-    hidden: int = field(default=64, metadata={"help": "width of the heads' linear layers (ndf)"})
+    channels: int = field(default=24, metadata={"help": "channels of a spatial head's convolutions (nef)"})
+    hidden: int = field(default=48, metadata={"help": "width of the heads' linear layers (ndf)"})
     vector_layers: int = field(default=2, metadata={"help": "hidden layers of the head of a flat group"})
-    joint: int = field(default=64, metadata={"help": "width of the joint head over all groups; 0: none"})
+    joint: int = field(default=48, metadata={"help": "width of the joint head over all groups; 0: none"})
     dropout: float = field(default=0.1, metadata={"help": "dropout in the joint head"})
 
     def __post_init__(self) -> None:

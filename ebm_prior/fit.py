@@ -26,6 +26,7 @@ from ebm_prior.samplers import SamplerConfig, draw, norm
 from ebm_prior.training import Callback, Images, Recorder, batch_indices, require_choices
 
 NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies
+GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as better
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best before the run counts as diverging
 
 
@@ -34,10 +35,9 @@ class FitConfig:
     """Settings of the second stage. The defaults are what measured best (README: Why these defaults)."""
 
     objective: Literal["nce", "mle"] = field(default="nce", metadata={"help": "how the heads are trained"})
-    iterations: int = field(default=2_000, metadata={"help": "gradient steps"})
+    iterations: int = field(default=1_800, metadata={"help": "gradient steps"})
     batch_size: int = field(default=256, metadata={"help": "posterior draws, and as many prior draws, per step"})
-    reuse: int = field(default=1, metadata={"help": "steps that share the posterior draws of a batch"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak rate"})
+    learning_rate: float = field(default=3e-3, metadata={"help": "peak rate"})
     warmup: int = field(default=50, metadata={"help": "iterations over which the rate rises linearly"})
     decay: bool = field(default=True, metadata={"help": "let the rate fall to 0 along a cosine"})
     optimizer: Literal["adamw", "adam"] = field(default="adamw", metadata={"help": "decoupled or L2 weight decay"})
@@ -61,7 +61,7 @@ class FitConfig:
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "reuse", "learning_rate", "held_out", "evaluate_every", "patience"):
+        for name in ("iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(f"{name} must be positive, found {getattr(self, name)}")
         for name, value in (("ema", self.ema), ("ess_floor", self.ess_floor), *(("betas", b) for b in self.betas)):
@@ -167,7 +167,6 @@ class _Fit:
         self.rate = 1.0  # falls by half at a roll-back
         self.rollbacks = 0
         self.chains: list[Tensor] = []
-        self.encoded: tuple[int, list[Tensor]] | None = None  # a function of the iteration: not part of the state
         self.best: dict[str, Any] = {
             "gain": -math.inf,
             "iteration": 0,
@@ -216,7 +215,8 @@ class _Fit:
     def _step(self) -> dict[str, Any]:
         config, t = self.config, self.iteration
         generator = derived_generator(config.seed, 11, t, device=self.device)
-        positive = self._positives(t // config.reuse)
+        indices = self.training[batch_indices(len(self.training), config.batch_size, t, config.seed)]
+        positive = self._posterior(indices, generator)
         negative, chain_norm = self._negatives(generator)
         rate = self.rate * config.learning_rate * min(1.0, (t + 1) / max(1, config.warmup))
         if config.decay:
@@ -251,7 +251,7 @@ class _Fit:
         calibrated = self.config.regime == "calibrated"
         if not math.isfinite(plain.nats) or (calibrated and plain.nats < self.best["gain"] - GAIN_DROP_LIMIT):
             raise DivergenceError(f"the held-out gain fell to {plain.nats:.3g} nats at iteration {self.iteration}")
-        if not calibrated or tempered.nats > self.best["gain"]:
+        if not calibrated or tempered.nats > self.best["gain"] + GAIN_STEP:
             self.best = {
                 "gain": tempered.nats,
                 "iteration": self.iteration,
@@ -290,14 +290,6 @@ class _Fit:
         return self._prior(tau=tempered.tau if calibrated else 1.0, record=record)
 
     # -- its parts
-
-    def _positives(self, number: int) -> list[Tensor]:
-        """The posterior draws of batch `number`, kept for the steps that share it."""
-        if self.encoded is None or self.encoded[0] != number:
-            seed = self.config.seed
-            indices = self.training[batch_indices(len(self.training), self.config.batch_size, number, seed)]
-            self.encoded = number, self._posterior(indices, derived_generator(seed, 15, number, device=self.device))
-        return self.encoded[1]
 
     def _posterior(self, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Posterior draws of the images at `indices`; fresh each time, since heads overfit to cached ones."""

@@ -19,7 +19,6 @@ from ebm_prior.checkpoint import (
     BACKBONE_KEY,
     PRIOR_KEY,
     backbone_record,
-    fingerprint,
     load_backbone,
     load_prior,
     prior_record,
@@ -30,6 +29,7 @@ from ebm_prior.energy import EnergyConfig, JointEnergy
 from ebm_prior.errors import BackboneMismatchError, CheckpointError, OutputError, UnknownBackboneError
 from ebm_prior.prior import EBMPrior
 from ebm_prior.samplers import SamplerConfig
+from ebm_prior.weights import fingerprint
 
 SMALL = EnergyConfig(channels=4, hidden=8, joint=8)
 
@@ -190,9 +190,9 @@ def test_heads_with_nan_missing_or_misshapen_are_named(prior_file: Path) -> None
     name = "joint.1.weight"
     for change, message in (
         (lambda tensors: tensors[name].fill_(float("nan")), f"NaN.*{name}"),
-        (lambda tensors: tensors.pop(name), f"missing {name}"),
-        (lambda tensors: tensors.update({name: torch.zeros(3)}), rf"{name}: expected \(8, 24\), found \(3,\)"),
-        (lambda tensors: tensors.update(extra=torch.zeros(3)), "unexpected extra"),
+        (lambda tensors: tensors.pop(name), f"missing: {name}"),
+        (lambda tensors: tensors.update({name: torch.zeros(3)}), rf"{name} expected \(8, 24\), found \(3,\)"),
+        (lambda tensors: tensors.update(extra=torch.zeros(3)), "unexpected: extra"),
     ):
         prior_file.write_bytes(data)
         rewrite(prior_file, PRIOR_KEY, lambda _, tensors, change=change: change(tensors))

@@ -15,8 +15,9 @@ from conftest import Workshop
 from PIL import Image
 
 from ebm_prior import cli
-from ebm_prior.checkpoint import backbone_record, fingerprint, load_backbone, load_prior, prior_record
+from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record
 from ebm_prior.energy import JointEnergy
+from ebm_prior.weights import fingerprint
 
 
 def content(path: Path) -> dict[str, bytes]:

@@ -259,7 +259,7 @@ def test_a_killed_process_goes_on(workshop: Workshop, small_options: list[str], 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0.5}, r"learning_rate: 0.001 before, 0.5 now"),
+        ({"learning_rate": 0.5}, r"learning_rate: 0.003 before, 0.5 now"),
         ({"energy": EnergyConfig(channels=4, hidden=4, joint=8)}, r"energy.hidden: 8 before, 4 now"),
         ({"seed": 4}, "seed: 0 before, 4 now"),
     ],

@@ -17,7 +17,7 @@ ROOMS = (
     {"errors", "randomness"},
     {"backbone", "energy", "samplers", "objectives", "metrics"},
     {"prior", "training", "fit", "pretrain", "gauge"},
-    {"files", "registry", "checkpoint", "image_files", "data", "runs", "figures", "classifier", "inception"},
+    {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs", "figures", "classifier", "inception"},
     {"evaluate", "options", "commands", "report"},
     {"cli", "__main__"},
 )
@@ -74,7 +74,7 @@ def test_click_is_the_command_lines_alone() -> None:
 
 def test_backbones_know_the_contract_and_no_energies() -> None:
     for path in (ROOT / "backbones").glob("*.py"):
-        assert own_modules(path) <= {"backbone", "errors", "randomness"}, path.name
+        assert own_modules(path) <= {"backbone", "errors", "randomness", "weights"}, path.name
 
 
 def test_import_is_light() -> None:

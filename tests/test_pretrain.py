@@ -16,11 +16,12 @@ from conftest import Workshop
 from toys import LinearGaussian, ToyConv
 
 import ebm_prior.pretrain as stage
-from ebm_prior.checkpoint import backbone_record, fingerprint, load_backbone
+from ebm_prior.checkpoint import backbone_record, load_backbone
 from ebm_prior.commands import pretrain_into
 from ebm_prior.data import ImageSource, from_array, open_images
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.pretrain import PretrainConfig, build, evaluate_elbo, pretrain
+from ebm_prior.weights import fingerprint
 
 SMALL: dict[str, Any] = {"iterations": 8, "batch_size": 16, "checkpoint_every": 2, "ema": 0.5, "kl_warmup": 0.5}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ebm_prior
 from ebm_prior.backbone import Backbone
@@ -92,7 +92,7 @@ def _load_own(name: str | None, path: Path) -> Backbone:
         backbone = kind(**record["architecture"])
     except Exception as error:  # an adapter can raise nearly anything over a foreign architecture
         raise CheckpointError(f"{path} describes an architecture that {stored!r} cannot build: {error}") from error
-    load_strictly(backbone, tensors, path)
+    _load_widened(backbone, tensors, path)
     return backbone
 
 
@@ -202,11 +202,18 @@ def load_prior(
         energy = JointEnergy(backbone.groups, config)
     except RuntimeError as error:  # sizes that no memory holds
         raise CheckpointError(f"{path} describes heads that cannot be built: {error}") from error
-    load_strictly(energy, tensors, path)
+    _load_widened(energy, tensors, path)
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise CheckpointError(f"{path} holds NaN or infinite numbers in {', '.join(bad)}: fit it again")
     return EBMPrior(backbone, energy, tau=tau, regime=regime, target=target, sampler=sampler, record=record["record"])
+
+
+def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights that a new module, which is float32, would round: a float64 file must come back as it was."""
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        module.double()
+    load_strictly(module, tensors, path)
 
 
 def _groups(backbone: Backbone) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""The command line: `ebm-prior COMMAND`. The only place with click, progress bars and exit codes.
+"""The command line: `ebm-prior COMMAND`. The only place with click and exit codes.
 
 Results go to stdout (`--json` for machines), progress and remarks to stderr.
 Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged.
@@ -7,29 +7,28 @@ Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import torch
-from tqdm import tqdm
 
 import ebm_prior
 from ebm_prior import commands, report
-from ebm_prior.checkpoint import backbone_record, bundled, load_backbone, load_prior, prior_record, save_backbone
+from ebm_prior.checkpoint import load_backbone, load_prior, prior_record, save_backbone
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
-from ebm_prior.data import DATA_SET_NAMES, open_images
+from ebm_prior.data import open_images
+from ebm_prior.demo import demo_config, require_demo_folder, run_demo
 from ebm_prior.energy import JointEnergy
-from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError, UnknownBackboneError
+from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError
 from ebm_prior.evaluate import EvalConfig
 from ebm_prior.files import without_nan
 from ebm_prior.fit import PRESETS, FitConfig
 from ebm_prior.options import config_options, resolve
 from ebm_prior.pretrain import PretrainConfig
-from ebm_prior.registry import adapter, registered
+from ebm_prior.progress import Bar
 from ebm_prior.samplers import SamplerConfig
 from ebm_prior.weights import count_parameters
 
@@ -134,15 +133,16 @@ def fit(
     **given: Any,
 ) -> None:
     """Train an energy-based prior on a frozen backbone (second stage)."""
+    _new_or_resumed(resume, overwrite)
     sampler = {key.removeprefix("sampler_"): given.pop(key) for key in list(given) if key.startswith("sampler_")}
     config = resolve(PRESETS[preset](), given | {"seed": seed}, config_file)
     config = replace(config, sampler=resolve(config.recorded_sampler, sampler))
     backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
     images = open_images(
-        data or _own_data(checkpoint), data_root=data_root, download=download, image_shape=backbone.image_shape
+        data or commands.own_data(checkpoint), data_root=data_root, download=download, image_shape=backbone.image_shape
     )
     directory = commands.run_directory(out, "fit", resume=resume)
-    with _Bar("fit", config.iterations) as bar:
+    with Bar("fit", config.iterations) as bar:
         result = commands.fit_into(
             directory,
             backbone,
@@ -165,7 +165,11 @@ def fit(
 @click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
 @click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
 @click.option(
-    "--chunk", type=click.IntRange(1), default=512, show_default=True, help="samples at a time; changes no result"
+    "--chunk",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="samples at a time, rounded to blocks of 64; changes no result",
 )
 @config_options(SamplerConfig, default="as recorded")
 @SEED
@@ -190,18 +194,10 @@ def sample(
     commands.require_free(out, overwrite)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])
     sampler = resolve(loaded.sampler, given)
-    with _Bar("sample", number) as bar:
+    with Bar("sample", number) as bar:
         drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, on_chunk=bar.to)
     files = commands.write_samples(loaded, drawn, out, seed=seed, compare=compare)
-    result = {
-        "samples": number,
-        "seed": seed,
-        "sampler": asdict(sampler),
-        "acceptance": float(drawn.acceptance.mean()),
-        "norm": float(drawn.norm.mean()),
-        "ess_fraction": float(drawn.ess_fraction.mean()),
-        "files": [str(file) for file in files],
-    }
+    result = commands.describe_samples(drawn, sampler, seed, files)
     _show(result, as_json, report.sample_summary)
 
 
@@ -252,14 +248,14 @@ def evaluate(
     loaded += [load_prior(path, loaded[0].backbone, force=force) for path in priors[1:]]
     for prior in loaded:
         prior.sampler = resolve(prior.sampler, given)
-    spec = data or _named_data(prior_record(priors[0])["record"], str(priors[0]))
+    spec = data or commands.named_data(prior_record(priors[0])["record"], str(priors[0]))
     test, train = (
         open_images(
             spec, split=split, data_root=data_root, download=download, image_shape=loaded[0].backbone.image_shape
         )
         for split in ("test", "train")
     )
-    with _Bar("eval", 4 * len(loaded) + 1) as bar:
+    with Bar("eval", 4 * len(loaded) + 1) as bar:
         results = commands.evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage)
     _show(results, as_json, report.evaluation_tables)
 
@@ -299,7 +295,9 @@ def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str
 
 @main.command()
 @click.option("--backbone", "adapter_name", required=True, help="adapter to train")
-@click.option("--architecture", type=PATH, help="JSON file of the adapter's keyword arguments  [default: its own]")
+@click.option(
+    "--architecture", help="bundled backbone, or JSON file of the adapter's arguments  [default: its own, if any]"
+)
 @DATA
 @RUN
 @config_options(PretrainConfig)
@@ -308,7 +306,7 @@ def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str
 @JSON
 def pretrain(
     adapter_name: str,
-    architecture: Path | None,
+    architecture: str | None,
     data: str | None,
     data_root: Path | None,
     download: bool,
@@ -323,18 +321,17 @@ def pretrain(
     **given: Any,
 ) -> None:
     """Train a hierarchical VAE from scratch by its ELBO (first stage)."""
+    _new_or_resumed(resume, overwrite)
     if data is None:
         raise click.UsageError("say what to train on: --data")
     config = resolve(PretrainConfig(), given | {"seed": seed}, config_file)
-    backbone = commands.new_backbone(adapter(adapter_name), architecture, config.seed).to(
-        _device(device), DTYPES[dtype]
-    )
+    backbone = commands.new_backbone(adapter_name, architecture, config.seed).to(_device(device), DTYPES[dtype])
     train, test = (
         open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
         for split in ("train", "test")
     )
     directory = commands.run_directory(out, "pretrain", resume=resume)
-    with _Bar("pretrain", config.iterations) as bar:
+    with Bar("pretrain", config.iterations) as bar:
         result = commands.pretrain_into(
             directory, backbone, train, test, config, resume=resume, overwrite=overwrite, on_step=bar.step
         )
@@ -343,12 +340,14 @@ def pretrain(
 
 @main.command()
 @click.option("--out", type=PATH, default=Path("ebm-prior-demo"), show_default=True, help="where results are written")
+@click.option("--overwrite", is_flag=True, help="write into --out though it holds something else than a demo")
 @SEED
 @JSON
-def demo(out: Path, seed: int, as_json: bool) -> None:
+def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:
     """Fit a prior to the bundled HVAE and show samples before and after. Offline, a few minutes on two cores."""
-    with _Bar("demo", commands.demo_config().iterations) as bar:
-        result = commands.demo(out, seed=seed, on_step=bar.step, on_stage=bar.remark)
+    require_demo_folder(out, overwrite)
+    with Bar("demo", demo_config().iterations) as bar:
+        result = run_demo(out, seed=seed, overwrite=overwrite, on_step=bar.step, on_stage=bar.remark)
     _show(result, as_json, report.demo_summary)
 
 
@@ -367,7 +366,7 @@ def classifier(
     commands.require_free(out, overwrite)
     train, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
     config = replace(resolve(ClassifierConfig(data=Path(data).stem), given), seed=seed)
-    with _Bar("classifier", 0) as bar:
+    with Bar("classifier", 0) as bar:
         trained, accuracy = train_classifier(train, test, config, on_step=bar.step)
     save_classifier(trained, out)
     click.echo(f"wrote {out}: test accuracy {accuracy:.4f}")
@@ -377,35 +376,12 @@ def classifier(
 @JSON
 def backbones(as_json: bool) -> None:
     """List the adapters that are installed, and the trained backbones that come with the package."""
-    rows: list[dict[str, Any]] = []
-    for name, point in registered().items():
-        try:
-            rows.append({"adapter": name, "class": point.value, "reads": adapter(name).official_format})
-        except UnknownBackboneError as error:
-            rows.append({"adapter": name, "class": point.value, "error": str(error)})
-    trained = [{"name": name, **_bundled_card(path)} for name, path in bundled().items()]
-    _show({"adapters": rows, "bundled": trained}, as_json, report.backbone_list)
+    _show(commands.list_backbones(), as_json, report.backbone_list)
 
 
-def _bundled_card(path: Path) -> dict[str, Any]:
-    record = backbone_record(path)
-    return {"adapter": record["adapter"], "data": record["record"].get("data", {}).get("name")}
-
-
-def _own_data(checkpoint: str) -> str:
-    """The data set that an own-form checkpoint says it was trained on."""
-    path = bundled().get(checkpoint, Path(checkpoint))
-    return _named_data(backbone_record(path)["record"] if path.suffix == ".safetensors" else {}, checkpoint)
-
-
-def _named_data(record: Mapping[str, Any], what: str) -> str:
-    """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere."""
-    recorded = (record.get("data") or {}).get("name")
-    name, _, split = str(recorded).partition("/")
-    if name in DATA_SET_NAMES and split in ("train", "test"):
-        return name
-    known = "does not say what it was trained on" if recorded is None else f"was trained on {recorded}"
-    raise ConfigurationError(f"{what} {known}, which names no data set: pass --data")
+def _new_or_resumed(resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with a run, --overwrite starts it anew: give one of them")
 
 
 def _device(name: str) -> torch.device:
@@ -419,42 +395,3 @@ def _device(name: str) -> torch.device:
 
 def _show(result: Any, as_json: bool, human: Callable[[Any], str]) -> None:
     click.echo(json.dumps(without_nan(result), sort_keys=True) if as_json else human(result))
-
-
-class _Bar:
-    """A progress bar on stderr that shows the latest numbers."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self._bar: tqdm[Any] = tqdm(
-            desc=name, total=total or None, file=sys.stderr, dynamic_ncols=True, mininterval=1.0
-        )
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def to(self, done: int) -> None:
-        """Move to `done`."""
-        self._bar.update(done - self._bar.n)
-
-    def step(self, shown: Mapping[str, Any]) -> None:
-        """Move to an iteration and show its numbers."""
-        numbers = {k: f"{v:.3g}" for k, v in shown.items() if isinstance(v, float)}
-        self._bar.total = shown["iterations"]
-        self._bar.set_postfix(numbers, refresh=False)
-        self.to(shown["iteration"])
-
-    def stage(self, name: str) -> None:
-        """Move on by one and say what is being done."""
-        self._bar.set_postfix_str(name)
-        self._bar.update(1)
-
-    def remark(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._bar.write(text, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

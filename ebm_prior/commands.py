@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,22 @@ import numpy as np
 import torch
 
 from ebm_prior.backbone import Backbone
-from ebm_prior.checkpoint import PRIOR_KEY, backbone_record, bundled, load_backbone, save_backbone, save_prior
+from ebm_prior.checkpoint import PRIOR_KEY, backbone_record, bundled, save_backbone, save_prior
 from ebm_prior.classifier import load_classifier
-from ebm_prior.data import SUBSET, ImageSource, open_images
-from ebm_prior.errors import ConfigurationError, DivergenceError, OutputError
+from ebm_prior.data import DATA_SET_NAMES, ImageSource
+from ebm_prior.errors import ConfigurationError, DivergenceError, OutputError, UnknownBackboneError
 from ebm_prior.evaluate import EvalConfig, Reference, evaluate
-from ebm_prior.figures import grid, save_png, titled_grids
-from ebm_prior.files import without_nan, write_atomically
+from ebm_prior.figures import grid, picture, save_png, titled_grids
+from ebm_prior.files import write_atomically
 from ebm_prior.fit import FitConfig, fit
-from ebm_prior.gauge import GaugeConfig
 from ebm_prior.metrics import FeatureExtractor
 from ebm_prior.pretrain import PretrainConfig, build, evaluate_elbo, pretrain, training_record
 from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
+from ebm_prior.registry import adapter, registered
 from ebm_prior.runs import Run
+from ebm_prior.samplers import SamplerConfig
 from ebm_prior.training import Callback
 from ebm_prior.weights import count_parameters, fingerprint, read_tensors
-
-DEMO_BACKBONE = "hvae_fashion_mnist"
 
 
 def run_directory(out: Path | None, stage: str, *, resume: bool) -> Path:
@@ -46,14 +45,53 @@ def run_directory(out: Path | None, stage: str, *, resume: bool) -> Path:
     return next(Path("runs") / f"{stage}-{k:03d}" for k in range(1, 10_000) if f"{stage}-{k:03d}" not in taken)
 
 
-def require_free(out: Path, overwrite: bool) -> None:
-    """Refuse to write over something, or where nothing can be written, before work is done. Raises OutputError."""
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists: pass --overwrite to replace it, or another --out")
+def require_writable(out: Path) -> None:
+    """Make `out`'s parent folder; refuse a place where nothing can be written, before work is done: OutputError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out if out.is_dir() else out.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+
+
+def require_free(out: Path, overwrite: bool) -> None:
+    """Refuse to write over something, or where nothing can be written, before work is done. Raises OutputError."""
+    require_writable(out)
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists: pass --overwrite to replace it, or another --out")
+    if out.is_dir() and not all(map(_is_sample, out.iterdir())):
+        raise OutputError(f"{out} is a folder that holds other files than samples (0.png, …): choose another --out")
+
+
+def _is_sample(path: Path) -> bool:
+    return path.suffix == ".png" and path.stem.isdigit()
+
+
+def own_data(checkpoint: str) -> str:
+    """The data set that an own-form checkpoint says it was trained on. Raises ConfigurationError."""
+    path = bundled().get(checkpoint, Path(checkpoint))
+    return named_data(backbone_record(path)["record"] if path.suffix == ".safetensors" else {}, checkpoint)
+
+
+def named_data(record: Mapping[str, Any], what: str) -> str:
+    """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere."""
+    recorded = (record.get("data") or {}).get("name")
+    name, _, split = str(recorded).partition("/")
+    if name in DATA_SET_NAMES and split in ("train", "test"):
+        return name
+    known = "does not say what it was trained on" if recorded is None else f"was trained on {recorded}"
+    raise ConfigurationError(f"{what} {known}, which names no data set: pass --data")
+
+
+def run_inputs(backbone: Backbone, images: ImageSource) -> dict[str, Any]:
+    """What makes a run beside its settings; a resume with another of these would give other bytes."""
+    return {
+        "dtype": str(next(backbone.parameters()).dtype),
+        "data": images.name,
+        "images": images.fingerprint(),
+        "threads": torch.get_num_threads(),  # the order of sums in a matrix product depends on it
+    }
 
 
 def fit_into(
@@ -71,31 +109,30 @@ def fit_into(
 
     Where training diverges for good, the best prior so far is written before DivergenceError goes on.
     """
-    inputs = {
-        "backbone": fingerprint(backbone),
-        "dtype": str(next(backbone.parameters()).dtype),
-        "data": images.name,
-        "images": images.fingerprint(),
-    }
+    inputs = {"backbone": fingerprint(backbone), **run_inputs(backbone, images)}
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
     path = directory / "prior.safetensors"
     where = checkpoint if checkpoint in bundled() else str(Path(checkpoint).resolve())
 
-    def picture(shown: Mapping[str, Any]) -> None:
+    def keep(prior: EBMPrior) -> None:
+        prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
+        save_prior(prior, path, checkpoint=where)
+
+    def show(shown: Mapping[str, Any]) -> None:
         if shown["iteration"] % (5 * config.evaluate_every) == 0:
             drawn = shown["prior"].sample(32, seed=config.seed)
             save_png(grid(drawn.images, columns=8), directory / f"samples-{shown['iteration']:06d}.png")
 
     began = time.process_time()
     try:
-        prior = fit(backbone, images, config, run=run, on_step=on_step, on_evaluate=picture)
+        prior = fit(backbone, images, config, run=run, on_step=on_step, on_evaluate=show)
     except DivergenceError as error:
         if isinstance(error.prior, EBMPrior):
-            save_prior(error.prior, path, checkpoint=where)
+            keep(error.prior)
             raise DivergenceError(f"{error} It was written to {path}", prior=error.prior) from error
         raise
     seconds = time.process_time() - began
-    save_prior(prior, path, checkpoint=where)
+    keep(prior)
     before_after = directory / "before-after.png"
     write_comparison(prior, before_after, seed=config.seed)
     return {
@@ -150,22 +187,35 @@ def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, comp
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     if out.suffix == ".npz":
         names = [group.name for group in prior.backbone.groups]
-        latents = {f"z_{name}": z.cpu().numpy() for name, z in zip(names, drawn.z, strict=True)}
+        latents: dict[str, Any] = {f"z_{name}": z.cpu().numpy() for name, z in zip(names, drawn.z, strict=True)}
         buffer = BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, images=pixels, **latents)
+        np.savez_compressed(buffer, images=pixels, **latents)
         write_atomically(out, buffer.getvalue())
         return [out]
     width = len(str(len(images) - 1))
     files = [out / f"{index:0{width}d}.png" for index in range(len(images))]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for earlier in (path for path in out.glob("*.png") if path.stem.isdigit()):
-            earlier.unlink()  # of a larger number of samples, say
+        for earlier in filter(_is_sample, list(out.iterdir())):  # there may have been more of them
+            earlier.unlink()
     except OSError as error:
         raise OutputError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from error
     for image, file in zip(images, files, strict=True):
-        save_png(grid(image[None], columns=1, scale=1), file)
+        save_png(picture(image), file)
     return [out]
+
+
+def describe_samples(drawn: Samples, sampler: SamplerConfig, seed: int, files: Sequence[Path]) -> dict[str, Any]:
+    """What was drawn, by which sampler, and the mean diagnostics."""
+    return {
+        "samples": len(drawn.images),
+        "seed": seed,
+        "sampler": asdict(sampler),
+        "acceptance": float(drawn.acceptance.mean()),
+        "norm": float(drawn.norm.mean()),
+        "ess_fraction": float(drawn.ess_fraction.mean()),
+        "files": [str(file) for file in files],
+    }
 
 
 def feature_extractor(
@@ -191,19 +241,23 @@ def evaluate_all(
     """Evaluate priors of one backbone against the same reference."""
     if on_stage:
         on_stage("held-out images and backbone samples")
-    same = train.name == test.name  # a source without splits: its own images are no floor
+    shown = test.fingerprint()
+    same = train.fingerprint() == shown  # a source without splits: its own images are no floor
     reference = Reference(priors[0].backbone, test, extractor, config, training_images=None if same else train)
     return [
-        {"prior": name, **evaluate(prior, reference, on_stage=on_stage)}
+        {
+            "prior": name,
+            "held_out": not _trained_on(prior, test.name, shown),
+            **evaluate(prior, reference, on_stage=on_stage),
+        }
         for name, prior in zip(names, priors, strict=True)
     ]
 
 
-def mean_and_sd(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and sample standard deviation of every number that the results share."""
-    keys = [key for key, value in results[0].items() if isinstance(value, float)]
-    columns = {key: [float(result[key]) for result in results] for key in keys}
-    return {key: (statistics.fmean(c), statistics.stdev(c) if len(c) > 1 else 0.0) for key, c in columns.items()}
+def _trained_on(prior: EBMPrior, name: str, images: str) -> bool:
+    """Whether a prior says that it was trained on the images with this fingerprint, or failing that with this name."""
+    known = prior.record.get("data") or {}
+    return bool(known["fingerprint"] == images if "fingerprint" in known else known.get("name") == name)
 
 
 def source_record(checkpoint: str) -> dict[str, Any]:
@@ -229,14 +283,51 @@ def describe_backbone(backbone: Backbone, heads: int) -> dict[str, Any]:
     }
 
 
-def new_backbone(kind: type[Backbone], architecture: Path | None, seed: int) -> Backbone:
-    """An untrained network from a JSON file of keyword arguments."""
+def list_backbones() -> dict[str, Any]:
+    """The adapters that are installed, those that cannot be imported with the error, and the bundled backbones."""
+    adapters = []
+    for name, point in registered().items():
+        row = {"adapter": name, "class": point.value}
+        try:
+            adapters.append(row | {"reads": adapter(name).official_format})
+        except UnknownBackboneError as error:
+            adapters.append(row | {"error": str(error)})
+    trained = []
+    for name, path in bundled().items():
+        card = backbone_record(path)
+        trained.append({"name": name, "adapter": card["adapter"], "data": card["record"].get("data", {}).get("name")})
+    return {"adapters": adapters, "bundled": trained}
+
+
+def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
+    """An untrained network of adapter `name`.
+
+    `architecture`: a JSON file of its keyword arguments, or a bundled backbone whose architecture is taken; None gives
+    none. Raises UnknownBackboneError, ConfigurationError.
+    """
+    kind = adapter(name)
     if architecture is None:
-        return build(kind, {}, seed=seed)
+        try:
+            return build(kind, {}, seed=seed)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{error}. Pass --architecture with a JSON file of its keyword arguments or a bundled backbone: "
+                f"{', '.join(bundled())}"
+            ) from error
+    if architecture in bundled():
+        record = backbone_record(architecture)
+        if record["adapter"] != name:
+            raise ConfigurationError(
+                f"--architecture {architecture} is one of {record['adapter']!r}, not of {name!r}: use --backbone "
+                f"{record['adapter']}"
+            )
+        return build(kind, record["architecture"], seed=seed)
     try:
-        described = json.loads(architecture.read_text())
+        described = json.loads(Path(architecture).read_text())
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"--architecture {architecture} cannot be read as JSON: {error}") from error
+        raise ConfigurationError(
+            f"--architecture {architecture} cannot be read as JSON, nor is it bundled ({', '.join(bundled())}): {error}"
+        ) from error
     if not isinstance(described, dict):
         raise ConfigurationError(f"--architecture {architecture}: expected a JSON object of keyword arguments")
     return build(kind, described, seed=seed)
@@ -253,29 +344,28 @@ def pretrain_into(
     overwrite: bool = False,
     on_step: Callback | None = None,
 ) -> dict[str, Any]:
-    """Train a backbone in a run directory: backbone.safetensors, metrics, pictures, resume state."""
+    """Train a backbone in a run directory: backbone.safetensors, metrics, pictures, resume state.
+
+    The test ELBO is None where `test` holds the training images, from a source without splits.
+    """
     architecture = json.loads(json.dumps(dict(backbone.architecture)))
-    inputs = {
-        "architecture": architecture,
-        "dtype": str(next(backbone.parameters()).dtype),
-        "data": train.name,
-        "images": train.fingerprint(),
-    }
+    inputs = {"architecture": architecture, **run_inputs(backbone, train)}
+    held_out = None if test.fingerprint() == inputs["images"] else test
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
 
-    def picture(shown: Mapping[str, Any]) -> None:
+    def show(shown: Mapping[str, Any]) -> None:
         write_progress(shown["backbone"], test, directory / f"samples-{shown['iteration']:06d}.png", config.seed)
 
     began = time.process_time()
-    trained = pretrain(backbone, train, config, run=run, validation=test, on_step=on_step, on_checkpoint=picture)
+    trained = pretrain(backbone, train, config, run=run, validation=held_out, on_step=on_step, on_checkpoint=show)
     seconds = time.process_time() - began
-    elbo = evaluate_elbo(trained, test, seed=config.seed)
+    elbo = evaluate_elbo(trained, held_out, seed=config.seed) if held_out is not None else None
     path = directory / "backbone.safetensors"
     save_backbone(trained, path, record=training_record(config, train, elbo))
     return {
         "backbone": str(path),
         "parameters": count_parameters(trained),
-        "test_elbo": elbo._asdict(),
+        "test_elbo": elbo._asdict() if elbo is not None else None,
         "cpu_seconds": seconds,
         "iterations": config.iterations,
     }
@@ -292,42 +382,3 @@ def write_progress(backbone: Backbone, images: ImageSource, path: Path, seed: in
     sampled = backbone.decode(backbone.sample(len(real), generator=generator)).mean
     panels = [("images", real), ("reconstructions", reconstructed), ("samples", sampled)]
     save_png(titled_grids([(title, p.cpu()) for title, p in panels], columns=8), path)
-
-
-def demo_config() -> FitConfig:
-    """The demo's second stage: the default one, cut to a minute or two on the bundled 6,000 images."""
-    return replace(FitConfig(), iterations=700)
-
-
-def demo(
-    out: Path, *, seed: int = 0, on_step: Callback | None = None, on_stage: Callable[[str], None] | None = None
-) -> dict[str, Any]:
-    """Fit a prior to the bundled backbone on the bundled images and measure it. Writes into `out`."""
-    say = on_stage or (lambda text: None)
-    began = time.monotonic()
-    say(f"backbone {DEMO_BACKBONE}, images {SUBSET}: fitting the energy-based prior")
-    backbone = load_backbone(None, DEMO_BACKBONE)
-    train, test = (open_images(SUBSET, split=split, image_shape=backbone.image_shape) for split in ("train", "test"))
-    config = replace(demo_config(), seed=seed)
-    prior = fit(backbone, train, config, on_step=on_step)
-    path = out / "prior.safetensors"
-    save_prior(prior, path, checkpoint=DEMO_BACKBONE)
-    say(f"fitted in {time.monotonic() - began:.0f} s; measuring")
-    measured = EvalConfig(samples=len(test), seed=seed, gauge=GaugeConfig(iterations=300))
-    reference = Reference(backbone, test, load_classifier(), measured, training_images=train)
-    result = evaluate(prior, reference, on_stage=say)
-    picture, table = out / "before-after.png", out / "result.json"
-    caption = [
-        f"{result['extractor']}: {result['fd_backbone']:.1f} before, {result['fd_prior']:.1f} after, "
-        f"{result['fd_reconstruction']:.1f} for reconstructions, the best that a prior could reach; N = {len(test)}",
-    ]
-    write_comparison(prior, picture, seed=seed, caption=caption)
-    result |= {
-        "seconds": time.monotonic() - began,
-        "parameters": parameters(prior),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "files": [str(path), str(picture), str(table)],
-    }
-    write_atomically(table, (json.dumps(without_nan(result), indent=2, sort_keys=True) + "\n").encode())
-    return result

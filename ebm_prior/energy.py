@@ -8,7 +8,7 @@ untrained prior IS the backbone's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,11 +22,12 @@ from ebm_prior.errors import ConfigurationError
 class EnergyConfig:
     """Sizes of the heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint head."""
 
-    channels: int = field(default=24, metadata={"help": "channels of a spatial head's convolutions (nef)"})
-    hidden: int = field(default=48, metadata={"help": "width of the heads' linear layers (ndf)"})
+    channels: int = field(default=48, metadata={"help": "channels of a spatial head's convolutions (nef)"})
+    hidden: int = field(default=128, metadata={"help": "width of the heads' linear layers (ndf)"})
     vector_layers: int = field(default=2, metadata={"help": "hidden layers of the head of a flat group"})
-    joint: int = field(default=48, metadata={"help": "width of the joint head over all groups; 0: none"})
-    dropout: float = field(default=0.1, metadata={"help": "dropout in the joint head"})
+    joint: int = field(default=128, metadata={"help": "width of the joint head over all groups; 0: none"})
+    standardize: bool = field(default=True, metadata={"help": "heads see latents in units of posterior mean and std"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout in the joint head"})
 
     def __post_init__(self) -> None:
         if min(self.channels, self.hidden, self.vector_layers) < 1 or self.joint < 0 or not 0 <= self.dropout < 1:
@@ -94,8 +95,12 @@ class JointEnergy(nn.Module):
         super().__init__()
         self.config = config
         self.names = [group.name for group in groups]
-        # Names come from adapters and may hold dots, which a module name may not: state keys use the names as in files.
-        self.heads = nn.ModuleDict({_key(group.name): Head(group.shape, config) for group in groups})
+        unfit = [name for name in self.names if "." in name or hasattr(nn.ModuleDict(), name)]
+        if unfit:  # names are keys of the state dict, as they stand in the prior file
+            raise ConfigurationError(
+                f"latent groups cannot be named {unfit}: no dots, no names of torch's methods"
+            )
+        self.heads = nn.ModuleDict({group.name: Head(group.shape, config) for group in groups})
         self.joint = (
             nn.Sequential(
                 nn.Dropout(config.dropout),
@@ -140,5 +145,8 @@ def zero_linear(features: int) -> nn.Linear:
     return layer
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "/")
+@torch.no_grad()
+def values(f: Callable[[Sequence[Tensor]], Tensor], z: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    """f at many latents, (N,) on the CPU: in chunks of 1,000, moved to `device` one by one."""
+    chunks = ([group[i : i + 1000].to(device) for group in z] for i in range(0, len(z[0]), 1000))
+    return torch.cat([f(chunk).cpu() for chunk in chunks])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -103,6 +104,12 @@ def titled_grids(
     for row, line in enumerate(captions):
         pen.text((_MARGIN, caption_top + row * caption_step), line, _CAPTION_INK, caption_font)
     return page
+
+
+def picture(image: Tensor) -> Image.Image:
+    """One image (C, H, W) in [0, 1] as it is: mode L for C = 1, RGB for C = 3. Raises as `grid` does."""
+    pixels = _bytes(image[None])[0].numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]) if len(image) == 1 else pixels)
 
 
 def save_png(image: Image.Image, path: Path) -> None:

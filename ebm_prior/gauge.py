@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ebm_prior.backbone import LatentGroup
-from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.energy import EnergyConfig, JointEnergy, values
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.metrics import auroc
 from ebm_prior.objectives import nce_loss
-from ebm_prior.randomness import derived_generator, derived_seed
-from ebm_prior.training import batch_indices
+from ebm_prior.randomness import derived_generator, derived_seed, seeded
+from ebm_prior.training import batch_indices, update_average
 
 FINE_TUNING = 0.3  # the last stage's share of the learning rate
 
@@ -30,7 +30,9 @@ FINE_TUNING = 0.3  # the last stage's share of the learning rate
 class GaugeConfig:
     """The classifier and its training. The network is a joint energy, so it sees what a learned prior could correct."""
 
-    energy: EnergyConfig = field(default_factory=lambda: EnergyConfig(dropout=0.2))
+    energy: EnergyConfig = field(
+        default_factory=lambda: EnergyConfig(channels=32, hidden=64, vector_layers=2, joint=64, dropout=0.2)
+    )  # all sizes stated: a yardstick does not change with the product's defaults
     iterations: int = field(default=500, metadata={"help": "gradient steps at most, per network and fold"})
     batch_size: int = field(default=256, metadata={"help": "posterior latents, and as many prior latents, per step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate, decays to 0 along a cosine"})
@@ -90,15 +92,15 @@ def gauge_auc(
             for z, part in zip((posterior, prior), parts, strict=True)
         )
         whole, alone = _networks(train_q, train_p, groups, config, fold)
-        overall.append(auroc(*(_scores(whole, z) for z in held)))
+        overall.append(auroc(*(values(whole, z) for z in held)))
         for index, (group, network) in enumerate(zip(groups, alone, strict=True)):
-            areas[group.name].append(auroc(*(_scores(network, [z[index]]) for z in held)))
+            areas[group.name].append(auroc(*(values(network, [z[index]]) for z in held)))
     budget = (
         f"{len(posterior[0]):,} posterior and {len(prior[0]):,} prior latents, {config.folds} folds, at most "
         f"{config.iterations:,} iterations of {config.batch_size} + {config.batch_size}, "
         f"{sum(p.numel() for p in whole.parameters()):,} parameters"
     )
-    return GaugeResult(_mean(overall), {name: _mean(values) for name, values in areas.items()}, budget)
+    return GaugeResult(_mean(overall), {name: _mean(folds) for name, folds in areas.items()}, budget)
 
 
 def _networks(
@@ -110,8 +112,7 @@ def _networks(
     stops it early, before it has found what small groups show. First its joint head alone, on the features found so
     far, then all of it; each stage keeps the state that is best on the inner split, so none makes it worse.
     """
-    with torch.random.fork_rng():  # initial weights and dropout
-        torch.manual_seed(derived_seed(config.seed, 2, fold))
+    with seeded(posterior[0].device, config.seed, 2, fold):  # initial weights and dropout
         alone = []
         for index, group in enumerate(groups):
             network = JointEnergy([group], config.energy).to(posterior[index].device, posterior[index].dtype)
@@ -159,9 +160,7 @@ def _train(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            for kept, new in zip(average.parameters(), network.parameters(), strict=True):
-                kept.lerp_(new, 1 - min(config.ema, (1 + iteration) / (10 + iteration)))  # a young average is short
+        update_average(average, network, config.ema, iteration)
         if (iteration + 1) % config.evaluate_every == 0 or iteration + 1 == config.iterations:
             inner_loss, looks = _loss(average, inner_q, inner_p), looks + 1
             if inner_loss < best_loss:
@@ -172,16 +171,11 @@ def _train(
 
 
 def _loss(network: JointEnergy, posterior: list[Tensor], prior: list[Tensor]) -> float:
-    return float(nce_loss(_scores(network, posterior), _scores(network, prior)))
+    return float(nce_loss(values(network, posterior), values(network, prior)))
 
 
-@torch.no_grad()
-def _scores(network: JointEnergy, z: list[Tensor], size: int = 1000) -> Tensor:
-    return torch.cat([network([group[i : i + size] for group in z]) for i in range(0, len(z[0]), size)])
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(areas: list[float]) -> float:
+    return sum(areas) / len(areas)
 
 
 def _rows(z: Sequence[Tensor], rows: Tensor) -> list[Tensor]:

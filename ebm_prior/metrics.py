@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -132,22 +131,6 @@ def auroc(positive: Features, negative: Features) -> float:
     ordered = np.sort(n)
     below = np.searchsorted(ordered, p, side="left") + np.searchsorted(ordered, p, side="right")
     return float(below.mean() / (2 * len(n)))
-
-
-def bootstrap_interval(
-    statistic: Callable[..., float], *samples: Features, level: float = 0.95, repeats: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of `statistic(*samples)`; each sample is resampled along its first axis.
-
-    Right for statistics such as `auroc` or a mean; not for a Fréchet distance, whose bias grows with repeated rows.
-    """
-    if not 0 < level < 1 or repeats < 1:
-        raise ConfigurationError(f"expected level in (0, 1) and repeats ≥ 1, found {level} and {repeats}")
-    arrays = [_numpy(sample) for sample in samples]
-    random = np.random.default_rng(seed)
-    values = [statistic(*(x[random.integers(len(x), size=len(x))] for x in arrays)) for _ in range(repeats)]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 @torch.no_grad()

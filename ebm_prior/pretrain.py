@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.randomness import Generator, derived_generator, derived_seed
+from ebm_prior.randomness import Generator, derived_generator, seeded
 from ebm_prior.training import Callback, Images, Recorder, batch_indices
 
 
@@ -58,8 +58,7 @@ class Elbo(NamedTuple):
 
 def build(kind: type[Backbone], architecture: Mapping[str, Any], *, seed: int = 0) -> Backbone:
     """An untrained network of adapter class `kind`, whose initial weights depend on the seed alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(derived_seed(seed, 0))
+    with seeded(torch.device("cpu"), seed, 0):
         try:
             return kind(**architecture)
         except (TypeError, KeyError, ValueError) as error:
@@ -86,8 +85,7 @@ def pretrain(
     backbone.train().requires_grad_(True)
     state = run.load_state() if run else None
     if state is None:
-        with torch.random.fork_rng(), torch.no_grad():  # data-dependent initialisation, where an adapter has one
-            torch.manual_seed(derived_seed(config.seed, 1))
+        with seeded(device, config.seed, 1), torch.no_grad():  # data-dependent initialisation, where there is one
             x, generator = _batch(backbone, images, config, 0, device)
             backbone.infer(x, generator=generator)
     average = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
@@ -103,8 +101,7 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
         x, generator = _batch(backbone, images, config, iteration, device)
-        with torch.random.fork_rng():
-            torch.manual_seed(derived_seed(config.seed, 2, iteration))  # dropout draws from the global generator
+        with seeded(device, config.seed, 2, iteration):  # dropout draws from the global generator
             log_likelihood, kl = _elbo_terms(backbone, x, generator)
         beta = min(1.0, (iteration + 1) / max(1.0, config.kl_warmup * config.iterations))
         loss = beta * kl.mean(0).clamp(min=config.free_nats).sum() - log_likelihood.mean()

@@ -90,8 +90,14 @@ class EBMPrior:
         Forward importance sampling underestimates log Z where the ESS is small.
         """
         self._require_calibrated("log_normalizer")
-        values = torch.cat([self.f(s.z) for s in self.chunks(n, seed=seed, sampler=ANCESTRAL, chunk=chunk)]).double()
-        return float(values.logsumexp(0)) - math.log(n), float(effective_sample_size(values)) / n
+        device = next(self.backbone.parameters()).device
+        parts: list[Tensor] = []
+        with torch.no_grad():
+            for first, count in _blocks(n, chunk):
+                z = self.backbone.sample(count, generator=BlockGenerator(seed, first, count, device))
+                parts.append(self.f(z).double())
+        f = torch.cat(parts)
+        return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
     @torch.no_grad()
     def chunks(
@@ -99,10 +105,8 @@ class EBMPrior:
     ) -> Iterator[Samples]:
         """Iterate over n draws in chunks. Draw i depends on (seed, i) alone, not on `chunk` (design: blocks of 64)."""
         sampler = sampler or self.sampler
-        size = max(BLOCK, chunk // BLOCK * BLOCK)
         device = next(self.backbone.parameters()).device
-        for first in range(0, n, size):
-            count = min(size, n - first)
+        for first, count in _blocks(n, chunk):
             generator = BlockGenerator(seed, first, count, device)
 
             def propose(count: int = count, generator: BlockGenerator = generator) -> list[Tensor]:
@@ -143,6 +147,12 @@ class EBMPrior:
                 f"{what} needs a calibrated prior, found a refiner: its f is shaped by short-run dynamics and is no "
                 "log density ratio. Fit with --objective nce, or use this prior for samples only"
             )
+
+
+def _blocks(n: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """First sample and size of each chunk: `chunk` rounded down to whole blocks, at least one."""
+    size = max(BLOCK, chunk // BLOCK * BLOCK)
+    return ((first, min(size, n - first)) for first in range(0, n, size))
 
 
 def _log_standard_normal(eps: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,8 @@ blocks of `BLOCK`, each with its own torch.Generator derived from (seed, block n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -63,6 +64,14 @@ def uniform(shape: Sequence[int], generator: Generator, *, dtype: torch.dtype, d
     if isinstance(generator, BlockGenerator):
         return generator.uniform(shape, dtype, device)
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, *words: int) -> Iterator[None]:
+    """Seed torch's global generators inside the block (initial weights, dropout), and put them back after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(derived_seed(*words))
+        yield
 
 
 def derived_seed(*words: int) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from ebm_prior.commands import mean_and_sd
 
 Row = Sequence[str]
 
@@ -33,6 +32,13 @@ def evaluation_tables(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def mean_and_sd(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Mean and sample standard deviation of every number that the results share."""
+    keys = [key for key, value in results[0].items() if isinstance(value, float)]
+    columns = {key: [float(result[key]) for result in results] for key in keys}
+    return {key: (statistics.fmean(c), statistics.stdev(c) if len(c) > 1 else 0.0) for key, c in columns.items()}
+
+
 _LABELS = {
     "fd_backbone": "FD, backbone prior",
     "fd_prior": "FD, energy-based prior",
@@ -45,7 +51,10 @@ _LABELS = {
     "kid_backbone": "KID, backbone prior",
     "kid_prior": "KID, energy-based prior",
     "kid_reconstruction": "KID, reconstructions",
-    "gain_nats": "held-out gain (nats)",
+    "f_posterior": "mean f, posterior (nats)",
+    "f_backbone": "mean f, backbone prior (nats)",
+    "f_prior": "mean f, energy-based prior (nats)",
+    "gain_nats": "gain (nats)",
     "ess_fraction": "its ESS / draws",
     "tau": "tempering τ",
     "auc_before": "AUC before",
@@ -58,6 +67,7 @@ _LABELS = {
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """Distances, gap closed, gain and AUC of one prior."""
+    held_out = result.get("held_out", True)
     closed = [f"{result[key]:.1%}" for key in ("gap_closed", "gap_closed_rec")]
     rows = [
         ["backbone prior", *(f"{result[f'{m}_backbone']:.4g}" for m in ("fd", "fdrec", "kid")), "", ""],
@@ -71,8 +81,16 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
         f"of {result['data']} (statistics {result['statistics']}), seed {result['seed']}",
         f"sampler: {_sampler(result['sampler'])}; acceptance {result['acceptance']:.2f}, ‖ε‖/√D {result['norm']:.3f}, "
         f"ESS / proposals {result['resampling_ess_fraction']:.2f}",
-        f"held-out gain {result['gain_nats']:+.3f} nats at ESS {result['ess_fraction']:.1%} (τ = {result['tau']:.3f})",
+        f"{'held-out ' * held_out}gain {result['gain_nats']:+.3f} nats at ESS {result['ess_fraction']:.1%} "
+        f"(τ = {result['tau']:.3f})",
     ]
+    if "f_posterior" in result:
+        lines.append(
+            f"mean f (nats, larger is more probable): posterior {result['f_posterior']:.2f}, backbone prior "
+            f"{result['f_backbone']:.2f}, energy-based prior {result['f_prior']:.2f}"
+        )
+    if not held_out:
+        lines.append("NOT held out: these are the images the prior was trained on")
     if "auc_before" in result:
         groups = result["auc_before_per_group"]
         rows = [["all groups", f"{result['auc_before']:.3f}", f"{result['auc_after']:.3f}"]]
@@ -123,10 +141,14 @@ def sample_summary(result: Mapping[str, Any]) -> str:
 def pretrain_summary(result: Mapping[str, Any]) -> str:
     """What a first stage gave."""
     elbo = result["test_elbo"]
-    kl = ", ".join(f"{value:.2f}" for value in elbo["kl"])
+    measured = "no test ELBO: the data have no test split"
+    if elbo is not None:
+        measured = (
+            f"one-sample test ELBO {elbo['elbo']:.2f} nats (log-likelihood {elbo['log_likelihood']:.2f}; KL, top "
+            f"group first: {', '.join(f'{value:.2f}' for value in elbo['kl'])})"
+        )
     return (
-        f"one-sample test ELBO {elbo['elbo']:.2f} nats (log-likelihood {elbo['log_likelihood']:.2f}; KL, top group "
-        f"first: {kl}); {result['parameters']:,} parameters, {result['cpu_seconds'] / 60:.1f} CPU-minutes\n"
+        f"{measured}; {result['parameters']:,} parameters, {result['cpu_seconds'] / 60:.1f} CPU-minutes\n"
         f"wrote {result['backbone']}"
     )
 

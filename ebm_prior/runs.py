@@ -1,8 +1,4 @@
-"""A run directory: resolved configuration, metrics.jsonl, pictures, resume state. Kill it at any moment and resume.
-
-Randomness of iteration t comes from (seed, t) alone, so the state holds no generators, and a resumed run repeats the
-very numbers of an uninterrupted one.
-"""
+"""A run directory: resolved configuration, metrics.jsonl, pictures, resume state. Kill it at any moment and resume."""
 
 from __future__ import annotations
 
@@ -33,8 +29,14 @@ class Run:
         overwrite: bool = False,
     ) -> None:
         self.directory = directory
-        record = directory / "config.json"
         normal = json.loads(json.dumps({"config": config, "inputs": inputs}, sort_keys=True))
+        try:
+            self._begin(normal, resume=resume, overwrite=overwrite)
+        except OSError as error:  # most often a folder of somebody else's
+            raise OutputError(f"cannot use {directory}: {error.strerror or error}; choose another --out") from error
+
+    def _begin(self, normal: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        directory, record = self.directory, self.directory / "config.json"
         if record.exists() and resume:
             self._check_same(record, normal)
             return
@@ -65,7 +67,7 @@ class Run:
         if changed:
             raise ConfigurationError(
                 f"cannot resume {self.directory}, which was begun with other settings: {'; '.join(changed)}. Give the "
-                "same again, or another --out"
+                "same again (threads: by OMP_NUM_THREADS), or another --out"
             )
 
     def log(self, metrics: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ class SamplerConfig:
         default=32, metadata={"help": "ancestral draws among which one is resampled (1: plain draw)"}
     )
     kernel: Literal["langevin", "pcn-langevin"] = field(default="pcn-langevin", metadata={"help": "Markov kernel"})
-    steps: int = field(default=0, metadata={"help": "steps of the kernel after resampling"})
+    steps: int = field(default=16, metadata={"help": "steps of the kernel after resampling"})
     step_size: float = field(default=0.15, metadata={"help": "s of Eq. 12, or δ of pCN-Langevin"})
     adapt_steps: int = field(
         default=0, metadata={"help": "the first steps, in which pCN-Langevin adapts its step size"}
@@ -64,8 +65,8 @@ class SamplerConfig:
             raise ConfigurationError(f"expected kernel {' or '.join(KERNELS)}, found {self.kernel!r}")
         if not 0 < self.step_size <= 2:
             raise ConfigurationError(f"expected a step size in (0, 2], found {self.step_size}")
-        if self.kernel != "langevin" and (self.temperature != 1):
-            raise ConfigurationError("temperature acts on the Langevin kernel alone: the exact kernel has none")
+        if self.temperature != 1 and (self.kernel != "langevin" or not self.steps):
+            raise ConfigurationError("temperature acts on steps of the Langevin kernel alone: nothing else has one")
         if self.kernel == "langevin" and self.adapt_steps:
             raise ConfigurationError("Langevin (Eq. 12) accepts every step: there is no acceptance to adapt to")
 
@@ -129,9 +130,9 @@ def pcn_langevin_step(
     acceptance = log_ratio.clamp(max=0).exp().nan_to_num(nan=0.0)
     accepted = uniform(delta.shape, generator, dtype=delta.dtype, device=delta.device) < acceptance
     kept = ChainState(
-        [torch.where(_rows(accepted, a), b, a) for a, b in zip(state.eps, new.eps, strict=True)],
+        where(accepted, new.eps, state.eps),
         torch.where(accepted, new.value, state.value),
-        [torch.where(_rows(accepted, a), b, a) for a, b in zip(state.gradient, new.gradient, strict=True)],
+        where(accepted, new.gradient, state.gradient),
     )
     return kept, ChainInfo(acceptance, norm(kept.eps))
 
@@ -194,7 +195,7 @@ def resample(
             challenger = values[-1] + _gumbel_like(values[-1], generator)
             better = challenger > score
             score = torch.where(better, challenger, score)
-            best = [torch.where(_rows(better, old), new, old) for old, new in zip(best, eps, strict=True)]
+            best = where(better, eps, best)
         return best, effective_sample_size(torch.stack(values, dim=1))
 
 
@@ -207,18 +208,14 @@ def draw(
 ) -> Sampled:
     """Draw from the ε-target as `config` says. `propose()`: ε ~ N(0, I), a list of (B, *group.shape)."""
     eps, ess = resample(potential, propose, config.proposals, generator)
+    if not bool(torch.isfinite(ess).all()):
+        raise DivergenceError("f is not finite at draws of the backbone's prior: the energy is broken, fit it again")
     step_size = torch.full_like(ess, config.step_size)
     acceptance = torch.ones_like(ess)
     if config.steps:
         kernel = KERNELS[config.kernel]
         if config.kernel == "langevin":
-            tempered = config.temperature
-
-            def kernel(
-                state: ChainState, potential: Potential, step_size: Tensor, generator: Generator
-            ) -> tuple[ChainState, ChainInfo]:
-                return langevin_step(state, potential, step_size, generator, temperature=tempered)
-
+            kernel = partial(langevin_step, temperature=config.temperature)
         state, acceptance, step_size = run_chain(
             kernel,
             start(potential, eps),
@@ -242,6 +239,11 @@ def norm(eps: Sequence[Tensor]) -> Tensor:
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """(Σw)²/Σw² over the last axis of log weights (..., M)."""
     return torch.exp(2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1))
+
+
+def where(chosen: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> list[Tensor]:
+    """Per chain, one of two sets of latents: chosen (B,) -> a list of (B, *group.shape)."""
+    return [torch.where(_rows(chosen, a), a, b) for a, b in zip(yes, no, strict=True)]
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

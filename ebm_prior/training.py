@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.randomness import derived_generator
@@ -52,6 +52,14 @@ def require_choices(config: Any) -> None:
         value, allowed = getattr(config, name), get_args(hints[name])
         if get_origin(hints[name]) is Literal and value not in allowed:
             raise ConfigurationError(f"{name} must be {' or '.join(allowed)}, found {value!r}")
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of the parameters; a young one forgets faster, so as not to remember its start."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for kept, new in zip(average.parameters(), network.parameters(), strict=True):
+        kept.lerp_(new, 1 - decay)
 
 
 def batch_indices(n: int, batch_size: int, iteration: int, seed: int) -> Tensor:

@@ -249,6 +249,23 @@ def test_half_precision_halves_the_file_and_loads_as_float32(workshop: Workshop,
         assert torch.equal(mine.half().float(), rounded)
 
 
+def test_float64_weights_come_back_unrounded(workshop: Workshop, tmp_path: Path) -> None:
+    file, prior_file = tmp_path / "b.safetensors", tmp_path / "p.safetensors"
+    backbone = ToyConv().double().eval().requires_grad_(False)
+    energy = JointEnergy(backbone.groups, SMALL).double()
+    with torch.no_grad():
+        for number, tensor in enumerate([*backbone.parameters(), *energy.parameters()]):
+            tensor.copy_(1 / (3 + number + torch.arange(tensor.numel()).reshape(tensor.shape)).double())
+    save_backbone(backbone, file)
+    save_prior(EBMPrior(backbone, energy), prior_file, checkpoint=str(file))
+    again = load_prior(prior_file, dtype=torch.float64)
+    for module, mine in ((again.backbone, backbone), (again.energy, energy)):
+        for (name, tensor), expected in zip(module.state_dict().items(), mine.state_dict().values(), strict=True):
+            assert torch.equal(tensor, expected), name
+    single = load_prior(prior_file)
+    assert {p.dtype for p in [*single.backbone.parameters(), *single.energy.parameters()]} == {torch.float32}
+
+
 def test_shared_weights_can_be_saved(workshop: Workshop, tmp_path: Path) -> None:
     backbone = ToyConv()
     backbone.conv_posterior.bias = backbone.conv_prior.bias

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import torch
 from conftest import Workshop
 from PIL import Image
 
-from ebm_prior import cli
-from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record
+from ebm_prior import cli, demo
+from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record, save_prior
+from ebm_prior.classifier import FeatureClassifier, save_classifier
+from ebm_prior.commands import new_backbone
+from ebm_prior.data import open_images
 from ebm_prior.energy import JointEnergy
 from ebm_prior.weights import fingerprint
 
@@ -172,9 +176,32 @@ def test_an_overwritten_folder_of_samples_holds_the_new_ones_alone(
 ) -> None:
     out = tmp_path / "samples"
     workshop.run("sample", prior, "-n", 12, "--out", out)
-    (out / "notes.txt").write_text("mine")
     workshop.run("sample", prior, "-n", 3, "--out", out, "--overwrite")
-    assert {p.name for p in out.iterdir()} == {"0.png", "1.png", "2.png", "notes.txt"}
+    assert {p.name for p in out.iterdir()} == {"0.png", "1.png", "2.png"}
+    (out / "notes.txt").write_text("mine")
+    before = content(out)
+    assert "holds other files than samples" in workshop.error("sample", prior, "-n", 2, "--out", out, "--overwrite")
+    assert content(out) == before
+
+
+def test_resume_and_overwrite_contradict_each_other(workshop: Workshop, fit: list[object], tmp_path: Path) -> None:
+    for command in (fit, ["pretrain", "--backbone", "toy", "--data", workshop.images]):
+        result = workshop.run(*command, "--out", tmp_path / "run", "--resume", "--overwrite", code=2)
+        assert "give one of them" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_the_right_to_write_is_found_before_the_work(
+    workshop: Workshop, prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write everywhere, and tests run as root: so the question is answered for it."""
+    forbidden, asked = tmp_path / "forbidden", os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != forbidden and asked(path, mode))
+    monkeypatch.setattr("ebm_prior.prior.EBMPrior.chunks", lambda *_, **__: pytest.fail("began to work"))
+    for name in ("a.png", "a.npz", "folder"):
+        error = workshop.error("sample", prior, "--out", forbidden / name)
+        assert f"cannot write {forbidden / name}: Permission denied" in error
+    assert "Permission denied" in workshop.error("demo", "--out", forbidden / "demo")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.npz", "folder", "run"])
@@ -271,6 +298,146 @@ def test_a_path_in_a_record_is_no_default(workshop: Workshop, small_options: lis
         assert "pass --data" in error
 
 
+# Held out or not.
+
+
+@pytest.fixture(scope="module")
+def judge(workshop: Workshop) -> Path:
+    """A feature classifier for the toy's images."""
+    path = workshop.folder / "judge.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_classifier(FeatureClassifier((1, 8, 8), 4, width=4), path)
+    return path
+
+
+def test_training_images_are_not_called_held_out(workshop: Workshop, prior: Path, judge: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.npy"
+    copy.write_bytes(workshop.images.read_bytes())
+    root = ("--data-root", workshop.data_root)
+    for data, held_out in (
+        ([workshop.images], False),
+        ([copy], False),  # the same images under another name
+        ([workshop.data_root / "mnist.npz", *root], True),  # fitted to an .npy of the same training images
+        (["mnist", *root], True),
+    ):
+        words = ("eval", prior, "--data", *data, "--classifier", judge, "--no-auc", "--samples", 30)
+        (result,) = json.loads(workshop.run(*words, "--json").stdout)
+        assert result["held_out"] is held_out, data
+        text = workshop.run(*words).stdout
+        assert ("NOT held out: these are the images the prior was trained on" in text) is not held_out
+        assert ("held-out gain" in text) is held_out
+        f = {name: result[f"f_{name}"] for name in ("posterior", "backbone", "prior")}
+        assert "mean f (nats, larger is more probable): posterior {posterior:.2f}, backbone".format(**f) in text
+        assert "backbone prior {backbone:.2f}, energy-based prior {prior:.2f}".format(**f) in text
+    other = tmp_path / "other.npy"
+    np.save(other, np.load(workshop.images)[::-1] // 2)
+    words = ("eval", prior, "--data", other, "--classifier", judge, "--no-auc", "--samples", 30, "--json")
+    (result,) = json.loads(workshop.run(*words).stdout)
+    assert result["held_out"] is True  # no splits, but other images
+
+
+def test_a_prior_of_the_test_split_is_not_held_out_there(
+    workshop: Workshop, fitted: Path, judge: Path, tmp_path: Path
+) -> None:
+    """A prior written by other means knows its data by name alone."""
+    prior = load_prior(fitted / "prior.safetensors")
+    root = ("--data-root", workshop.data_root)
+    for name, held_out in (("mnist/test", False), ("mnist/train", True)):
+        prior.record["data"] = {"name": name}
+        save_prior(prior, tmp_path / "p.safetensors", checkpoint=str(workshop.backbone))
+        words = ("eval", tmp_path / "p.safetensors", "--data", "mnist", *root, "--classifier", judge)
+        (result,) = json.loads(workshop.run(*words, "--no-auc", "--samples", 30, "--json").stdout)
+        assert result["held_out"] is held_out
+
+
+def test_pretrain_measures_no_test_elbo_on_training_images(workshop: Workshop, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("pretrain", "--backbone", "toy", "--data", workshop.images, "--iterations", 2, "--batch-size", 8)
+    assert json.loads(workshop.run(*words, "--out", out, "--json").stdout)["test_elbo"] is None
+    assert backbone_record(out / "backbone.safetensors")["record"]["test_elbo"] is None
+    assert "elbo" not in json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "no test ELBO: the data have no test split" in workshop.run(*words, "--out", tmp_path / "b").stdout
+
+
+# Architectures.
+
+
+def test_an_architecture_is_a_file_or_that_of_a_bundled_backbone(workshop: Workshop, tmp_path: Path) -> None:
+    own = backbone_record("hvae_fashion_mnist")["architecture"]
+    (tmp_path / "a.json").write_text(json.dumps(own))
+    for architecture in ("hvae_fashion_mnist", str(tmp_path / "a.json")):
+        assert json.loads(json.dumps(new_backbone("hvae", architecture, 0).architecture)) == own
+    words = ("pretrain", "--data", workshop.images, "--out", tmp_path / "run", "--backbone")
+    error = workshop.error(*words, "hvae")
+    assert "Pass --architecture with a JSON file" in error
+    assert "hvae_fashion_mnist" in error
+    assert "use --backbone hvae" in workshop.error(*words, "toy", "--architecture", "hvae_fashion_mnist")
+    assert "nor is it bundled" in workshop.error(*words, "hvae", "--architecture", "nonesuch")
+
+
+# The demo.
+
+
+@pytest.fixture
+def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo in seconds: everything is done, too little of it to gain anything."""
+    config, measured = replace(demo.demo_config(), iterations=1, held_out=50), demo.demo_eval_config(20)
+    monkeypatch.setattr(demo, "demo_config", lambda: config)
+    monkeypatch.setattr(demo, "demo_eval_config", lambda samples: replace(measured, auc=False))
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_the_demo_writes_what_it_says_and_may_be_repeated(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    text = workshop.run("demo", "--out", out).stdout
+    names = {"prior.safetensors", "before-after.png", "result.json"}
+    assert {p.name for p in out.iterdir()} == names
+    assert all(str(out / name) in text for name in names)
+    assert "mean f (nats" in text
+    assert "NOT held out" not in text
+    shown = json.loads((out / "result.json").read_text())
+    assert (shown["command"], shown["samples"], shown["held_out"]) == ("demo", 20, True)
+    monkeypatch.setattr(demo, "fit", lambda *_, **__: pytest.fail("began to work"))
+    with pytest.raises(pytest.fail.Exception, match="began to work"):
+        workshop.run("demo", "--out", out)
+
+
+def test_the_demo_overwrites_nothing_else(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "fit", lambda *_, **__: pytest.fail("began to work"))
+    out, file = tmp_path / "mine", tmp_path / "file"
+    out.mkdir()
+    file.write_text("x")
+    for name, text in (("prior.safetensors", "precious"), ("result.json", '{"command": "eval"}'), ("result.json", "[")):
+        (out / name).write_text(text)
+        before = content(out)
+        assert "--overwrite" in workshop.error("demo", "--out", out)
+        assert content(out) == before
+        (out / name).unlink()
+    assert "is a file" in workshop.error("demo", "--out", file, "--overwrite")
+    assert "cannot write" in workshop.error("demo", "--out", file / "below")
+    (out / "prior.safetensors").write_text("precious")
+    with pytest.raises(pytest.fail.Exception, match="began to work"):
+        workshop.run("demo", "--out", out, "--overwrite")
+    (out / "prior.safetensors").unlink()
+    with pytest.raises(pytest.fail.Exception, match="began to work"):
+        workshop.run("demo", "--out", out)  # empty
+
+
+@pytest.mark.long
+def test_the_demo_shows_a_gain(workshop: Workshop, tmp_path: Path) -> None:
+    """What the README promises of its first command, on real images: by every measure the prior is better."""
+    result = json.loads(workshop.run("demo", "--out", tmp_path / "demo", "--json").stdout)
+    assert result["gain_nats"] > 0.5
+    assert result["gap_closed"] > 0
+    assert result["gap_closed_rec"] > 0.2
+    assert result["kid_prior"] < result["kid_backbone"]
+    assert result["f_posterior"] > result["f_prior"] - 1 > result["f_backbone"] - 1
+    assert result["auc_after"] < result["auc_before"]
+
+
 # Settings.
 
 
@@ -325,6 +492,7 @@ def test_the_three_kinds_of_output(workshop: Workshop, prior: Path, tmp_path: Pa
     for out in (grid, arrays, folder):
         workshop.run("sample", prior, "-n", 12, "--seed", 2, "--out", out)
     with np.load(arrays) as loaded:
+        assert set(loaded) == {"images", "z_dense", "z_point", "z_conv"}
         images = loaded["images"]
         assert images.shape == (12, 8, 8, 1)
         assert images.dtype == np.uint8
@@ -332,7 +500,9 @@ def test_the_three_kinds_of_output(workshop: Workshop, prior: Path, tmp_path: Pa
     assert {p.name for p in folder.iterdir()} == {f"{i:02d}.png" for i in range(12)}
     for index in (0, 11):
         with Image.open(folder / f"{index:02d}.png") as picture:
-            assert np.array_equal(np.asarray(picture.convert("L")), images[index, :, :, 0])
+            assert picture.mode == "L"
+            assert np.array_equal(np.asarray(picture), images[index, :, :, 0])
+    assert open_images(folder).shape == (1, 8, 8)  # so the other commands take it as --data
     with Image.open(grid) as picture, Image.open(folder / "00.png") as single:
         assert picture.width > 3 * single.width
     workshop.run("sample", prior, "-n", 4, "--compare", "--out", tmp_path / "compared.png")

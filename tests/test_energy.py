@@ -20,7 +20,7 @@ GROUPS = [
     LatentGroup("top", (6,)),
     LatentGroup("point", (2, 1, 1)),
     LatentGroup("small", (3, 5, 5)),
-    LatentGroup("blocks.0.map", (2, 8, 8)),  # names may hold dots
+    LatentGroup("blocks_0/map", (2, 8, 8)),
     LatentGroup("wide", (2, 7, 20)),
 ]
 

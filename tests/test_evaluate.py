@@ -57,7 +57,7 @@ def prior(reference: Reference, *, trained: bool, sampler: SamplerConfig = ANCES
 
 @pytest.fixture(scope="module")
 def result(reference: Reference) -> dict[str, Any]:
-    return evaluate(prior(reference, trained=True, sampler=SamplerConfig(proposals=4)), reference)
+    return evaluate(prior(reference, trained=True, sampler=SamplerConfig(proposals=4, steps=0)), reference)
 
 
 def test_it_is_ready_for_json_and_complete(result: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def test_the_gaps_follow_from_the_distances(result: dict[str, Any]) -> None:
 def test_the_distances_are_those_of_the_samples(
     result: dict[str, Any], reference: Reference, classifier: FeatureClassifier
 ) -> None:
-    drawn = prior(reference, trained=True, sampler=SamplerConfig(proposals=4)).sample(80, seed=CONFIG.seed)
+    drawn = prior(reference, trained=True, sampler=SamplerConfig(proposals=4, steps=0)).sample(80, seed=CONFIG.seed)
     mine = FeatureStatistics.of(extract(classifier, drawn.images))
     assert result["fd_prior"] == pytest.approx(frechet_distance(mine, reference.real), rel=1e-6)
     assert result["fdrec_prior"] == pytest.approx(frechet_distance(mine, reference.reconstructed), rel=1e-6)
@@ -97,7 +97,7 @@ def test_all_sets_have_the_same_size(source: ImageSource, classifier: FeatureCla
 
 
 def test_an_untrained_prior_is_the_backbone(reference: Reference) -> None:
-    untrained = prior(reference, trained=False, sampler=SamplerConfig(proposals=1))
+    untrained = prior(reference, trained=False, sampler=SamplerConfig(proposals=1, steps=0))
     result = evaluate(untrained, reference)
     assert result["gain_nats"] == 0
     assert result["ess_fraction"] == pytest.approx(1)
@@ -115,7 +115,7 @@ def test_batching_changes_no_number(
     backbone, halves = reference.backbone, (source.subset(range(90)), source.subset(range(90, 120)))
     config = EvalConfig(samples=80, gauge=CONFIG.gauge, seed=3, batch_size=1)
     again = Reference(backbone, halves[0], classifier, config, training_images=halves[1])
-    assert evaluate(prior(reference, trained=True, sampler=SamplerConfig(proposals=4)), again) == result
+    assert evaluate(prior(reference, trained=True, sampler=SamplerConfig(proposals=4, steps=0)), again) == result
 
 
 def test_settings_that_make_no_sense() -> None:

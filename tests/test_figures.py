@@ -44,6 +44,14 @@ def test_every_pixel_is_in_its_place_unchanged(n: int, columns: int, scale: int,
     assert (page[~seen] == 255).all()
 
 
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_one_image_is_written_with_its_own_channels(channels: int, mode: str) -> None:
+    image = image_batch(1, channels)[0]
+    shown = figures.picture(image)
+    assert (shown.mode, shown.size) == (mode, (4, 6))
+    assert np.array_equal(as_array(shown).reshape(6, 4, channels), (image * 255).round().byte().permute(1, 2, 0))
+
+
 def test_a_faint_image_stays_faint() -> None:
     """No contrast stretching: 0.1 to 0.2 is not shown as 0 to 1, whatever else is in the grid."""
     faint = torch.linspace(0.1, 0.2, 16).reshape(1, 1, 4, 4)

@@ -93,7 +93,7 @@ def test_the_global_random_state_is_left_as_it_was(backbone: Backbone, images: I
 def test_the_sampler_that_is_recorded(backbone: Backbone, images: ImageSource) -> None:
     assert small(iterations=1, sampler=None).recorded_sampler == SamplerConfig()
     assert replace(OBJECTIVES["mle"], sampler=None).recorded_sampler == CHAIN
-    assert fit(backbone, images, small(iterations=1)).sampler == SamplerConfig(proposals=2)
+    assert fit(backbone, images, small(iterations=1)).sampler == replace(SamplerConfig(), proposals=2)
     assert paper_preset().recorded_sampler.steps == 2 * paper_preset().chain.steps
 
 
@@ -259,7 +259,7 @@ def test_a_killed_process_goes_on(workshop: Workshop, small_options: list[str], 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0.5}, r"learning_rate: 0.003 before, 0.5 now"),
+        ({"learning_rate": 0.5}, r"learning_rate: 0.002 before, 0.5 now"),
         ({"energy": EnergyConfig(channels=4, hidden=4, joint=8)}, r"energy.hidden: 8 before, 4 now"),
         ({"seed": 4}, "seed: 0 before, 4 now"),
     ],
@@ -388,14 +388,16 @@ def test_chains_that_leave_the_typical_set_are_noticed(backbone: Backbone, image
 def test_a_gain_that_collapses_is_noticed(
     backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_gain, calls = stage.gain, 0
+    true_gains, calls = stage.HeldOut.gains, 0
 
     def falling(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        return true_gain(*arguments)._replace(nats=-30.0 if calls in (2, 3) else 0.5)
+        plain, tempered = true_gains(*arguments)
+        fallen = calls in (2, 3)
+        return plain._replace(nats=-30.0 if fallen else 0.5), tempered._replace(nats=0.0 if fallen else 0.5)
 
-    monkeypatch.setattr(stage, "gain", falling)
+    monkeypatch.setattr(stage.HeldOut, "gains", falling)
     with pytest.raises(DivergenceError, match=r"the held-out gain fell to -30 nats at iteration 4") as caught:
         fit(backbone, images, small())
     assert caught.value.prior is not None

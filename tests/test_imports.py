@@ -18,7 +18,7 @@ ROOMS = (
     {"backbone", "energy", "samplers", "objectives", "metrics"},
     {"prior", "training", "fit", "pretrain", "gauge"},
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs", "figures", "classifier", "inception"},
-    {"evaluate", "options", "commands", "report"},
+    {"evaluate", "options", "commands", "report", "demo", "progress"},
     {"cli", "__main__"},
 )
 

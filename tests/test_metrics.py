@@ -12,7 +12,6 @@ from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.metrics import (
     FeatureStatistics,
     auroc,
-    bootstrap_interval,
     extract,
     frechet_distance,
     gap_closed,
@@ -126,21 +125,6 @@ def test_auroc_refuses_nan_and_empty():
         auroc([1.0, math.nan], [0.0])
     with pytest.raises(DataError):
         auroc([], [0.0])
-
-
-def test_bootstrap_interval_of_a_mean():
-    sample = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    low, high = bootstrap_interval(lambda x: float(x.mean()), sample)
-    standard_error = sample.std() / 20
-    assert low == pytest.approx(sample.mean() - 1.96 * standard_error, abs=0.15 * standard_error)
-    assert high == pytest.approx(sample.mean() + 1.96 * standard_error, abs=0.15 * standard_error)
-
-
-def test_bootstrap_interval_resamples_each_sample_by_itself():
-    p, n = np.random.default_rng(0).normal(1, 1, 200), np.random.default_rng(1).normal(0, 1, 300)
-    low, high = bootstrap_interval(auroc, p, n, repeats=200)
-    assert low < auroc(p, n) < high
-    assert 0.04 < high - low < 0.12
 
 
 def test_extract_runs_in_batches_without_gradients():

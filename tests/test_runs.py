@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,19 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
             begun(tmp_path, **how)
     with pytest.raises(OutputError, match="cannot write"):
         Run(tmp_path / "run" / "under", CONFIG, INPUTS)
+
+
+def test_a_folder_that_may_not_be_read_is_a_stated_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(tmp_path)
+
+    def forbidden(self: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for name in ("iterdir", "unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, forbidden)
+            with pytest.raises(OutputError, match="run: Permission denied; choose another --out"):
+                begun(tmp_path, overwrite=True)
 
 
 def test_writing(tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ def ula_variance(s: float, steps: int, temperature: float = 1.0) -> float:
 
 
 EXACT = {
-    "ancestral": SamplerConfig(proposals=1),
-    "sir-2": SamplerConfig(proposals=2),
-    "sir-32": SamplerConfig(proposals=32),
+    "ancestral": SamplerConfig(proposals=1, steps=0),
+    "sir-2": SamplerConfig(proposals=2, steps=0),
+    "sir-32": SamplerConfig(proposals=32, steps=0),
     "pcn-langevin .05": SamplerConfig(proposals=1, steps=5, step_size=0.05),
     "pcn-langevin .5": SamplerConfig(proposals=1, steps=5, step_size=0.5),
     "pcn-langevin 2": SamplerConfig(proposals=1, steps=5, step_size=2.0),

@@ -125,7 +125,7 @@ def test_damaged_and_foreign_files_are_refused(trained, tmp_path):
         load_classifier(bad)
     state.pop("head.bias")
     save_file(state, bad, {CLASSIFIER_KEY: json.dumps(record)})
-    with pytest.raises(CheckpointError, match=r"missing head\.bias"):
+    with pytest.raises(CheckpointError, match=r"missing: head\.bias"):
         load_classifier(bad)
     save_file(state, bad, {CLASSIFIER_KEY: json.dumps({"architecture": {"shape": [1, 2]}, "record": {}})})
     with pytest.raises(CheckpointError, match="describes no network"):

@@ -28,7 +28,7 @@ DEMO_BACKBONE = "hvae_fashion_mnist"
 
 def demo_config() -> FitConfig:
     """The demo's second stage: the default one, cut to a minute or two on the bundled 6,000 images."""
-    return replace(FitConfig(), iterations=700)
+    return replace(FitConfig(), iterations=600)
 
 
 def demo_eval_config(samples: int) -> EvalConfig:

@@ -97,9 +97,7 @@ class JointEnergy(nn.Module):
         self.names = [group.name for group in groups]
         unfit = [name for name in self.names if "." in name or hasattr(nn.ModuleDict(), name)]
         if unfit:  # names are keys of the state dict, as they stand in the prior file
-            raise ConfigurationError(
-                f"latent groups cannot be named {unfit}: no dots, no names of torch's methods"
-            )
+            raise ConfigurationError(f"latent groups cannot be named {unfit}: no dots, no names of torch's methods")
         self.heads = nn.ModuleDict({group.name: Head(group.shape, config) for group in groups})
         self.joint = (
             nn.Sequential(

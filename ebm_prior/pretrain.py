@@ -27,7 +27,7 @@ from ebm_prior.training import Callback, Images, Recorder, batch_indices
 class PretrainConfig:
     """Settings of the first stage; the defaults train the bundled HVAE."""
 
-    iterations: int = field(default=13_500, metadata={"help": "gradient steps"})
+    iterations: int = field(default=12_000, metadata={"help": "gradient steps"})
     batch_size: int = field(default=128, metadata={"help": "images per step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak rate of Adam"})
     kl_warmup: float = field(default=0.1, metadata={"help": "share of the run over which β rises from 0 to 1"})

@@ -83,7 +83,7 @@ class HVAE(Backbone):
     def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
         """q(z1 | x) q(z2 | z1) …: samples bottom-up, at once. Zero noise gives a group's posterior mean."""
         z, log_q = (values[::-1] for values in self.network.encode(images, noise[::-1]))
-        return PosteriorDraw(lambda index, prior, context: (z[index], log_q[index]))
+        return PosteriorDraw.given(z, log_q)
 
     def likelihood(self, features: Features) -> ImageDistribution:
         """p(x | z): from z1 and the skips to the image."""

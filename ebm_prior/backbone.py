@@ -60,9 +60,18 @@ class PosteriorDraw:
     `conditional(i, prior, context)` returns z_i (B, *shape) and log q_i (B,).
     """
 
+    z: list[Tensor] | None = None  # where they are known before the groups are met
+
     def __init__(self, conditional: Callable[[int, Gaussian, Any], tuple[Tensor, Tensor]]) -> None:
         self._conditional = conditional
         self.log_q: list[Tensor] = []
+
+    @classmethod
+    def given(cls, z: list[Tensor], log_q: Sequence[Tensor]) -> PosteriorDraw:
+        """A draw that a bottom-up encoder has made already: z_i (B, *shape) and log q_i (B,) of every group."""
+        draw = cls(lambda index, prior, context: (z[index], log_q[index]))
+        draw.z = z
+        return draw
 
     def __call__(self, index: int, prior: Gaussian, context: Any) -> Tensor:
         z, log_q = self._conditional(index, prior, context)
@@ -203,6 +212,11 @@ class Backbone(nn.Module, ABC):
         draw = self.encode(images, noise)
         trace = self.trace(draw, len(images))
         return Posterior(trace.z, trace.eps, torch.stack(draw.log_q, dim=1), trace.log_prior, trace.features)
+
+    def draw_posterior(self, images: Tensor, *, generator: Generator = None) -> list[Tensor]:
+        """z ~ q(z | x), as `infer` draws it, a list of (B, *group.shape); where the encoder can, no top-down pass."""
+        draw = self.encode(images, self.standard_normal(len(images), generator=generator))
+        return self.trace(draw, len(images)).z if draw.z is None else draw.z
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: Generator = None) -> list[Tensor]:
         """n ancestral draws z ~ p_β(z), a list of (n, *group.shape)."""

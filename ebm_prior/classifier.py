@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
 from ebm_prior.randomness import derived_generator, derived_seed
-from ebm_prior.training import Callback, batch_indices
+from ebm_prior.training import Callback, batch_indices, require_positive
 from ebm_prior.weights import fingerprint, load_strictly, read_tensors, write_tensors
 
 FEATURES = 64
@@ -59,9 +59,7 @@ class ClassifierConfig:
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate", "width"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        require_positive(self, "epochs", "batch_size", "learning_rate", "width")
         if not (0 <= self.dropout < 1 and self.weight_decay >= 0 and self.shift >= 0 and self.seed >= 0):
             raise ConfigurationError(f"expected dropout in [0, 1), weight_decay, shift and seed ≥ 0, found {self}")
 

@@ -17,6 +17,7 @@ import torch
 
 import ebm_prior
 from ebm_prior import commands, report
+from ebm_prior.allocator import keep_freed_memory
 from ebm_prior.checkpoint import load_backbone, load_prior, prior_record, save_backbone
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.data import open_images
@@ -104,6 +105,7 @@ def main() -> None:
 
     Start with `ebm-prior demo`. With a backbone of your own: `fit`, then `sample` and `eval`.
     """
+    keep_freed_memory()
 
 
 @main.command()

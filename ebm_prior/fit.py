@@ -23,7 +23,15 @@ from ebm_prior.objectives import Gain, gain, mle_loss, nce_loss, temper
 from ebm_prior.prior import EBMPrior, Regime, Target
 from ebm_prior.randomness import derived_generator, seeded
 from ebm_prior.samplers import SamplerConfig, draw, norm, where
-from ebm_prior.training import Callback, Images, Recorder, batch_indices, require_choices, update_average
+from ebm_prior.training import (
+    Callback,
+    Images,
+    Recorder,
+    batch_indices,
+    require_choices,
+    require_positive,
+    update_average,
+)
 
 PRIOR_DRAWS = 4  # held-out prior latents per posterior one: log Z is the noisier half of the gain
 HELD_OUT_BYTES = 2**31  # of memory for held-out latents, on the CPU
@@ -64,9 +72,7 @@ class FitConfig:
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{name} must be positive, found {getattr(self, name)}")
+        require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")
         for name, value in (("ema", self.ema), ("ess_floor", self.ess_floor), *(("betas", b) for b in self.betas)):
             if not 0 <= value < 1:
                 raise ConfigurationError(f"{name} must be in [0, 1), found {value}")
@@ -309,7 +315,7 @@ class _Fit:
         """Posterior draws of the images at `indices`; fresh each time, since heads overfit to cached ones."""
         with torch.no_grad():
             images = self.images.batch(indices).to(self.device, self.dtype)
-            return self.backbone.infer(self.backbone.observe(images, generator=generator), generator=generator).z
+            return self.backbone.draw_posterior(self.backbone.observe(images, generator=generator), generator=generator)
 
     def _negatives(self, generator: torch.Generator) -> tuple[list[Tensor], float]:
         """Draws of p_β (nce) or of the current p_α by Langevin (mle), and the mean ‖ε‖/√D of the chains."""

@@ -21,7 +21,7 @@ from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.metrics import auroc
 from ebm_prior.objectives import nce_loss
 from ebm_prior.randomness import derived_generator, derived_seed, seeded
-from ebm_prior.training import batch_indices, update_average
+from ebm_prior.training import batch_indices, require_positive, update_average
 
 FINE_TUNING = 0.3  # the last stage's share of the learning rate
 
@@ -45,9 +45,7 @@ class GaugeConfig:
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "learning_rate", "evaluate_every", "patience"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        require_positive(self, "iterations", "batch_size", "learning_rate", "evaluate_every", "patience")
         if self.folds < 2 or not (0 < self.inner < 1 and 0 <= self.ema < 1 and self.weight_decay >= 0):
             raise ConfigurationError(
                 f"expected folds ≥ 2, inner in (0, 1), ema in [0, 1), weight_decay ≥ 0; found {self}"

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.randomness import Generator, derived_generator, seeded
-from ebm_prior.training import Callback, Images, Recorder, batch_indices
+from ebm_prior.training import Callback, Images, Recorder, batch_indices, require_positive
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class PretrainConfig:
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "learning_rate", "gradient_clip", "checkpoint_every"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{name} must be positive, found {getattr(self, name)}")
+        require_positive(self, "iterations", "batch_size", "learning_rate", "gradient_clip", "checkpoint_every")
         if not (0 <= self.kl_warmup <= 1 and 0 <= self.ema < 1 and self.free_nats >= 0):
             raise ConfigurationError(
                 f"expected kl_warmup in [0, 1], ema in [0, 1), free_nats >= 0; found {self.kl_warmup}, {self.ema}, "

@@ -6,6 +6,7 @@ the very numbers of an uninterrupted one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -43,6 +44,13 @@ class Recorder(Protocol):
 
     def load_state(self) -> dict[str, Any] | None:
         """The resume state, or None at the start."""
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise ConfigurationError where one of these fields is not a positive finite number."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ConfigurationError(f"{name} must be positive, found {getattr(config, name)}")
 
 
 def require_choices(config: Any) -> None:

@@ -15,10 +15,13 @@ import pytest
 import torch
 from toys import LinearGaussian, ToyConv
 
-from ebm_prior.checkpoint import save_backbone
+from ebm_prior.backbone import Backbone
+from ebm_prior.checkpoint import load_backbone, save_backbone
 from ebm_prior.cli import main
+from ebm_prior.data import ImageSource, open_images
 
 torch.set_num_threads(1)  # equal bytes are promised for equal numbers of threads, and children run with one
+pytest.register_assert_rewrite("run_folders")  # so that its assertions show what differs
 TESTS = Path(__file__).resolve().parent
 
 # The smallest second stage that has everything in it: seconds become milliseconds.
@@ -91,6 +94,16 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     sys.path.remove(str(folder))
 
 
+@pytest.fixture(scope="module")
+def backbone(workshop: Workshop) -> Backbone:
+    return load_backbone(None, workshop.backbone)
+
+
+@pytest.fixture(scope="module")
+def images(workshop: Workshop) -> ImageSource:
+    return open_images(workshop.images)
+
+
 @pytest.fixture(scope="session")
 def small_options() -> list[str]:
     """`SMALL_FIT` as options of `ebm-prior fit`."""
@@ -105,3 +118,14 @@ def fitted(workshop: Workshop, small_options: list[str]) -> Path:
     out = workshop.folder / "fitted"
     workshop.run("fit", "--ckpt", workshop.backbone, "--data", workshop.images, "--out", out, *small_options)
     return out
+
+
+@pytest.fixture
+def prior(fitted: Path) -> Path:
+    return fitted / "prior.safetensors"
+
+
+@pytest.fixture
+def fit_words(workshop: Workshop, small_options: list[str]) -> list[object]:
+    """A small second stage as words of `ebm-prior`, to which a test adds its own."""
+    return ["fit", "--ckpt", workshop.backbone, "--data", workshop.images, *small_options]

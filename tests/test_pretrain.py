@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Workshop
+from run_folders import check_an_interruption, check_kills, metrics
 from toys import LinearGaussian, ToyConv
 
 import ebm_prior.pretrain as stage
@@ -26,23 +25,10 @@ from ebm_prior.weights import fingerprint
 SMALL: dict[str, Any] = {"iterations": 8, "batch_size": 16, "checkpoint_every": 2, "ema": 0.5, "kl_warmup": 0.5}
 
 
-@pytest.fixture(scope="module")
-def images(workshop: Workshop) -> ImageSource:
-    return open_images(workshop.images)
-
-
-class Interrupted(BaseException):
-    pass
-
-
 def into(out: Path, images: ImageSource, config: PretrainConfig, **how: Any) -> bytes:
     backbone = build(ToyConv, {"width": 6}, seed=config.seed)
     pretrain_into(out, backbone, images, images.subset(range(40)), config, **how)
     return (out / "backbone.safetensors").read_bytes()
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_elbo_rises(images: ImageSource) -> None:
@@ -145,18 +131,12 @@ class UsuallyInitialised(ToyConv):
 
 @pytest.mark.parametrize("after", [1, 2, 5, 7])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(images: ImageSource, tmp_path: Path, after: int) -> None:
-    def stop(shown: Mapping[str, Any]) -> None:
-        if shown["iteration"] == after:
-            raise Interrupted
+    def run(out: Path, **how: Any) -> bytes:
+        return into(out, images, PretrainConfig(**SMALL), **how)
 
-    config = PretrainConfig(**SMALL)
-    whole = into(tmp_path / "whole", images, config)
-    with pytest.raises(Interrupted):
-        into(tmp_path / "cut", images, config, on_step=stop)
-    assert into(tmp_path / "cut", images, config, resume=True) == whole
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    check_an_interruption(run, tmp_path, "backbone.safetensors", after)
     assert [line["iteration"] for line in metrics(tmp_path / "cut")] == [2, 4, 6, 8]
-    assert into(tmp_path / "again", images, config) == whole
+    assert run(tmp_path / "again") == run(tmp_path / "cut", resume=True)
 
 
 def test_another_configuration_is_not_resumed(images: ImageSource, tmp_path: Path) -> None:
@@ -225,21 +205,7 @@ def test_the_command_writes_a_backbone_that_fit_takes(
 
 def test_a_killed_process_goes_on(workshop: Workshop, tmp_path: Path) -> None:
     arguments = ["pretrain", *OPTIONS, "--iterations", 60, "--data", workshop.images]
-    workshop.run(*arguments, "--out", tmp_path / "whole")
-    out = tmp_path / "cut"
-    process = workshop.popen("-m", "ebm_prior", *arguments, "--out", out)
-    deadline = time.monotonic() + 240
-    while not (out / "state.pt").exists():
-        assert process.poll() is None, process.communicate()[1].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (out / "backbone.safetensors").exists()
-    workshop.run(*arguments, "--out", out, "--resume")
-    assert (out / "backbone.safetensors").read_bytes() == (tmp_path / "whole" / "backbone.safetensors").read_bytes()
-    assert metrics(out) == metrics(tmp_path / "whole")
+    check_kills(workshop, arguments, tmp_path, "backbone.safetensors", lambda out: (out / "state.pt").exists())
 
 
 def test_errors_of_the_command(workshop: Workshop, tmp_path: Path) -> None:

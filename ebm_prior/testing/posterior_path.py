@@ -45,6 +45,8 @@ def noise_map(case: Case) -> Iterator[str]:
                 "noise is indexed in generation order (index 0 is the top group), also in a bottom-up encoder"
             )
     draw = backbone.encode(images, noise)
+    if draw.z is not None and not all(map(close, draw.z, first.z)):
+        yield "the z that encode's draw names beforehand are not those that it draws, group by group"
     backbone.encode(1 - images, noise)
     if not all(map(close, run(backbone, draw, len(images)).z, first.z)):
         yield "encoding other images changes a draw that encode returned before: encode keeps its state in the module"

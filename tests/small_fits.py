@@ -1,0 +1,36 @@
+"""Second stages of milliseconds, by either objective."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from conftest import SMALL_FIT, Workshop
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.commands import fit_into
+from ebm_prior.data import ImageSource
+from ebm_prior.energy import EnergyConfig
+from ebm_prior.fit import FitConfig
+from ebm_prior.samplers import SamplerConfig
+
+CHAIN = SamplerConfig(proposals=1, kernel="langevin", steps=3, step_size=0.02)
+
+
+def small(**changes: Any) -> FitConfig:
+    energy, sampler = EnergyConfig(**SMALL_FIT["energy"]), SamplerConfig(**SMALL_FIT["sampler"])
+    return FitConfig(**(SMALL_FIT | {"energy": energy, "sampler": sampler} | changes))
+
+
+OBJECTIVES = {
+    "nce": small(iterations=8),
+    "mle": replace(small(iterations=8), objective="mle", chains="persistent", chain=CHAIN, refresh=0.3),
+}
+
+
+def into(
+    out: Path, workshop: Workshop, backbone: Backbone, images: ImageSource, config: FitConfig, **how: Any
+) -> bytes:
+    fit_into(out, backbone, images, config, checkpoint=str(workshop.backbone), **how)
+    return (out / "prior.safetensors").read_bytes()

@@ -1,0 +1,33 @@
+"""The allocator serves large blocks from memory that it keeps, not from mappings that end with each tensor."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+MAPPED_BYTES = """
+import ctypes, sys, torch
+from ebm_prior.allocator import keep_freed_memory
+mallinfo = ctypes.CDLL(None).mallinfo2
+class Info(ctypes.Structure):
+    _fields_ = [(f"field_{i}", ctypes.c_size_t) for i in range(10)]
+mallinfo.restype = Info
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+before = mallinfo().field_4  # hblkhd: bytes in blocks that are mapped one by one
+kept = torch.ones(7 * 2**20)  # 28 MiB
+print(mallinfo().field_4 - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
+def test_large_tensors_are_not_mapped_one_by_one() -> None:
+    def mapped(mode: str) -> int:
+        command = [sys.executable, "-c", MAPPED_BYTES, mode]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert mapped("default") >= 7 * 2**22
+    assert mapped("keep") == 0

@@ -1,0 +1,147 @@
+"""Commands and the files they write: nothing is overwritten unasked, nothing is lost, and what convert makes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workshop
+from run_folders import content
+
+from ebm_prior.checkpoint import backbone_record, load_backbone, prior_record
+from ebm_prior.weights import fingerprint
+
+
+def test_fit_does_not_overwrite(workshop: Workshop, fit_words: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    workshop.run(*fit_words, "--out", out)
+    before = content(out)
+    message = workshop.error(*fit_words, "--out", out, "--seed", 1)
+    assert "--resume" in message
+    assert "--overwrite" in message
+    assert content(out) == before
+    workshop.run(*fit_words, "--out", out, "--seed", 1, "--overwrite")
+    assert prior_record(out / "prior.safetensors")["record"]["config"]["seed"] == 1
+
+
+def test_sample_and_convert_do_not_overwrite(workshop: Workshop, prior: Path, tmp_path: Path) -> None:
+    for command, name in (
+        (["sample", prior, "-n", 2], "a.png"),
+        (["sample", prior, "-n", 2], "a.npz"),
+        (["sample", prior, "-n", 2], "folder"),
+        (["convert", "--ckpt", workshop.backbone], "b.safetensors"),
+    ):
+        out = tmp_path / name
+        out.write_bytes(b"precious")
+        assert "pass --overwrite" in workshop.error(*command, "--out", out)
+        assert out.read_bytes() == b"precious"
+        if name != "folder":
+            workshop.run(*command, "--out", out, "--overwrite")
+            assert out.read_bytes() != b"precious"
+
+
+def test_an_overwritten_folder_of_samples_holds_the_new_ones_alone(
+    workshop: Workshop, prior: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "samples"
+    workshop.run("sample", prior, "-n", 12, "--out", out)
+    workshop.run("sample", prior, "-n", 3, "--out", out, "--overwrite")
+    assert {p.name for p in out.iterdir()} == {"0.png", "1.png", "2.png"}
+    (out / "notes.txt").write_text("mine")
+    before = content(out)
+    assert "holds other files than samples" in workshop.error("sample", prior, "-n", 2, "--out", out, "--overwrite")
+    assert content(out) == before
+
+
+def test_resume_and_overwrite_contradict_each_other(
+    workshop: Workshop, fit_words: list[object], tmp_path: Path
+) -> None:
+    for command in (fit_words, ["pretrain", "--backbone", "toy", "--data", workshop.images]):
+        result = workshop.run(*command, "--out", tmp_path / "run", "--resume", "--overwrite", code=2)
+        assert "give one of them" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_the_right_to_write_is_found_before_the_work(
+    workshop: Workshop, prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write everywhere, and tests run as root: so the question is answered for it."""
+    forbidden, asked = tmp_path / "forbidden", os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != forbidden and asked(path, mode))
+    monkeypatch.setattr("ebm_prior.prior.EBMPrior.chunks", lambda *_, **__: pytest.fail("began to work"))
+    for name in ("a.png", "a.npz", "folder"):
+        error = workshop.error("sample", prior, "--out", forbidden / name)
+        assert f"cannot write {forbidden / name}: Permission denied" in error
+    assert "Permission denied" in workshop.error("demo", "--out", forbidden / "demo")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz", "folder", "run"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    workshop: Workshop, fit_words: list[object], prior: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    command = fit_words if name == "run" else ["sample", prior]
+
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("began to work")
+
+    monkeypatch.setattr("ebm_prior.prior.EBMPrior.chunks", work)
+    monkeypatch.setattr("ebm_prior.commands.fit", work)
+    assert "cannot write" in workshop.error(*command, "--out", tmp_path / "file" / "below" / name)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_disk_that_is_full_leaves_the_earlier_files(
+    workshop: Workshop, fit_words: list[object], prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, grid, arrays = tmp_path / "run", tmp_path / "a.png", tmp_path / "a.npz"
+    workshop.run(*fit_words, "--out", run)
+    for out in (grid, arrays):
+        workshop.run("sample", prior, "-n", 2, "--out", out)
+    results, before = (run / "prior.safetensors").read_bytes(), (grid.read_bytes(), arrays.read_bytes())
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for out in (grid, arrays):
+        error = workshop.error("sample", prior, "-n", 3, "--out", out, "--overwrite")
+        assert f"cannot write {out}: No space left on device" in error
+    assert "No space left" in workshop.error(*fit_words, "--out", run, "--overwrite")
+    assert (grid.read_bytes(), arrays.read_bytes()) == before
+    assert (run / "prior.safetensors").read_bytes() == results
+
+
+# Converting.
+
+
+def test_convert_then_fit(workshop: Workshop, fit_words: list[object], fitted: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.safetensors"
+    assert "wrote" in workshop.run("convert", "--ckpt", workshop.backbone, "--out", own).stdout
+    assert fingerprint(load_backbone(None, own)) == fingerprint(load_backbone(None, workshop.backbone))
+    record = backbone_record(own)["record"]
+    assert record["stage"] == "convert"
+    assert record["source"] == "toy.safetensors"
+    assert len(record["source_sha256"]) == 64
+    assert record["data"]["name"] == "mnist/train"  # what the source said of itself stays known
+    workshop.run(*fit_words, "--ckpt", own, "--out", tmp_path / "run")
+    runs = (tmp_path / "run", fitted)
+    first, second = (prior_record(run / "prior.safetensors")["backbone"]["fingerprint"] for run in runs)
+    assert first == second
+
+
+def test_convert_to_half_precision(workshop: Workshop, tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    workshop.run("convert", "--ckpt", workshop.backbone, "--out", whole)
+    workshop.run("convert", "--ckpt", workshop.backbone, "--out", half, "--precision", "float16")
+    assert half.stat().st_size < whole.stat().st_size
+    mine = dict(load_backbone(None, workshop.backbone).named_parameters())
+    assert all(torch.equal(p, mine[n].half().float()) for n, p in load_backbone(None, half).named_parameters())
+
+
+def test_convert_needs_the_suffix_by_which_its_form_is_known(workshop: Workshop, tmp_path: Path) -> None:
+    assert "must end in .safetensors" in workshop.error("convert", "--ckpt", workshop.backbone, "--out", tmp_path / "b")

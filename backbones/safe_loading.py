@@ -6,6 +6,7 @@ only; what comes out is then held to plain values or to tensors, so that a surpr
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ebm_prior.errors import CheckpointError
+from ebm_prior.weights import require_finite
 
 PLAIN = (str, int, float, bool, type(None))
 
 
 def load_file(path: Path, content: str) -> Any:
     """The content of a torch file. `content` says what the file should hold, for the error message."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own raises where a name is too long for the system
         raise CheckpointError(f"expected {content} in {path}, found no such file; copy the whole folder of the run")
     try:
         with warnings.catch_warnings():  # official files are older than torch's present pickle protocol
@@ -61,7 +63,5 @@ def load_tensors(path: Path, content: str) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in state.items()
     ):
         raise CheckpointError(f"expected {content} in {path}, found something else than a dict of dense tensors")
-    broken = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
-    if broken:
-        raise CheckpointError(f"expected finite weights in {path}, found NaN or infinity in {', '.join(broken)}")
+    require_finite(state, path)
     return dict(state)

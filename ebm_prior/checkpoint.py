@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import resources
@@ -19,7 +20,14 @@ from ebm_prior.errors import BackboneMismatchError, CheckpointError
 from ebm_prior.prior import EBMPrior, Regime, Target
 from ebm_prior.registry import adapter, adapter_name
 from ebm_prior.samplers import SamplerConfig
-from ebm_prior.weights import count_parameters, fingerprint, load_strictly, read_tensors, write_tensors
+from ebm_prior.weights import (
+    count_parameters,
+    fingerprint,
+    load_strictly,
+    read_tensors,
+    require_finite,
+    write_tensors,
+)
 
 BACKBONE_KEY = "ebm_prior_backbone"
 PRIOR_KEY = "ebm_prior"
@@ -38,12 +46,15 @@ def save_backbone(
 ) -> None:
     """Write a backbone's own form: weights, architecture and adapter name, plus `record` (where it comes from).
 
-    `dtype` (e.g. torch.float16) halves the file; the fingerprint is then that of the rounded weights.
+    `dtype` (e.g. torch.float16) halves the file; the fingerprint is then that of the rounded weights. Raises
+    CheckpointError where weights are not finite in this precision.
     """
     state = {
         name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
         for name, t in backbone.state_dict().items()
     }
+    advice = "nothing was written: use float32, or if that is not enough train it again"
+    require_finite(state, f"the backbone as {dtype}" if dtype else "the backbone", advice)
     described = {
         "format": 1,
         "library": ebm_prior.__version__,
@@ -65,7 +76,7 @@ def load_backbone(
     if name is not None:
         adapter(name)  # an unknown name is the error to report first
     path = bundled().get(str(path), Path(path))
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own raises where a name is too long for the system
         raise CheckpointError(
             f"no backbone at {path}; expected a file or folder, or a bundled one: {', '.join(bundled())}"
         )
@@ -75,9 +86,7 @@ def load_backbone(
         raise CheckpointError(f"{path} is not in ebm-prior's own form: say which adapter reads it (--backbone NAME)")
     else:
         backbone = adapter(name).load_official(path)
-    bad = [key for key, t in backbone.state_dict().items() if t.is_floating_point() and not bool(t.isfinite().all())]
-    if bad:
-        raise CheckpointError(f"{path} holds NaN or infinite weights in {', '.join(bad[:5])}; the network is broken")
+        require_finite(backbone.state_dict(), path)
     return backbone.to(device=device, dtype=dtype or torch.float32).eval().requires_grad_(False)
 
 
@@ -85,9 +94,9 @@ def _load_own(name: str | None, path: Path) -> Backbone:
     tensors, record = read_tensors(path, BACKBONE_KEY, "a backbone in ebm-prior's own form")
     _require_format(path, record)
     stored = str(record.get("adapter"))
-    if name is not None and name != stored:
-        raise CheckpointError(f"{path} is a backbone of adapter {stored!r}, not {name!r}; use --backbone {stored}")
     kind = adapter(stored)
+    if name is not None and adapter(name) is not kind:
+        raise CheckpointError(f"{path} is a backbone of adapter {stored!r}, not {name!r}; use --backbone {stored}")
     try:
         backbone = kind(**record["architecture"])
     except Exception as error:  # an adapter can raise nearly anything over a foreign architecture
@@ -180,9 +189,9 @@ def load_prior(
     if backbone is None:
         where = str(checkpoint or trained_on["checkpoint"])
         beside = path.parent / Path(where).name
-        if checkpoint is None and not Path(where).exists() and beside.exists():
+        if checkpoint is None and not os.path.exists(where) and os.path.exists(beside):
             where = str(beside)
-        if where not in bundled() and not Path(where).exists():
+        if where not in bundled() and not os.path.exists(where):
             raise CheckpointError(
                 f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
             )
@@ -203,9 +212,6 @@ def load_prior(
     except RuntimeError as error:  # sizes that no memory holds
         raise CheckpointError(f"{path} describes heads that cannot be built: {error}") from error
     _load_widened(energy, tensors, path)
-    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if bad:
-        raise CheckpointError(f"{path} holds NaN or infinite numbers in {', '.join(bad)}: fit it again")
     return EBMPrior(backbone, energy, tau=tau, regime=regime, target=target, sampler=sampler, record=record["record"])
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
 from ebm_prior.randomness import derived_generator, derived_seed
-from ebm_prior.training import Callback, batch_indices, require_positive
+from ebm_prior.training import Callback, batch_indices, require_positive, require_seed
 from ebm_prior.weights import fingerprint, load_strictly, read_tensors, write_tensors
 
 FEATURES = 64
@@ -60,8 +60,9 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "epochs", "batch_size", "learning_rate", "width")
-        if not (0 <= self.dropout < 1 and self.weight_decay >= 0 and self.shift >= 0 and self.seed >= 0):
-            raise ConfigurationError(f"expected dropout in [0, 1), weight_decay, shift and seed ≥ 0, found {self}")
+        require_seed(self)
+        if not (0 <= self.dropout < 1 and self.weight_decay >= 0 and self.shift >= 0):
+            raise ConfigurationError(f"expected dropout in [0, 1), weight_decay and shift ≥ 0, found {self}")
 
 
 class FeatureClassifier(nn.Module):
@@ -199,8 +200,6 @@ def load_classifier(path: Path | None = None) -> FeatureClassifier:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no network that can be built ({error!r}); expected {what}") from error
     load_strictly(classifier, tensors, path)
-    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-        raise CheckpointError(f"{path} holds NaN or infinite weights in {', '.join(broken[:5])}; train it again")
     return classifier.eval().requires_grad_(False)
 
 

@@ -12,6 +12,11 @@ from typing import Any
 from ebm_prior.errors import OutputError
 
 
+def user_cache() -> Path:
+    """The user's cache directory for ebm-prior: in $XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ebm-prior"
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to a temporary file beside `path`, flush it to disk, and rename it to `path`.
 

@@ -30,6 +30,7 @@ from ebm_prior.training import (
     batch_indices,
     require_choices,
     require_positive,
+    require_seed,
     update_average,
 )
 
@@ -84,11 +85,14 @@ class FitConfig:
         if not 0 <= self.refresh <= 1:
             raise ConfigurationError(f"refresh must be in [0, 1], found {self.refresh}")
         require_choices(self)
+        require_seed(self)
+        if self.target == "published" and self.regime == "calibrated":
+            raise ConfigurationError("the published target is not the density that f describes: regime must be refiner")
 
     @property
     def recorded_sampler(self) -> SamplerConfig:
-        """The sampler of the prior file: the exact default for a density ratio; for mle the chains of training."""
-        return self.sampler or (SamplerConfig() if self.objective == "nce" else self.chain)
+        """The sampler of the prior file: the exact default for a density; for a refiner the chains of training."""
+        return self.sampler or (SamplerConfig() if self.regime == "calibrated" else self.chain)
 
 
 def paper_preset() -> FitConfig:
@@ -171,12 +175,13 @@ class _Fit:
         self.held_out = self._held_out_latents(held_out)
         with seeded(self.device, config.seed, 10):
             self.energy = JointEnergy(backbone.groups, config.energy).to(self.device, self.dtype)
-        seen = self._posterior(self.training[:2_000], derived_generator(config.seed, 15, device=self.device))
+        seen = self._latents(self.training[:2_000], 15)
         if config.energy.standardize:
             self.energy.standardize(seen)
         with torch.no_grad():
-            typical = norm(backbone.standardize([z[:500] for z in seen])).mean()
-        self.norm_limit = NORM_LIMIT * max(1.0, float(typical))
+            typical = norm(backbone.standardize([z[: config.batch_size].to(self.device) for z in seen])).mean()
+        dimensions = bytes_each / self.dtype.itemsize
+        self.norm_limit = NORM_LIMIT * max(1.0, float(typical)) + 4 / math.sqrt(2 * dimensions * config.batch_size)
         self.average = copy.deepcopy(self.energy).eval().requires_grad_(False)
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(
@@ -206,11 +211,11 @@ class _Fit:
                 if self.iteration % config.evaluate_every == 0 or self.iteration == config.iterations:
                     metrics = self._evaluate(shown)
                     good = self._state()
+                    if on_evaluate:
+                        on_evaluate({"iteration": self.iteration, "prior": self._prior()})
                     if run:
                         run.log(metrics)
                         run.save_state(good)
-                    if on_evaluate:
-                        on_evaluate({"iteration": self.iteration, "prior": self._prior()})
                     shown |= metrics
                 if on_step:
                     on_step({"iterations": config.iterations, **shown})
@@ -227,8 +232,8 @@ class _Fit:
                 self.rate, self.rollbacks = rate, rollbacks
                 good = self._state()
                 if run:
-                    run.log({"iteration": self.iteration, "rolled_back": str(reason), "rate": rate})
                     run.save_state(good)
+                    run.log({"iteration": self.iteration, "rolled_back": str(reason), "rate": rate})
         return self._finish()
 
     def _step(self) -> dict[str, Any]:
@@ -252,7 +257,7 @@ class _Fit:
         gradient = torch.nn.utils.get_total_norm([p.grad for p in self.energy.parameters() if p.grad is not None])
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient)):
             raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
-        if chain_norm > self.norm_limit:
+        if config.objective == "mle" and chain_norm > self.norm_limit:
             raise DivergenceError(
                 f"chains left the typical set at iteration {t}: ‖ε‖/√D {chain_norm:.3g}, limit {self.norm_limit:.3g}"
             )
@@ -328,7 +333,7 @@ class _Fit:
             eps = propose()
             with torch.no_grad():
                 return self.backbone.reparameterize(eps), float(norm(eps).mean())
-        current = EBMPrior(self.backbone, copy.deepcopy(self.energy), target=config.target)
+        current = EBMPrior(self.backbone, copy.deepcopy(self.energy), regime=config.regime, target=config.target)
         if config.chains == "persistent":
             initial = self._initial_chains(propose(), generator)
             self.chains = eps = draw(current.potential, lambda: initial, config.chain, generator).eps
@@ -345,13 +350,20 @@ class _Fit:
         return where(restart, fresh, self.chains)
 
     def _held_out_latents(self, indices: Tensor) -> HeldOut:
-        posterior, prior = [], []
-        for number, part in enumerate(torch.split(indices, 500)):
-            generator = derived_generator(self.config.seed, 13, number, device=self.device)
-            posterior.append([z.cpu() for z in self._posterior(part, generator)])
+        prior = []
+        for number, part in enumerate(torch.split(indices, self.config.batch_size)):
+            generator = derived_generator(self.config.seed, 16, number, device=self.device)
             for _ in range(PRIOR_DRAWS):
                 prior.append([z.cpu() for z in self.backbone.sample(len(part), generator=generator)])
-        return HeldOut(*([torch.cat(group) for group in zip(*parts, strict=True)] for parts in (posterior, prior)))
+        return HeldOut(self._latents(indices, 13), [torch.cat(group) for group in zip(*prior, strict=True)])
+
+    def _latents(self, indices: Tensor, stream: int) -> list[Tensor]:
+        """One posterior draw of each of these images, on the CPU; batch by batch, as the memory allows in training."""
+        parts = []
+        for number, part in enumerate(torch.split(indices, self.config.batch_size)):
+            generator = derived_generator(self.config.seed, stream, number, device=self.device)
+            parts.append([z.cpu() for z in self._posterior(part, generator)])
+        return [torch.cat(group) for group in zip(*parts, strict=True)]
 
     def _prior(self, *, tau: float = 1.0, record: Mapping[str, Any] | None = None) -> EBMPrior:
         config = self.config

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import tempfile
 import urllib.request
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
-from ebm_prior.files import write_atomically
+from ebm_prior.files import user_cache, write_atomically
 
 Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
 Network = Callable[[Tensor], Tensor]
@@ -113,7 +112,7 @@ def load_inception(
     """
     if mode not in get_args(Mode):
         raise ConfigurationError(f"expected a mode of clean-fid, {', '.join(get_args(Mode))}; found {mode!r}")
-    source = path or _cached(mode, download, cache_dir or default_cache())
+    source = path or _cached(mode, download, cache_dir or user_cache())
     try:
         content = source.read_bytes()
     except OSError as error:
@@ -130,11 +129,6 @@ def load_inception(
     if size != FEATURES:
         raise CheckpointError(f"{source}: expected a network with {FEATURES} features, found {size}")
     return inception
-
-
-def default_cache() -> Path:
-    """The user's cache directory for ebm-prior."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebm-prior"
 
 
 def _url(mode: Mode) -> str:

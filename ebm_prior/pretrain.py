@@ -8,6 +8,7 @@ zero along a cosine, and an exponential moving average of the weights, which is 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ebm_prior.backbone import Backbone
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.randomness import Generator, derived_generator, seeded
-from ebm_prior.training import Callback, Images, Recorder, batch_indices, require_positive
+from ebm_prior.training import Callback, Images, Recorder, batch_indices, require_positive, require_seed
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "iterations", "batch_size", "learning_rate", "gradient_clip", "checkpoint_every")
+        require_seed(self)
         if not (0 <= self.kl_warmup <= 1 and 0 <= self.ema < 1 and self.free_nats >= 0):
             raise ConfigurationError(
                 f"expected kl_warmup in [0, 1], ema in [0, 1), free_nats >= 0; found {self.kl_warmup}, {self.ema}, "
@@ -59,7 +61,7 @@ def build(kind: type[Backbone], architecture: Mapping[str, Any], *, seed: int = 
     with seeded(torch.device("cpu"), seed, 0):
         try:
             return kind(**architecture)
-        except (TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # an adapter can raise nearly anything over arguments that make no sense
             raise ConfigurationError(f"{kind.__name__} cannot build {architecture}: {error}") from error
 
 
@@ -76,64 +78,117 @@ def pretrain(
     """Train `backbone` in place on `images`; returns the moving average of its weights, frozen and in eval mode.
 
     With a `run`, state and metrics are written every `checkpoint_every` iterations and the run goes on from its last
-    state. `validation`: images whose ELBO is logged there. `on_checkpoint` gets {"iteration", "backbone"}: the average.
-    Raises DivergenceError when the loss is not finite.
+    state. `on_checkpoint` gets {"iteration", "backbone", "elbo"} then: the average and, for `validation` images, its
+    Elbo (else None). When the loss is not finite, training returns to the last state at half the rate; the second time
+    it raises DivergenceError.
     """
-    device = next(backbone.parameters()).device
-    backbone.train().requires_grad_(True)
-    state = run.load_state() if run else None
-    if state is None:
-        with seeded(device, config.seed, 1), torch.no_grad():  # data-dependent initialisation, where there is one
-            x, generator = _batch(backbone, images, config, 0, device)
-            backbone.infer(x, generator=generator)
-    average = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
-    optimizer = torch.optim.Adam(backbone.parameters(), lr=config.learning_rate)
-    first = 0
-    if state is not None:
-        backbone.load_state_dict(state["backbone"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["iteration"]
+    return _Pretraining(backbone, images, config).train(run, validation, on_step, on_checkpoint)
 
-    for iteration in range(first, config.iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
-        x, generator = _batch(backbone, images, config, iteration, device)
-        with seeded(device, config.seed, 2, iteration):  # dropout draws from the global generator
-            log_likelihood, kl = _elbo_terms(backbone, x, generator)
-        beta = min(1.0, (iteration + 1) / max(1.0, config.kl_warmup * config.iterations))
+
+class _Pretraining:
+    """One first stage under way: everything that changes is in `state`, so that it can be saved and rolled back."""
+
+    def __init__(self, backbone: Backbone, images: Images, config: PretrainConfig) -> None:
+        self.backbone, self.images, self.config = backbone.train().requires_grad_(True), images, config
+        self.device = next(backbone.parameters()).device
+        with seeded(self.device, config.seed, 1), torch.no_grad():  # data-dependent initialisation, where there is one
+            x, generator = self._batch(0)
+            backbone.infer(x, generator=generator)
+        self.average = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
+        self.optimizer = torch.optim.Adam(backbone.parameters(), lr=config.learning_rate)
+        self.iteration = 0
+        self.rate = 1.0  # falls by half at a roll-back
+        self.rollbacks = 0
+
+    def train(
+        self,
+        run: Recorder | None,
+        validation: Images | None,
+        on_step: Callback | None,
+        on_checkpoint: Callback | None,
+    ) -> Backbone:
+        config = self.config
+        state = run.load_state() if run else None
+        if state is not None:
+            self._restore(state)
+        good = self._state()
+        while self.iteration < config.iterations:
+            try:
+                shown = self._step()
+                due = self.iteration % config.checkpoint_every == 0 or self.iteration == config.iterations
+                good = self._state() if due else good
+            except DivergenceError as reason:
+                if self.rollbacks:
+                    raise DivergenceError(
+                        f"training diverged again after a roll-back at half the rate: {reason}. A resume would repeat "
+                        "it: start anew (--overwrite, or another --out) with a lower learning rate (now "
+                        f"{config.learning_rate:g}) or a longer kl_warmup (now {config.kl_warmup:g})"
+                    ) from reason
+                self._restore(good | {"rate": self.rate * 0.5, "rollbacks": self.rollbacks + 1})
+                good = self._state()
+                if run:
+                    run.log({"iteration": self.iteration, "rolled_back": str(reason), "rate": self.rate})
+                    run.save_state(good)
+                continue
+            if on_step:
+                on_step({"iteration": self.iteration, "iterations": config.iterations, "elbo": shown["train_elbo"]})
+            if due and (run or on_checkpoint):
+                kept = _frozen(self.average)
+                elbo = evaluate_elbo(kept, validation, seed=config.seed) if validation is not None else None
+                if run:
+                    run.log({"iteration": self.iteration, **shown, **(elbo._asdict() if elbo else {})})
+                if on_checkpoint:
+                    on_checkpoint({"iteration": self.iteration, "backbone": kept, "elbo": elbo})
+                if run:
+                    run.save_state(good)
+        return _frozen(self.average).requires_grad_(False)
+
+    def _step(self) -> dict[str, float]:
+        config, t = self.config, self.iteration
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * config.learning_rate * 0.5 * (1 + math.cos(math.pi * t / config.iterations))
+        x, generator = self._batch(t)
+        with seeded(self.device, config.seed, 2, t):  # dropout draws from the global generator
+            log_likelihood, kl = _elbo_terms(self.backbone, x, generator)
+        beta = min(1.0, (t + 1) / max(1.0, config.kl_warmup * config.iterations))
         loss = beta * kl.mean(0).clamp(min=config.free_nats).sum() - log_likelihood.mean()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), config.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), config.gradient_clip)
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            raise DivergenceError(
-                f"the ELBO is not finite at iteration {iteration}: lower the learning rate "
-                f"(now {config.learning_rate:g}) or raise kl_warmup; the run's last state is intact"
-            )
-        optimizer.step()
-        if iteration + 1 <= config.iterations * config.kl_warmup:
-            average.n_averaged.zero_()  # averaging begins when the objective has settled
-        average.update_parameters(backbone)
-        done = iteration + 1
-        elbo = float((log_likelihood - kl.sum(1)).mean().detach())
-        if on_step:
-            on_step({"iteration": done, "iterations": config.iterations, "elbo": elbo})
-        if run and (done % config.checkpoint_every == 0 or done == config.iterations):
-            kept = _frozen(average)
-            measured = evaluate_elbo(kept, validation, seed=config.seed)._asdict() if validation is not None else {}
-            run.log({"iteration": done, "train_elbo": elbo, "beta": beta, **measured})
-            if on_checkpoint:
-                on_checkpoint({"iteration": done, "backbone": kept})
-            run.save_state(
-                {
-                    "iteration": done,
-                    "backbone": backbone.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
-            )
-    return _frozen(average).requires_grad_(False)
+            raise DivergenceError(f"the ELBO or its gradient is not finite at iteration {t}")
+        self.optimizer.step()
+        self.iteration += 1
+        if self.iteration <= config.iterations * config.kl_warmup:
+            self.average.n_averaged.zero_()  # averaging begins when the objective has settled
+        self.average.update_parameters(self.backbone)
+        return {"train_elbo": float((log_likelihood - kl.sum(1)).mean().detach()), "beta": beta}
+
+    def _batch(self, iteration: int) -> tuple[Tensor, Generator]:
+        config = self.config
+        generator = derived_generator(config.seed, 3, iteration, device=self.device)
+        indices = batch_indices(len(self.images), config.batch_size, iteration, config.seed)
+        return _observed(self.backbone, self.images, indices, generator), generator
+
+    def _state(self) -> dict[str, Any]:
+        if not bool(torch.nn.utils.get_total_norm(self.backbone.parameters()).isfinite()):
+            raise DivergenceError(f"the norm of the weights is not finite at iteration {self.iteration}")
+        return copy.deepcopy(
+            {
+                "iteration": self.iteration,
+                "rate": self.rate,
+                "rollbacks": self.rollbacks,
+                "backbone": self.backbone.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        )
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
+        self.backbone.load_state_dict(state["backbone"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def evaluate_elbo(backbone: Backbone, images: Images, *, seed: int = 0, batch_size: int = 500) -> Elbo:
@@ -144,7 +199,7 @@ def evaluate_elbo(backbone: Backbone, images: Images, *, seed: int = 0, batch_si
     with torch.no_grad():
         for number, indices in enumerate(torch.split(torch.arange(len(images)), batch_size)):
             generator = derived_generator(seed, 0xE1B0, number, device=device)
-            x = backbone.observe(images.batch(indices).to(device), generator=generator)
+            x = _observed(backbone, images, indices, generator)
             for part, found in zip((log_likelihood, kl), _elbo_terms(backbone, x, generator), strict=True):
                 part.append(found.double().cpu())
     total, groups = torch.cat(log_likelihood).mean(), torch.cat(kl).mean(0)
@@ -161,12 +216,10 @@ def training_record(config: PretrainConfig, images: Images, elbo: Elbo | None) -
     }
 
 
-def _batch(
-    backbone: Backbone, images: Images, config: PretrainConfig, iteration: int, device: torch.device
-) -> tuple[Tensor, Generator]:
-    generator = derived_generator(config.seed, 3, iteration, device=device)
-    x = images.batch(batch_indices(len(images), config.batch_size, iteration, config.seed)).to(device)
-    return backbone.observe(x, generator=generator), generator
+def _observed(backbone: Backbone, images: Images, indices: Tensor, generator: Generator) -> Tensor:
+    """Observations of the images at `indices`, (B, C, H, W), where the network is and in its precision."""
+    like = next(backbone.parameters())
+    return backbone.observe(images.batch(indices).to(like.device, like.dtype), generator=generator)
 
 
 def _elbo_terms(backbone: Backbone, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

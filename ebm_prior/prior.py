@@ -52,6 +52,8 @@ class EBMPrior:
         sampler: SamplerConfig | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
+        if target == "published" and regime == "calibrated":
+            raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
         like = next(backbone.parameters())
         self.backbone = backbone
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)

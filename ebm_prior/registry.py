@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 
 from ebm_prior.backbone import Backbone
@@ -16,23 +17,44 @@ def registered() -> dict[str, EntryPoint]:
 
 
 def adapter(name: str) -> type[Backbone]:
-    """The adapter class registered as `name`. Raises UnknownBackboneError."""
+    """The adapter class registered as `name`, or the registered class that is called so (module:class).
+
+    A file that was written before its class was registered names the class. Only what is registered is imported, never
+    what a file names. Raises UnknownBackboneError.
+    """
     points = registered()
-    if name not in points:
-        raise UnknownBackboneError(
-            f"no backbone adapter is registered as {name!r}; found: {', '.join(points) or 'none'}. Install the package "
-            f"that provides it, or register your class under the entry-point group {GROUP!r} (README: Your own VAE)"
-        )
-    try:
-        found = points[name].load()
-    except Exception as error:
-        raise UnknownBackboneError(f"adapter {name!r} ({points[name].value}) cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Backbone)):
-        raise UnknownBackboneError(f"{points[name].value} must be a subclass of ebm_prior.Backbone, found {found!r}")
-    return found
+    if name in points:
+        return _load(points[name])
+    for point in points.values() if ":" in name else ():
+        with suppress(UnknownBackboneError):
+            if _qualified_name(kind := _load(point)) == name:
+                return kind
+    raise UnknownBackboneError(
+        f"no backbone adapter is registered as {name!r}; found: {', '.join(points) or 'none'}. Install the package "
+        f"that provides it, or register your class under the entry-point group {GROUP!r} (README: Your own VAE)"
+    )
 
 
 def adapter_name(backbone: Backbone) -> str:
-    """The name under which the backbone's class is registered; its qualified class name if it is not."""
-    kind = f"{type(backbone).__module__}:{type(backbone).__qualname__}"
-    return next((name for name, point in registered().items() if point.value == kind), kind)
+    """The name under which the backbone's class is registered; module:class if it is not."""
+    kind = type(backbone)
+    for name, point in registered().items():
+        if kind.__qualname__ in point.value:  # the others need not be imported
+            with suppress(UnknownBackboneError):
+                if _load(point) is kind:
+                    return name
+    return _qualified_name(kind)
+
+
+def _load(point: EntryPoint) -> type[Backbone]:
+    try:
+        found = point.load()
+    except Exception as error:
+        raise UnknownBackboneError(f"adapter {point.name!r} ({point.value}) cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Backbone)):
+        raise UnknownBackboneError(f"{point.value} must be a subclass of ebm_prior.Backbone, found {found!r}")
+    return found
+
+
+def _qualified_name(kind: type[Backbone]) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"

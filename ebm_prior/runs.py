@@ -32,6 +32,9 @@ class Run:
         normal = json.loads(json.dumps({"config": config, "inputs": inputs}, sort_keys=True))
         try:
             self._begin(normal, resume=resume, overwrite=overwrite)
+            for name in ("config.json", "metrics.jsonl", "state.pt"):
+                for rest in directory.glob(f".{name}.*"):  # of a write that a kill cut short (see write_atomically)
+                    rest.unlink()
         except OSError as error:  # most often a folder of somebody else's
             raise OutputError(f"cannot use {directory}: {error.strerror or error}; choose another --out") from error
 

@@ -65,6 +65,8 @@ class SamplerConfig:
             raise ConfigurationError(f"expected kernel {' or '.join(KERNELS)}, found {self.kernel!r}")
         if not 0 < self.step_size <= 2:
             raise ConfigurationError(f"expected a step size in (0, 2], found {self.step_size}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigurationError(f"expected a temperature of 0 or more, found {self.temperature}")
         if self.temperature != 1 and (self.kernel != "langevin" or not self.steps):
             raise ConfigurationError("temperature acts on steps of the Langevin kernel alone: nothing else has one")
         if self.kernel == "langevin" and self.adapt_steps:

@@ -53,6 +53,12 @@ def require_positive(config: Any, *names: str) -> None:
             raise ConfigurationError(f"{name} must be positive, found {getattr(config, name)}")
 
 
+def require_seed(config: Any) -> None:
+    """Raise ConfigurationError where the seed of a configuration is one that `derived_seed` does not take."""
+    if config.seed < 0:
+        raise ConfigurationError(f"seed must not be negative, found {config.seed}")
+
+
 def require_choices(config: Any) -> None:
     """Raise ConfigurationError where a Literal field of a configuration dataclass has another value."""
     hints = get_type_hints(type(config))

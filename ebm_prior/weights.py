@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ def read_tensors(path: str | Path, key: str, what: str) -> tuple[dict[str, Tenso
     corrupt file, and for a safetensors file of another kind.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"expected {what} at {path}, found {'a folder' if path.is_dir() else 'nothing'} there")
+    if not os.path.isfile(path):  # Path's own raises where a name is too long for the system
+        raise CheckpointError(
+            f"expected {what} at {path}, found {'a folder' if os.path.isdir(path) else 'nothing'} there"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get(key, "null"))
@@ -82,9 +85,21 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], pat
         )
 
 
+def require_finite(
+    tensors: Mapping[str, Tensor], where: str | Path, advice: str = "the file is broken: copy or make it again"
+) -> None:
+    """Raise CheckpointError that names the floating-point tensors with NaN or infinity. `where`: what holds them."""
+    broken = [key for key, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"expected finite weights in {where}, found NaN or infinity in {', '.join(broken[:5])}; {advice}"
+        )
+
+
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict with every missing, unexpected and mis-shaped key named. Raises CheckpointError."""
+    """Load a state dict with every missing, unexpected, mis-shaped and not finite key named: CheckpointError."""
     check_state(tensors, module.state_dict(), path)
+    require_finite(tensors, path)
     module.load_state_dict(dict(tensors))
 
 

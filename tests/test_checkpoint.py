@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -311,13 +313,101 @@ def test_an_architecture_that_does_not_fit_is_refused(workshop: Workshop, tmp_pa
         load_backbone(None, path)
 
 
-def test_a_backbone_with_nan_is_refused(workshop: Workshop, tmp_path: Path) -> None:
-    backbone = ToyConv()
-    with torch.no_grad():
-        backbone.head[1].weight[0, 0] = float("inf")
-    save_backbone(backbone, tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in head\.1\.weight"):
-        load_backbone(None, tmp_path / "b.safetensors")
+def test_a_backbone_with_nan_is_refused(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "b.safetensors"
+    path.write_bytes(workshop.backbone.read_bytes())
+    rewrite(path, BACKBONE_KEY, lambda _, tensors: tensors["head.1.weight"][0].fill_(float("inf")))
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in head\.1\.weight"):
+        load_backbone(None, path)
+    broken = ToyConv()
+    torch.nn.init.constant_(broken.dense.weight, float("nan"))
+    monkeypatch.setattr(ToyConv, "load_official", lambda path: broken)
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in dense\.weight"):
+        load_backbone("toy", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, None])
+def test_weights_that_would_not_load_are_not_written(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    backbone, path = ToyConv(), tmp_path / "b.safetensors"
+    torch.nn.init.constant_(backbone.dense.weight, 1e5 if dtype else float("nan"))  # float16 ends at 65,504
+    with pytest.raises(CheckpointError, match=r"infinity in dense\.weight; nothing was written: use float32"):
+        save_backbone(backbone, path, dtype=dtype)
+    assert not path.exists()
+
+
+def test_names_too_long_for_the_system_are_places_where_nothing_is(workshop: Workshop, prior_file: Path) -> None:
+    long = "x" * 300
+    for suffix in ("", ".safetensors"):
+        with pytest.raises(CheckpointError, match="no backbone at x"):
+            load_backbone("toy", long + suffix)
+    with pytest.raises(CheckpointError, match="found nothing there"):
+        load_prior(long)
+    with pytest.raises(CheckpointError, match="where there is nothing"):
+        load_prior(prior_file, checkpoint=long)
+    assert "no backbone at x" in workshop.error("fit", "--ckpt", long, "--data", workshop.images)
+
+
+# Adapters by name and by class.
+
+
+def package(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module `name.model` with a class Net, which the package exports as Net and as Renamed; Net is returned."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "model.py").write_text("from toys import ToyConv\n\nclass Net(ToyConv):\n    pass\n")
+    (folder / name / "__init__.py").write_text(f"from {name}.model import Net\n\nRenamed = Net\n")
+    monkeypatch.syspath_prepend(folder)
+    return importlib.import_module(name).Net
+
+
+def register(folder: Path, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = folder / "third-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[ebm_prior.backbones]\n{point}\n")
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.parametrize("exported", ["model:Net", "Net", "Renamed"])
+def test_what_was_saved_before_its_class_was_registered_is_found(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: str
+) -> None:
+    name = f"third_{exported.replace(':', '_').lower()}"
+    kind = package(tmp_path / "code", name, monkeypatch)
+    file, prior_file = tmp_path / "b.safetensors", tmp_path / "p.safetensors"
+    backbone = kind().eval().requires_grad_(False)
+    save_backbone(backbone, file)
+    save_prior(EBMPrior(backbone, JointEnergy(backbone.groups, SMALL)), prior_file, checkpoint=str(file))
+    with pytest.raises(UnknownBackboneError, match=f"'{name}.model:Net'.*register your class"):
+        load_backbone(None, file)
+
+    register(tmp_path / "info", f"mine = {name}{'.' if ':' in exported else ':'}{exported}", monkeypatch)
+    for adapter in (None, "mine"):
+        assert type(load_backbone(adapter, file)) is kind
+    assert type(load_prior(prior_file).backbone) is kind
+    with pytest.raises(CheckpointError, match="not 'toy'"):
+        load_backbone("toy", file)
+    save_backbone(backbone, file)
+    assert type(load_backbone("mine", file)) is kind
+    if exported != "Renamed":  # by a name that is not the class's own it is found, but not named
+        assert backbone_record(file)["adapter"] == "mine"
+
+
+def test_only_the_very_class_that_is_registered_has_the_name(workshop: Workshop, tmp_path: Path) -> None:
+    path, namesake = tmp_path / "b.safetensors", type("ToyConv", (ToyConv,), {"__module__": "elsewhere"})
+    save_backbone(namesake(), path)
+    assert backbone_record(path)["adapter"] == "elsewhere:ToyConv"
+
+
+def test_what_a_file_names_is_not_imported(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lurking.py").write_text("from toys import ToyConv\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "b.safetensors"
+    path.write_bytes(workshop.backbone.read_bytes())
+    rewrite(path, BACKBONE_KEY, lambda record, _: record.update(adapter="lurking:ToyConv"))
+    for name in (None, "toy"):
+        with pytest.raises(UnknownBackboneError, match="lurking"):
+            load_backbone(name, path)
+    assert "lurking" not in sys.modules
 
 
 class Attack:

@@ -104,6 +104,8 @@ def test_what_cannot_be_classified_is_refused(trained):
         ClassifierConfig(epochs=0)
     with pytest.raises(ConfigurationError, match="dropout"):
         ClassifierConfig(dropout=1.0)
+    with pytest.raises(ConfigurationError, match=r"seed.*-1"):
+        ClassifierConfig(seed=-1)
 
 
 def test_damaged_and_foreign_files_are_refused(trained, tmp_path):

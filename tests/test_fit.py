@@ -13,13 +13,15 @@ import torch
 from conftest import Workshop
 from run_folders import metrics
 from small_fits import CHAIN, OBJECTIVES, small
+from toys import LinearGaussian
 
 import ebm_prior.fit as stage
 from ebm_prior.backbone import Backbone
 from ebm_prior.checkpoint import load_prior, save_prior
-from ebm_prior.data import ImageSource
+from ebm_prior.data import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.fit import FitConfig, fit, paper_preset
+from ebm_prior.randomness import derived_generator
 from ebm_prior.samplers import SamplerConfig
 
 
@@ -47,9 +49,22 @@ def test_the_global_random_state_is_left_as_it_was(backbone: Backbone, images: I
 
 def test_the_sampler_that_is_recorded(backbone: Backbone, images: ImageSource) -> None:
     assert small(iterations=1, sampler=None).recorded_sampler == SamplerConfig()
-    assert replace(OBJECTIVES["mle"], sampler=None).recorded_sampler == CHAIN
+    assert replace(OBJECTIVES["mle"], sampler=None).recorded_sampler == SamplerConfig()
+    assert replace(OBJECTIVES["mle"], sampler=None, regime="refiner").recorded_sampler == CHAIN
     assert fit(backbone, images, small(iterations=1)).sampler == replace(SamplerConfig(), proposals=2)
     assert paper_preset().recorded_sampler.steps == 2 * paper_preset().chain.steps
+
+
+def test_the_published_target_is_for_refiners() -> None:
+    with pytest.raises(ConfigurationError, match="regime must be refiner"):
+        small(target="published")
+
+
+def test_small_batches_of_prior_draws_are_no_divergence() -> None:
+    """Two draws in five dimensions are often beyond 1.2 in norm; nce has no chains that could leave."""
+    tiny = LinearGaussian().eval()
+    images = from_array(torch.rand(20, *tiny.image_shape, generator=derived_generator(0)).numpy(), name="noise")
+    assert fit(tiny, images, small(iterations=20, batch_size=2)).record["rollbacks"] == 0
 
 
 def test_a_refiner_keeps_its_last_state_untempered(backbone: Backbone, images: ImageSource) -> None:

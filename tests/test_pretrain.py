@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Workshop
-from run_folders import check_an_interruption, check_kills, metrics
+from run_folders import Interrupted, check_an_interruption, check_kills, metrics
 from toys import LinearGaussian, ToyConv
 
 import ebm_prior.pretrain as stage
@@ -20,6 +21,7 @@ from ebm_prior.commands import pretrain_into
 from ebm_prior.data import ImageSource, from_array, open_images
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.pretrain import PretrainConfig, build, evaluate_elbo, pretrain
+from ebm_prior.runs import Run
 from ebm_prior.weights import fingerprint
 
 SMALL: dict[str, Any] = {"iterations": 8, "batch_size": 16, "checkpoint_every": 2, "ema": 0.5, "kl_warmup": 0.5}
@@ -115,8 +117,9 @@ def test_the_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(6)
     assert fingerprint(build(UsuallyInitialised, {}, seed=1)) == fingerprint(first)
     assert fingerprint(build(UsuallyInitialised, {}, seed=2)) != fingerprint(first)
-    with pytest.raises(ConfigurationError, match=r"ToyConv cannot build \{'depth': 3\}"):
-        build(ToyConv, {"depth": 3})
+    for architecture in ({"depth": 3}, {"width": -3}):
+        with pytest.raises(ConfigurationError, match=f"ToyConv cannot build {architecture}"):
+            build(ToyConv, architecture)
 
 
 class UsuallyInitialised(ToyConv):
@@ -147,26 +150,106 @@ def test_another_configuration_is_not_resumed(images: ImageSource, tmp_path: Pat
         pretrain_into(tmp_path / "run", ToyConv(), images, images, PretrainConfig(**SMALL), resume=True)
 
 
-def test_divergence_is_said_and_the_state_is_intact(
+def test_training_runs_in_the_precision_of_the_network(images: ImageSource) -> None:
+    trained = pretrain(ToyConv().double(), images, PretrainConfig(**SMALL))
+    assert trained.dense.weight.dtype == torch.float64
+    expected = evaluate_elbo(pretrain(ToyConv(), images, PretrainConfig(**SMALL)), images).elbo
+    assert evaluate_elbo(trained, images).elbo == pytest.approx(expected, abs=3)  # nats: the noise is another
+
+
+def test_what_is_shown_is_what_is_logged(images: ImageSource, tmp_path: Path) -> None:
+    shown: list[Mapping[str, Any]] = []
+    run = Run(tmp_path, {}, {})
+    trained = pretrain(
+        ToyConv(), images, PretrainConfig(**SMALL), run=run, validation=images, on_checkpoint=shown.append
+    )
+    assert [line["iteration"] for line in run.metrics()] == [entry["iteration"] for entry in shown] == [2, 4, 6, 8]
+    assert [line["elbo"] for line in run.metrics()] == [entry["elbo"].elbo for entry in shown]
+    assert shown[-1]["elbo"] == evaluate_elbo(trained, images)
+
+
+# Divergence.
+
+
+def spoiled(at: set[int], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let the loss be NaN at these steps, counted from 1; the learning rates of the steps taken are noted."""
+    rates: list[float] = []
+    steps = 0
+    true_terms, true_step = stage._elbo_terms, torch.optim.Adam.step
+
+    def terms(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += torch.is_grad_enabled()
+        log_p, kl = true_terms(*arguments)
+        return log_p, kl * (math.nan if steps in at and torch.is_grad_enabled() else 1)
+
+    def step(self: Any, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return true_step(self, *arguments)
+
+    monkeypatch.setattr(stage, "_elbo_terms", terms)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    return rates
+
+
+def test_one_divergence_is_rolled_back_at_half_the_rate(
     images: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, true_terms, calls = PretrainConfig(**SMALL), stage._elbo_terms, 0
+    config = PretrainConfig(**SMALL)
+    rates = spoiled({6}, monkeypatch)  # in iteration 5: back to the state of iteration 4
+    into(tmp_path / "run", images, config)
+    cosine = [config.learning_rate * (1 + math.cos(math.pi * t / 8)) / 2 for t in range(8)]
+    assert rates == pytest.approx(cosine[:5] + [rate / 2 for rate in cosine[4:]])
+    lines = metrics(tmp_path / "run")
+    assert [line["iteration"] for line in lines] == [2, 4, 4, 6, 8]
+    assert "not finite at iteration 5" in lines[2]["rolled_back"]
+    assert lines[2]["rate"] == 0.5
 
-    def spoiled(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += torch.is_grad_enabled()
-        log_p, kl = true_terms(*arguments)
-        return log_p, kl * (math.nan if calls == 6 and torch.is_grad_enabled() else 1)
+
+def test_a_roll_back_returns_to_the_very_state(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first checkpoint: to the beginning, so that the run is one at half the rate."""
+    config = PretrainConfig(**SMALL, learning_rate=2e-3)
+    half = pretrain(ToyConv(), images, replace(config, learning_rate=1e-3))
+    spoiled({2}, monkeypatch)
+    assert fingerprint(pretrain(ToyConv(), images, config)) == fingerprint(half)
+
+
+def test_a_roll_back_is_part_of_the_state(images: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PretrainConfig(**SMALL)
+    with monkeypatch.context() as patch:
+        spoiled({6}, patch)
+        whole = into(tmp_path / "whole", images, config)
+
+    def stop(shown: Mapping[str, Any]) -> None:
+        if shown["iteration"] == 5 and len(metrics(tmp_path / "cut")) == 3:
+            raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_elbo_terms", spoiled)
-        with pytest.raises(DivergenceError, match=r"not finite at iteration 5: lower the learning rate"):
-            into(tmp_path / "cut", images, config)
-    assert into(tmp_path / "cut", images, config, resume=True) == into(tmp_path / "whole", images, config)
+        spoiled({6}, patch)
+        with pytest.raises(Interrupted):
+            into(tmp_path / "cut", images, config, on_step=stop)
+    assert into(tmp_path / "cut", images, config, resume=True) == whole
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_the_second_divergence_ends_the_run_with_advice_that_works(
+    images: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PretrainConfig(**SMALL)
+    with monkeypatch.context() as patch:
+        spoiled({6, 8}, patch)
+        with pytest.raises(DivergenceError, match=r"again.*iteration 5\. .*start anew \(--overwrite.*lower learning"):
+            into(tmp_path / "run", images, config)
+    assert not (tmp_path / "run" / "backbone.safetensors").exists()
+    assert into(tmp_path / "run", images, replace(config, learning_rate=1e-3), overwrite=True)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"iterations": 0}, {"learning_rate": math.nan}, {"kl_warmup": 1.5}, {"ema": 1.0}, {"free_nats": -1.0}]
+    "settings",
+    [
+        *({"iterations": 0}, {"learning_rate": math.nan}, {"seed": -1}),
+        *({"kl_warmup": 1.5}, {"ema": 1.0}, {"free_nats": -1.0}),
+    ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=f"{next(iter(settings))}.*found"):
@@ -206,6 +289,15 @@ def test_the_command_writes_a_backbone_that_fit_takes(
 def test_a_killed_process_goes_on(workshop: Workshop, tmp_path: Path) -> None:
     arguments = ["pretrain", *OPTIONS, "--iterations", 60, "--data", workshop.images]
     check_kills(workshop, arguments, tmp_path, "backbone.safetensors", lambda out: (out / "state.pt").exists())
+
+
+@pytest.mark.parametrize("rate", [1e20, 1e37])
+def test_an_absurd_rate_ends_with_exit_code_3(workshop: Workshop, tmp_path: Path, rate: float) -> None:
+    """Also where every loss is finite and the last step overflows the weights."""
+    out = tmp_path / "run"
+    words = (*OPTIONS, "--iterations", 1 if rate == 1e37 else 30, "--data", workshop.images, "--out", out)
+    assert "start anew" in workshop.error("pretrain", *words, "--learning-rate", rate, code=3)
+    assert not (out / "backbone.safetensors").exists()
 
 
 def test_errors_of_the_command(workshop: Workshop, tmp_path: Path) -> None:

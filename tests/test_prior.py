@@ -122,6 +122,12 @@ def test_untrained_priors_are_the_backbone_under_every_exact_sampler(name: str) 
 # The two targets.
 
 
+def test_a_density_has_the_exact_target() -> None:
+    backbone = LinearGaussian().eval()
+    with pytest.raises(RegimeError, match="only a refiner has it"):
+        EBMPrior(backbone, trained(backbone), target="published")
+
+
 @pytest.mark.parametrize("tau", [1.0, 0.3])
 def test_gradients_of_both_targets(tau: float) -> None:
     """g − ½‖ε‖² is τf(T(ε)) + log N(ε) + const for the exact target, τf(T(ε)) + log p_β(T(ε)) for the published one."""
@@ -135,7 +141,7 @@ def test_gradients_of_both_targets(tau: float) -> None:
     slopes = {}
     for target, density in densities.items():
         expected = torch.autograd.grad(density.sum(), eps, retain_graph=True)
-        state = start(EBMPrior(backbone, energy, tau=tau, target=target).potential, eps)
+        state = start(EBMPrior(backbone, energy, tau=tau, regime="refiner", target=target).potential, eps)
         slopes[target] = flat([g - e.detach() for g, e in zip(state.gradient, eps, strict=True)])
         torch.testing.assert_close(slopes[target], flat(expected))
         constant = 0.5 * flat(eps).shape[1] * math.log(2 * math.pi) if target == "exact" else 0.0

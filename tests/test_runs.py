@@ -172,6 +172,7 @@ def test_what_a_kill_at_the_very_start_leaves_is_no_obstacle(tmp_path: Path) -> 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".config.json.x7f3").write_text("{")  # the temporary file of an atomic write
     begun(tmp_path)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:

@@ -389,6 +389,8 @@ def test_langevin_that_explodes_is_an_error() -> None:
         ({"step_size": 2.1}, "step size"),
         ({"step_size": math.nan}, "step size"),
         ({"temperature": 0.7}, "temperature"),
+        ({"temperature": math.nan, "kernel": "langevin"}, "temperature of 0 or more"),
+        ({"temperature": -1.0, "kernel": "langevin"}, "temperature of 0 or more"),
         ({"kernel": "langevin", "steps": 5, "adapt_steps": 2}, "no acceptance"),
     ],
 )

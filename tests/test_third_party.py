@@ -26,20 +26,23 @@ def block(language: str) -> str:
 
 
 class Installed:
-    """A folder that looks as after `pip install` of the README's module, and processes that see it."""
+    """A folder with the README's module, which `register` makes look as after `pip install`, and processes in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "my_vae.py").write_text(block("python"), encoding="utf-8")
+        self.python("-c", "import torch, my_vae; torch.save(my_vae.MyVAE().state_dict(), 'my_weights.pt')")
+
+    def register(self) -> None:
+        """Give the class its name, by the README's entry point."""
         setup = configparser.ConfigParser()
         setup.read_string(block("ini"))
-        info = folder / "my_vae-1.0.dist-info"
+        info = self.folder / "my_vae-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-vae\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(
             "".join(f"[{group}]\n{points}\n" for group, points in setup["options.entry_points"].items())
         )
-        self.python("-c", "import torch, my_vae; torch.save(my_vae.MyVAE().state_dict(), 'my_weights.pt')")
 
     def python(self, *arguments: str) -> str:
         """Run python in the folder; its standard output."""
@@ -53,10 +56,11 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Installed, and its weights written in the own form by the session that the README shows."""
+    """Its weights written in the own form by the session that the README shows, and then registered, as told there."""
     installed = Installed(tmp_path_factory.mktemp("third_party"))
     (installed.folder / "session.txt").write_text(block("pycon"), encoding="utf-8")
     installed.python("-m", "doctest", "session.txt")  # check_backbone raises in here, and doctest tells
+    installed.register()
     return installed
 
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 import torch
+from click.core import ParameterSource
 
 import ebm_prior
 from ebm_prior import commands, report
@@ -36,6 +38,7 @@ from ebm_prior.weights import count_parameters
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(exists=False, path_type=Path)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+RECORDED = "{help}  [default: as recorded]"
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -51,7 +54,13 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 DEVICE = together(
     click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda"),
-    click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(list(DTYPES)),
+        default="float32",
+        show_default=True,
+        help="precision of computation",
+    ),
 )
 SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of everything random")
 RUN_SEED = click.option("--seed", type=click.IntRange(0), help="seed of everything random  [default: 0, or --config's]")
@@ -70,10 +79,10 @@ DATA_ROOT = together(
     ),
     click.option("--download", is_flag=True, help="fetch a named data set if it is not there"),
 )
-DATA = together(
-    click.option(
-        "--data", help="folder of images, .npz, .npy, idx file or data set name  [default: the backbone's own data set]"
-    ),
+DATA_FORMS = "folder of images, .npz, .npy, idx file or data set name"
+DATA = together(click.option("--data", required=True, help=DATA_FORMS), DATA_ROOT)
+OWN_DATA = together(
+    click.option("--data", help=f"{DATA_FORMS}  [default: what the backbone or prior was trained on]"),
     DATA_ROOT,
 )
 RUN = together(
@@ -85,7 +94,7 @@ RUN = together(
 
 
 class _Group(click.Group):
-    """Turns stated errors into one line on stderr and their exit code."""
+    """Turns errors into one line on stderr and their exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -94,6 +103,11 @@ class _Group(click.Group):
             click.echo(f"ebm-prior: diverged: {error}", err=True)
             ctx.exit(3)
         except EbmPriorError as error:
+            click.echo(f"ebm-prior: error: {error}", err=True)
+            ctx.exit(1)
+        except OSError as error:  # a disk or path of which no command has more to say
+            if error.errno == errno.EPIPE:  # whoever read stdout has had enough, of which click says nothing
+                raise
             click.echo(f"ebm-prior: error: {error}", err=True)
             ctx.exit(1)
 
@@ -110,10 +124,13 @@ def main() -> None:
 
 @main.command()
 @BACKBONE
-@DATA
+@OWN_DATA
 @RUN
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help="base settings")
-@config_options(FitConfig)
+@config_options(
+    FitConfig,
+    wording={"chain_": "mle: {help}  [default: {default}]", "sampler_": "{help}  [default: as the preset has it]"},
+)
 @RUN_SEED
 @DEVICE
 @JSON
@@ -138,6 +155,10 @@ def fit(
     _new_or_resumed(resume, overwrite)
     sampler = {key.removeprefix("sampler_"): given.pop(key) for key in list(given) if key.startswith("sampler_")}
     config = resolve(PRESETS[preset](), given | {"seed": seed}, config_file)
+    unused = [k for k, v in given.items() if k.startswith(("chain", "refresh", "penalty")) and v is not None]
+    if config.objective != "mle" and unused:
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in unused)
+        raise click.UsageError(f"only mle has chains and a penalty: leave out {names}, or pass --objective mle")
     config = replace(config, sampler=resolve(config.recorded_sampler, sampler))
     backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
     images = open_images(
@@ -161,7 +182,9 @@ def fit(
 @main.command()
 @click.argument("prior", type=PATH)
 @click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="how many samples")
-@click.option("--out", type=PATH, required=True, help=".png: a grid; .npz: arrays; otherwise a folder of PNG files")
+@click.option(
+    "--out", type=PATH, required=True, help=".png: a grid; .npz: arrays; without suffix: a folder of PNG files"
+)
 @click.option("--compare", is_flag=True, help="in the grid, show the backbone's own samples beside them")
 @click.option("--overwrite", is_flag=True, help="replace what is at --out")
 @click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
@@ -173,7 +196,7 @@ def fit(
     show_default=True,
     help="samples at a time, rounded to blocks of 64; changes no result",
 )
-@config_options(SamplerConfig, default="as recorded")
+@config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
 @DEVICE
 @JSON
@@ -193,7 +216,11 @@ def sample(
     **given: Any,
 ) -> None:
     """Draw images from a prior file, by the sampler recorded in it unless options say otherwise."""
-    commands.require_free(out, overwrite)
+    if out.suffix not in (".png", ".npz", ""):
+        raise click.UsageError(f"--out is a .png, an .npz or a folder (without suffix), found {out}")
+    if compare and out.suffix != ".png":
+        raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
+    commands.require_free(out, overwrite, folder=not out.suffix)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])
     sampler = resolve(loaded.sampler, given)
     with Bar("sample", number) as bar:
@@ -205,7 +232,7 @@ def sample(
 
 @main.command("eval")
 @click.argument("priors", type=PATH, nargs=-1, required=True)
-@DATA
+@OWN_DATA
 @click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
 @click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
 @click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled Fashion-MNIST one]")
@@ -216,9 +243,10 @@ def sample(
     type=click.Choice(["clean", "legacy_pytorch", "legacy_tensorflow"]),
     default="clean",
     show_default=True,
+    help="clean-fid's preprocessing; legacy_pytorch is comparable with the paper",
 )
-@config_options(EvalConfig)
-@config_options(SamplerConfig, default="as recorded")
+@config_options(EvalConfig, skip=("seed", "energy"))
+@config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
 @DEVICE
 @JSON
@@ -243,6 +271,11 @@ def evaluate(
 
     With several PRIORS (training seeds, say) the mean and standard deviation are printed as well.
     """
+    if sum(map(bool, (classifier, inception, fid))) > 1:
+        raise click.UsageError("--classifier, --inception and --fid each name the network of features: give one")
+    source = click.get_current_context().get_parameter_source("fid_mode")
+    if source is ParameterSource.COMMANDLINE and not (inception or fid):
+        raise click.UsageError("--fid-mode is of Inception's features: pass --fid or --inception with it")
     config = resolve(EvalConfig(), given)
     config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
     extractor = commands.feature_extractor(classifier, inception, fid, fid_mode, download, _device(device))
@@ -282,13 +315,19 @@ def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, a
 @main.command()
 @BACKBONE
 @click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
-@click.option("--precision", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="of the weights in the file",
+)
 @click.option("--overwrite", is_flag=True, help="replace --out")
 def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str, overwrite: bool) -> None:
     """Write a backbone in ebm-prior's own form, one safetensors file that every command takes as --ckpt."""
-    commands.require_free(out, overwrite)
     if out.suffix != ".safetensors":
         raise ConfigurationError(f"--out must end in .safetensors, by which its form is known; found {out}")
+    commands.require_free(out, overwrite)
     backbone = load_backbone(adapter_name, checkpoint)
     record = {**commands.source_record(checkpoint), "stage": "convert"}
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
@@ -309,7 +348,7 @@ def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str
 def pretrain(
     adapter_name: str,
     architecture: str | None,
-    data: str | None,
+    data: str,
     data_root: Path | None,
     download: bool,
     out: Path | None,
@@ -324,8 +363,6 @@ def pretrain(
 ) -> None:
     """Train a hierarchical VAE from scratch by its ELBO (first stage)."""
     _new_or_resumed(resume, overwrite)
-    if data is None:
-        raise click.UsageError("say what to train on: --data")
     config = resolve(PretrainConfig(), given | {"seed": seed}, config_file)
     backbone = commands.new_backbone(adapter_name, architecture, config.seed).to(_device(device), DTYPES[dtype])
     train, test = (
@@ -360,11 +397,9 @@ def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:
 @config_options(ClassifierConfig, skip=("seed", "data"))
 @SEED
 def classifier(
-    data: str | None, data_root: Path | None, download: bool, out: Path, overwrite: bool, seed: int, **given: Any
+    data: str, data_root: Path | None, download: bool, out: Path, overwrite: bool, seed: int, **given: Any
 ) -> None:
     """Train the classifier whose features FD compares, on a labelled data set (for `eval --classifier`)."""
-    if data is None:
-        raise click.UsageError("say what to train on: --data")
     commands.require_free(out, overwrite)
     train, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
     config = replace(resolve(ClassifierConfig(data=Path(data).stem), given), seed=seed)

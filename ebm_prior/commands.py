@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -49,18 +48,25 @@ def require_writable(out: Path) -> None:
     """Make `out`'s parent folder; refuse a place where nothing can be written, before work is done: OutputError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out if out.is_dir() else out.parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent, prefix="."):
+            pass  # tried for real: permission bits do not tell of read-only disks, and mean nothing to root
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
 
 
-def require_free(out: Path, overwrite: bool) -> None:
-    """Refuse to write over something, or where nothing can be written, before work is done. Raises OutputError."""
+def require_free(out: Path, overwrite: bool, *, folder: bool = False) -> None:
+    """Refuse to write over something, or where nothing can be written, before work is done. Raises OutputError.
+
+    `folder`: `out` is to be a folder of samples, not a file.
+    """
     require_writable(out)
+    if out.is_dir() and not folder:
+        raise OutputError(f"{out} is a folder; expected the name of a file: choose another --out")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists: pass --overwrite to replace it, or another --out")
-    if out.is_dir() and not all(map(_is_sample, out.iterdir())):
+    if out.is_file() and folder:
+        raise OutputError(f"{out} is a file; expected a folder for samples: choose another --out")
+    if out.is_dir() and not all(_is_sample(path) or path.name.startswith(".") for path in out.iterdir()):
         raise OutputError(f"{out} is a folder that holds other files than samples (0.png, …): choose another --out")
 
 
@@ -193,15 +199,21 @@ def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, comp
         write_atomically(out, buffer.getvalue())
         return [out]
     width = len(str(len(images) - 1))
-    files = [out / f"{index:0{width}d}.png" for index in range(len(images))]
+    names = [f"{index:0{width}d}.png" for index in range(len(images))]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for earlier in filter(_is_sample, list(out.iterdir())):  # there may have been more of them
-            earlier.unlink()
+        # Inside `out`, which may be a disk of its own: from anywhere else files would be copied, not renamed.
+        with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as new:
+            for image, name in zip(images, names, strict=True):
+                save_png(picture(image), Path(new, name))
+            for name in names:
+                Path(new, name).replace(out / name)
+        for surplus in [path for path in out.iterdir() if _is_sample(path) and path.name not in names]:
+            surplus.unlink()
     except OSError as error:
-        raise OutputError(f"cannot make the folder {out}: {error.strerror}; choose another --out") from error
-    for image, file in zip(images, files, strict=True):
-        save_png(picture(image), file)
+        raise OutputError(
+            f"cannot write into {out}: {error.strerror or error}; free some space or choose another --out"
+        ) from error
     return [out]
 
 

@@ -25,11 +25,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.files import user_cache
 from ebm_prior.image_files import (
     Shape,
     Split,
     find_idx,
     find_pictures,
+    list_pictures,
+    picture_classes,
     picture_pixels,
     picture_shape,
     read_idx,
@@ -98,7 +101,7 @@ class ImageSource:
         return ImageSource(self.name, self._store, labels, self._rows[chosen])
 
     def fingerprint(self) -> str:
-        """SHA-256 over shape and pixels, in order; for a folder, over the files' relative names and sizes."""
+        """SHA-256 over shape and pixels, in order; for a folder, over the files as they are, whatever their names."""
         digest = hashlib.sha256(f"{len(self)} {self.shape}".encode())
         for chunk in self._store.content(self._rows):
             digest.update(chunk)
@@ -143,7 +146,6 @@ class _Arrays:
 class _Folder:
     """Image files, decoded when they are read."""
 
-    root: Path
     paths: list[Path]
     shape: Shape
 
@@ -159,7 +161,7 @@ class _Folder:
     def content(self, rows: Tensor) -> Iterator[bytes]:
         for path in (self.paths[row] for row in rows.tolist()):
             with reading(path, "an image"):
-                yield f"{path.relative_to(self.root).as_posix()}\0{path.stat().st_size}\n".encode()
+                yield hashlib.sha256(path.read_bytes()).digest()
 
 
 def open_images(
@@ -173,7 +175,8 @@ def open_images(
     """Open images by path or by the name of a data set. A string that is a known name means the data set.
 
     - a folder of png, jpg, jpeg, bmp or webp files, searched recursively and sorted. `split` chooses among train/ and
-      test/ (or val/) where it has these. Images that all lie in subfolders are labelled by them (as torchvision does).
+      test/ (or val/) where it has these. Images that all lie in subfolders are labelled by them (as torchvision does),
+      with the numbers that train/ gives to their names.
     - .npy or .npz: (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 in 0..255 or float in [0, 1]. Keys of an .npz:
       x_train, y_train, x_test, y_test; or images, labels; or one array.
     - idx files as MNIST's, plain or .gz: the images file (labels are found beside it), or their folder.
@@ -192,8 +195,8 @@ def open_images(
         source = _open_named(name, split, root, image_shape, download)
         source.name = f"{name}/{split}"  # a record must not depend on where this machine keeps its data
         return source
-    path = Path(spec).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(spec))
+    if not os.path.exists(path):  # unlike Path's own, these two raise for no name, however long
         raise DataError(
             f"{path}: no such file or folder, nor the name of a data set ({', '.join(DATA_SET_NAMES)}); check the path"
         )
@@ -204,7 +207,7 @@ def default_data_root() -> Path:
     """Where data sets are looked for: $EBM_PRIOR_DATA, else ebm-prior/data in the user's cache directory."""
     if chosen := os.environ.get("EBM_PRIOR_DATA"):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ebm-prior" / "data"
+    return user_cache() / "data"
 
 
 def from_array(
@@ -266,7 +269,7 @@ def _open_path(path: Path, split: Split, image_shape: Shape | None) -> ImageSour
         other: Split = "test" if split == "train" else "train"
         if idx := find_idx(path, other):
             raise DataError(f"{path}: has idx files of the {other} split ({idx.name}), but none of the {split} split")
-        return _open_folder(split_folder(path, split), image_shape)
+        return _open_folder(path, split, image_shape)
     if path.suffix.lower() in (".npy", ".npz"):
         return _open_numpy(path, split, image_shape)
     if "idx3" in path.name.lower():
@@ -274,13 +277,22 @@ def _open_path(path: Path, split: Split, image_shape: Shape | None) -> ImageSour
     raise DataError(f"{path}: expected a folder of images, .npy, .npz, or an idx file (…-images-idx3-ubyte, also .gz)")
 
 
-def _open_folder(folder: Path, image_shape: Shape | None) -> ImageSource:
+def _open_folder(root: Path, split: Split, image_shape: Shape | None) -> ImageSource:
+    folder = split_folder(root, split)
     paths, shape = find_pictures(folder, image_shape)
-    parts = [path.relative_to(folder).parts for path in paths]
-    classes = sorted({part[0] for part in parts})
-    number = {name: index for index, name in enumerate(classes)}
-    labels = torch.tensor([number[part[0]] for part in parts]) if all(len(part) > 1 for part in parts) else None
-    return ImageSource(str(folder), _Folder(folder, paths, shape), labels)
+    labels = None
+    if found := picture_classes(folder, paths):
+        # A class must have the same number in every split, also where a split lacks one.
+        train = root / "train"
+        known = found if folder in (root, train) else picture_classes(train, list_pictures(train)) or found
+        if strange := sorted(set(found) - set(known)):
+            raise DataError(
+                f"{folder}: holds classes that {train} lacks: {', '.join(strange)}. Add images of them there, or take "
+                "these away"
+            )
+        number = {name: index for index, name in enumerate(sorted(set(known)))}
+        labels = torch.tensor([number[name] for name in found])
+    return ImageSource(str(folder), _Folder(paths, shape), labels)
 
 
 def _open_numpy(path: Path, split: Split, image_shape: Shape | None) -> ImageSource:

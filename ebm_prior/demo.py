@@ -24,6 +24,7 @@ from ebm_prior.gauge import GaugeConfig
 from ebm_prior.training import Callback
 
 DEMO_BACKBONE = "hvae_fashion_mnist"
+PRIOR, PICTURE, TABLE = "prior.safetensors", "before-after.png", "result.json"  # what the demo writes
 
 
 def demo_config() -> FitConfig:
@@ -41,7 +42,7 @@ def require_demo_folder(out: Path, overwrite: bool) -> None:
     require_writable(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; the demo needs a folder: choose another --out")
-    if out.exists() and any(out.iterdir()) and not (overwrite or _is_demo(out / "result.json")):
+    if out.exists() and not (overwrite or _is_demo(out)):
         raise OutputError(
             f"{out} holds something else than a demo: pass --overwrite to write into it, or another --out"
         )
@@ -66,7 +67,7 @@ def run_demo(
     backbone = load_backbone(None, DEMO_BACKBONE)
     train, test = (open_images(SUBSET, split=split, image_shape=backbone.image_shape) for split in ("train", "test"))
     prior = fit(backbone, train, replace(demo_config(), seed=seed), on_step=on_step)
-    path, picture, table = (out / name for name in ("prior.safetensors", "before-after.png", "result.json"))
+    path, picture, table = (out / name for name in (PRIOR, PICTURE, TABLE))
     save_prior(prior, path, checkpoint=DEMO_BACKBONE)
     say(f"fitted in {time.monotonic() - began:.0f} s; measuring")
     measured = replace(demo_eval_config(len(test)), seed=seed)
@@ -89,8 +90,6 @@ def run_demo(
     return result
 
 
-def _is_demo(result: Path) -> bool:
-    try:
-        return bool(json.loads(result.read_text())["command"] == "demo")
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
+def _is_demo(folder: Path) -> bool:
+    """Whether nothing else is in it than what a demo writes, also one that was interrupted."""
+    return all(path.name in (PRIOR, PICTURE, TABLE) or path.name.startswith(".") for path in folder.iterdir())

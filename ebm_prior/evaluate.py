@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ebm_prior.backbone import Backbone
 from ebm_prior.energy import EnergyConfig, JointEnergy, values
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.gauge import GaugeConfig, GaugeResult, gauge_auc
 from ebm_prior.metrics import (
     FeatureExtractor,
@@ -24,9 +24,9 @@ from ebm_prior.metrics import (
 )
 from ebm_prior.objectives import gain
 from ebm_prior.prior import ANCESTRAL, EBMPrior
-from ebm_prior.randomness import derived_generator
+from ebm_prior.randomness import BLOCK, derived_generator
 from ebm_prior.samplers import SamplerConfig
-from ebm_prior.training import Images
+from ebm_prior.training import Images, require_seed
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,15 @@ class EvalConfig:
     """Settings of an evaluation. Distances depend on N: compare them at equal N only."""
 
     samples: int = field(default=10_000, metadata={"help": "held-out images (at most all), and draws of each prior"})
-    batch_size: int = field(default=512, metadata={"help": "draws at a time; no result depends on it"})
+    chunk: int = field(default=512, metadata={"help": "samples at a time, rounded to blocks of 64; changes no result"})
     gauge: GaugeConfig = field(default_factory=GaugeConfig)
     auc: bool = field(default=True, metadata={"help": "train fresh classifiers on posterior vs prior latents"})
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or self.batch_size < 1:
-            raise ConfigurationError(
-                f"expected samples >= 2 and batch_size >= 1, found {self.samples}, {self.batch_size}"
-            )
+        if self.samples < 2 or self.chunk < 1:
+            raise ConfigurationError(f"expected samples >= 2 and chunk >= 1, found {self.samples}, {self.chunk}")
+        require_seed(self)
 
 
 class Reference:
@@ -64,6 +63,7 @@ class Reference:
         self.backbone, self.extractor, self.config = backbone, extractor, config
         self.data = images.name
         self.n = min(config.samples, len(images))
+        self._check()
         real, self.posterior, reconstructed = self._reconstruct(images, stream=0)
         self.real, self.reconstructed = FeatureStatistics.of(real), FeatureStatistics.of(reconstructed)
         self.real_features, self.reconstructed_features = real, reconstructed
@@ -83,14 +83,15 @@ class Reference:
 
     def auc(self, latents: list[Tensor]) -> GaugeResult:
         """How well a fresh classifier tells posterior latents from as many of the given ones."""
-        return gauge_auc(self.posterior, latents, self.backbone.groups, config=self.config.gauge)
+        device = next(self.backbone.parameters()).device
+        return gauge_auc(self.posterior, latents, self.backbone.groups, config=self.config.gauge, device=device)
 
     def sampled(self, prior: EBMPrior, sampler: SamplerConfig) -> tuple[list[Tensor], Tensor, dict[str, float]]:
         """Latents and features of n draws (distances compare at equal N), and the sampler's mean diagnostics."""
         config = self.config
         latents: list[list[Tensor]] = []
         features, info = [], []
-        for part in prior.chunks(self.n, seed=config.seed, sampler=sampler, chunk=config.batch_size):
+        for part in prior.chunks(self.n, seed=config.seed, sampler=sampler, chunk=config.chunk):
             latents.append([z.cpu() for z in part.z])
             features.append(extract(self.extractor, part.images))
             info.append(torch.stack(part[3:]).cpu())
@@ -98,19 +99,46 @@ class Reference:
         z = [torch.cat(group) for group in zip(*latents, strict=True)]
         return z, torch.cat(features), {"acceptance": acceptance, "norm": norm, "resampling_ess_fraction": ess}
 
+    def _check(self) -> None:
+        """Find before the work what would end it: too few images for the AUC, features of other images."""
+        least = self.config.gauge.least
+        if self.config.auc and self.n < least:
+            raise DataError(
+                f"the AUC needs at least {least} held-out images, found {self.n} of {self.data}: evaluate on more "
+                "(--samples), or without it (--no-auc)"
+            )
+        try:
+            like = next(self.backbone.parameters())
+            extract(self.extractor, torch.zeros(1, *self.backbone.image_shape, device=like.device, dtype=like.dtype))
+        except DataError as error:
+            raise DataError(
+                f"{self.extractor.distance_name} cannot be measured on the backbone's images: {error}. Pass "
+                "--classifier with one trained on such images (ebm-prior classifier makes it), or --fid"
+            ) from error
+
     @torch.no_grad()
     def _reconstruct(self, images: Images, *, stream: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Features of up to n images, one posterior draw each, and features of the decoded draws."""
+        """Features of up to n images, one posterior draw each, and features of the decoded draws.
+
+        Randomness is drawn in blocks, as that of samples is: no result depends on the size of a chunk.
+        """
         like = next(self.backbone.parameters())
         real, latents, decoded = [], [], []
         chosen = torch.arange(len(images))
         if len(images) > self.n:
             chosen = torch.randperm(len(images), generator=derived_generator(self.config.seed, 20, stream))[: self.n]
-        for number, indices in enumerate(torch.split(chosen, 500)):
-            generator = derived_generator(self.config.seed, 21, stream, number, device=like.device)
-            batch = images.batch(indices).to(like.device, like.dtype)
-            posterior = self.backbone.infer(self.backbone.observe(batch, generator=generator), generator=generator)
-            real.append(extract(self.extractor, batch))
+        blocks = list(enumerate(torch.split(chosen, BLOCK)))
+        size = max(1, self.config.chunk // BLOCK)
+        for chunk in (blocks[first : first + size] for first in range(0, len(blocks), size)):
+            batches, observed, noise = [], [], []
+            for number, indices in chunk:
+                generator = derived_generator(self.config.seed, 21, stream, number, device=like.device)
+                batches.append(images.batch(indices).to(like.device, like.dtype))
+                observed.append(self.backbone.observe(batches[-1], generator=generator))
+                noise.append(self.backbone.standard_normal(len(indices), generator=generator))
+            joined = [torch.cat(group) for group in zip(*noise, strict=True)]
+            posterior = self.backbone.infer(torch.cat(observed), noise=joined)
+            real.append(extract(self.extractor, torch.cat(batches)))
             decoded.append(extract(self.extractor, self.backbone.likelihood(posterior.features).mean))
             latents.append([z.cpu() for z in posterior.z])
         return torch.cat(real), [torch.cat(group) for group in zip(*latents, strict=True)], torch.cat(decoded)

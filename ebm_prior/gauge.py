@@ -21,35 +21,45 @@ from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.metrics import auroc
 from ebm_prior.objectives import nce_loss
 from ebm_prior.randomness import derived_generator, derived_seed, seeded
-from ebm_prior.training import batch_indices, require_positive, update_average
+from ebm_prior.training import batch_indices, require_positive, require_seed, update_average
 
 FINE_TUNING = 0.3  # the last stage's share of the learning rate
+LEAST = 20  # latents per part
 
 
 @dataclass(frozen=True)
 class GaugeConfig:
-    """The classifier and its training. The network is a joint energy, so it sees what a learned prior could correct."""
+    """The classifier and its training. The network is a joint energy, so it sees what a learned prior could correct.
+
+    Only what has a help text is an option of the command line: a yardstick that everybody sets anew measures nothing.
+    """
 
     energy: EnergyConfig = field(
         default_factory=lambda: EnergyConfig(channels=32, hidden=64, vector_layers=2, joint=64, dropout=0.2)
     )  # all sizes stated: a yardstick does not change with the product's defaults
     iterations: int = field(default=500, metadata={"help": "gradient steps at most, per network and fold"})
     batch_size: int = field(default=256, metadata={"help": "posterior latents, and as many prior latents, per step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate, decays to 0 along a cosine"})
-    weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's decoupled weight decay"})
-    ema: float = field(default=0.98, metadata={"help": "decay of the weights' moving average, which is what is scored"})
-    inner: float = field(default=0.2, metadata={"help": "share of a training part that decides when to stop"})
-    evaluate_every: int = field(default=25, metadata={"help": "iterations between looks at the inner part"})
-    patience: int = field(default=6, metadata={"help": "looks without a better loss before stopping"})
-    folds: int = field(default=2, metadata={"help": "parts; each is scored by networks that saw the others"})
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    learning_rate: float = 2e-3  # peak; decays to 0 along a cosine
+    weight_decay: float = 1e-2  # AdamW's, decoupled
+    ema: float = 0.98  # decay of the weights' moving average, which is what is scored
+    inner: float = 0.2  # share of a training part that decides when to stop
+    evaluate_every: int = 25  # iterations between looks at the inner part
+    patience: int = 6  # looks without a better loss before stopping
+    folds: int = 2  # parts; each is scored by networks that saw the others
+    seed: int = 0
 
     def __post_init__(self) -> None:
         require_positive(self, "iterations", "batch_size", "learning_rate", "evaluate_every", "patience")
+        require_seed(self)
         if self.folds < 2 or not (0 < self.inner < 1 and 0 <= self.ema < 1 and self.weight_decay >= 0):
             raise ConfigurationError(
                 f"expected folds ≥ 2, inner in (0, 1), ema in [0, 1), weight_decay ≥ 0; found {self}"
             )
+
+    @property
+    def least(self) -> int:
+        """How many latents of each kind are needed."""
+        return LEAST * self.folds
 
 
 class GaugeResult(NamedTuple):
@@ -66,17 +76,20 @@ def gauge_auc(
     groups: Sequence[LatentGroup],
     *,
     config: GaugeConfig | None = None,
+    device: torch.device | None = None,
 ) -> GaugeResult:
     """Cross-fitted AUC with which a fresh classifier tells posterior z from prior z, overall and per group.
 
     posterior, prior: lists of (N, *group.shape) and (M, *group.shape), in generation order, independent draws: one per
     image, or the parts are not independent. Each part is scored by networks trained on the others, stopped early on an
     inner split of these; the parts' AUCs are averaged. Where a network finds nothing it stays at f = 0, an AUC of
-    exactly .5. Raises DataError for other shapes, NaN, or fewer than 20 latents per part; the global random state is
+    exactly .5. `device`: where the networks are trained (default: where the latents are); latents are moved there batch
+    by batch. Raises DataError for other shapes, NaN, or fewer latents than `config.least`; the global random state is
     left as it was.
     """
     config = config or GaugeConfig()
     _check(posterior, prior, groups, config)
+    device = device or posterior[0].device
     parts = [
         torch.randperm(len(z[0]), generator=derived_generator(config.seed, which)).tensor_split(config.folds)
         for which, z in enumerate((posterior, prior))
@@ -89,10 +102,10 @@ def gauge_auc(
             _rows(z, torch.cat([*part[:fold], *part[fold + 1 :]]))
             for z, part in zip((posterior, prior), parts, strict=True)
         )
-        whole, alone = _networks(train_q, train_p, groups, config, fold)
-        overall.append(auroc(*(values(whole, z) for z in held)))
+        whole, alone = _networks(train_q, train_p, groups, config, device, fold)
+        overall.append(auroc(*(values(whole, z, device) for z in held)))
         for index, (group, network) in enumerate(zip(groups, alone, strict=True)):
-            areas[group.name].append(auroc(*(values(network, [z[index]]) for z in held)))
+            areas[group.name].append(auroc(*(values(network, [z[index]], device) for z in held)))
     budget = (
         f"{len(posterior[0]):,} posterior and {len(prior[0]):,} prior latents, {config.folds} folds, at most "
         f"{config.iterations:,} iterations of {config.batch_size} + {config.batch_size}, "
@@ -102,7 +115,12 @@ def gauge_auc(
 
 
 def _networks(
-    posterior: list[Tensor], prior: list[Tensor], groups: Sequence[LatentGroup], config: GaugeConfig, fold: int
+    posterior: list[Tensor],
+    prior: list[Tensor],
+    groups: Sequence[LatentGroup],
+    config: GaugeConfig,
+    device: torch.device,
+    fold: int,
 ) -> tuple[JointEnergy, list[JointEnergy]]:
     """The classifier of all groups together, and one per group alone.
 
@@ -110,21 +128,22 @@ def _networks(
     stops it early, before it has found what small groups show. First its joint head alone, on the features found so
     far, then all of it; each stage keeps the state that is best on the inner split, so none makes it worse.
     """
-    with seeded(posterior[0].device, config.seed, 2, fold):  # initial weights and dropout
+    with seeded(device, config.seed, 2, fold):  # initial weights and dropout
         alone = []
         for index, group in enumerate(groups):
-            network = JointEnergy([group], config.energy).to(posterior[index].device, posterior[index].dtype)
+            network = JointEnergy([group], config.energy).to(posterior[index].dtype)
             network.standardize([posterior[index]])
-            alone.append(_train(network, [posterior[index]], [prior[index]], config, 1.0, (fold, index)))
+            network.to(device)
+            alone.append(_train(network, [posterior[index]], [prior[index]], config, device, 1.0, (fold, index)))
         if len(groups) == 1:
             return alone[0], alone
-        whole = JointEnergy(groups, config.energy).to(posterior[0].device, posterior[0].dtype)
+        whole = JointEnergy(groups, config.energy).to(device, posterior[0].dtype)
         for mine, trained in zip(whole.heads.values(), alone, strict=True):
             mine.load_state_dict(next(iter(trained.heads.values())).state_dict())
         whole.heads.requires_grad_(False)
-        whole = _train(whole, posterior, prior, config, 1.0, (fold, len(groups)))
+        whole = _train(whole, posterior, prior, config, device, 1.0, (fold, len(groups)))
         whole.requires_grad_(True)
-        return _train(whole, posterior, prior, config, FINE_TUNING, (fold, len(groups) + 1)), alone
+        return _train(whole, posterior, prior, config, device, FINE_TUNING, (fold, len(groups) + 1)), alone
 
 
 def _train(
@@ -132,6 +151,7 @@ def _train(
     posterior: list[Tensor],
     prior: list[Tensor],
     config: GaugeConfig,
+    device: torch.device,
     rate: float,
     stream: tuple[int, ...],
 ) -> JointEnergy:
@@ -140,7 +160,7 @@ def _train(
     inner_p, prior = _split(prior, config.inner)
     average = copy.deepcopy(network).eval()
     best, looks = copy.deepcopy(average), 0
-    best_loss = _loss(average, inner_q, inner_p)
+    best_loss = _loss(average, inner_q, inner_p, device)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate * config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations)
@@ -153,14 +173,14 @@ def _train(
             for z, seed in zip((posterior, prior), seeds, strict=True)
         ]
         with torch.enable_grad():
-            loss = nce_loss(*network([torch.cat(pair) for pair in zip(*batches, strict=True)]).chunk(2))
+            loss = nce_loss(*network([torch.cat(pair).to(device) for pair in zip(*batches, strict=True)]).chunk(2))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         update_average(average, network, config.ema, iteration)
         if (iteration + 1) % config.evaluate_every == 0 or iteration + 1 == config.iterations:
-            inner_loss, looks = _loss(average, inner_q, inner_p), looks + 1
+            inner_loss, looks = _loss(average, inner_q, inner_p, device), looks + 1
             if inner_loss < best_loss:
                 best, best_loss, looks = copy.deepcopy(average), inner_loss, 0
             elif looks >= config.patience:
@@ -168,8 +188,8 @@ def _train(
     return best
 
 
-def _loss(network: JointEnergy, posterior: list[Tensor], prior: list[Tensor]) -> float:
-    return float(nce_loss(values(network, posterior), values(network, prior)))
+def _loss(network: JointEnergy, posterior: list[Tensor], prior: list[Tensor], device: torch.device) -> float:
+    return float(nce_loss(values(network, posterior, device), values(network, prior, device)))
 
 
 def _mean(areas: list[float]) -> float:
@@ -194,7 +214,7 @@ def _check(
             raise DataError(
                 f"{what}: expected one (N, *shape) per group, {[(g.name, g.shape) for g in groups]}; found {shapes}"
             )
-        if shapes[0][0] < 20 * config.folds:
-            raise DataError(f"{what}: expected at least {20 * config.folds} latents, found {shapes[0][0]}")
+        if shapes[0][0] < config.least:
+            raise DataError(f"{what}: expected at least {config.least} latents, found {shapes[0][0]}")
         if broken := [g.name for g, t in zip(groups, z, strict=True) if not bool(t.isfinite().all())]:
             raise DataError(f"{what}: latents of {', '.join(broken)} hold NaN or infinity")

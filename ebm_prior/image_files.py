@@ -11,7 +11,7 @@ import gzip
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,11 +80,10 @@ def read_picture(path: Path, expected: Shape) -> NDArray[np.uint8]:
         return picture_pixels(image)
 
 
-def find_pictures(folder: Path, image_shape: Shape | None) -> tuple[list[Path], Shape]:
-    """The image files below `folder`, sorted, and their common (C, H, W), which must be `image_shape` if given.
+def list_pictures(folder: Path) -> list[Path]:
+    """The image files below `folder`, sorted.
 
-    Names that start with a dot are skipped: thumbnails, notebook checkpoints, what macOS leaves on foreign disks. Every
-    header is read here: a wrong size must show at the start, not after an hour of training.
+    Names that start with a dot are skipped: thumbnails, notebook checkpoints, what macOS leaves on foreign disks.
     """
     paths = [
         Path(place, name)
@@ -93,9 +92,17 @@ def find_pictures(folder: Path, image_shape: Shape | None) -> tuple[list[Path], 
         if Path(name).suffix.lower() in _SUFFIXES
     ]
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return sorted(paths, key=lambda path: path.relative_to(folder).parts)
+
+
+def find_pictures(folder: Path, image_shape: Shape | None) -> tuple[list[Path], Shape]:
+    """`list_pictures` and their common (C, H, W), which must be `image_shape` if given.
+
+    Every header is read here: a wrong size must show at the start, not after an hour of training.
+    """
+    paths = list_pictures(folder)
     if not paths:
         raise DataError(f"{folder}: no images in this folder (looked for {', '.join(sorted(_SUFFIXES))})")
-    paths.sort(key=lambda path: path.relative_to(folder).parts)
     shape = image_shape
     for path in paths:
         with reading(path, "an image"), Image.open(path) as image:
@@ -108,6 +115,12 @@ def find_pictures(folder: Path, image_shape: Shape | None) -> tuple[list[Path], 
             )
         require_shape(str(path), found, shape)
     return paths, shape or found
+
+
+def picture_classes(folder: Path, paths: Sequence[Path]) -> list[str] | None:
+    """The subfolder of `folder` in which each of these files lies; None where one lies in no subfolder."""
+    parts = [path.relative_to(folder).parts for path in paths]
+    return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else None
 
 
 def split_folder(folder: Path, split: Split) -> Path:

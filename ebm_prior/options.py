@@ -19,19 +19,22 @@ from ebm_prior.errors import ConfigurationError
 
 Config = TypeVar("Config")
 Command = TypeVar("Command", bound=Callable[..., Any])
+WORDING = "{help}  [default: {default}]"
 
 
 def config_options(
-    kind: type[Any], *, skip: tuple[str, ...] = ("seed",), default: str | None = None
+    kind: type[Any], *, skip: tuple[str, ...] = ("seed",), wording: Mapping[str, str] | None = None
 ) -> Callable[[Command], Command]:
     """Decorate a command with an option for every field of a configuration dataclass that has a help text.
 
-    `default`: what the help says in place of the dataclass's own defaults, where a command starts from others.
+    `skip`: fields, of nested dataclasses too, that become no options. `wording`: what the help says, in place of
+    `WORDING`, of options whose names start so, where a command has more to say or starts from other defaults.
     """
 
     def decorate(command: Command) -> Command:
         for name, option_type, entry, value in reversed(list(_leaves(kind, skip))):
             multiple = option_type[1] if isinstance(option_type, tuple) else 1
+            said = next((text for start, text in (wording or {}).items() if name.startswith(start)), WORDING)
             click.option(
                 f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"
                 if option_type is bool
@@ -40,7 +43,7 @@ def config_options(
                 type=None if option_type is bool else option_type[0] if multiple > 1 else option_type,
                 nargs=multiple,
                 default=None,
-                help=f"{entry.metadata['help']}  [default: {_spelled(value) if default is None else default}]",
+                help=said.format(help=entry.metadata["help"], default=_spelled(value)),
             )(command)
         return command
 
@@ -73,9 +76,11 @@ def _leaves(
     blank = kind() if blank is None else blank
     for entry in fields(kind):
         hint, default = _not_none(hints[entry.name]), getattr(blank, entry.name)
+        if entry.name in skip:
+            continue
         if is_dataclass(hint) and isinstance(hint, type):
             yield from _leaves(hint, skip, f"{prefix}{entry.name}_", default)
-        elif "help" in entry.metadata and entry.name not in skip:
+        elif "help" in entry.metadata:
             yield prefix + entry.name, _click_type(hint), entry, default
 
 

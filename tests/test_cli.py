@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +24,48 @@ def test_done_is_0_and_usage_is_2(workshop: Workshop) -> None:
     assert "Usage" in workshop.run("--help").stdout
     for name in cli.main.commands:
         assert "--help" in workshop.run(name, "--help").stdout
-    for wrong in (["fly"], ["fit"], ["sample", "x"], ["info"], ["info", "x", "--ckpt", "y"], ["pretrain"]):
+    for wrong in (["fly"], ["fit"], ["sample", "x"], ["info"], ["info", "x", "--ckpt", "y"]):
         result = workshop.run(*wrong, code=2)
         assert result.stdout == ""
         assert "Usage" in result.stderr
     assert "--out" in workshop.run("sample", "x", code=2).stderr
     workshop.run("sample", "x", "--out", "y.png", "-n", 0, code=2)
     workshop.run("sample", "x", "--out", "y.png", "--kernel", "magic", code=2)
+
+
+def test_training_needs_data(workshop: Workshop) -> None:
+    for words in (["pretrain", "--backbone", "toy"], ["classifier", "--out", "c.safetensors"]):
+        assert "Missing option '--data'" in workshop.run(*words, code=2).stderr
+        assert (
+            "[required]" in workshop.run(words[0], "--help").stdout.partition("--data ")[2].partition("--data-root")[0]
+        )
+
+
+def test_options_that_would_be_ignored_are_refused(workshop: Workshop, fit_words: list[object], tmp_path: Path) -> None:
+    sample = ("sample", "p.safetensors", "--out")
+    for words, message in (
+        ([*sample, "a.npz", "--compare"], "--compare shows samples in a grid"),
+        ([*sample, "folder", "--compare"], "--compare shows samples in a grid"),
+        ([*sample, "a.jpg"], "a .png, an .npz or a folder"),
+        (["eval", "p", "--fid-mode", "clean"], "pass --fid or --inception"),
+        (["eval", "p", "--fid", "--classifier", "c"], "give one"),
+        (["eval", "p", "--inception", "i", "--classifier", "c"], "give one"),
+        ([*fit_words, "--chain-steps", 3, "--refresh", 0.1], "leave out --chain-steps, --refresh, or"),
+        ([*fit_words, "--chains", "fresh"], "leave out --chains"),
+        ([*fit_words, "--penalty", 0], "leave out --penalty"),
+    ):
+        result = workshop.run(*words, code=2)
+        assert message in " ".join(result.stderr.split())
+    mle = ("--objective", "mle", "--regime", "refiner", "--chain-steps", 1, "--penalty", 0)
+    workshop.run(*fit_words, *mle, "--out", tmp_path / "run")
+
+
+def test_no_error_of_the_operating_system_is_a_traceback(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "disk")
+
+    monkeypatch.setattr("ebm_prior.commands.list_backbones", fail)
+    assert "Input/output error: 'disk'" in workshop.error("backbones")
 
 
 def test_the_module_is_the_command(workshop: Workshop) -> None:
@@ -44,6 +81,7 @@ def test_errors_are_one_line_on_stderr(workshop: Workshop, fit_words: list[objec
         ([*fit_words, *out, "--ckpt", "nonesuch"], "no backbone at nonesuch"),
         ([*fit_words, *out, "--backbone", "linear"], "use --backbone toy"),
         ([*fit_words, *out, "--data", "nonesuch"], "nonesuch: no such file or folder, nor the name of a data set"),
+        ([*fit_words, *out, "--data", 300 * "x"], "xxx: no such file or folder"),
         ([*fit_words, *out, "--iterations", -3], "iterations must be positive, found -3"),
         ([*fit_words, *out, "--device", "quantum"], "--device quantum cannot be used here"),
         ([*fit_words, "--resume"], "--resume needs --out"),
@@ -127,6 +165,8 @@ def test_a_file_of_settings(workshop: Workshop, fit_words: list[object], tmp_pat
     workshop.run(*plain, *again, "--out", tmp_path / "c", "--seed", 8, "--iterations", 2)
     config = prior_record(tmp_path / "c" / "prior.safetensors")["record"]["config"]
     assert (config["seed"], config["iterations"], config["batch_size"]) == (8, 2, 8)
+    (tmp_path / "bad.json").write_text('{"seed": -1}')
+    assert "seed must not be negative" in workshop.error(*plain, "--config", tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text('{"iterations": 3, "batchsize": 4}')
     error = workshop.error(*plain, "--config", tmp_path / "bad.json", "--out", tmp_path / "d")
     assert "unknown settings batchsize" in error

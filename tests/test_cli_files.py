@@ -57,6 +57,21 @@ def test_an_overwritten_folder_of_samples_holds_the_new_ones_alone(
     assert content(out) == before
 
 
+def test_a_file_does_not_take_the_place_of_a_folder_nor_a_folder_that_of_a_file(
+    workshop: Workshop, prior: Path, tmp_path: Path
+) -> None:
+    folder, named = tmp_path / "folder", tmp_path / "b.safetensors"
+    folder.mkdir()
+    named.mkdir()
+    convert = ("convert", "--ckpt", workshop.backbone, "--overwrite", "--out")
+    assert "--out must end in .safetensors" in workshop.error(*convert, folder)
+    assert "is a folder; expected the name of a file" in workshop.error(*convert, named)
+    (tmp_path / "file").write_text("precious")
+    error = workshop.error("sample", prior, "-n", 2, "--out", tmp_path / "file", "--overwrite")
+    assert "is a file; expected a folder for samples" in error
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_resume_and_overwrite_contradict_each_other(
     workshop: Workshop, fit_words: list[object], tmp_path: Path
 ) -> None:
@@ -69,9 +84,15 @@ def test_resume_and_overwrite_contradict_each_other(
 def test_a_folder_without_the_right_to_write_is_found_before_the_work(
     workshop: Workshop, prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root may write everywhere, and tests run as root: so the question is answered for it."""
-    forbidden, asked = tmp_path / "forbidden", os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != forbidden and asked(path, mode))
+    """Permission bits do not bind root, and tell nothing of a disk that is read-only: it has to be tried."""
+    forbidden, opened = tmp_path / "forbidden", os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_CREAT and Path(path).parent == forbidden:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr("ebm_prior.prior.EBMPrior.chunks", lambda *_, **__: pytest.fail("began to work"))
     for name in ("a.png", "a.npz", "folder"):
         error = workshop.error("sample", prior, "--out", forbidden / name)
@@ -98,19 +119,23 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
 def test_a_disk_that_is_full_leaves_the_earlier_files(
     workshop: Workshop, fit_words: list[object], prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, grid, arrays = tmp_path / "run", tmp_path / "a.png", tmp_path / "a.npz"
+    run, grid, arrays, folder = tmp_path / "run", tmp_path / "a.png", tmp_path / "a.npz", tmp_path / "folder"
     workshop.run(*fit_words, "--out", run)
-    for out in (grid, arrays):
-        workshop.run("sample", prior, "-n", 2, "--out", out)
+    for out in (grid, arrays, folder):
+        workshop.run("sample", prior, "-n", 4, "--out", out)
     results, before = (run / "prior.safetensors").read_bytes(), (grid.read_bytes(), arrays.read_bytes())
+    samples, room = content(folder), iter([True, True])
 
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if not next(room, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
+    words = ("sample", prior, "-n", 3, "--seed", 1, "--overwrite", "--out")
+    assert "No space left on device" in workshop.error(*words, folder)  # in the third of three files
+    assert content(folder) == samples
     for out in (grid, arrays):
-        error = workshop.error("sample", prior, "-n", 3, "--out", out, "--overwrite")
-        assert f"cannot write {out}: No space left on device" in error
+        assert f"cannot write {out}: No space left on device" in workshop.error(*words, out)
     assert "No space left" in workshop.error(*fit_words, "--out", run, "--overwrite")
     assert (grid.read_bytes(), arrays.read_bytes()) == before
     assert (run / "prior.safetensors").read_bytes() == results

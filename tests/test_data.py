@@ -180,7 +180,15 @@ def test_fingerprints_follow_content(tmp_path: Path) -> None:
     folder = folder.rename(tmp_path / "moved")
     assert open_images(folder).fingerprint() == before
     (folder / "000.png").rename(folder / "0.png")
+    assert open_images(folder).fingerprint() == before  # the same images in the same order
+    (folder / "0.png").rename(folder / "last.png")
     assert open_images(folder).fingerprint() != before
+    for index, pixels in enumerate((GREY, GREY ^ 1)):
+        (tmp_path / f"bmp{index}").mkdir()
+        for number, image in enumerate(pixels):
+            Image.fromarray(image).save(tmp_path / f"bmp{index}" / f"{number}.bmp")
+    one, other = (open_images(tmp_path / f"bmp{index}").fingerprint() for index in range(2))
+    assert one != other  # files of equal names and sizes
 
 
 def test_torchvision_and_downloads_stay_out_of_an_import() -> None:

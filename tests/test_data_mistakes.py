@@ -55,6 +55,7 @@ def lying_header(path: Path) -> Path:
 MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda d: d / "nowhere", "no such file or folder.*fashion-mnist"),
     "empty folder": (lambda d: filled(d / "notes.txt", b"").parent, r"no images.*\.png"),
+    "too long": (lambda d: d / (300 * "x"), "no such file or folder"),
     "other file": (lambda d: filled(d / "a.txt", b"hello"), "expected a folder of images"),
     "empty npy": (lambda d: filled(d / "a.npy", b""), "cannot be read as a numpy"),
     "truncated npy": (lambda d: truncated(write_npy(d / "a.npy", GREY)), "cannot be read as a numpy"),

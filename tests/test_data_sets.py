@@ -31,6 +31,22 @@ def test_the_split_chooses_among_subfolders(test_name: str, tmp_path: Path) -> N
     assert torch.equal(everything(open_images(tmp_path, split="test")), everything(from_array(GREY[4:])))
 
 
+@pytest.mark.parametrize("test_name", ["test", "val"])
+def test_a_class_has_the_same_number_in_every_split(test_name: str, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "train", GREY, LABELS)
+    write_pictures(tmp_path / test_name, GREY[:1], LABELS[:1])  # of class 2 alone
+    for split, expected in (("train", [0, 0, 1, 1, 2, 2]), ("test", [2])):
+        labels = open_images(tmp_path, split=split).labels  # type: ignore[arg-type]
+        assert labels is not None
+        assert labels.tolist() == expected
+    labels = open_images(tmp_path / test_name).labels
+    assert labels is not None
+    assert labels.tolist() == [0]  # a folder of its own
+    write_pictures(tmp_path / test_name, GREY[:1], np.array([7]))
+    with pytest.raises(DataError, match=r"classes that .*train lacks: class 7"):
+        open_images(tmp_path, split="test")
+
+
 @pytest.mark.parametrize("raw", ["raw", "."])
 def test_the_split_chooses_among_idx_files(raw: str, tmp_path: Path) -> None:
     write_idx(tmp_path / raw / "train-images-idx3-ubyte", GREY[:4])

@@ -44,20 +44,26 @@ def test_the_demo_overwrites_nothing_else(workshop: Workshop, tmp_path: Path, mo
     out, file = tmp_path / "mine", tmp_path / "file"
     out.mkdir()
     file.write_text("x")
-    for name, text in (("prior.safetensors", "precious"), ("result.json", '{"command": "eval"}'), ("result.json", "[")):
-        (out / name).write_text(text)
-        before = content(out)
-        assert "--overwrite" in workshop.error("demo", "--out", out)
-        assert content(out) == before
-        (out / name).unlink()
+    (out / "prior.safetensors").write_text("precious")
+    (out / "config.json").write_text("{}")  # a run of `fit` has one
+    before = content(out)
+    assert "--overwrite" in workshop.error("demo", "--out", out)
+    assert content(out) == before
     assert "is a file" in workshop.error("demo", "--out", file, "--overwrite")
     assert "cannot write" in workshop.error("demo", "--out", file / "below")
-    (out / "prior.safetensors").write_text("precious")
     with pytest.raises(pytest.fail.Exception, match="began to work"):
         workshop.run("demo", "--out", out, "--overwrite")
-    (out / "prior.safetensors").unlink()
+
+
+@pytest.mark.parametrize("left", [(), ("prior.safetensors",), ("prior.safetensors", ".before-after.png.x1")])
+def test_an_interrupted_demo_can_be_repeated(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(demo, "fit", lambda *_, **__: pytest.fail("began to work"))
+    for name in left:
+        (tmp_path / name).write_text("x")
     with pytest.raises(pytest.fail.Exception, match="began to work"):
-        workshop.run("demo", "--out", out)  # empty
+        workshop.run("demo", "--out", tmp_path)
 
 
 @pytest.mark.long

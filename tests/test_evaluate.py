@@ -16,7 +16,7 @@ from toys import ToyConv
 from ebm_prior.classifier import FeatureClassifier, save_classifier
 from ebm_prior.data import ImageSource, open_images
 from ebm_prior.energy import EnergyConfig, JointEnergy
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluate import EvalConfig, Reference, evaluate
 from ebm_prior.gauge import GaugeConfig
 from ebm_prior.metrics import FeatureStatistics, extract, frechet_distance
@@ -113,15 +113,47 @@ def test_batching_changes_no_number(
     reference: Reference, source: ImageSource, classifier: FeatureClassifier, result: dict[str, Any]
 ) -> None:
     backbone, halves = reference.backbone, (source.subset(range(90)), source.subset(range(90, 120)))
-    config = EvalConfig(samples=80, gauge=CONFIG.gauge, seed=3, batch_size=1)
+    config = EvalConfig(samples=80, gauge=CONFIG.gauge, seed=3, chunk=1)
     again = Reference(backbone, halves[0], classifier, config, training_images=halves[1])
     assert evaluate(prior(reference, trained=True, sampler=SamplerConfig(proposals=4, steps=0)), again) == result
 
 
 def test_settings_that_make_no_sense() -> None:
-    for settings in ({"samples": 1}, {"batch_size": 0}):
+    for settings in ({"samples": 1}, {"chunk": 0}, {"seed": -1}):
         with pytest.raises(ConfigurationError, match="found"):
             EvalConfig(**settings)
+
+
+def test_no_more_than_a_chunk_is_decoded_at_a_time(
+    source: ImageSource, classifier: FeatureClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, decoded = [], ToyConv.likelihood
+
+    def likelihood(self: ToyConv, features: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        sizes.append(len(features[0]))
+        return decoded(self, features)
+
+    monkeypatch.setattr(ToyConv, "likelihood", likelihood)
+    for chunk, expected in ((64, {64, 56}), (512, {120})):
+        sizes.clear()
+        Reference(ToyConv().eval(), source, classifier, EvalConfig(chunk=chunk, auc=False))
+        assert set(sizes) == expected
+
+
+def test_what_would_end_it_is_found_before_the_work(source: ImageSource, classifier: FeatureClassifier) -> None:
+    class Untouched(ToyConv):
+        def infer(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("began to work")
+
+    backbone, few = Untouched().eval(), source.subset(range(39))
+    for config in (EvalConfig(), EvalConfig(samples=39)):
+        with pytest.raises(DataError, match=r"at least 40 held-out images, found 39 .*--no-auc"):
+            Reference(backbone, few if config.samples > 39 else source, classifier, config)
+    with pytest.raises(AssertionError, match="began to work"):
+        Reference(backbone, few, classifier, EvalConfig(auc=False))
+    other = FeatureClassifier((1, 16, 16), 4, width=4).eval()
+    with pytest.raises(DataError, match=r"found \(1, 1, 8, 8\)\. Pass --classifier .*ebm-prior classifier.* or --fid"):
+        Reference(backbone, source, other, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +163,7 @@ def classifier_file(workshop: Workshop, classifier: FeatureClassifier) -> Path:
     return path
 
 
-SMALL_EVAL = ("--samples", 40, "--gauge-iterations", 2, "--gauge-energy-hidden", 4, "--gauge-energy-channels", 2)
+SMALL_EVAL = ("--samples", 40, "--gauge-iterations", 2)
 
 
 def test_the_command(workshop: Workshop, fitted: Path, classifier_file: Path) -> None:

@@ -94,3 +94,20 @@ def test_latents_that_do_not_fit_are_refused():
         GaugeConfig(folds=1)
     with pytest.raises(ConfigurationError, match="iterations"):
         GaugeConfig(iterations=0)
+    with pytest.raises(ConfigurationError, match="seed"):
+        GaugeConfig(seed=-1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_networks_are_where_they_are_wanted_and_latents_stay():
+    posterior, prior, seen = noise(300, 0), noise(300, 1), set()
+    posterior[0] += 1
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.update(x.device.type for x in inputs if isinstance(x, torch.Tensor))
+    )
+    try:
+        found = gauge_auc(posterior, prior, GROUPS, config=SMALL, device=torch.device("cuda"))
+    finally:
+        hook.remove()
+    assert seen == {"cuda"}
+    assert found.overall == pytest.approx(gauge_auc(posterior, prior, GROUPS, config=SMALL).overall, abs=0.03)

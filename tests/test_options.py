@@ -172,6 +172,27 @@ def test_the_help_of_fit_tells_the_defaults_of_fit() -> None:
         assert re.search(rf"{option} [^[]*(\[[a-z|<>=0-9-]+\])?[^[]*\[default: {default}\]", text), option
 
 
+def test_the_help_says_for_what_an_option_is_and_where_its_default_comes_from() -> None:
+    text = CliRunner().invoke(main, ["fit", "--help"], terminal_width=300, env={"COLUMNS": "300"}).stdout
+    options = {match[1]: match[2] for match in re.finditer(r"^  --([\w-]+)((?:.|\n(?!  -))*)", text, re.MULTILINE)}
+    for name, said in options.items():
+        mle = name in ("chains", "refresh", "penalty") or name.startswith("chain-")
+        assert ("mle: " in said) is mle, name
+        assert (" ".join(said.split()).endswith("[default: as the preset has it]")) is name.startswith("sampler-"), name
+
+
+def test_every_option_has_a_help() -> None:
+    for name, command in main.commands.items():
+        for parameter in command.params:
+            assert isinstance(parameter, click.Argument) or parameter.help, f"{name} {parameter.name}"  # type: ignore[attr-defined]
+
+
+def test_one_name_for_the_samples_at_a_time_and_a_yardstick_that_stands_fast() -> None:
+    names = {name: {p.name for p in main.commands[name].params} for name in ("sample", "eval")}
+    assert all("chunk" in found and "batch_size" not in found for found in names.values())
+    assert {n for n in names["eval"] if n and n.startswith("gauge")} == {"gauge_iterations", "gauge_batch_size"}
+
+
 def test_presets_are_the_base() -> None:
     assert resolve(paper_preset(), {"iterations": None, "energy_joint": 3}).energy == dataclasses.replace(
         paper_preset().energy, joint=3
@@ -181,8 +202,8 @@ def test_presets_are_the_base() -> None:
 
 
 def test_options_of_two_configurations_do_not_mix() -> None:
-    given = {"samples": 5, "gauge_energy_hidden": 3, "gauge_folds": 4, "proposals": 7}
+    given = {"samples": 5, "gauge_iterations": 3, "proposals": 7}
     config, sampler = resolve(EvalConfig(), given), resolve(SamplerConfig(), given)
-    assert (config.samples, config.gauge.energy.hidden, config.gauge.folds) == (5, 3, 4)
-    assert config.gauge.energy.dropout == EvalConfig().gauge.energy.dropout
+    assert (config.samples, config.gauge.iterations) == (5, 3)
+    assert config.gauge.energy == EvalConfig().gauge.energy
     assert sampler == SamplerConfig(proposals=7)

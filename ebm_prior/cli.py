@@ -335,10 +335,11 @@ def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str
 
 
 @main.command()
-@click.option("--backbone", "adapter_name", required=True, help="adapter to train")
+@click.option("--backbone", "adapter_name", help="adapter to train (needed without --ckpt)")
 @click.option(
     "--architecture", help="bundled backbone, or JSON file of the adapter's arguments  [default: its own, if any]"
 )
+@click.option("--ckpt", "checkpoint", help="start from these weights: official file or folder, own form, bundled name")
 @DATA
 @RUN
 @config_options(PretrainConfig)
@@ -346,8 +347,9 @@ def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str
 @DEVICE
 @JSON
 def pretrain(
-    adapter_name: str,
+    adapter_name: str | None,
     architecture: str | None,
+    checkpoint: str | None,
     data: str,
     data_root: Path | None,
     download: bool,
@@ -361,10 +363,17 @@ def pretrain(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Train a hierarchical VAE from scratch by its ELBO (first stage)."""
+    """Train a hierarchical VAE by its ELBO (first stage), from scratch or from the weights of --ckpt."""
     _new_or_resumed(resume, overwrite)
     config = resolve(PretrainConfig(), given | {"seed": seed}, config_file)
-    backbone = commands.new_backbone(adapter_name, architecture, config.seed).to(_device(device), DTYPES[dtype])
+    if checkpoint is not None:
+        if architecture is not None:
+            raise click.UsageError("--ckpt has its own architecture: leave --architecture out")
+        backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
+    elif adapter_name is not None:
+        backbone = commands.new_backbone(adapter_name, architecture, config.seed).to(_device(device), DTYPES[dtype])
+    else:
+        raise click.UsageError("say what to train: --backbone, or --ckpt to go on from trained weights")
     train, test = (
         open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
         for split in ("train", "test")
@@ -372,7 +381,15 @@ def pretrain(
     directory = commands.run_directory(out, "pretrain", resume=resume)
     with Bar("pretrain", config.iterations) as bar:
         result = commands.pretrain_into(
-            directory, backbone, train, test, config, resume=resume, overwrite=overwrite, on_step=bar.step
+            directory,
+            backbone,
+            train,
+            test,
+            config,
+            checkpoint=checkpoint,
+            resume=resume,
+            overwrite=overwrite,
+            on_step=bar.step,
         )
     _show(result, as_json, report.pretrain_summary)
 

@@ -25,7 +25,7 @@ from ebm_prior.figures import grid, picture, save_png, titled_grids
 from ebm_prior.files import write_atomically
 from ebm_prior.fit import FitConfig, fit
 from ebm_prior.metrics import FeatureExtractor
-from ebm_prior.pretrain import PretrainConfig, build, evaluate_elbo, pretrain, training_record
+from ebm_prior.pretrain import Elbo, PretrainConfig, build, evaluate_elbo, pretrain, training_record
 from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.registry import adapter, registered
 from ebm_prior.runs import Run
@@ -96,6 +96,7 @@ def run_inputs(backbone: Backbone, images: ImageSource) -> dict[str, Any]:
         "dtype": str(next(backbone.parameters()).dtype),
         "data": images.name,
         "images": images.fingerprint(),
+        "device": next(backbone.parameters()).device.type,
         "threads": torch.get_num_threads(),  # the order of sums in a matrix product depends on it
     }
 
@@ -352,28 +353,36 @@ def pretrain_into(
     test: ImageSource,
     config: PretrainConfig,
     *,
+    checkpoint: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     on_step: Callback | None = None,
 ) -> dict[str, Any]:
     """Train a backbone in a run directory: backbone.safetensors, metrics, pictures, resume state.
 
-    The test ELBO is None where `test` holds the training images, from a source without splits.
+    `checkpoint`: where its weights come from, for the record; None: from the seed. The test ELBO is None where `test`
+    holds the training images, from a source without splits.
     """
     architecture = json.loads(json.dumps(dict(backbone.architecture)))
-    inputs = {"architecture": architecture, **run_inputs(backbone, train)}
+    inputs = {"architecture": architecture, "start": fingerprint(backbone), **run_inputs(backbone, train)}
     held_out = None if test.fingerprint() == inputs["images"] else test
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
 
+    elbo: Elbo | None = None
+
     def show(shown: Mapping[str, Any]) -> None:
+        nonlocal elbo
+        elbo = shown["elbo"]
         write_progress(shown["backbone"], test, directory / f"samples-{shown['iteration']:06d}.png", config.seed)
 
     began = time.process_time()
     trained = pretrain(backbone, train, config, run=run, validation=held_out, on_step=on_step, on_checkpoint=show)
     seconds = time.process_time() - began
-    elbo = evaluate_elbo(trained, held_out, seed=config.seed) if held_out is not None else None
+    if elbo is None and held_out is not None:  # a finished run, resumed
+        elbo = evaluate_elbo(trained, held_out, seed=config.seed)
     path = directory / "backbone.safetensors"
-    save_backbone(trained, path, record=training_record(config, train, elbo))
+    start = {} if checkpoint is None else {"start": source_record(checkpoint)}
+    save_backbone(trained, path, record={**training_record(config, train, elbo), **start})
     return {
         "backbone": str(path),
         "parameters": count_parameters(trained),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Workshop
 
 from ebm_prior import cli
@@ -212,3 +213,16 @@ def test_an_architecture_is_a_file_or_that_of_a_bundled_backbone(workshop: Works
     assert "hvae_fashion_mnist" in error
     assert "use --backbone hvae" in workshop.error(*words, "toy", "--architecture", "hvae_fashion_mnist")
     assert "nor is it bundled" in workshop.error(*words, "hvae", "--architecture", "nonesuch")
+
+
+def test_pretraining_goes_on_from_trained_weights(workshop: Workshop, tmp_path: Path) -> None:
+    words = ("pretrain", "--data", workshop.images, "--iterations", 1, "--batch-size", 8, "--out", tmp_path / "run")
+    both = workshop.run(*words, "--ckpt", workshop.backbone, "--architecture", "hvae_fashion_mnist", code=2).stderr
+    assert "leave --architecture out" in both
+    assert "--backbone, or --ckpt" in workshop.run(*words, code=2).stderr
+    workshop.run(*words, "--ckpt", workshop.backbone, "--learning-rate", 1e-12)
+    trained = tmp_path / "run" / "backbone.safetensors"
+    before, after = (load_backbone(None, str(path)).state_dict() for path in (workshop.backbone, trained))
+    for key, weights in before.items():
+        torch.testing.assert_close(after[key], weights)
+    assert backbone_record(trained)["record"]["start"]["source"] == workshop.backbone.name

@@ -20,7 +20,6 @@ from ebm_prior.errors import OutputError
 from ebm_prior.evaluate import EvalConfig
 from ebm_prior.files import without_nan, write_atomically
 from ebm_prior.fit import FitConfig, fit
-from ebm_prior.gauge import GaugeConfig
 from ebm_prior.training import Callback
 
 DEMO_BACKBONE = "hvae_fashion_mnist"
@@ -29,12 +28,12 @@ PRIOR, PICTURE, TABLE = "prior.safetensors", "before-after.png", "result.json"  
 
 def demo_config() -> FitConfig:
     """The demo's second stage: the default one, cut to a minute or two on the bundled 6,000 images."""
-    return replace(FitConfig(), iterations=600)
+    return replace(FitConfig(), iterations=800)
 
 
 def demo_eval_config(samples: int) -> EvalConfig:
-    """The demo's evaluation: `samples` draws, and a gauge cut in the same way."""
-    return EvalConfig(samples=samples, gauge=GaugeConfig(iterations=300))
+    """The demo's evaluation: `samples` draws."""
+    return EvalConfig(samples=samples)
 
 
 def require_demo_folder(out: Path, overwrite: bool) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +19,18 @@ from torch import Tensor, nn
 from ebm_prior.backbone import LatentGroup
 from ebm_prior.errors import ConfigurationError
 
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu": partial(nn.LeakyReLU, 0.2)}
+
 
 @dataclass(frozen=True)
 class EnergyConfig:
-    """Sizes of the heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint head."""
+    """The heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint head, leaky_relu."""
 
     channels: int = field(default=48, metadata={"help": "channels of a spatial head's convolutions (nef)"})
     hidden: int = field(default=128, metadata={"help": "width of the heads' linear layers (ndf)"})
     vector_layers: int = field(default=2, metadata={"help": "hidden layers of the head of a flat group"})
     joint: int = field(default=128, metadata={"help": "width of the joint head over all groups; 0: none"})
+    activation: Literal["silu", "leaky_relu"] = field(default="silu", metadata={"help": "leaky_relu: slope 0.2"})
     standardize: bool = field(default=True, metadata={"help": "heads see latents in units of posterior mean and std"})
     dropout: float = field(default=0.0, metadata={"help": "dropout in the joint head"})
 
@@ -34,13 +39,15 @@ class EnergyConfig:
             raise ConfigurationError(
                 f"expected positive channels, hidden, vector_layers; joint >= 0; dropout in [0, 1); found {self}"
             )
+        if self.activation not in ACTIVATIONS:
+            raise ConfigurationError(f"expected activation {' or '.join(ACTIVATIONS)}, found {self.activation!r}")
 
 
 class Head(nn.Module):
     """One group's energy f_i: z_i (B, *shape) -> (B,), with the features that a joint head may pool.
 
-    Maps (C, H, W): N × [conv(4, stride 2, pad 1), LeakyReLU 0.2] and N × [Linear, LeakyReLU 0.2], N = log2(side/4),
-    the paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
+    Maps (C, H, W): N × [conv(4, stride 2, pad 1), activation] and N × [Linear, activation], N = log2(side/4), the
+    paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
     convolution on maps smaller than 6. Vectors: `vector_layers` linear layers.
     """
 
@@ -52,19 +59,20 @@ class Head(nn.Module):
         per_channel = (shape[0], *(1 for _ in shape[1:]))
         self.register_buffer("shift", torch.zeros(per_channel))
         self.register_buffer("scale", torch.ones(per_channel))
+        activation = ACTIVATIONS[config.activation]
         layers: list[nn.Module] = []
         if len(shape) == 3:
             halvings = max(0, round(math.log2(min(shape[1:]) / 4)))
             channels, height, width = shape
             for _ in range(halvings):
-                layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+                layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1), activation()]
                 channels, height, width = config.channels, height // 2, width // 2
             features, depth = channels * height * width, max(1, halvings)
         else:
             features, depth = math.prod(shape), config.vector_layers
         layers.append(nn.Flatten())
         for _ in range(depth):
-            layers += [nn.Linear(features, config.hidden), nn.LeakyReLU(0.2)]
+            layers += [nn.Linear(features, config.hidden), activation()]
             features = config.hidden
         self.body = nn.Sequential(*layers)
         self.last = zero_linear(features)
@@ -103,7 +111,7 @@ class JointEnergy(nn.Module):
             nn.Sequential(
                 nn.Dropout(config.dropout),
                 nn.Linear(config.hidden * len(groups), config.joint),
-                nn.LeakyReLU(0.2),
+                ACTIVATIONS[config.activation](),
                 nn.Dropout(config.dropout),
                 zero_linear(config.joint),
             )

@@ -47,9 +47,9 @@ class FitConfig:
     """Settings of the second stage. The defaults are what measured best (README: Why these defaults)."""
 
     objective: Literal["nce", "mle"] = field(default="nce", metadata={"help": "how the heads are trained"})
-    iterations: int = field(default=1_600, metadata={"help": "gradient steps"})
+    iterations: int = field(default=2_200, metadata={"help": "gradient steps"})
     batch_size: int = field(default=256, metadata={"help": "posterior draws, and as many prior draws, per step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak rate"})
+    learning_rate: float = field(default=4e-3, metadata={"help": "peak rate"})
     warmup: int = field(default=50, metadata={"help": "iterations over which the rate rises linearly"})
     decay: bool = field(default=True, metadata={"help": "let the rate fall to 0 along a cosine"})
     optimizer: Literal["adamw", "adam"] = field(default="adamw", metadata={"help": "decoupled or L2 weight decay"})
@@ -115,7 +115,7 @@ def paper_preset() -> FitConfig:
         betas=(0.99, 0.999),
         weight_decay=3e-5,
         ema=0.0,
-        energy=EnergyConfig(channels=64, hidden=200, joint=0, standardize=False, dropout=0.0),
+        energy=EnergyConfig(channels=64, hidden=200, joint=0, activation="leaky_relu", standardize=False),
         chain=chain,
         penalty=0.0,
         sampler=replace(chain, steps=40),

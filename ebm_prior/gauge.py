@@ -35,7 +35,9 @@ class GaugeConfig:
     """
 
     energy: EnergyConfig = field(
-        default_factory=lambda: EnergyConfig(channels=32, hidden=64, vector_layers=2, joint=64, dropout=0.2)
+        default_factory=lambda: EnergyConfig(
+            channels=32, hidden=64, vector_layers=2, joint=64, activation="leaky_relu", dropout=0.2
+        )
     )  # all sizes stated: a yardstick does not change with the product's defaults
     iterations: int = field(default=500, metadata={"help": "gradient steps at most, per network and fold"})
     batch_size: int = field(default=256, metadata={"help": "posterior latents, and as many prior latents, per step"})

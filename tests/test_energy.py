@@ -14,7 +14,7 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.objectives import nce_loss
 from ebm_prior.randomness import derived_generator
 
-PAPER = EnergyConfig(channels=64, hidden=200, vector_layers=2, joint=0, dropout=0.0)
+PAPER = EnergyConfig(channels=64, hidden=200, vector_layers=2, joint=0, activation="leaky_relu")
 SMALL = EnergyConfig(channels=3, hidden=5, joint=4)
 GROUPS = [
     LatentGroup("top", (6,)),

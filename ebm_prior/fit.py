@@ -47,7 +47,7 @@ class FitConfig:
     """Settings of the second stage. The defaults are what measured best (README: Why these defaults)."""
 
     objective: Literal["nce", "mle"] = field(default="nce", metadata={"help": "how the heads are trained"})
-    iterations: int = field(default=2_200, metadata={"help": "gradient steps"})
+    iterations: int = field(default=2_400, metadata={"help": "gradient steps"})
     batch_size: int = field(default=256, metadata={"help": "posterior draws, and as many prior draws, per step"})
     learning_rate: float = field(default=4e-3, metadata={"help": "peak rate"})
     warmup: int = field(default=50, metadata={"help": "iterations over which the rate rises linearly"})

@@ -51,7 +51,7 @@ class SamplerConfig:
         default=32, metadata={"help": "ancestral draws among which one is resampled (1: plain draw)"}
     )
     kernel: Literal["langevin", "pcn-langevin"] = field(default="pcn-langevin", metadata={"help": "Markov kernel"})
-    steps: int = field(default=16, metadata={"help": "steps of the kernel after resampling"})
+    steps: int = field(default=40, metadata={"help": "steps of the kernel after resampling"})
     step_size: float = field(default=0.15, metadata={"help": "s of Eq. 12, or δ of pCN-Langevin"})
     adapt_steps: int = field(
         default=0, metadata={"help": "the first steps, in which pCN-Langevin adapts its step size"}

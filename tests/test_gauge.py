@@ -9,7 +9,9 @@ from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.gauge import GaugeConfig, gauge_auc
 
-SMALL = GaugeConfig(energy=EnergyConfig(channels=8, hidden=32, joint=32, dropout=0.2), iterations=100)
+SMALL = GaugeConfig(
+    energy=EnergyConfig(channels=8, hidden=32, joint=32, activation="leaky_relu", dropout=0.2), iterations=100
+)
 GROUPS = [LatentGroup("top", (4,)), LatentGroup("map", (2, 8, 8))]
 
 

@@ -190,15 +190,15 @@ class Backbone(nn.Module, ABC):
 
     def standardize(self, z: Sequence[Tensor]) -> list[Tensor]:
         """T_β⁻¹: ε_i = (z_i − mean_i)/std_i, lists of (B, *group.shape)."""
-        return self._given(z).eps
+        return self.given(z).eps
 
     def log_prior(self, z: Sequence[Tensor]) -> Tensor:
         """log p_β(z_i | z_<i) per group, (B, L) nats."""
-        return self._given(z).log_prior
+        return self.given(z).log_prior
 
     def decode(self, z: Sequence[Tensor]) -> ImageDistribution:
         """p(x | z) for latents z, a list of (B, *group.shape)."""
-        return self.likelihood(self._given(z).features)
+        return self.likelihood(self.given(z).features)
 
     def infer(self, images: Tensor, *, noise: Sequence[Tensor] | None = None, generator: Generator = None) -> Posterior:
         """One draw of q(z | x) for images (B, C, H, W); the same `noise` gives the same draw.
@@ -227,7 +227,8 @@ class Backbone(nn.Module, ABC):
         like = next(self.parameters())
         return [standard_normal((n, *g.shape), generator, dtype=like.dtype, device=like.device) for g in self.groups]
 
-    def _given(self, z: Sequence[Tensor]) -> Trace:
+    def given(self, z: Sequence[Tensor]) -> Trace:
+        """The traversal that meets the latents z, a list of (B, *group.shape)."""
         self._check("z", z)
         return self.trace(lambda i, prior, _: z[i], len(z[0]))
 

@@ -3,6 +3,9 @@
 f is the NEGATIVE energy: p_α(z) ∝ exp(f(z)) p_β(z), larger is more probable. Each head sees its group standardised
 with posterior statistics and ends in a linear layer that starts at zero, so that f = 0 exactly before training: an
 untrained prior IS the backbone's.
+
+A conditional head also sees ε_i = (z_i − mean_i)/std_i, where z_i lies in its own p_β(z_i | z_<i): there the backbone's
+prior is white noise, and what a conditional has missed stands out. ε is a function of z, so f still is one.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ class EnergyConfig:
     vector_layers: int = field(default=2, metadata={"help": "hidden layers of the head of a flat group"})
     joint: int = field(default=128, metadata={"help": "width of the joint head over all groups; 0: none"})
     activation: Literal["silu", "leaky_relu"] = field(default="silu", metadata={"help": "leaky_relu: slope 0.2"})
+    conditional: bool = field(default=True, metadata={"help": "heads see z_i in units of p(z_i | z_<i), too"})
     standardize: bool = field(default=True, metadata={"help": "heads see latents in units of posterior mean and std"})
     dropout: float = field(default=0.0, metadata={"help": "dropout in the joint head"})
 
@@ -106,7 +110,10 @@ class JointEnergy(nn.Module):
         unfit = [name for name in self.names if "." in name or hasattr(nn.ModuleDict(), name)]
         if unfit:  # names are keys of the state dict, as they stand in the prior file
             raise ConfigurationError(f"latent groups cannot be named {unfit}: no dots, no names of torch's methods")
-        self.heads = nn.ModuleDict({group.name: Head(group.shape, config) for group in groups})
+        shapes = [group.shape for group in groups]
+        if config.conditional:  # twice the channels; not at the top, where the prior is constant and ε says what z does
+            shapes[1:] = [(2 * channels, *sides) for channels, *sides in shapes[1:]]
+        self.heads = nn.ModuleDict({name: Head(shape, config) for name, shape in zip(self.names, shapes, strict=True)})
         self.joint = (
             nn.Sequential(
                 nn.Dropout(config.dropout),
@@ -119,25 +126,31 @@ class JointEnergy(nn.Module):
             else None
         )
 
-    def terms(self, z: Sequence[Tensor]) -> Tensor:
+    def inputs(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> list[Tensor]:
+        """What the heads see of z with ε = T_β⁻¹(z), lists of (B, *group.shape): z_i, or z_i and ε_i along axis 1."""
+        if not self.config.conditional:
+            return list(z)
+        return [z[0], *(torch.cat(pair, dim=1) for pair in zip(z[1:], eps[1:], strict=True))]
+
+    def terms(self, inputs: Sequence[Tensor]) -> Tensor:
         """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1)."""
-        features = [head.features(z_i) for head, z_i in zip(self._heads(), z, strict=True)]
+        features = [head.features(seen) for head, seen in zip(self._heads(), inputs, strict=True)]
         columns = [head.energy(h) for head, h in zip(self._heads(), features, strict=True)]
         if self.joint is not None:
             columns.append(self.joint(torch.cat(features, dim=1)).squeeze(1))
         return torch.stack(columns, dim=1)
 
-    def forward(self, z: Sequence[Tensor]) -> Tensor:
-        """f(z) in nats, (B,), for z a list of (B, *group.shape) in generation order."""
-        return self.terms(z).sum(1)
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """f(z) in nats, (B,), for what `inputs` makes of z, a list in generation order."""
+        return self.terms(inputs).sum(1)
 
     @torch.no_grad()
-    def standardize(self, z: Sequence[Tensor]) -> None:
+    def standardize(self, inputs: Sequence[Tensor]) -> None:
         """Fit the heads' input scaling to posterior latents: per dimension (vectors) or per channel (maps)."""
-        for head, z_i in zip(self._heads(), z, strict=True):
-            axes = [axis for axis in range(z_i.dim()) if axis != 1]
-            head.shift.copy_(z_i.mean(axes).reshape(head.shift.shape))
-            head.scale.copy_(z_i.std(axes, unbiased=False).clamp(min=1e-6).reshape(head.scale.shape))
+        for head, seen in zip(self._heads(), inputs, strict=True):
+            axes = [axis for axis in range(seen.dim()) if axis != 1]
+            head.shift.copy_(seen.mean(axes).reshape(head.shift.shape))
+            head.scale.copy_(seen.std(axes, unbiased=False).clamp(min=1e-6).reshape(head.scale.shape))
 
     def _heads(self) -> list[Head]:
         return [head for head in self.heads.values() if isinstance(head, Head)]
@@ -153,6 +166,6 @@ def zero_linear(features: int) -> nn.Linear:
 
 @torch.no_grad()
 def values(f: Callable[[Sequence[Tensor]], Tensor], z: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
-    """f at many latents, (N,) on the CPU: in chunks of 1,000, moved to `device` one by one."""
+    """f (of latents, or of a head's inputs) at many, (N,) on the CPU: in chunks of 1,000, moved to `device` in turn."""
     chunks = ([group[i : i + 1000].to(device) for group in z] for i in range(0, len(z[0]), 1000))
     return torch.cat([f(chunk).cpu() for chunk in chunks])

@@ -115,7 +115,9 @@ def paper_preset() -> FitConfig:
         betas=(0.99, 0.999),
         weight_decay=3e-5,
         ema=0.0,
-        energy=EnergyConfig(channels=64, hidden=200, joint=0, activation="leaky_relu", standardize=False),
+        energy=EnergyConfig(
+            channels=64, hidden=200, joint=0, activation="leaky_relu", conditional=False, standardize=False
+        ),
         chain=chain,
         penalty=0.0,
         sampler=replace(chain, steps=40),
@@ -128,7 +130,7 @@ PRESETS = {"default": FitConfig, "paper": paper_preset}
 
 
 class HeldOut(NamedTuple):
-    """Latents that training never sees: posterior draws of held-out images, and as many draws of p_β and more."""
+    """Latents that training never sees, as the heads see them: posterior draws of held-out images, and more of p_β."""
 
     posterior: list[Tensor]
     prior: list[Tensor]
@@ -169,18 +171,19 @@ class _Fit:
         self.device, self.dtype = like.device, like.dtype
         if backbone.training:
             raise ConfigurationError("expected a backbone in eval mode, found it in train mode: call .eval() first")
-        bytes_each = sum(math.prod(group.shape) for group in backbone.groups) * self.dtype.itemsize
+        dimensions = sum(math.prod(group.shape) for group in backbone.groups)
+        bytes_each = dimensions * (1 + config.energy.conditional) * self.dtype.itemsize
         most = max(1, HELD_OUT_BYTES // (bytes_each * (1 + PRIOR_DRAWS)))
-        self.training, held_out = _split(len(images), replace(config, held_out=min(config.held_out, most)))
-        self.held_out = self._held_out_latents(held_out)
         with seeded(self.device, config.seed, 10):
             self.energy = JointEnergy(backbone.groups, config.energy).to(self.device, self.dtype)
-        seen = self._latents(self.training[:2_000], 15)
+        self.training, held_out = _split(len(images), replace(config, held_out=min(config.held_out, most)))
+        self.held_out = self._held_out_latents(held_out)
         if config.energy.standardize:
-            self.energy.standardize(seen)
+            self.energy.standardize(self._latents(self.training[:2_000], 15))
         with torch.no_grad():
-            typical = norm(backbone.standardize([z[: config.batch_size].to(self.device) for z in seen])).mean()
-        dimensions = bytes_each / self.dtype.itemsize
+            generator = derived_generator(config.seed, 17, device=self.device)
+            observed = self._observed(self.training[: config.batch_size], generator)
+            typical = norm(backbone.infer(observed, generator=generator).eps).mean()
         self.norm_limit = NORM_LIMIT * max(1.0, float(typical)) + 4 / math.sqrt(2 * dimensions * config.batch_size)
         self.average = copy.deepcopy(self.energy).eval().requires_grad_(False)
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
@@ -316,11 +319,18 @@ class _Fit:
 
     # -- its parts
 
+    def _observed(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        images = self.images.batch(indices).to(self.device, self.dtype)
+        return self.backbone.observe(images, generator=generator)
+
     def _posterior(self, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Posterior draws of the images at `indices`; fresh each time, since heads overfit to cached ones."""
+        """Posterior draws of images, as the heads see them; fresh each time, since heads overfit to cached ones."""
         with torch.no_grad():
-            images = self.images.batch(indices).to(self.device, self.dtype)
-            return self.backbone.draw_posterior(self.backbone.observe(images, generator=generator), generator=generator)
+            observed = self._observed(indices, generator)
+            if not self.config.energy.conditional:  # where the encoder can, no top-down pass
+                return self.backbone.draw_posterior(observed, generator=generator)
+            posterior = self.backbone.infer(observed, generator=generator)
+            return self.energy.inputs(posterior.z, posterior.eps)
 
     def _negatives(self, generator: torch.Generator) -> tuple[list[Tensor], float]:
         """Draws of p_β (nce) or of the current p_α by Langevin (mle), and the mean ‖ε‖/√D of the chains."""
@@ -331,16 +341,17 @@ class _Fit:
 
         if config.objective == "nce":
             eps = propose()
-            with torch.no_grad():
-                return self.backbone.reparameterize(eps), float(norm(eps).mean())
-        current = EBMPrior(self.backbone, copy.deepcopy(self.energy), regime=config.regime, target=config.target)
-        if config.chains == "persistent":
-            initial = self._initial_chains(propose(), generator)
-            self.chains = eps = draw(current.potential, lambda: initial, config.chain, generator).eps
         else:
-            eps = draw(current.potential, propose, config.chain, generator).eps
+            current = EBMPrior(self.backbone, copy.deepcopy(self.energy), regime=config.regime, target=config.target)
+            initial = self._initial_chains(propose(), generator) if config.chains == "persistent" else None
+            eps = draw(current.potential, propose if initial is None else lambda: initial, config.chain, generator).eps
+            self.chains = eps if initial is not None else []
+        return self._seen(eps), float(norm(eps).mean())
+
+    def _seen(self, eps: list[Tensor]) -> list[Tensor]:
+        """T_β(ε) as the heads see it."""
         with torch.no_grad():
-            return self.backbone.reparameterize(eps), float(norm(eps).mean())
+            return self.energy.inputs(self.backbone.reparameterize(eps), eps)
 
     def _initial_chains(self, fresh: list[Tensor], generator: torch.Generator) -> list[Tensor]:
         """The chains of the last step, a share of them restarted."""
@@ -354,11 +365,12 @@ class _Fit:
         for number, part in enumerate(torch.split(indices, self.config.batch_size)):
             generator = derived_generator(self.config.seed, 16, number, device=self.device)
             for _ in range(PRIOR_DRAWS):
-                prior.append([z.cpu() for z in self.backbone.sample(len(part), generator=generator)])
+                eps = self.backbone.standard_normal(len(part), generator=generator)
+                prior.append([seen.cpu() for seen in self._seen(eps)])
         return HeldOut(self._latents(indices, 13), [torch.cat(group) for group in zip(*prior, strict=True)])
 
     def _latents(self, indices: Tensor, stream: int) -> list[Tensor]:
-        """One posterior draw of each of these images, on the CPU; batch by batch, as the memory allows in training."""
+        """A posterior draw of each image, as the heads see it, on the CPU; in batches, as the memory allows."""
         parts = []
         for number, part in enumerate(torch.split(indices, self.config.batch_size)):
             generator = derived_generator(self.config.seed, stream, number, device=self.device)

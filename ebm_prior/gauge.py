@@ -36,7 +36,7 @@ class GaugeConfig:
 
     energy: EnergyConfig = field(
         default_factory=lambda: EnergyConfig(
-            channels=32, hidden=64, vector_layers=2, joint=64, activation="leaky_relu", dropout=0.2
+            channels=32, hidden=64, vector_layers=2, joint=64, activation="leaky_relu", conditional=False, dropout=0.2
         )
     )  # all sizes stated: a yardstick does not change with the product's defaults
     iterations: int = field(default=500, metadata={"help": "gradient steps at most, per network and fold"})
@@ -53,6 +53,8 @@ class GaugeConfig:
     def __post_init__(self) -> None:
         require_positive(self, "iterations", "batch_size", "learning_rate", "evaluate_every", "patience")
         require_seed(self)
+        if self.energy.conditional:
+            raise ConfigurationError("the gauge is shown z alone: its network cannot be conditional")
         if self.folds < 2 or not (0 < self.inner < 1 and 0 <= self.ema < 1 and self.weight_decay >= 0):
             raise ConfigurationError(
                 f"expected folds ≥ 2, inner in (0, 1), ema in [0, 1), weight_decay ≥ 0; found {self}"

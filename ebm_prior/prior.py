@@ -65,26 +65,26 @@ class EBMPrior:
 
     def f(self, z: Sequence[Tensor]) -> Tensor:
         """The negative energy τ f(z) in nats, (B,), for z a list of (B, *group.shape)."""
-        value: Tensor = self.tau * self.energy(z)
-        return value
+        return self._f(z, self.backbone.standardize(z) if self.energy.config.conditional else z)
 
     def potential(self, eps: Sequence[Tensor]) -> Tensor:
         """g(ε), (B,): the target's log density is g(ε) − ½‖ε‖² + const (Appendix A.3)."""
         trace = self.backbone.transform(eps)
         if self.target == "exact":
-            return self.f(trace.z)
+            return self._f(trace.z, eps)
         squares = torch.stack([e.square().flatten(1).sum(1) for e in eps], dim=1)
-        return self.f(trace.z) + (trace.log_prior + 0.5 * squares).sum(1)
+        return self._f(trace.z, eps) + (trace.log_prior + 0.5 * squares).sum(1)
 
     def log_density(self, eps: Sequence[Tensor]) -> Tensor:
         """log p_α(ε) + log Z in nats, (B,): τ f(T_β(ε)) + log N(ε; 0, I)."""
         self._require_calibrated("log_density")
-        return self.f(self.backbone.reparameterize(eps)) + _log_standard_normal(eps)
+        return self._f(self.backbone.reparameterize(eps), eps) + _log_standard_normal(eps)
 
     def log_prior(self, z: Sequence[Tensor]) -> Tensor:
         """log p_α(z) + log Z in nats, (B,): τ f(z) + log p_β(z) (Eq. 6)."""
         self._require_calibrated("log_prior")
-        return self.f(z) + self.backbone.log_prior(z).sum(1)
+        trace = self.backbone.given(z)
+        return self._f(z, trace.eps) + trace.log_prior.sum(1)
 
     def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 512) -> tuple[float, float]:
         """log Z = log E_{p_β}[e^{τf}] from n ancestral draws, and the ESS of the estimate as a fraction of n.
@@ -96,8 +96,8 @@ class EBMPrior:
         parts: list[Tensor] = []
         with torch.no_grad():
             for first, count in _blocks(n, chunk):
-                z = self.backbone.sample(count, generator=BlockGenerator(seed, first, count, device))
-                parts.append(self.f(z).double())
+                eps = self.backbone.standard_normal(count, generator=BlockGenerator(seed, first, count, device))
+                parts.append(self._f(self.backbone.reparameterize(eps), eps).double())
         f = torch.cat(parts)
         return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
@@ -142,6 +142,10 @@ class EBMPrior:
             [torch.cat(group) for group in zip(*(part.eps for part in parts), strict=True)],
             *(torch.cat(column) for column in zip(*(part[2:] for part in parts), strict=True)),
         )
+
+    def _f(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> Tensor:
+        value: Tensor = self.tau * self.energy(self.energy.inputs(z, eps))
+        return value
 
     def _require_calibrated(self, what: str) -> None:
         if self.regime != "calibrated":

@@ -13,6 +13,8 @@ from scipy.stats import kstest
 from torch import Tensor, nn
 from toys import LinearGaussian
 
+from ebm_prior.energy import EnergyConfig, JointEnergy
+
 Z_LIMIT = 4.5
 """Standard errors allowed: beyond them by chance 7 times in a million per comparison."""
 P_LIMIT = 1e-4
@@ -60,6 +62,9 @@ class Normal(NamedTuple):
 
 class Quadratic(nn.Module):
     """f(z) = c + ⟨b, z⟩ − ½⟨z, Qz⟩ with the interface of JointEnergy: z, a list of groups -> (B,)."""
+
+    config = EnergyConfig(conditional=False)
+    inputs = JointEnergy.inputs
 
     def __init__(self, c: Tensor, b: Tensor, Q: Tensor) -> None:
         super().__init__()

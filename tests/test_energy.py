@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import ToyConv
 
 from ebm_prior.backbone import LatentGroup
 from ebm_prior.energy import EnergyConfig, Head, JointEnergy
@@ -14,8 +16,8 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.objectives import nce_loss
 from ebm_prior.randomness import derived_generator
 
-PAPER = EnergyConfig(channels=64, hidden=200, vector_layers=2, joint=0, activation="leaky_relu")
-SMALL = EnergyConfig(channels=3, hidden=5, joint=4)
+PAPER = EnergyConfig(channels=64, hidden=200, vector_layers=2, joint=0, activation="leaky_relu", conditional=False)
+SMALL = EnergyConfig(channels=3, hidden=5, joint=4, conditional=False)
 GROUPS = [
     LatentGroup("top", (6,)),
     LatentGroup("point", (2, 1, 1)),
@@ -55,7 +57,7 @@ def test_other_shapes_have_zero_energy_at_first(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("joint", [0, 4])
 @pytest.mark.parametrize("mode", [True, False])
 def test_the_joint_energy_is_zero_at_first(joint: int, mode: bool) -> None:
-    energy = JointEnergy(GROUPS, EnergyConfig(channels=3, hidden=5, joint=joint, dropout=0.5)).train(mode)
+    energy = JointEnergy(GROUPS, replace(SMALL, joint=joint, dropout=0.5)).train(mode)
     z = latents(GROUPS)
     assert torch.equal(energy(z), torch.zeros(4))
     assert torch.equal(energy.terms(z), torch.zeros(4, 5 + bool(joint)))
@@ -89,7 +91,7 @@ def test_sizes_of_vector_and_joint_heads() -> None:
     assert numbers(Head((20,), PAPER)) == 20 * 200 + 200 + 40_200 + 201
     assert numbers(Head((20, 4, 4), PAPER)) == 320 * 200 + 200 + 201  # no convolution, one linear layer
     joint = JointEnergy(GROUPS, SMALL)
-    alone = JointEnergy(GROUPS, EnergyConfig(channels=3, hidden=5, joint=0))
+    alone = JointEnergy(GROUPS, replace(SMALL, joint=0))
     assert numbers(joint) - numbers(alone) == (5 * 5) * 4 + 4 + 4 + 1
 
 
@@ -108,10 +110,24 @@ def test_terms_sum_to_the_energy_and_each_head_sees_its_group_alone() -> None:
         assert changed.any(0).tolist() == expected
 
 
+def test_a_conditional_head_sees_where_its_group_lies_in_its_own_prior_too() -> None:
+    """z1 | z2 of the toy: the head's input is z1, then (z1 − mean)/std; at the top, where that says nothing new, z2."""
+    backbone = ToyConv().double().eval()
+    eps = backbone.standard_normal(3, generator=torch.Generator().manual_seed(0))
+    z = backbone.reparameterize(eps)
+    for conditional in (False, True):
+        energy = JointEnergy(backbone.groups, replace(SMALL, conditional=conditional)).double()
+        seen = energy.inputs(z, eps)
+        assert torch.equal(seen[0], z[0])
+        for z_i, eps_i, seen_i in zip(z[1:], eps[1:], seen[1:], strict=True):
+            assert torch.equal(seen_i, torch.cat([z_i, eps_i], dim=1) if conditional else z_i)
+        assert energy(seen).shape == (3,)
+
+
 def test_gradients_reach_every_parameter_after_one_step() -> None:
     """At f = 0 only the last layers see a gradient; once they have moved, every single weight does."""
     torch.manual_seed(1)
-    energy = JointEnergy(GROUPS, EnergyConfig(channels=3, hidden=5, joint=4, dropout=0.0))
+    energy = JointEnergy(GROUPS, SMALL)
     optimizer = torch.optim.SGD(energy.parameters(), lr=1.0)
     z_q, z_p = latents(GROUPS, 64), [0.5 * z + 1 for z in latents(GROUPS, 64, seed=1)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ebm_prior.prior import ANCESTRAL, EBMPrior
 from ebm_prior.samplers import SamplerConfig
 
 SMALL = EnergyConfig(channels=4, hidden=8, joint=8)
-CONFIG = EvalConfig(samples=80, gauge=GaugeConfig(energy=SMALL, iterations=10), seed=3)
+CONFIG = EvalConfig(samples=80, gauge=GaugeConfig(energy=replace(SMALL, conditional=False), iterations=10), seed=3)
 
 
 @pytest.fixture(scope="module")

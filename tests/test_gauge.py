@@ -10,7 +10,8 @@ from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.gauge import GaugeConfig, gauge_auc
 
 SMALL = GaugeConfig(
-    energy=EnergyConfig(channels=8, hidden=32, joint=32, activation="leaky_relu", dropout=0.2), iterations=100
+    energy=EnergyConfig(channels=8, hidden=32, joint=32, activation="leaky_relu", conditional=False, dropout=0.2),
+    iterations=100,
 )
 GROUPS = [LatentGroup("top", (4,)), LatentGroup("map", (2, 8, 8))]
 

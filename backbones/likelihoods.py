@@ -50,16 +50,17 @@ class LogisticMixture:
 
     `parameters` (B, 10·M, H, W): M mixture logits, then for each colour M means, M log-scales and M coefficients.
     Within a component the colours come in sequence: green's mean moves by c₀·red, blue's by c₁·red + c₂·green. The
-    arithmetic is on [−1, 1], where the 256 values lie 2/255 apart and the outermost bins reach to infinity.
+    arithmetic is on [−1, 1], where the V + 1 = 2^bits values lie 2/V apart and the outermost bins reach to infinity.
     """
 
     LOG_SCALE_MIN = -7.0
-    HALF_BIN = 1 / 255
+    TOP_EDGE = 0.999  # values above lie in the uppermost bin
 
-    def __init__(self, parameters: Tensor) -> None:
+    def __init__(self, parameters: Tensor, *, bits: int = 8) -> None:
         batch, channels, height, width = parameters.shape
         if channels % 10:
             raise ConfigurationError(f"expected 10 channels per mixture component, found {channels} in all")
+        self.top = 2**bits - 1  # V
         self.components = channels // 10
         self.logits = parameters[:, : self.components]  # (B, M, H, W)
         rest = parameters[:, self.components :].view(batch, 3, 3, self.components, height, width)
@@ -69,22 +70,25 @@ class LogisticMixture:
 
     def log_prob(self, images: Tensor) -> Tensor:
         """Nats per image, (B,), of images (B, 3, H, W) in [0, 1]."""
+        return self.log_prob_of_pixels(images).flatten(1).sum(1)
+
+    def log_prob_of_pixels(self, images: Tensor) -> Tensor:
+        """Nats per pixel, its three colours together, (B, H, W), of images (B, 3, H, W) in [0, 1]."""
         x = (2 * images - 1).unsqueeze(2)  # (B, 3, 1, H, W)
         red, green = x[:, 0], x[:, 1]
         c = self.coefficients
         shift = torch.stack([torch.zeros_like(c[:, 0]), c[:, 0] * red, c[:, 1] * red + c[:, 2] * green], dim=1)
         u = x - (self.means + shift)
         v = torch.exp(-self.log_scales)
-        upper, lower = v * (u + self.HALF_BIN), v * (u - self.HALF_BIN)
+        upper, lower = v * (u + 1 / self.top), v * (u - 1 / self.top)
         mass = upper.sigmoid() - lower.sigmoid()
         # Where the bin's mass underflows: the density at its centre times its width.
-        density = v * u - self.log_scales - 2 * F.softplus(v * u) - math.log(127.5)
+        density = v * u - self.log_scales - 2 * F.softplus(v * u) - math.log(self.top / 2)
         inside = torch.where(mass > 1e-5, mass.clamp(min=1e-12).log(), density)
         log_mass = torch.where(
-            x < -0.999, upper - F.softplus(upper), torch.where(x > 0.999, -F.softplus(lower), inside)
+            x < -0.999, upper - F.softplus(upper), torch.where(x > self.TOP_EDGE, -F.softplus(lower), inside)
         )
-        per_pixel = torch.logsumexp(log_mass.sum(1) + self.logits.log_softmax(1), dim=1)  # (B, H, W)
-        return per_pixel.flatten(1).sum(1)
+        return torch.logsumexp(log_mass.sum(1) + self.logits.log_softmax(1), dim=1)
 
     @property
     def mean(self) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,19 @@ from ebm_prior.weights import require_finite
 PLAIN = (str, int, float, bool, type(None))
 
 
-def load_file(path: Path, content: str) -> Any:
-    """The content of a torch file. `content` says what the file should hold, for the error message."""
+def load_file(path: Path, content: str, *, allow: Sequence[Callable[..., Any]] = ()) -> Any:
+    """The content of a torch file. `content` says what the file should hold, for the error message.
+
+    `allow`: classes beyond torch's own list that the file may hold; they must do nothing but keep values. Where the
+    format admits it the tensors are mapped from the file: what nobody reads takes no memory.
+    """
     if not os.path.isfile(path):  # Path's own raises where a name is too long for the system
         raise CheckpointError(f"expected {content} in {path}, found no such file; copy the whole folder of the run")
     try:
-        with warnings.catch_warnings():  # official files are older than torch's present pickle protocol
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(allow)):
+            # official files are older than torch's present pickle protocol
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         found = (
@@ -58,7 +65,11 @@ def _plain(value: Any, path: Path) -> Any:
 
 def load_tensors(path: Path, content: str) -> dict[str, Tensor]:
     """A state dict: dense tensors by name, the floating-point ones finite."""
-    state = load_file(path, content)
+    return tensors_of(load_file(path, content), path, content)
+
+
+def tensors_of(state: Any, path: Path, content: str) -> dict[str, Tensor]:
+    """`state`, from the file at `path`, as a state dict: dense tensors by name, the floating-point ones finite."""
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in state.items()
     ):

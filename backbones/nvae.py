@@ -1,0 +1,151 @@
+"""NVAE: the deep hierarchical VAE of Vahdat & Kautz (2020), top-down with one posterior per group."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ebm_prior.backbone import Backbone, Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.errors import CheckpointError, ConfigurationError
+from ebm_prior.randomness import Generator
+from ebm_prior.weights import check_state
+
+from . import nvae_official
+from .likelihoods import Bernoulli, binarize
+from .nvae_cells import BatchNorm, Conv2d
+from .nvae_distributions import GaussianImage, NvaeMixture, reduce_bits
+from .nvae_network import Architecture, Context, Features, Network
+from .safe_loading import load_file, tensors_of
+
+ALIAS = ".weight_normalized"
+"""How the keys end under which official files repeat the weights of convolutions without weight norm."""
+
+
+class NVAE(Backbone):
+    """NVAE as a backbone; `load_official` reads the checkpoints of its code and of VAEBM's.
+
+    The keyword arguments are the fields of `nvae_network.Architecture`: image_shape, groups_per_scale and likelihood
+    are required. Raises ConfigurationError for what cannot be built. Images are what the likelihood models: MNIST has
+    28 × 28 pixels here, the zeros around them that the network was trained with are put on and cut off inside.
+
+    `infer` and `log_prob` take observations, x as `observe` returns it: binary for the Bernoulli likelihood, and for a
+    model of fewer than 8 bits at its own depth. To observe twice does no harm at reduced depth.
+    """
+
+    official_format: ClassVar[str] = (
+        "the official format of NVAE is a checkpoint.pt, a dict with state_dict and args (an argparse.Namespace)"
+    )
+
+    def __init__(self, **architecture: Any) -> None:
+        super().__init__()
+        try:
+            a = Architecture(**architecture)
+        except TypeError as error:
+            known = [field.name for field in fields(Architecture)]
+            raise ConfigurationError(
+                f"expected options among {known}, found {sorted(architecture)}: {error}"
+            ) from error
+        channels, height, width = a.image_shape
+        self.image_shape = (channels, height, width)
+        self.architecture = asdict(a)
+        self.network = Network(a)
+        count = len(a.group_scales)
+        self.groups = tuple(LatentGroup(f"z{count - i}", a.latent_shape(s)) for i, s in enumerate(a.group_scales))
+        self.group_scales = tuple(a.group_scales)  # of each group: 0 for the highest resolution, S − 1 at the top
+
+    def top_down(self, draw: Draw, batch_size: int) -> Features:
+        """The generator down to z1. The top prior has batch axis 1; the context is None there, a `Context` below."""
+        return self.network.generate(draw, batch_size)
+
+    def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
+        """The bottom-up pass; then q(z_i | x, z_<i) as the groups are met: a Gaussian draw, moved by the flows.
+
+        The flows keep volume, so log q is that of the Gaussian at the draw before them.
+        """
+        features = self.network.encode(F.pad(images, [self.network.architecture.padding] * 4))
+
+        def conditional(index: int, _: Gaussian, context: Context | None) -> tuple[Tensor, Tensor]:
+            q = self.network.posterior(index, features, context)
+            z = q.mean + q.std * noise[index]
+            return self.network.flow(index, z), q.log_prob(z)
+
+        return PosteriorDraw(conditional)
+
+    def likelihood(self, features: Features) -> ImageDistribution:
+        """p(x | z): the last combiner, the post-processing cells and the image head."""
+        a, parameters = self.network.architecture, self.network.image(features)
+        border = a.padding
+        if border:
+            parameters = parameters[:, :, border:-border, border:-border]
+        if a.likelihood == "bernoulli":
+            return Bernoulli(parameters)
+        if a.likelihood == "gaussian":
+            return GaussianImage(parameters, log_std_floor=a.log_std_floor)
+        return NvaeMixture(parameters, bits=a.bits)
+
+    def observe(self, images: Tensor, *, generator: Generator = None) -> Tensor:
+        """Dynamic binarisation for the Bernoulli likelihood; else the model's bit depth."""
+        a = self.network.architecture
+        if a.likelihood == "bernoulli":
+            return binarize(images, generator=generator)
+        return images if a.bits == 8 else reduce_bits(images, a.bits)
+
+    # What a first stage regularises.
+
+    def kernels(self) -> Iterator[Tensor]:
+        """The weight of every convolution as it is used, (C_out, C_in/groups, K, K): normed, masked."""
+        return (module.kernel() for module in self.modules() if isinstance(module, Conv2d))
+
+    def batch_norms(self) -> Iterator[BatchNorm]:
+        """Every batch-norm layer."""
+        return (module for module in self.modules() if isinstance(module, BatchNorm))
+
+    @classmethod
+    def load_official(cls, path: Path, *, log_std_floor: float | None = None) -> NVAE:
+        """Build the network from a checkpoint of the official code, in eval mode. Raises CheckpointError.
+
+        Reads the arguments and the weights; the optimizer's state, two thirds of the file, stays on disk. The file
+        does not say which code trained a Gaussian decoder: `log_std_floor` is None for NVAE's log p(x | z), −2 for
+        VAEBM's.
+        """
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{path} is not a file, and {cls.official_format}")
+        path, content = Path(path), load_file(path, "an NVAE checkpoint", allow=[argparse.Namespace])
+        args = content.get("args") if isinstance(content, dict) else None
+        if not isinstance(args, argparse.Namespace) or "state_dict" not in content:
+            found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
+            raise CheckpointError(f"expected an NVAE checkpoint in {path}, found {found}; {cls.official_format}")
+        state = tensors_of(content["state_dict"], path, "the weights")
+        state = {key: tensor for key, tensor in state.items() if not key.endswith(ALIAS)}
+        try:
+            architecture = nvae_official.translate(vars(args))
+            if architecture["likelihood"] == "gaussian":
+                architecture["log_std_floor"] = log_std_floor
+            model = cls._empty(architecture, limit=len(state))
+        except (ConfigurationError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        expected = model.network.state_dict()
+        check_state(state, expected, path)
+        # Copies, for what is loaded is mapped from the file.
+        copies = {key: torch.empty_like(expected[key], device="cpu").copy_(tensor) for key, tensor in state.items()}
+        model.network.load_state_dict(copies, assign=True)
+        return model.eval()
+
+    @classmethod
+    def _empty(cls, architecture: dict[str, Any], *, limit: int) -> NVAE:
+        """The network without memory for its weights, which a file of `limit` tensors claims to hold."""
+        modules = Architecture(**architecture).modules
+        if modules > limit:  # before anything is built: a corrupt architecture must not hang
+            raise ConfigurationError(
+                f"the recorded architecture has at least {modules} cells, too many for the file's {limit} tensors"
+            )
+        with torch.device("meta"):
+            return cls(**architecture)

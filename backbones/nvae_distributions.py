@@ -24,8 +24,7 @@ def soft_gaussian(raw: Tensor) -> Gaussian:
 
 def reduce_bits(images: Tensor, bits: int) -> Tensor:
     """Images (B, C, H, W) of 8 bits in [0, 1], at the depth of `bits`: ⌊255·x/2^(8−b)⌋/(2^b − 1). Idempotent."""
-    levels: Tensor = (images * 255 / float(2 ** (8 - bits))).floor()
-    return levels / (2**bits - 1)
+    return (images * 255 / 2.0 ** (8 - bits)).floor() / (2.0**bits - 1)
 
 
 class NvaeMixture(LogisticMixture):

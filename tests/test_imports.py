@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ebm_prior"
 # From the mathematics to the command line; a module imports from its own room and those before it.
 ROOMS = (
     {"errors", "randomness"},
-    {"backbone", "energy", "samplers", "objectives", "metrics"},
+    {"backbone", "energy", "samplers", "objectives", "metrics", "batch_norm"},
     {"prior", "training", "fit", "pretrain", "gauge"},
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs", "figures", "classifier", "inception"},
     {"evaluate", "options", "commands", "report", "demo", "progress", "allocator"},

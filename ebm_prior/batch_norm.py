@@ -83,6 +83,6 @@ def _require_finite(layers: dict[str, nn.Module]) -> None:
     broken = [name for name, layer in layers.items() if not all(bool(t.isfinite().all()) for t in layer.buffers())]
     if broken:
         raise DivergenceError(
-            f"batch-norm statistics are not finite after re-adjustment in {', '.join(broken[:5])}: nothing was changed; "
-            "try a lower temperature"
+            f"batch-norm statistics are not finite after re-adjustment in {', '.join(broken[:5])}: "
+            "nothing was changed; try a lower temperature"
         )

@@ -61,7 +61,10 @@ class Computed:
         prefix = f"prior/T{temperature}/"
         eps = [e.requires_grad_() for e in self.groups("prior/g{}/eps")]
         trace = self.model.transform(eps, temperature=temperature)
-        tempered = [Gaussian(p.mean.expand_as(z), (temperature * p.std).expand_as(z)) for p, z in zip(*trace[1::-1])]
+        tempered = [
+            Gaussian(p.mean.expand_as(z), (temperature * p.std).expand_as(z))
+            for p, z in zip(trace.priors, trace.z, strict=True)
+        ]
         log_p = torch.stack([p.log_prob(z) for p, z in zip(tempered, trace.z, strict=True)], 1)
         self.out |= {prefix + "log_p_group": log_p, prefix + "log_p": log_p.sum(1)}
         functional = sum((z * w).sum() for z, w in zip(trace.z, self.groups("prior/g{}/w"), strict=True))
@@ -103,7 +106,9 @@ def difference(found: Tensor, expected: np.ndarray) -> float:
 
 
 @needs_fixtures
-@pytest.mark.parametrize(("dtype", "prefix", "tolerance"), [(torch.float64, "f64/", 1e-9), (torch.float32, "f32/", 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "prefix", "tolerance"), [(torch.float64, "f64/", 1e-9), (torch.float32, "f32/", 1e-5)]
+)
 @pytest.mark.parametrize("name", REFERENCES)
 def test_agrees_with_every_array_of_the_official_code(
     name: str, dtype: torch.dtype, prefix: str, tolerance: float, monkeypatch: pytest.MonkeyPatch

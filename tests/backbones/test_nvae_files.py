@@ -1,0 +1,283 @@
+"""The official checkpoint of an NVAE: it gives back the network, runs no code, and says what does not fit."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workshop
+from ebm_prior.backbones.nvae import NVAE
+from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, trained
+from torch import Tensor
+
+from ebm_prior.checkpoint import backbone_record, load_backbone, save_backbone
+from ebm_prior.errors import CheckpointError
+
+# Convolutions of inverted residuals, whose weight the official files hold twice.
+UNNORMED = re.compile(r"(tower|process)\.\d+\._ops\.0\.conv\.\d(\.conv\.0)?\.weight")
+
+
+def tiny_args(**changes: Any) -> argparse.Namespace:
+    """`tiny()` as the official code records it, with options that have no effect on the model."""
+    options = {
+        "dataset": "imagenet_8",
+        "arch_instance": "res_mbconv",
+        "num_latent_scales": 2,
+        "num_groups_per_scale": 2,
+        "ada_groups": True,
+        "min_groups_per_scale": 1,
+        "num_latent_per_group": 2,
+        "num_channels_enc": 3,
+        "num_channels_dec": 4,
+        "num_preprocess_blocks": 1,
+        "num_postprocess_blocks": 1,
+        "num_preprocess_cells": 1,
+        "num_postprocess_cells": 1,
+        "num_cell_per_cond_enc": 1,
+        "num_cell_per_cond_dec": 1,
+        "num_nf": 1,
+        "num_mixture_dec": 2,
+        "num_x_bits": 8,
+        "use_se": True,
+        "res_dist": True,
+        "learning_rate": 0.01,
+        "save": "/tmp/run",
+    }
+    return argparse.Namespace(**{**options, **changes})
+
+
+@cache
+def trained_tiny() -> NVAE:
+    torch.manual_seed(0)
+    return trained(tiny())
+
+
+def weights(model: NVAE) -> dict[str, Tensor]:
+    state = model.network.state_dict()
+    aliases = {f"{key}_normalized": tensor for key, tensor in state.items() if UNNORMED.search(key)}
+    return {**state, **aliases}
+
+
+def write(folder: Path, *, args: Any = None, state: Any = None, **more: Any) -> Path:
+    """The file that the official code leaves behind, of `tiny()` unless told otherwise."""
+    model = trained_tiny()
+    state = weights(model) if state is None else state
+    optimizer = {i: {"exp_avg": torch.ones_like(p), "exp_inf": p * 2} for i, p in enumerate(model.parameters())}
+    content = {
+        "epoch": 3,
+        "state_dict": state,
+        "optimizer": {"state": optimizer, "param_groups": []},
+        "args": args or tiny_args(),
+        "arch_instance": {"normal_enc": ["res_bnswish", "res_bnswish"]},
+        **more,
+    }
+    torch.save(content, folder / "checkpoint.pt")
+    return folder / "checkpoint.pt"
+
+
+def test_an_official_file_gives_back_the_network(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    loaded = NVAE.load_official(path)
+    assert loaded.architecture == tiny().architecture
+    assert not loaded.training
+    state = torch.load(path, weights_only=False)["state_dict"]
+    assert sum(key.endswith(".weight_normalized") for key in state) == 3 * 4  # three decoder cells, one behind them
+    for key, tensor in loaded.network.state_dict().items():
+        assert torch.equal(tensor, state.pop(key)), key
+    assert all(key.endswith(".weight_normalized") for key in state)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_old_files_lack_aliases_and_options(tmp_path: Path) -> None:
+    args = tiny_args(dataset="cifar10", num_groups_per_scale=1)
+    for option in ("ada_groups", "min_groups_per_scale", "num_mixture_dec"):
+        delattr(args, option)
+    model = trained(tiny(image_shape=[3, 32, 32], groups_per_scale=[1, 1], components=10))
+    loaded = NVAE.load_official(write(tmp_path, args=args, state=model.network.state_dict()))
+    assert loaded.architecture == model.architecture
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_after_loading_nothing_of_the_file_is_in_memory(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    loaded = NVAE.load_official(path)
+    assert (
+        str(path) not in Path("/proc/self/maps").read_text()
+    )  # neither the optimizer, nor weights that a writer moves
+    assert all(parameter.is_cpu for parameter in loaded.parameters())
+
+
+def test_weights_from_a_gpu_load_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        path = write(tmp_path)
+    assert b"cuda:0" in path.read_bytes()
+    assert all(parameter.is_cpu for parameter in NVAE.load_official(path).parameters())
+
+
+def test_a_gaussian_file_is_scored_as_its_reader_says(tmp_path: Path) -> None:
+    args = tiny_args(num_mixture_dec=1)
+    path = write(tmp_path, args=args, state=weights(trained(tiny(likelihood="gaussian"))))
+    assert NVAE.load_official(path).architecture["log_std_floor"] is None
+    assert NVAE.load_official(path, log_std_floor=-2.0).architecture["log_std_floor"] == -2.0
+
+
+# Refusals.
+
+
+class Exploit:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = str(victim)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.victim,)
+
+
+@pytest.mark.parametrize("place", ["args", "epoch", "whole"])
+def test_a_malicious_file_is_refused_and_does_not_run(tmp_path: Path, place: str) -> None:
+    exploit = Exploit(tmp_path / "run")
+    if place == "whole":
+        torch.save(exploit, tmp_path / "checkpoint.pt")
+    else:
+        write(tmp_path, **{place: tiny_args(save=exploit) if place == "args" else exploit})
+    with pytest.raises(CheckpointError, match="mkdir, refused because loading it could run code"):
+        NVAE.load_official(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_namespaces_are_read_here_alone(tmp_path: Path) -> None:
+    write(tmp_path)
+    NVAE.load_official(tmp_path / "checkpoint.pt")
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
+    path = write(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt, found a damaged file"):
+        NVAE.load_official(path)
+
+
+def test_what_is_no_file_is_told_the_format(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a file, and the official format of NVAE is a checkpoint"):
+        NVAE.load_official(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"netE0": {}, "opt0": {}}, "netE0"),
+        (tiny().network.state_dict(), "dec_sampler"),
+        ({"state_dict": {}, "args": {"dataset": "mnist"}}, "'args', 'state_dict'"),
+        ({"args": tiny_args()}, r"\['args'\]"),
+        ([1, 2], "found list"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: Any, found: str) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=f"expected an NVAE checkpoint in .*{found}.*a dict with state_dict and"):
+        NVAE.load_official(tmp_path / "checkpoint.pt")
+
+
+def test_every_weight_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    state = weights(tiny())
+    state["dec_tower.1.renamed"] = state.pop("dec_tower.0.conv.bias")
+    state["stem.bias"] = torch.ones(7)
+    state["pre_process.0._ops.0.bn_act.running_var"] = torch.ones(3, dtype=torch.int64)
+    with pytest.raises(CheckpointError) as caught:
+        NVAE.load_official(write(tmp_path, state=state))
+    for line in (
+        "missing: dec_tower.0.conv.bias (16,)",
+        "unexpected: dec_tower.1.renamed (16,)",
+        "mis-shaped: stem.bias expected (3,), found (7,)",
+        "of another type: pre_process.0._ops.0.bn_act.running_var",
+    ):
+        assert line in str(caught.value)
+
+
+def test_weights_that_are_no_finite_tensors_are_refused(tmp_path: Path) -> None:
+    state = {**weights(tiny()), "stem.bias": torch.tensor([math.nan, 0, 0])}
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in stem.bias"):
+        NVAE.load_official(write(tmp_path, state=state))
+    with pytest.raises(CheckpointError, match="something else than a dict of dense tensors"):
+        NVAE.load_official(write(tmp_path, state={**state, "stem.bias": [1.0]}))
+
+
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
+    "cells": ({"arch_instance": "res_elu"}, "arch_instance res_mbconv.*found res_elu"),
+    "data set": ({"dataset": "stacked_mnist"}, "dataset: expected one of .* found stacked_mnist"),
+    "blocks": ({"num_postprocess_blocks": 2}, "found 2 and 1"),
+    "type": ({"use_se": 1}, "use_se: expected bool, found 1"),
+    "scales": ({"num_latent_scales": 10**9}, "halve evenly"),
+    "endless": ({"num_groups_per_scale": 4000}, "at least [0-9]+ cells, too many for the file's"),
+    "huge": ({"num_channels_enc": 10**30}, "encoder_channels: expected an integer"),
+    "wide": ({"num_channels_dec": 4096}, "mis-shaped"),
+    "bits": ({"num_x_bits": 9}, "bits: expected 1 to 8"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_arguments_are_refused(tmp_path: Path, case: str) -> None:
+    changes, message = UNSUPPORTED[case]
+    with pytest.raises(CheckpointError, match=message):
+        NVAE.load_official(write(tmp_path, args=tiny_args(**changes)))
+
+
+def test_a_missing_option_is_named(tmp_path: Path) -> None:
+    args = tiny_args()
+    del args.num_nf
+    with pytest.raises(CheckpointError, match="expected the option num_nf"):
+        NVAE.load_official(write(tmp_path, args=args))
+
+
+# The own form.
+
+
+def test_converts_to_a_third_and_half_of_that(workshop: Workshop, tmp_path: Path) -> None:
+    official, own = write(tmp_path), tmp_path / "own.safetensors"
+    assert "wrote" in workshop.run("convert", "--backbone", "nvae", "--ckpt", official, "--out", own).stdout
+    assert backbone_record(own)["adapter"] == "nvae"
+    assert own.stat().st_size < official.stat().st_size / 3
+    half = tmp_path / "half.safetensors"
+    workshop.run("convert", "--ckpt", own, "--out", half, "--precision", "float16")
+    assert half.stat().st_size < 0.75 * own.stat().st_size  # names weigh, in so small a network
+    first, second = NVAE.load_official(official), load_backbone(None, own)
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+    assert workshop.run("info", "--ckpt", own).stdout
+    with pytest.raises(CheckpointError, match="use --backbone nvae"):
+        load_backbone("hvae", own)
+
+
+@needs_fixtures
+@pytest.mark.parametrize("name", REFERENCES)
+def test_half_precision_files_run_in_float32(name: str, tmp_path: Path) -> None:
+    whole = load_backbone("nvae", FIXTURES / name / "checkpoint.pt")
+    save_backbone(whole, tmp_path / "half.safetensors", dtype=torch.float16)
+    half = load_backbone(None, tmp_path / "half.safetensors")
+    weights_of, counts = 0, 0
+    for (key, a), b in zip(whole.state_dict().items(), half.state_dict().values(), strict=True):
+        if key.endswith("num_batches_tracked"):
+            assert b.dtype == torch.int64
+            assert torch.equal(a, b)
+            counts += 1
+        else:
+            assert b.dtype == torch.float32
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+            weights_of += 1
+    assert counts
+    assert weights_of
+    eps = whole.standard_normal(2, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(whole.reparameterize(eps), half.reparameterize(eps), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05 * float(a.abs().max()))

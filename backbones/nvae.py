@@ -129,23 +129,13 @@ class NVAE(Backbone):
             architecture = nvae_official.translate(vars(args))
             if architecture["likelihood"] == "gaussian":
                 architecture["log_std_floor"] = log_std_floor
-            model = cls._empty(architecture, limit=len(state))
-        except (ConfigurationError, RuntimeError) as error:
+            with torch.device("meta"):  # a corrupt architecture allocates nothing before the weights confirm it
+                model = cls(**architecture)
+        except ConfigurationError as error:
             raise CheckpointError(f"{path}: {error}") from error
         expected = model.network.state_dict()
         check_state(state, expected, path)
-        # Copies, for what is loaded is mapped from the file.
+        # Copied from the mapped file. Assigned, for the masks of the flows are no weights and exist already.
         copies = {key: torch.empty_like(expected[key], device="cpu").copy_(tensor) for key, tensor in state.items()}
         model.network.load_state_dict(copies, assign=True)
         return model.eval()
-
-    @classmethod
-    def _empty(cls, architecture: dict[str, Any], *, limit: int) -> NVAE:
-        """The network without memory for its weights, which a file of `limit` tensors claims to hold."""
-        modules = Architecture(**architecture).modules
-        if modules > limit:  # before anything is built: a corrupt architecture must not hang
-            raise ConfigurationError(
-                f"the recorded architecture has at least {modules} cells, too many for the file's {limit} tensors"
-            )
-        with torch.device("meta"):
-            return cls(**architecture)

@@ -178,14 +178,11 @@ def _skip(in_channels: int, out_channels: int, stride: Stride) -> nn.Module:
 class Cell(nn.Module):
     """skip(x) + 0.1·SE(ops(x)): (B, C_in, H, W) to (B, C_out, …) of the size that the stride says."""
 
-    def __init__(
-        self, skip: nn.Module, ops: list[nn.Module], squeeze_excite: SqueezeExcite | None, out_channels: int
-    ) -> None:
+    def __init__(self, skip: nn.Module, ops: list[nn.Module], squeeze_excite: SqueezeExcite | None) -> None:
         super().__init__()
         self.skip = skip
         self._ops = nn.ModuleList(ops)
         self.se = squeeze_excite
-        self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """The residual sum."""
@@ -198,19 +195,19 @@ class Cell(nn.Module):
         return sum_
 
 
-def _widths(channels: int, stride: Stride) -> int:
+def _width(channels: int, stride: Stride) -> int:
     return {1: channels, 2: 2 * channels, -1: channels // 2}[stride]
 
 
 def encoder_cell(channels: int, stride: Stride, squeeze_excite: bool) -> Cell:
     """A cell of the bottom-up side: two BN-swish-conv operations."""
-    out = _widths(channels, stride)
+    out = _width(channels, stride)
     ops: list[nn.Module] = [NormSwishConv(channels, out, stride), NormSwishConv(out, out, 1)]
-    return Cell(_skip(channels, out, stride), ops, SqueezeExcite(out) if squeeze_excite else None, out)
+    return Cell(_skip(channels, out, stride), ops, SqueezeExcite(out) if squeeze_excite else None)
 
 
 def decoder_cell(channels: int, stride: Stride, squeeze_excite: bool, expansion: int) -> Cell:
     """A cell of the top-down side: one inverted residual, which widens `expansion` times inside."""
-    out = _widths(channels, stride)
+    out = _width(channels, stride)
     ops: list[nn.Module] = [InvertedResidual(channels, out, stride, expansion)]
-    return Cell(_skip(channels, out, stride), ops, SqueezeExcite(out) if squeeze_excite else None, out)
+    return Cell(_skip(channels, out, stride), ops, SqueezeExcite(out) if squeeze_excite else None)

@@ -22,7 +22,7 @@ from .nvae_distributions import soft_gaussian
 from .nvae_flows import Flow
 
 LIKELIHOODS = ("bernoulli", "logistic_mixture", "gaussian")
-LARGEST_COUNT = 4096  # of anything in an architecture: what a damaged file asks for must not hang
+LARGEST_COUNT = 4096  # of anything in an architecture, all cells together too: a damaged file must not hang
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Architecture:
                 f"expected a side that {self.blocks} blocks and {self.scales - 1} further scales halve evenly, found "
                 f"{self.side} (padding included)"
             )
+        if self.cells > LARGEST_COUNT:
+            raise ConfigurationError(f"expected at most {LARGEST_COUNT} cells in all, found {self.cells}")
         if self.single and self.encoder_channels != self.decoder_channels:
             raise ConfigurationError(
                 f"a single-group model needs encoder and decoder of equal width, found {self.encoder_channels} and "
@@ -123,11 +125,11 @@ class Architecture:
         return self.image_shape[0] * (2 if self.likelihood == "gaussian" else 1)
 
     @property
-    def modules(self) -> int:
-        """A lower bound of the number of modules with parameters: cells, combiners and flows."""
-        groups, cells = sum(self.groups_per_scale), self.preprocess_cells + self.postprocess_cells
-        towers = 0 if self.single else (groups - 1) * (self.encoder_cells + self.decoder_cells + 2)
-        return self.blocks * cells + towers + groups * self.flows
+    def cells(self) -> int:
+        """How many cells, combiners and flows there are, up to those between scales."""
+        groups = sum(self.groups_per_scale)
+        outer = self.blocks * (self.preprocess_cells + self.postprocess_cells)
+        return outer + groups * (self.encoder_cells + self.decoder_cells + 2 + self.flows)
 
     def latent_shape(self, scale: int) -> tuple[int, int, int]:
         """(C, H, W) of the groups of a scale."""

@@ -100,16 +100,14 @@ def test_groups_are_named_from_the_bottom_and_know_their_scale() -> None:
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "mixture with a flow": {},
     "no flow": {"flows": 0},
-    "two flows, two cells": {"flows": 2, "encoder_cells": 2, "decoder_cells": 2, "preprocess_cells": 2},
+    "two flows, two cells, 3 bits": {"flows": 2, "encoder_cells": 2, "decoder_cells": 2, "bits": 3},
     "no squeeze-excite": {"squeeze_excite": False},
     "no residual posterior": {"residual_posterior": False, "flows": 0},
     "single group": {"groups_per_scale": [1], "encoder_channels": 4},
     "three scales": {"groups_per_scale": [1, 1, 1], "image_shape": [3, 16, 16], "latent_channels": 1},
     "two blocks": {"blocks": 2, "groups_per_scale": [2], "image_shape": [3, 16, 16], "postprocess_cells": 2},
     "Bernoulli with a border": {"likelihood": "bernoulli", "image_shape": [1, 6, 6], "padding": 1},
-    "Gaussian of 5 bits": {"likelihood": "gaussian", "bits": 5},
-    "Gaussian as in VAEBM": {"likelihood": "gaussian", "log_std_floor": -2.0},
-    "3 bits": {"bits": 3},
+    "Gaussian as in VAEBM, 5 bits": {"likelihood": "gaussian", "log_std_floor": -2.0, "bits": 5},
 }
 
 
@@ -165,6 +163,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "huge": ({"encoder_channels": 10**9}, "encoder_channels: expected an integer from 1 to"),
     "flag": ({"squeeze_excite": 1}, "squeeze_excite: expected true or false"),
     "likelihood": ({"likelihood": "beta"}, "expected one of"),
+    "many cells": ({"encoder_cells": 2000}, "at most 4096 cells"),
     "colours": ({"image_shape": [1, 8, 8]}, "3 colours"),
     "floor": ({"log_std_floor": -2.0}, "log_std_floor: expected"),
     "bits": ({"bits": 9}, "bits: expected 1 to 8"),

@@ -88,7 +88,7 @@ def test_the_first_stage_trains_it(likelihood: str) -> None:
     images = from_array(pixels)
     torch.manual_seed(0)
     model = tiny(likelihood=likelihood)
-    config = PretrainConfig(iterations=40, batch_size=32, learning_rate=1e-2, ema=0.8, checkpoint_every=40)
+    config = PretrainConfig(iterations=20, batch_size=32, learning_rate=1e-2, ema=0.8, checkpoint_every=20)
     before = evaluate_elbo(model.eval(), images)
     kept = pretrain(model, images, config)
     after = evaluate_elbo(kept, images)

@@ -16,9 +16,10 @@ from ebm_prior.randomness import Generator
 from ebm_prior.weights import check_state
 
 from . import hvae_official
-from .hvae_network import ACTIVATIONS, LIKELIHOODS, Features, Network, Options, stage_spec
-from .layers import DataInitialized
+from .hvae_network import Features, Network, Options, stage_spec
+from .layers import require_initialized
 from .likelihoods import binarize, dequantize
+from .paths import ACTIVATIONS, require_model_options
 from .safe_loading import load_plain, load_tensors
 
 
@@ -46,24 +47,12 @@ class HVAE(Backbone):
         skips: bool = True,
     ) -> None:
         super().__init__()
-        sizes = list(image_shape)
-        if len(sizes) != 3 or sizes[1] != sizes[2] or any(type(n) is not int or n < 1 for n in sizes):
-            raise ConfigurationError(f"image_shape: expected (C, H, W) of a square image, found {sizes}")
-        if likelihood not in LIKELIHOODS:
-            raise ConfigurationError(f"likelihood: expected one of {LIKELIHOODS}, found {likelihood!r}")
-        if likelihood == "logistic_mixture" and sizes[0] != 3:
-            raise ConfigurationError(f"the logistic mixture models 3 colours, found images of shape {sizes}")
-        if activation not in ACTIVATIONS:
-            raise ConfigurationError(f"activation: expected one of {sorted(ACTIVATIONS)}, found {activation!r}")
+        self.image_shape = require_model_options(image_shape, likelihood, activation, q_dropout, p_dropout)
         if not stages:
             raise ConfigurationError("stages: expected at least one, found none")
-        if not (0 <= q_dropout < 1 and 0 <= p_dropout < 1):
-            raise ConfigurationError(f"expected dropout rates in [0, 1), found q {q_dropout} and p {p_dropout}")
-        channels, height, width = sizes
         specs = [stage_spec(stage) for stage in stages]
-        self.image_shape = (channels, height, width)
         self.architecture = {
-            "image_shape": sizes,
+            "image_shape": list(self.image_shape),
             "likelihood": likelihood,
             "stages": [{"blocks": [asdict(b) for b in s.blocks], "latent": asdict(s.latent)} for s in specs],
             "activation": activation,
@@ -117,14 +106,5 @@ class HVAE(Backbone):
         check_state(state, model.network.state_dict(), path / "model_state_dict.pt")
         model.to_empty(device="cpu")
         model.network.load_state_dict(state)
-        raw = [
-            key
-            for key, layer in model.network.named_modules()
-            if isinstance(layer, DataInitialized) and layer.weight_norm and not bool(layer.initialized)
-        ]
-        if raw:
-            raise CheckpointError(
-                f"{path} holds layers that were never initialised from data ({', '.join(raw)}): expected the weights "
-                "of a model that has been trained; save them again after the first training step"
-            )
+        require_initialized(model.network, path)
         return model.eval()

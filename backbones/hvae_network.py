@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +22,10 @@ from ebm_prior.errors import ConfigurationError
 
 from .layers import Activation, Dense, ResidualBlock, SameConv2d, Shape
 from .likelihoods import Bernoulli, LogisticMixture
+from .options import record, require_counts
+from .paths import GenerativePath, InferencePath, Skips, chain, require_meeting_shapes
 
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "Identity": _identity,
-    "ReLU": F.relu,
-    "LeakyReLU": F.leaky_relu,
-    "SELU": F.selu,
-    "ELU": F.elu,
-    "Tanh": torch.tanh,
-    "Swish": F.silu,
-}
-LIKELIHOODS = ("bernoulli", "logistic_mixture")
 MIXTURE_CHANNELS = 100  # ten components of ten parameters
-
-Skips = deque[Tensor]
-"""The outputs of the last n generator blocks, oldest first; full once the top stage, of n blocks, has run."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class Block:
     weight_norm: bool = True
 
     def __post_init__(self) -> None:
-        _require_counts(self, "filters", "kernel", "stride")
+        require_counts(self, "filters", "kernel", "stride")
 
 
 @dataclass(frozen=True)
@@ -68,7 +52,7 @@ class Latent:
     learned_prior: bool = False  # at the top: mean and spread of p(zL) are parameters
 
     def __post_init__(self) -> None:
-        _require_counts(self, "features", *(["kernel"] if self.kernel is not None else []))
+        require_counts(self, "features", *(["kernel"] if self.kernel is not None else []))
 
 
 @dataclass(frozen=True)
@@ -89,29 +73,11 @@ class StageSpec:
     latent: Latent
 
 
-def _require_counts(record: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if type(value) is not int or value < 1:
-            raise ConfigurationError(f"{type(record).__name__}.{name}: expected a positive integer, found {value!r}")
-
-
-Record = TypeVar("Record", Block, Latent)
-
-
-def _record(kind: type[Record], options: Any) -> Record:
-    try:
-        return kind(**options)
-    except TypeError as error:
-        known = [field.name for field in fields(kind)]
-        raise ConfigurationError(f"{kind.__name__}: expected options among {known}, found {options}") from error
-
-
 def stage_spec(options: Any) -> StageSpec:
     """A stage from its JSON form. Raises ConfigurationError."""
     if not isinstance(options, Mapping) or set(options) != {"blocks", "latent"} or not options["blocks"]:
         raise ConfigurationError(f"expected a stage with blocks (at least one) and a latent, found {options}")
-    return StageSpec(tuple(_record(Block, b) for b in options["blocks"]), _record(Latent, options["latent"]))
+    return StageSpec(tuple(record(Block, b) for b in options["blocks"]), record(Latent, options["latent"]))
 
 
 class StdInverseConstants(nn.Module):
@@ -175,64 +141,6 @@ class Projection(nn.Module):
         return y.view(-1, *self.out_shape)
 
 
-class InferencePath(nn.Module):
-    """The blocks of a stage on the way up; each is offered the features of the stage below."""
-
-    def __init__(self, blocks: Iterable[ResidualBlock]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor, aux: Tensor | None) -> Tensor:
-        """The stage's features h."""
-        for block in self.layers:
-            x = block(x, aux)
-        return x
-
-
-class GenerativePath(nn.Module):
-    """The blocks of a stage on the way down; each is offered the oldest skip and appends its output as the newest."""
-
-    def __init__(self, blocks: Iterable[ResidualBlock]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(blocks)
-
-    def forward(self, d: Tensor, skips: Skips) -> Tensor:
-        """The features that the stage below, or the likelihood, starts from. Advances `skips`."""
-        for block in self.layers:
-            d = block(d, skips[0] if len(skips) == skips.maxlen else None)
-            skips.append(d)
-        return d
-
-
-def _blocks(
-    specs: Sequence[Block],
-    in_shape: Shape,
-    aux_shape: Shape | None,
-    activation: Activation,
-    dropout: float,
-    *,
-    transposed: bool,
-    first_residual: bool,
-) -> list[ResidualBlock]:
-    blocks: list[ResidualBlock] = []
-    for spec in specs:
-        block = ResidualBlock(
-            blocks[-1].out_shape if blocks else in_shape,
-            spec.filters,
-            spec.kernel,
-            spec.stride,
-            activation=activation,
-            gated=spec.gated,
-            residual=bool(blocks) or first_residual,
-            transposed=transposed,
-            aux_shape=aux_shape,
-            dropout=dropout,
-            weight_norm=spec.weight_norm,
-        )
-        blocks.append(block)
-    return blocks
-
-
 class Stage(nn.Module):
     """One latent group with its two paths: up from `image_shape` or the stage `below`, down to the same."""
 
@@ -240,14 +148,15 @@ class Stage(nn.Module):
         self, spec: StageSpec, image_shape: Shape, below: Stage | None, options: Options, *, top: bool
     ) -> None:
         super().__init__()
-        up = _blocks(
+        up = chain(
+            ResidualBlock,
             spec.blocks,
             image_shape if below is None else below.latent_map_shape,
-            below.h_shape if below is not None and options.skips else None,
-            options.activation,
-            options.q_dropout,
-            transposed=False,
             first_residual=below is not None,
+            transposed=False,
+            aux_shape=below.h_shape if below is not None and options.skips else None,
+            activation=options.activation,
+            dropout=options.q_dropout,
         )
         h_shape = up[-1].out_shape
         self.h_shape: Shape = h_shape
@@ -267,14 +176,15 @@ class Stage(nn.Module):
             self.latent_map_shape = (spec.latent.features, *h_shape[1:])
             self.q_projection = nn.Identity()
             self.p_projection = nn.Identity()
-        down = _blocks(
+        down = chain(
+            ResidualBlock,
             spec.blocks[::-1],
             self.latent_map_shape,
-            h_shape if options.skips and not top else None,
-            options.activation,
-            options.p_dropout,
-            transposed=True,
             first_residual=False,
+            transposed=True,
+            aux_shape=h_shape if options.skips and not top else None,
+            activation=options.activation,
+            dropout=options.p_dropout,
         )
         self.p_deterministic = GenerativePath(down)
 
@@ -313,7 +223,7 @@ class Network(nn.Module):
         for i, spec in enumerate(specs):
             below = stages[-1] if stages else None
             stages.append(Stage(spec, image_shape, below, options, top=i == len(specs) - 1))
-        _check_shapes(stages)
+        require_meeting_shapes((stage.h_shape, stage.p_deterministic) for stage in reversed(stages))
         self.stages = nn.ModuleList(stages)
         self.likelihood = LikelihoodHead(
             likelihood,
@@ -366,23 +276,3 @@ class Network(nn.Module):
     def bottom_up(self) -> list[Stage]:
         """The stages in order, with their type."""
         return cast(list[Stage], list(self.stages))
-
-
-def _check_shapes(stages: Sequence[Stage]) -> None:
-    """What arrives from above must have the shape that a stage was built for."""
-    skips: deque[Shape] = deque(maxlen=len(stages[-1].p_deterministic.layers))
-    arriving = stages[-1].h_shape
-    for stage in reversed(stages):
-        if arriving != stage.h_shape:
-            raise ConfigurationError(
-                f"a stage's features have shape {stage.h_shape}, but the stage above generates {arriving}: its "
-                "first block must have as many filters as the last block of the stage below"
-            )
-        for block in cast(list[ResidualBlock], list(stage.p_deterministic.layers)):
-            if block.aux_op is not None and skips[0] != block.aux_shape:
-                raise ConfigurationError(
-                    f"a generator block expects a skip of shape {block.aux_shape}, but its turn in the queue brings "
-                    f"{skips[0]}: use equal numbers of blocks per stage, with the strides in the last ones"
-                )
-            arriving = block.out_shape
-            skips.append(arriving)

@@ -6,6 +6,8 @@ from typing import Any
 
 from ebm_prior.errors import ConfigurationError
 
+from .options import require_nothing_left, take
+
 LIKELIHOODS = {
     "BernoulliLikelihoodConv2d": "bernoulli",
     "DiscretizedLogisticMixLikelihoodConv2d": "logistic_mixture",
@@ -22,12 +24,12 @@ def translate(record: Any) -> dict[str, Any]:
     if not isinstance(kwargs, dict):
         raise ConfigurationError(f"expected a dict with the entry 'kwargs', found {record!r}")
     kwargs = dict(kwargs)
-    image_shape = _take(kwargs, "input_shape", list)
-    likelihood = _take(kwargs, "likelihood_module", str)
+    image_shape = take(kwargs, "input_shape", list)
+    likelihood = take(kwargs, "likelihood_module", str)
     if likelihood not in LIKELIHOODS:
         raise ConfigurationError(f"expected a likelihood among {list(LIKELIHOODS)}, found {likelihood}")
-    blocks = _take(kwargs, "config_deterministic", list)
-    latents = _take(kwargs, "config_stochastic", list)
+    blocks = take(kwargs, "config_deterministic", list)
+    latents = take(kwargs, "config_stochastic", list)
     if not image_shape or not all(isinstance(stage, list) for stage in blocks):
         raise ConfigurationError(f"expected an image shape and lists of blocks, found {image_shape} and {blocks}")
     if len(blocks) != len(latents):
@@ -43,12 +45,12 @@ def translate(record: Any) -> dict[str, Any]:
             {"blocks": [_block(b) for b in stage], "latent": _latent(latent)}
             for stage, latent in zip(blocks, latents, strict=True)
         ],
-        "activation": _take(kwargs, "activation", str, "Swish"),
-        "q_dropout": _take(kwargs, "q_dropout", (int, float), 0.0),
-        "p_dropout": _take(kwargs, "p_dropout", (int, float), 0.0),
-        "skips": _take(kwargs, "skip_stochastic", bool, True),
+        "activation": take(kwargs, "activation", str, "Swish"),
+        "q_dropout": take(kwargs, "q_dropout", (int, float), 0.0),
+        "p_dropout": take(kwargs, "p_dropout", (int, float), 0.0),
+        "skips": take(kwargs, "skip_stochastic", bool, True),
     }
-    _nothing_left(kwargs, "model")
+    require_nothing_left(kwargs, "model")
     return architecture
 
 
@@ -58,13 +60,13 @@ def _block(config: Any) -> dict[str, Any]:
         if config.pop(mode, "convolutional") != "convolutional":
             raise ConfigurationError(f"found a {mode} other than convolutional, {_NOT_SUPPORTED}")
     block = {
-        "filters": _take(config, "out_channels", int),
-        "kernel": _take(config, "kernel_size", int),
-        "stride": _take(config, "stride", int, 1),
-        "gated": _take(config, "gated", bool, True),
-        "weight_norm": _take(config, "weightnorm", bool, True),
+        "filters": take(config, "out_channels", int),
+        "kernel": take(config, "kernel_size", int),
+        "stride": take(config, "stride", int, 1),
+        "gated": take(config, "gated", bool, True),
+        "weight_norm": take(config, "weightnorm", bool, True),
     }
-    _nothing_left(config, "block")
+    require_nothing_left(config, "block")
     return block
 
 
@@ -72,12 +74,12 @@ def _latent(config: Any) -> dict[str, Any]:
     dense = isinstance(config, dict) and config.get("block") == "GaussianDense"
     config = _named(config, ("GaussianConv2d", "GaussianDense"))
     latent = {
-        "features": _take(config, "latent_features", int),
-        "kernel": None if dense else _take(config, "kernel_size", int, 3),
-        "weight_norm": _take(config, "weightnorm", bool, True),
-        "learned_prior": _take(config, "learn_prior", bool, False),
+        "features": take(config, "latent_features", int),
+        "kernel": None if dense else take(config, "kernel_size", int, 3),
+        "weight_norm": take(config, "weightnorm", bool, True),
+        "learned_prior": take(config, "learn_prior", bool, False),
     }
-    _nothing_left(config, "latent")
+    require_nothing_left(config, "latent")
     return latent
 
 
@@ -85,20 +87,3 @@ def _named(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("block") not in names:
         raise ConfigurationError(f"expected a block among {names}, found {config!r}")
     return {key: value for key, value in config.items() if key != "block"}
-
-
-_REQUIRED = object()
-
-
-def _take(config: dict[str, Any], key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-    value = config.pop(key, default)
-    if value is _REQUIRED:
-        raise ConfigurationError(f"expected the option {key}, found only {sorted(config)}")
-    if not isinstance(value, kind):
-        raise ConfigurationError(f"{key}: expected {kind}, found {value!r}")
-    return value
-
-
-def _nothing_left(config: dict[str, Any], where: str) -> None:
-    if config:
-        raise ConfigurationError(f"found the {where} options {config}, {_NOT_SUPPORTED}")

@@ -9,13 +9,14 @@ its outputs there have mean 0 and standard deviation `init_std` in every channel
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import CheckpointError, ConfigurationError
 
 Activation = Callable[[Tensor], Tensor]
 Shape = tuple[int, int, int]
@@ -90,6 +91,23 @@ class DataInitialized(nn.Module):
     @property
     def _waits(self) -> bool:
         return self.training and self.weight_norm and not bool(self.initialized)
+
+
+def require_initialized(network: nn.Module, path: Path) -> None:
+    """Every weight-normed layer must have seen data. Raises CheckpointError with the names of those that have not.
+
+    `path`: the file or folder that the weights come from.
+    """
+    raw = [
+        key
+        for key, layer in network.named_modules()
+        if isinstance(layer, DataInitialized) and layer.weight_norm and not bool(layer.initialized)
+    ]
+    if raw:
+        raise CheckpointError(
+            f"{path} holds layers that were never initialised from data ({', '.join(raw)}): expected the weights "
+            "of a model that has been trained; save them again after the first training step"
+        )
 
 
 class SameConv2d(DataInitialized):

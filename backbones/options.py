@@ -1,0 +1,57 @@
+"""Reading options: keyword arguments from JSON into records, and the records of other people's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from ebm_prior.errors import ConfigurationError
+
+LARGEST_COUNT = 4096  # of anything in an architecture: a damaged file must neither hang nor overflow
+
+Record = TypeVar("Record")
+
+
+def record(kind: type[Record], options: Any) -> Record:
+    """The dataclass `kind` from its JSON form. Raises ConfigurationError for unknown and missing options."""
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(options, Mapping):
+        raise ConfigurationError(f"{kind.__name__}: expected options among {known}, found {options!r}")
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{kind.__name__}: expected options among {known}, found {dict(options)}: {error}"
+        ) from error
+
+
+def require_count(where: str, value: object) -> None:
+    """A positive integer that a network can have of something; `where` names it in the ConfigurationError."""
+    if type(value) is not int or not 1 <= value <= LARGEST_COUNT:
+        raise ConfigurationError(f"{where}: expected a positive integer up to {LARGEST_COUNT}, found {value!r}")
+
+
+def require_counts(options: Any, *names: str) -> None:
+    """`require_count` of the named fields of a record."""
+    for name in names:
+        require_count(f"{type(options).__name__}.{name}", getattr(options, name))
+
+
+_REQUIRED = object()
+
+
+def take(config: dict[str, Any], key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+    """Take the value of `key` out of a foreign record; ConfigurationError where it is absent or no `kind`."""
+    value = config.pop(key, default)
+    if value is _REQUIRED:
+        raise ConfigurationError(f"expected the option {key}, found only {sorted(config)}")
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"{key}: expected {kind}, found {value!r}")
+    return value
+
+
+def require_nothing_left(config: Mapping[str, Any], where: str) -> None:
+    """A foreign record from which everything known has been taken must be empty."""
+    if config:
+        raise ConfigurationError(f"found the {where} options {dict(config)}, which this adapter does not support")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -194,6 +194,8 @@ class ResidualBlock(nn.Module):
     exists only where shape or size differ from conv1's output, and otherwise the auxiliary input has no effect.
     """
 
+    every_aux_has_layer: ClassVar[bool] = False
+
     def __init__(
         self,
         in_shape: Shape,
@@ -229,8 +231,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = conv2(filters, 2 * filters if gated else filters, kernel, stride, **self._layer_options)
 
     def _build_aux_op(self, aux: Shape, target: Shape, kernel: int) -> nn.Module | None:
-        """The layer from the auxiliary input's shape to that of conv1's output, None where they agree."""
-        if aux == target:
+        """The layer from the auxiliary input's shape to that of conv1's output; None where they agree, as a rule."""
+        if aux == target and not self.every_aux_has_layer:
             return None
         larger, smaller = max(aux[1], target[1]), min(aux[1], target[1])
         if larger % smaller:

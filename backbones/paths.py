@@ -89,6 +89,11 @@ class InferencePath(nn.Module):
             x = block(x, aux)
         return x
 
+    @property
+    def out_shape(self) -> Shape:
+        """(C, H, W) of the features."""
+        return cast(ResidualBlock, self.layers[-1]).out_shape
+
 
 class GenerativePath(nn.Module):
     """The blocks of a stage on the way down; each is offered the oldest skip and appends its output as the newest."""

@@ -1,16 +1,22 @@
 """Reading other people's checkpoint files: no code runs, and what is wrong is said.
 
 A pickle can name any function of any installed package. `torch.load(weights_only=True)` resolves a fixed list of names
-only; what comes out is then held to plain values or to tensors, so that a surprise ends here and not in a network.
+only, and `load_pickle` turns a fixed list of names into words; what comes out is then held to plain values or to
+tensors, so that a surprise ends here and not in a network.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
 import os
+import pickle
+import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,7 @@ from ebm_prior.errors import CheckpointError
 from ebm_prior.weights import require_finite
 
 PLAIN = (str, int, float, bool, type(None))
+LARGEST_RECORD = 1_000_000  # bytes, or values: an architecture has some hundreds
 
 
 def load_file(path: Path, content: str, *, allow: Sequence[Callable[..., Any]] = ()) -> Any:
@@ -29,21 +36,29 @@ def load_file(path: Path, content: str, *, allow: Sequence[Callable[..., Any]] =
     `allow`: classes beyond torch's own list that the file may hold; they must do nothing but keep values. Where the
     format admits it the tensors are mapped from the file: what nobody reads takes no memory.
     """
-    if not os.path.isfile(path):  # Path's own raises where a name is too long for the system
-        raise CheckpointError(f"expected {content} in {path}, found no such file; copy the whole folder of the run")
+    _require_file(path, content)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(allow)):
             # official files are older than torch's present pickle protocol
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        found = (
-            f"the name {refused[1]}, refused because loading it could run code; get the file from its source"
-            if refused
-            else f"a damaged file or another format ({type(error).__name__}); copy it again from its source"
-        )
-        raise CheckpointError(f"expected {content} in {path}, found {found}") from error
+        raise _refusal(path, content, error) from error
+
+
+def _require_file(path: Path, content: str) -> None:
+    if not os.path.isfile(path):  # Path's own raises where a name is too long for the system
+        raise CheckpointError(f"expected {content} in {path}, found no such file; copy the whole folder of the run")
+
+
+def _refusal(path: Path, content: str, error: Exception) -> CheckpointError:
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    found = (
+        f"the name {refused[1]}, refused because loading it could run code; get the file from its source"
+        if refused
+        else f"a damaged file or another format ({type(error).__name__}); copy it again from its source"
+    )
+    return CheckpointError(f"expected {content} in {path}, found {found}")
 
 
 def load_plain(path: Path, content: str) -> Any:
@@ -51,16 +66,78 @@ def load_plain(path: Path, content: str) -> Any:
     return _plain(load_file(path, content), path)
 
 
+def load_pickle(path: Path, content: str, words: Mapping[str, str]) -> Any:
+    """Plain values, as `load_plain`, from an ordinary pickle file.
+
+    `words`: a word for each class or function ("module.name") that the file may name. The word takes the place of
+    what is named, which is neither imported nor called; no other name may occur.
+    """
+    data = _small_file(path, content)
+    try:
+        for instruction, argument, _ in pickletools.genops(data):
+            if "PUT" in instruction.name and isinstance(argument, int) and argument > len(data):
+                raise pickle.UnpicklingError(f"memo entry {argument}")  # all entries up to it would be allocated
+        return _plain(_Wordbook(data, words).load(), path)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _refusal(path, content, error) from error
+
+
+class _Wordbook(pickle.Unpickler):
+    """An unpickler in which a name is a word, and so nothing that could be called or given attributes."""
+
+    def __init__(self, data: bytes, words: Mapping[str, str]) -> None:
+        super().__init__(io.BytesIO(data))
+        self.words = words
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full not in self.words:
+            raise pickle.UnpicklingError(f"GLOBAL {full}")
+        return self.words[full]
+
+
+def load_json(path: Path, content: str) -> dict[str, Any]:
+    """A JSON object."""
+    data = _small_file(path, content)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _refusal(path, content, error) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"expected {content} in {path}, a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _small_file(path: Path, content: str) -> bytes:
+    _require_file(path, content)
+    size = os.path.getsize(path)
+    if size > LARGEST_RECORD:
+        raise CheckpointError(f"expected {content} in {path}, at most {LARGEST_RECORD} bytes of it, found {size}")
+    return path.read_bytes()
+
+
 def _plain(value: Any, path: Path) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, path) for v in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(v, path) for key, v in value.items()}
-    if isinstance(value, PLAIN):
-        return value
-    raise CheckpointError(
-        f"expected plain values in {path}, found {type(value).__name__}; this is not the file it claims"
-    )
+    left = itertools.count(LARGEST_RECORD, -1)
+
+    def copied(value: Any) -> Any:
+        if next(left) == 0:  # entries that refer to each other can stand for more than memory holds
+            raise CheckpointError(f"expected plain values in {path}, found too many")
+        if isinstance(value, (list, tuple)):
+            return [copied(v) for v in value]
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {key: copied(v) for key, v in value.items()}
+        if isinstance(value, PLAIN) and not (isinstance(value, int) and abs(value) >= 2**63):  # not even printable
+            return value
+        raise CheckpointError(
+            f"expected plain values in {path}, found {type(value).__name__}; this is not the file it claims"
+        )
+
+    try:
+        return copied(value)
+    except RecursionError as error:
+        raise CheckpointError(f"expected plain values in {path}, found entries that contain themselves") from error
 
 
 def load_tensors(path: Path, content: str) -> dict[str, Tensor]:

@@ -1,0 +1,119 @@
+"""BIVA: the hierarchical VAE with bidirectional inference of Maaløe et al. (2019), and the LVAE and VAE of its code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ebm_prior.backbone import Backbone, Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.errors import CheckpointError, ConfigurationError
+from ebm_prior.randomness import Generator
+from ebm_prior.weights import check_state
+
+from . import biva_official
+from .biva_network import Features, Network
+from .biva_options import Architecture
+from .layers import require_initialized
+from .likelihoods import Bernoulli, LogisticMixture, binarize
+from .options import record
+from .safe_loading import load_json, load_pickle, load_tensors
+
+
+class BIVA(Backbone):
+    """BIVA, LVAE or VAE as a backbone; `load_official` reads the run folders of biva-pytorch.
+
+    The keyword arguments are the fields of `biva_options.Architecture`: image_shape, likelihood and stages are
+    required. Raises ConfigurationError for what cannot be built. By hand, for `ebm-prior pretrain --architecture`:
+
+        {"image_shape": [1, 28, 28], "likelihood": "bernoulli", "stages": [
+            {"blocks": [{"filters": 16, "kernel": 5, "stride": 2}], "latent": {"features": 16}},
+            {"blocks": [{"filters": 16, "stride": 2}],              "latent": {"features": 12}},
+            {"blocks": [{"filters": 16}],                           "latent": {"features": 8}}]}
+
+    Groups are named after their stage, z1 at the image, and in BIVA below the top after their side: z2_td is drawn
+    on the posterior's way down, z2_bu on its way up.
+
+    Every std is at least 1 with the published log variance, softplus, and bounded only with "tanh": an ε far outside
+    N(0, I) moves the lower groups by its multiple. Nothing is clamped; where numbers overflow, samplers say so.
+    """
+
+    official_format: ClassVar[str] = (
+        "the official format of BIVA is a folder with hyperparameters.p, config.json and model.pth"
+    )
+
+    def __init__(self, **architecture: Any) -> None:
+        super().__init__()
+        a = record(Architecture, architecture)
+        self.image_shape = a.shape
+        self.architecture = asdict(a)
+        self.network = Network(a)
+        self.groups = tuple(
+            LatentGroup(f"z{i}_{side}" if side else f"z{i}", head.shape)
+            for i, stage in reversed(list(enumerate(self.network.bottom_up, start=1)))
+            for side, head in zip(stage.sides, stage.heads, strict=True)
+        )
+
+    def top_down(self, draw: Draw, batch_size: int) -> Features:
+        """The generator down to z1. The top prior has batch axis 1.
+
+        The context of a draw is d, (B, C, H, W): the features from above, on which the prior depends; None at the top.
+        """
+        return self.network.generate(draw)
+
+    def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
+        """The way up, which draws z_bu and in BIVA and VAE the top group; the others are drawn as they are met.
+
+        Zero noise gives a group's posterior mean, given the draws that it depends on.
+        """
+        a = self.network.architecture
+        posteriors = self.network.encode(images if a.likelihood == "bernoulli" else 2 * images - 1, noise)
+        if a.kind == "vae":
+            z, log_q = zip(*(draw(None) for draw in posteriors), strict=True)
+            return PosteriorDraw.given(list(z), log_q)
+
+        def conditional(index: int, _: Gaussian, d: Tensor | None) -> tuple[Tensor, Tensor]:
+            return posteriors[index](d)
+
+        return PosteriorDraw(conditional)
+
+    def likelihood(self, features: Features) -> ImageDistribution:
+        """p(x | z): from z1 and the skips to the image."""
+        parameters = self.network.image(features)
+        if self.network.architecture.likelihood == "bernoulli":
+            return Bernoulli(parameters)
+        return LogisticMixture(parameters)
+
+    def observe(self, images: Tensor, *, generator: Generator = None) -> Tensor:
+        """Dynamic binarisation for the Bernoulli likelihood (binary images stay as they are); else the image itself."""
+        if self.network.architecture.likelihood == "bernoulli":
+            return binarize(images, generator=generator)
+        return images
+
+    @classmethod
+    def load_official(cls, path: Path) -> BIVA:
+        """Build the network from a run folder of biva-pytorch, in eval mode, running none of its code.
+
+        Reads hyperparameters.p, config.json and model.pth, and no other file. Raises CheckpointError.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a folder, and {cls.official_format}")
+        hyperparameters = load_pickle(path / "hyperparameters.p", "the architecture", biva_official.WORDS)
+        config = load_json(path / "config.json", "the training options")
+        state = load_tensors(path / "model.pth", "the weights")
+        try:
+            architecture = biva_official.translate(hyperparameters, config)
+            with torch.device("meta"):  # a corrupt architecture allocates nothing before the weights confirm it
+                model = cls(**architecture)
+        except ConfigurationError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        check_state(state, model.network.state_dict(), path / "model.pth")
+        model.to_empty(device="cpu")
+        model.network.load_state_dict(state)
+        require_initialized(model.network, path)
+        return model.eval()

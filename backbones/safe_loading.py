@@ -27,7 +27,7 @@ from ebm_prior.errors import CheckpointError
 from ebm_prior.weights import require_finite
 
 PLAIN = (str, int, float, bool, type(None))
-LARGEST_RECORD = 1_000_000  # bytes, or values: an architecture has some hundreds
+LARGEST_RECORD = 100_000  # bytes, or values: an architecture has some hundreds
 
 
 def load_file(path: Path, content: str, *, allow: Sequence[Callable[..., Any]] = ()) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ebm_prior.backbone import Draw
 
 from .biva_options import Architecture
-from .biva_stages import INIT_STD, Conditional, Rising, Stage, build_stage
+from .biva_stages import Conditional, Rising, Stage, build_stage
 from .layers import SameConv2d
 from .paths import ACTIVATIONS, Skips, require_meeting_shapes
 
@@ -36,7 +36,7 @@ class Network(nn.Module):
         self.stages = nn.ModuleList(stages)
         # The official module has the activation as its entry 0.
         filters = stages[0].p_convs.blocks[-1].filters
-        self.projection = nn.ModuleDict({"1": SameConv2d(filters, a.image_channels, 1, init_std=INIT_STD)})
+        self.projection = nn.ModuleDict({"1": SameConv2d(filters, a.image_channels, 1, init_std=a.init_std)})
 
     def encode(self, x: Tensor, noise: Sequence[Tensor]) -> list[Conditional]:
         """The way up from x (B, C, H, W), scaled as the network expects it: the posterior of every group.

@@ -25,7 +25,6 @@ from .biva_options import LOG_VARIANCES, Architecture, Latent, StageSpec
 from .layers import Dense, ResidualBlock, SameConv2d, Shape
 from .paths import ACTIVATIONS, GenerativePath, InferencePath, chain
 
-INIT_STD = 0.01  # of every layer's outputs on the first batch
 MERGE_KERNEL = 3  # BIVA's; LVAE takes that of the stage's last block
 
 
@@ -38,7 +37,7 @@ class GatedBlock(ResidualBlock):
     every_aux_has_layer = True
 
     def __init__(self, in_shape: Shape, filters: int, kernel: int, stride: int = 1, **options: Any) -> None:
-        super().__init__(in_shape, filters, kernel, stride, gated=True, init_std=INIT_STD, **options)
+        super().__init__(in_shape, filters, kernel, stride, gated=True, **options)
         self.shortcut = self.shortcut and in_shape[0] >= filters
 
 
@@ -51,16 +50,16 @@ class Head(nn.Module):
         super().__init__()
         self.shape: tuple[int, ...] = (latent.features, *(in_shape[1:] if latent.kernel else ()))
         self.activation, self.log_variance = ACTIVATIONS[a.activation], LOG_VARIANCES[a.log_variance]
-        self.qx2z = self._map(latent, in_shape)
+        self.qx2z = self._map(latent, in_shape, a)
         self.register_buffer("prior", torch.zeros(2 * latent.features, *self.shape[1:]) if top else None)
         if not top:
-            self.px2z = self._map(latent, in_shape)
+            self.px2z = self._map(latent, in_shape, a)
 
     @staticmethod
-    def _map(latent: Latent, in_shape: Shape) -> nn.Module:
+    def _map(latent: Latent, in_shape: Shape, a: Architecture) -> nn.Module:
         if latent.kernel is None:
-            return Dense(math.prod(in_shape), 2 * latent.features, init_std=INIT_STD)
-        return SameConv2d(in_shape[0], 2 * latent.features, latent.kernel, init_std=INIT_STD)
+            return Dense(math.prod(in_shape), 2 * latent.features, init_std=a.init_std)
+        return SameConv2d(in_shape[0], 2 * latent.features, latent.kernel, init_std=a.init_std)
 
     def q(self, h: Tensor) -> Gaussian:
         """q(z | h) for features (B, *in_shape)."""
@@ -83,10 +82,10 @@ class Head(nn.Module):
 class Projection(nn.Module):
     """Dense layer from a latent vector to a feature map."""
 
-    def __init__(self, features: int, out_shape: Shape) -> None:
+    def __init__(self, features: int, out_shape: Shape, a: Architecture) -> None:
         super().__init__()
         self.out_shape = out_shape
-        self.linear = Dense(features, math.prod(out_shape), init_std=INIT_STD)
+        self.linear = Dense(features, math.prod(out_shape), init_std=a.init_std)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, features) to (B, *out_shape)."""
@@ -94,40 +93,34 @@ class Projection(nn.Module):
         return y.view(-1, *self.out_shape)
 
 
-def projection(latent: Latent, count: int, h_shape: Shape) -> tuple[nn.Module, Shape]:
+def projection(latent: Latent, count: int, h_shape: Shape, a: Architecture) -> tuple[nn.Module, Shape]:
     """`count` latents, one behind the other, as features, and their shape: a vector needs a dense layer, a map none."""
     if latent.kernel is None:
-        return Projection(count * latent.features, h_shape), h_shape
+        return Projection(count * latent.features, h_shape, a), h_shape
     return nn.Identity(), (count * latent.features, *h_shape[1:])
+
+
+def options_of(a: Architecture, dropout: float, aux_shape: Shape | None, *, transposed: bool = False) -> dict[str, Any]:
+    """What a stage's blocks have in common."""
+    return {
+        "activation": ACTIVATIONS[a.activation],
+        "init_std": a.init_std,
+        "dropout": dropout,
+        "aux_shape": aux_shape,
+        "transposed": transposed,
+    }
 
 
 def way_up(spec: StageSpec, in_shape: Shape, aux: Shape | None, a: Architecture, *, bottom: bool) -> InferencePath:
     """A stage's blocks in order."""
-    options = {"activation": ACTIVATIONS[a.activation], "dropout": a.q_dropout, "transposed": False}
-    return InferencePath(chain(GatedBlock, spec.blocks, in_shape, first_residual=not bottom, aux_shape=aux, **options))
+    options = options_of(a, a.q_dropout, aux)
+    return InferencePath(chain(GatedBlock, spec.blocks, in_shape, first_residual=not bottom, **options))
 
 
 def way_down(spec: StageSpec, in_shape: Shape, aux: Shape | None, a: Architecture) -> GenerativePath:
     """A stage's blocks reversed and transposed."""
-    options = {"activation": ACTIVATIONS[a.activation], "dropout": a.p_dropout, "transposed": True}
-    blocks = chain(GatedBlock, spec.blocks[::-1], in_shape, first_residual=False, aux_shape=aux, **options)
-    return GenerativePath(blocks)
-
-
-def merge_block(
-    h_shape: Shape, filters: int, kernel: int, a: Architecture, *, aux_shape: Shape | None, dropout: float
-) -> GatedBlock:
-    """What joins two feature maps into one for a posterior."""
-    return GatedBlock(
-        h_shape,
-        filters,
-        kernel,
-        activation=ACTIVATIONS[a.activation],
-        residual=True,
-        transposed=False,
-        aux_shape=aux_shape,
-        dropout=dropout,
-    )
+    options = options_of(a, a.p_dropout, aux, transposed=True)
+    return GenerativePath(chain(GatedBlock, spec.blocks[::-1], in_shape, first_residual=False, **options))
 
 
 Drawn = tuple[Tensor, Tensor]
@@ -182,7 +175,7 @@ class SingleStage(Stage):
         self.q_convs = way_up(spec, in_shape, aux, a, bottom=below is None)
         self.h_shape = self.aux_shape = self.q_convs.out_shape
         self.stochastic = Head(spec.latent, self.h_shape, a, top=top)
-        self.p_proj, start = projection(spec.latent, 1, self.h_shape)
+        self.p_proj, start = projection(spec.latent, 1, self.h_shape, a)
         self.p_convs = way_down(spec, start, self.h_shape if a.skips and not top else None, a)
 
     @property
@@ -201,7 +194,7 @@ class VaeStage(SingleStage):
 
     def __init__(self, spec: StageSpec, below: Stage | None, a: Architecture, *, top: bool) -> None:
         super().__init__(spec, a.shape if below is None else below.x_shape, below, a, top=top)
-        self.q_proj, self.x_shape = projection(spec.latent, 1, self.h_shape)
+        self.q_proj, self.x_shape = projection(spec.latent, 1, self.h_shape, a)
         if top and isinstance(self.q_proj, Projection):
             # In the official files, but nothing reads its output, so that no data ever initialises it.
             self.q_proj.linear.initialized.fill_(True)
@@ -222,7 +215,8 @@ class LvaeStage(SingleStage):
         super().__init__(spec, a.shape if below is None else below.x_shape, below, a, top=top)
         last, aux = spec.blocks[-1], None if top else self.h_shape
         self.x_shape = self.h_shape
-        self.merge = merge_block(self.h_shape, last.filters, last.kernel, a, aux_shape=aux, dropout=a.p_dropout)
+        options = options_of(a, a.p_dropout, aux)
+        self.merge = GatedBlock(self.h_shape, last.filters, last.kernel, residual=True, **options)
 
     def rise(self, below: Rising, noise: Sequence[Tensor]) -> tuple[Rising, list[Conditional]]:
         """One group, whose posterior waits for d."""
@@ -242,7 +236,7 @@ class TwoWayStage(Stage):
         h_shape = self.h_shape = self.q_bu_convs.out_shape
         self.q_td_convs = way_up(spec, td, h_shape, a, bottom=bottom)
         self.aux_shape = (2 * h_shape[0], *h_shape[1:])
-        self.z_proj, start = projection(spec.latent, len(self.sides), h_shape)
+        self.z_proj, start = projection(spec.latent, len(self.sides), h_shape, a)
         self.p_convs = way_down(spec, start, h_shape if a.skips and not top else None, a)
 
     def ways(self, below: Rising) -> tuple[Tensor, Tensor]:
@@ -270,10 +264,9 @@ class BivaStage(TwoWayStage):
             )
         self.bu_stochastic = Head(spec.latent, self.h_shape, a)
         self.td_stochastic = Head(spec.latent, self.h_shape, a)
-        self.bu_proj, self.x_shape = projection(spec.latent, 1, self.h_shape)
-        self.merge = merge_block(
-            self.h_shape, self.h_shape[0], MERGE_KERNEL, a, aux_shape=self.h_shape, dropout=a.p_dropout
-        )
+        self.bu_proj, self.x_shape = projection(spec.latent, 1, self.h_shape, a)
+        options = options_of(a, a.p_dropout, self.h_shape)
+        self.merge = GatedBlock(self.h_shape, self.h_shape[0], MERGE_KERNEL, residual=True, **options)
 
     @property
     def heads(self) -> list[Head]:
@@ -297,8 +290,8 @@ class BivaTopStage(TwoWayStage):
     def __init__(self, spec: StageSpec, below: Stage | None, a: Architecture) -> None:
         super().__init__(spec, below, a, top=True)
         self.x_shape = self.h_shape
-        kernel = spec.blocks[-1].kernel
-        self.q_top = merge_block(self.aux_shape, self.h_shape[0], kernel, a, aux_shape=None, dropout=a.q_dropout)
+        kernel, options = spec.blocks[-1].kernel, options_of(a, a.q_dropout, None)
+        self.q_top = GatedBlock(self.aux_shape, self.h_shape[0], kernel, residual=True, **options)
         self.stochastic = Head(spec.latent, self.h_shape, a, top=True)
 
     @property

@@ -103,7 +103,7 @@ def weights(**changes: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("protocol", "legacy"), [(0, True), (3, True), (4, False), (5, False)])
 def test_an_official_folder_gives_back_the_network(tmp_path: Path, protocol: int, legacy: bool) -> None:
     loaded = BIVA.load_official(write_run(tmp_path, protocol=protocol, legacy=legacy))
-    assert loaded.architecture == tiny(q_dropout=0.5, p_dropout=0).architecture
+    assert loaded.architecture == tiny(q_dropout=0.5, p_dropout=0, init_std=0.01).architecture
     assert not any(module.training for module in loaded.modules())
     state = torch.load(tmp_path / "model.pth")
     assert state.keys() == loaded.network.state_dict().keys()
@@ -122,6 +122,7 @@ def test_every_option_of_the_official_code_is_understood(tmp_path: Path) -> None
         "log_variance": "tanh",
         "activation": "ReLU",
         "skips": False,
+        "init_std": 0.01,
     }
     config = tiny_config(dataset="cifar10", nr_mix=3)
     loaded = BIVA.load_official(write_run(tmp_path, record=record, config=config, state=weights(**architecture)))

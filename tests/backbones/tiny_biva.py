@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from ebm_prior.backbones.biva import BIVA
-from ebm_prior.backbones.layers import DataInitialized
 
 FIXTURES = Path(__file__).resolve().parents[2] / "../shared/fixtures/biva"
 REFERENCES = ["binmnist-mini", "cifar-mini", "lvae-mini", "vae-mini", "fashion-trained"]
@@ -23,15 +22,13 @@ STAGES: list[dict[str, Any]] = [
 
 def tiny(**changes: Any) -> BIVA:
     """Three stages for binary images of 8 × 8 pixels: unequal numbers of blocks, maps below vectors."""
-    return BIVA(**{"image_shape": [1, 8, 8], "likelihood": "bernoulli", "stages": STAGES, **changes})
+    options = {"image_shape": [1, 8, 8], "likelihood": "bernoulli", "stages": STAGES, "init_std": 0.5}
+    return BIVA(**{**options, **changes})
 
 
-def initialised(model: BIVA, batch: int = 16, std: float = 0.5) -> BIVA:
+def initialised(model: BIVA, batch: int = 16) -> BIVA:
     """As if trained: initialised on one batch to outputs wide enough for all layers to matter. In eval mode."""
     generator = torch.Generator().manual_seed(1)
-    for layer in model.modules():
-        if isinstance(layer, DataInitialized):
-            layer.init_std = std
     images = torch.rand(batch, *model.image_shape, generator=generator)
     model.train()
     model.likelihood(model.infer(model.observe(images, generator=generator), generator=generator).features)

@@ -157,7 +157,8 @@ def run_chain(
     """`steps` of a kernel. Returns the last state, the mean acceptance (B,) and the step sizes (B,).
 
     In the first `adapt_steps` each chain moves its log step size by Robbins-Monro towards the target acceptance; after
-    them it is fixed, so that the chain's target is exact. Raises DivergenceError when a chain is no longer finite.
+    them it is fixed, so that the chain's target is exact. Raises DivergenceError when a chain, or g there, is no longer
+    finite.
     """
     acceptance = torch.zeros_like(state.value)
     for step in range(steps):
@@ -168,7 +169,8 @@ def run_chain(
             step_size = (step_size * move.exp()).clamp(1e-6, 2.0)
         if callback:
             callback(step, state, info)
-    lost = int((~torch.isfinite(norm(state.eps))).sum())
+    # g too: a backbone can overflow at a finite ε, the last one, or the first, which pCN-Langevin then never leaves.
+    lost = int((~(norm(state.eps).isfinite() & state.value.isfinite())).sum())
     if lost:
         raise DivergenceError(
             f"{lost} of {len(acceptance)} chains left the finite numbers within {steps} steps: use a smaller step size "

@@ -378,6 +378,18 @@ def test_langevin_that_explodes_is_an_error() -> None:
         draw(repelled, lambda: [torch.randn(10, 3, generator=generator)], config, generator)
 
 
+@pytest.mark.parametrize("kernel", [langevin_step, pcn_langevin_step])
+def test_a_chain_that_ends_where_g_is_not_finite_is_an_error(kernel: Any) -> None:
+    """A backbone can overflow at finite ε: here in the second chain, from the start."""
+
+    def overflowing(eps: Sequence[Tensor]) -> Tensor:
+        return (0 * eps[0].exp()).sum(1)
+
+    first = [torch.tensor([[0.0], [100.0]])]
+    with pytest.raises(DivergenceError, match="1 of 2 chains left the finite numbers within 1 steps"):
+        run_chain(kernel, start(overflowing, first), overflowing, 1, step_size=torch.full((2,), 1e-3))
+
+
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ebm_prior.backbones.biva import BIVA
+from ebm_prior.backbones.biva_stages import GatedBlock
 from tiny_biva import FIXTURES, REFERENCES, STAGES, initialised, needs_fixtures, tiny
 
+from ebm_prior.errors import ConfigurationError
 from ebm_prior.testing import check_backbone
 
 # The published configurations, as a person writes them.
@@ -112,3 +116,163 @@ def test_the_architecture_survives_json(name: str) -> None:
     again = BIVA(**json.loads(json.dumps(model.architecture)))
     assert again.architecture == model.architecture
     assert (again.groups, again.image_shape) == (model.groups, model.image_shape)
+
+
+# What cannot be built.
+
+
+def stages(number: int, **changes: Any) -> list[dict[str, Any]]:
+    return [{**stage, **changes} if i == number else stage for i, stage in enumerate(STAGES)]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown option": ({"stage": 3}, "Architecture: expected options among .*'init_std'.*stage"),
+    "not square": ({"image_shape": [1, 8, 4]}, "square"),
+    "no shape": ({"image_shape": 8}, "square"),
+    "side": ({"image_shape": [1, 6, 6]}, "strides divide, found size 3, stride 2"),
+    "fraction": ({"image_shape": [1, 8.0, 8.0]}, "image_shape: expected a positive integer"),
+    "likelihood": ({"likelihood": "beta"}, "likelihood: expected one of"),
+    "colours": ({"likelihood": "logistic_mixture"}, "3 colours"),
+    "components": ({"components": 0}, "components: expected a positive integer"),
+    "kind": ({"kind": "hvae"}, r"kind: expected one of \['biva', 'lvae', 'vae'\], found 'hvae'"),
+    "log variance": ({"log_variance": None}, "log_variance: expected one of"),
+    "log variance of another type": ({"log_variance": []}, "unhashable"),
+    "activation": ({"activation": "elu"}, "activation: expected one of .*'ELU'"),
+    "dropout": ({"q_dropout": 1}, "dropout rates"),
+    "dropout of another type": ({"p_dropout": "half"}, "dropout rates"),
+    "skips": ({"skips": 1}, "skips: expected true or false"),
+    "initial scale": ({"init_std": 0}, "init_std: expected a positive number"),
+    "no stages": ({"stages": []}, "at least one stage"),
+    "stages of another type": ({"stages": {}}, "at least one stage"),
+    "stage": ({"stages": [[]]}, "StageSpec: expected options among"),
+    "no latent": ({"stages": [{"blocks": [{"filters": 4}]}]}, "missing 1 required positional argument: 'latent'"),
+    "no blocks": ({"stages": stages(0, blocks=[])}, "at least one block"),
+    "block": ({"stages": stages(0, blocks=[{"filter": 4}])}, "Block: expected options among"),
+    "huge block": ({"stages": stages(0, blocks=[{"filters": 10**9}])}, "Block.filters: expected a positive integer up"),
+    "many blocks": ({"stages": stages(0, blocks=[{"filters": 4}] * 5000)}, "blocks in all: expected"),
+    "latent": ({"stages": stages(0, latent={"features": 2, "kernel": 0})}, "Latent.kernel: expected a positive"),
+    "widths that do not meet": ({"stages": stages(1, blocks=[{"filters": 5}])}, "as many filters as the last block"),
+    "widths that merge cannot join": (
+        {"stages": stages(1, blocks=[{"filters": 4}, {"filters": 5}])},
+        "first and last block must have as many filters, .* found 4 and 5",
+    ),
+    "skips of another size": (
+        {"stages": stages(1, blocks=[{"filters": 4, "stride": 2}, {"filters": 4}, {"filters": 4}])},
+        "turn in the queue",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_built_is_refused(case: str) -> None:
+    options, message = REFUSED[case]
+    with pytest.raises(ConfigurationError, match=message):
+        tiny(**options)
+
+
+def test_without_skips_only_merging_has_an_auxiliary_input() -> None:
+    with_skips, without = (set(tiny(skips=skips).network.state_dict()) for skips in (True, False))
+    assert without < with_skips
+    auxiliary = {key.split(".")[2] for key in without if "aux_op" in key}
+    assert auxiliary == {"q_td_convs", "merge"}
+    assert {key.split(".")[2] for key in with_skips - without} == {"q_bu_convs", "p_convs"}
+
+
+# The parts.
+
+
+def block(in_channels: int, aux_shape: tuple[int, int, int] | None = None, stride: int = 1) -> GatedBlock:
+    options = {"activation": F.elu, "residual": True, "transposed": False, "aux_shape": aux_shape}
+    return GatedBlock((in_channels, 6, 6), 3, 3, stride, **options).double().eval()
+
+
+@pytest.mark.parametrize(("in_channels", "kept"), [(2, 0), (3, 3), (4, 3)])
+def test_a_shortcut_cuts_channels_and_never_adds_them(in_channels: int, kept: int) -> None:
+    x = torch.randn(2, in_channels, 6, 6, dtype=torch.float64)
+    silent = block(in_channels)
+    with torch.no_grad():
+        silent.conv2.conv.weight_g.zero_()
+    expected = x[:, :kept] if kept else torch.zeros(2, 3, 6, 6, dtype=torch.float64)
+    assert torch.equal(silent(x), expected)
+
+
+def test_every_auxiliary_input_has_a_layer() -> None:
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for aux_shape, kernel in {(3, 6, 6): 1, (5, 6, 6): 1, (3, 12, 12): 3, (3, 3, 3): 3}.items():
+        made = block(3, aux_shape)
+        aux = torch.randn(2, *aux_shape, dtype=torch.float64)
+        assert made.aux_op.conv().shape[2:] == (kernel, kernel)
+        assert not torch.allclose(made(x, aux), made(x, -aux))
+
+
+def test_the_skips_are_a_queue_as_long_as_the_top_stage() -> None:
+    """Two blocks at the top, one in each stage below: the last one is offered what the top's second block made."""
+    torch.manual_seed(0)
+    model = initialised(tiny())
+    seen: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+    for stage in reversed(model.network.bottom_up):
+        for part in stage.p_convs.blocks:
+            part.register_forward_hook(lambda _, inputs, y: seen.append((inputs[1], y)))
+    model.likelihood(model.transform(model.standard_normal(2)).features)
+    offered, made = zip(*seen, strict=True)
+    assert offered[:2] == (None, None)
+    assert offered[2] is made[0]
+    assert offered[3] is made[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "std"),
+    [("softplus", math.sqrt(1 + math.e)), ("tanh", math.exp(math.tanh(1) / 2)), ("none", math.exp(0.5))],
+)
+def test_the_std_of_an_output_of_one(name: str, std: float) -> None:
+    model = tiny(log_variance=name).double().eval()
+    for key, parameter in model.named_parameters():
+        if "px2z" in key and key.endswith(("weight_g", "bias")):
+            torch.nn.init.constant_(parameter, 1.0 if key.endswith("bias") else 0.0)
+    top, *below = model.transform(model.standard_normal(2)).priors
+    assert (top.std == 1).all()
+    for prior in below:
+        torch.testing.assert_close(prior.std, torch.full_like(prior.std, std))
+
+
+# The passes.
+
+
+@pytest.mark.parametrize("kind", ["biva", "lvae", "vae"])
+def test_what_a_pass_met_can_be_used_again(kind: str) -> None:
+    """Features and posteriors are values: no pass, and no use of them, changes what they lead to."""
+    torch.manual_seed(0)
+    model = initialised(tiny(kind=kind)).double()
+    eps, other, noise = (model.standard_normal(3) for _ in range(3))
+    images = torch.rand(3, 1, 8, 8, dtype=torch.float64).round()
+    features, draw = model.transform(eps).features, model.encode(images, noise)
+    first, drawn = model.likelihood(features).mean, model.trace(draw, 3).z
+    model.likelihood(model.transform(other).features)
+    model.infer(1 - images, noise=other)
+    assert torch.equal(model.likelihood(features).mean, first)
+    assert all(map(torch.equal, model.trace(draw, 3).z, drawn))
+    # The same upper groups, twice, above other lower ones: the queue of skips that they fill is not used up.
+    for lower in (other, noise, other):
+        z = model.reparameterize([*eps[:-1], lower[-1]])
+        assert all(map(torch.equal, z[:-1], model.reparameterize(eps)[:-1]))
+    assert not torch.equal(model.decode(z).mean, first)
+    assert torch.equal(model.decode(model.reparameterize(eps)).mean, first)
+
+
+def test_both_sides_of_a_stage_are_independent_given_what_is_above() -> None:
+    torch.manual_seed(0)
+    model = initialised(tiny()).double()
+    eps = model.standard_normal(2)
+    moved = [e + 1 if group.name == "z2_td" else e for e, group in zip(eps, model.groups, strict=True)]
+    before, after = model.transform(eps).priors, model.transform(moved).priors
+    changed = [not torch.equal(a.mean, b.mean) for a, b in zip(before, after, strict=True)]
+    assert changed == [False, False, False, True, True]
+
+
+def test_observations() -> None:
+    torch.manual_seed(0)
+    grey, colours = torch.rand(2, 1, 8, 8), torch.rand(2, 3, 8, 8)
+    binary = tiny().observe(grey)
+    assert set(binary.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(tiny().observe(binary), binary)
+    assert torch.equal(tiny(**wide_image("vae")).observe(colours), colours)

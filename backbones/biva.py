@@ -39,9 +39,9 @@ class BIVA(Backbone):
     on the posterior's way down, z2_bu on its way up.
 
     Nothing is clamped. A std is exp(½ log variance); with the published log variance, softplus, it is at least 1 and
-    grows exponentially with the features: at ten times the size of ε ~ N(0, I) the lower groups of most networks
-    overflow in float32, at three times those of none that was tried. pCN-Langevin refuses such proposals, Langevin ends
-    in a DivergenceError. With log_variance "tanh" every std stays between 0.6 and 1.65.
+    grows exponentially with the features: at ten times the size of ε ~ N(0, I) the lower groups of a trained network
+    can overflow in float32, and at fifty times they do; at three times none did that was tried. pCN-Langevin refuses
+    such proposals, Langevin ends in a DivergenceError. With log_variance "tanh" every std is between 0.6 and 1.65.
     """
 
     official_format: ClassVar[str] = (

@@ -57,7 +57,7 @@ def translate(hyperparameters: Any, config: Mapping[str, Any]) -> dict[str, Any]
         "q_dropout": take(rest, "q_dropout", (int, float)),
         "p_dropout": take(rest, "p_dropout", (int, float)),
         "skips": not take(rest, "no_skip", bool),
-        "init_std": 0.01,
+        "init_std": 0.01,  # a constant there
     }
     require_nothing_left(rest, "model")
     return architecture

@@ -114,7 +114,7 @@ def test_samplers_refuse_or_report_where_a_trained_model_overflows() -> None:
     assert finite(model, 3)
     assert not finite(model, 50)
     torch.manual_seed(0)
-    energy = JointEnergy(model.groups, EnergyConfig(hidden=8, joint=0))
+    energy = JointEnergy(model.groups, EnergyConfig(hidden=8, joint=0, conditional=False))
     for parameter in energy.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
 

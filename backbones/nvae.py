@@ -23,6 +23,7 @@ from .likelihoods import Bernoulli, binarize
 from .nvae_cells import BatchNorm, Conv2d
 from .nvae_distributions import GaussianImage, NvaeMixture, reduce_bits
 from .nvae_network import Architecture, Context, Features, Network
+from .nvae_spectral import spectral_norms
 from .safe_loading import load_file, tensors_of
 
 ALIAS = ".weight_normalized"
@@ -97,6 +98,14 @@ class NVAE(Backbone):
         if a.likelihood == "bernoulli":
             return binarize(images, generator=generator)
         return images if a.bits == 8 else reduce_bits(images, a.bits)
+
+    def regularization(self) -> Tensor:
+        """Σ σ₁(W) + Σ max |γ|, over all convolutions and all batch norms: the spectral regularisation of §3.2.
+
+        W is a convolution's weight as used, as a matrix (C_out, rest).
+        """
+        scales = [layer.weight.abs().max() for layer in self.batch_norms()]
+        return spectral_norms(self.kernels()).sum() + torch.stack(scales).sum()
 
     # What a first stage regularises.
 

@@ -158,6 +158,10 @@ class Backbone(nn.Module, ABC):
         """The random observation x that the likelihood models: dynamic binarisation, dequantisation. Default: x."""
         return images
 
+    def regularization(self) -> Tensor:
+        """What the first stage adds to its loss, times `PretrainConfig.regularization`: a scalar. Default: 0."""
+        return next(self.parameters()).new_zeros(())
+
     @classmethod
     def load_official(cls, path: Path) -> Backbone:
         """Build the network from the checkpoint format of its official code. Raises CheckpointError."""

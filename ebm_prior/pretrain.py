@@ -1,27 +1,36 @@
 """First stage: train a hierarchical VAE of any adapter by maximising its ELBO.
 
-    ELBO = E_q[log p(x|z)] − β Σ_i max(KL_i, free nats),   KL_i = E_q[log q(z_i|x, z_<i) − log p_β(z_i|z_<i)]
+    ELBO = E_q[log p(x|z)] − β Σ_i γ_i max(KL_i, free nats),   KL_i = E_q[log q(z_i|x, z_<i) − log p_β(z_i|z_<i)]
 
-with one posterior draw per image, KL warm-up (β from 0 to 1), Adam, gradient clipping, a learning rate that decays to
-zero along a cosine, and an exponential moving average of the weights, which is what is kept.
+with one posterior draw per image, KL warm-up (β from 0 to 1) and meanwhile, on request, KL balancing (γ; else 1), what
+the adapter regularises, Adam or Adamax, gradient clipping, a learning rate that decays to zero along a cosine, and an
+exponential moving average of the weights, which is what is kept.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ebm_prior.backbone import Backbone
+from ebm_prior.backbone import Backbone, LatentGroup
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.randomness import Generator, derived_generator, seeded
-from ebm_prior.training import Callback, Images, Recorder, batch_indices, require_positive, require_seed
+from ebm_prior.randomness import Generator, derived_generator, seeded, uniform
+from ebm_prior.training import (
+    Callback,
+    Images,
+    Recorder,
+    batch_indices,
+    require_choices,
+    require_positive,
+    require_seed,
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,16 @@ class PretrainConfig:
 
     iterations: int = field(default=12_000, metadata={"help": "gradient steps"})
     batch_size: int = field(default=128, metadata={"help": "images per step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak rate of Adam"})
+    optimizer: Literal["adam", "adamax"] = field(default="adam", metadata={"help": "NVAE's is adamax"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak rate of the optimizer"})
+    rate_warmup: float = field(default=0.0, metadata={"help": "share of the run over which the rate rises from 0"})
+    weight_decay: float = field(default=0.0, metadata={"help": "of the optimizer, in the gradient (L2)"})
     kl_warmup: float = field(default=0.1, metadata={"help": "share of the run over which β rises from 0 to 1"})
+    kl_balance: bool = field(default=False, metadata={"help": "weigh the groups' KL evenly while β < 1"})
     free_nats: float = field(default=0.0, metadata={"help": "KL per group (nats) that costs nothing"})
+    regularization: float = field(default=0.0, metadata={"help": "times what the adapter regularises, e.g. NVAE"})
+    flip: bool = field(default=False, metadata={"help": "mirror half of the images, as suits natural ones"})
+    channels_last: bool = field(default=False, metadata={"help": "memory layout, for many networks faster on a CPU"})
     ema: float = field(default=0.999, metadata={"help": "decay of the weights' moving average"})
     gradient_clip: float = field(default=200.0, metadata={"help": "largest gradient norm"})
     checkpoint_every: int = field(default=1_000, metadata={"help": "iterations between states, metrics and pictures"})
@@ -41,11 +57,15 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         require_positive(self, "iterations", "batch_size", "learning_rate", "gradient_clip", "checkpoint_every")
         require_seed(self)
-        if not (0 <= self.kl_warmup <= 1 and 0 <= self.ema < 1 and self.free_nats >= 0):
+        require_choices(self)
+        if not (0 <= self.kl_warmup <= 1 and 0 <= self.rate_warmup <= 1 and 0 <= self.ema < 1):
             raise ConfigurationError(
-                f"expected kl_warmup in [0, 1], ema in [0, 1), free_nats >= 0; found {self.kl_warmup}, {self.ema}, "
-                f"{self.free_nats}"
+                f"expected kl_warmup and rate_warmup in [0, 1], ema in [0, 1); found {self.kl_warmup}, "
+                f"{self.rate_warmup}, {self.ema}"
             )
+        for name in ("free_nats", "weight_decay", "regularization"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigurationError(f"{name} must be finite and not negative, found {getattr(self, name)}")
 
 
 class Elbo(NamedTuple):
@@ -89,13 +109,21 @@ class _Pretraining:
     """One first stage under way: everything that changes is in `state`, so that it can be saved and rolled back."""
 
     def __init__(self, backbone: Backbone, images: Images, config: PretrainConfig) -> None:
+        if config.regularization and type(backbone).regularization is Backbone.regularization:
+            raise ConfigurationError(
+                f"regularization: {type(backbone).__name__} has nothing to regularise, expected 0, found "
+                f"{config.regularization:g}: leave it out"
+            )
         self.backbone, self.images, self.config = backbone.train().requires_grad_(True), images, config
         self.device = next(backbone.parameters()).device
+        if config.channels_last:
+            backbone.to(memory_format=torch.channels_last)
         with seeded(self.device, config.seed, 1), torch.no_grad():  # data-dependent initialisation, where there is one
             x, generator = self._batch(0)
             backbone.infer(x, generator=generator)
-        self.average = AveragedModel(backbone, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[no-untyped-call]
-        self.optimizer = torch.optim.Adam(backbone.parameters(), lr=config.learning_rate)
+        decay = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+        self.average = AveragedModel(backbone, multi_avg_fn=decay, use_buffers=True)
+        self.optimizer = _optimizer(backbone, config)
         self.iteration = 0
         self.rate = 1.0  # falls by half at a roll-back
         self.rollbacks = 0
@@ -141,17 +169,25 @@ class _Pretraining:
                     on_checkpoint({"iteration": self.iteration, "backbone": kept, "elbo": elbo})
                 if run:
                     run.save_state(good)
-        return _frozen(self.average).requires_grad_(False)
+        kept = _frozen(self.average).requires_grad_(False)
+        return kept.to(memory_format=torch.contiguous_format)
 
     def _step(self) -> dict[str, float]:
         config, t = self.config, self.iteration
+        rise = min(1.0, (t + 1) / max(1.0, config.rate_warmup * config.iterations))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * config.learning_rate * 0.5 * (1 + math.cos(math.pi * t / config.iterations))
+            fall = 0.5 * (1 + math.cos(math.pi * t / config.iterations))
+            group["lr"] = self.rate * config.learning_rate * rise * fall
         x, generator = self._batch(t)
         with seeded(self.device, config.seed, 2, t):  # dropout draws from the global generator
             log_likelihood, kl = _elbo_terms(self.backbone, x, generator)
         beta = min(1.0, (t + 1) / max(1.0, config.kl_warmup * config.iterations))
-        loss = beta * kl.mean(0).clamp(min=config.free_nats).sum() - log_likelihood.mean()
+        per_group = kl.mean(0).clamp(min=config.free_nats)
+        if config.kl_balance and beta < 1:
+            per_group = balance(kl, self.backbone.groups) * per_group
+        loss = beta * per_group.sum() - log_likelihood.mean()
+        if config.regularization:
+            loss = loss + config.regularization * self.backbone.regularization()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), config.gradient_clip)
@@ -168,7 +204,7 @@ class _Pretraining:
         config = self.config
         generator = derived_generator(config.seed, 3, iteration, device=self.device)
         indices = batch_indices(len(self.images), config.batch_size, iteration, config.seed)
-        return _observed(self.backbone, self.images, indices, generator), generator
+        return _observed(self.backbone, self.images, indices, generator, flip=config.flip), generator
 
     def _state(self) -> dict[str, Any]:
         if not bool(torch.nn.utils.get_total_norm(self.backbone.parameters()).isfinite()):
@@ -216,10 +252,38 @@ def training_record(config: PretrainConfig, images: Images, elbo: Elbo | None) -
     }
 
 
-def _observed(backbone: Backbone, images: Images, indices: Tensor, generator: Generator) -> Tensor:
-    """Observations of the images at `indices`, (B, C, H, W), where the network is and in its precision."""
+def balance(kl: Tensor, groups: Sequence[LatentGroup]) -> Tensor:
+    """γ (L,), without gradient, from the KL (B, L) of a batch: KL balancing (Vahdat & Kautz, 2020, appendix A).
+
+    γ_i = c_i/a_i over its mean, with c_i = 0.01 + mean |KL_i| and a_i = H_i·W_i / the number of groups of that size: a
+    group that carries more is charged more, and what a scale may carry grows with its area.
+    """
+    positions = [math.prod(group.shape[1:]) for group in groups]
+    share = kl.new_tensor([size / positions.count(size) for size in positions])
+    weight = (0.01 + kl.detach().abs().mean(0)) / share
+    return weight / weight.mean()
+
+
+def _optimizer(backbone: Backbone, config: PretrainConfig) -> torch.optim.Optimizer:
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "adamax":
+        return torch.optim.Adamax(backbone.parameters(), lr=rate, eps=1e-3, weight_decay=decay)
+    return torch.optim.Adam(backbone.parameters(), lr=rate, weight_decay=decay)
+
+
+def _observed(
+    backbone: Backbone, images: Images, indices: Tensor, generator: Generator, *, flip: bool = False
+) -> Tensor:
+    """Observations of the images at `indices`, (B, C, H, W), where the network is and in its precision.
+
+    `flip`: of a random half of them, left and right exchanged.
+    """
     like = next(backbone.parameters())
-    return backbone.observe(images.batch(indices).to(like.device, like.dtype), generator=generator)
+    x = images.batch(indices).to(like.device, like.dtype)
+    if flip:
+        chosen = uniform((len(x), 1, 1, 1), generator, dtype=x.dtype, device=x.device) < 0.5
+        x = torch.where(chosen, x.flip(3), x)
+    return backbone.observe(x, generator=generator)
 
 
 def _elbo_terms(backbone: Backbone, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

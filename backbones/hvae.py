@@ -50,6 +50,7 @@ class HVAE(Backbone):
         self.image_shape = require_model_options(image_shape, likelihood, activation, q_dropout, p_dropout)
         if not stages:
             raise ConfigurationError("stages: expected at least one, found none")
+        self.discretised = likelihood == "logistic_mixture"
         specs = [stage_spec(stage) for stage in stages]
         self.architecture = {
             "image_shape": list(self.image_shape),

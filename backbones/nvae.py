@@ -57,6 +57,7 @@ class NVAE(Backbone):
         channels, height, width = a.image_shape
         self.image_shape = (channels, height, width)
         self.architecture = asdict(a)
+        self.discretised = a.likelihood == "logistic_mixture"
         self.network = Network(a)
         count = len(a.group_scales)
         self.groups = tuple(LatentGroup(f"z{count - i}", a.latent_shape(s)) for i, s in enumerate(a.group_scales))

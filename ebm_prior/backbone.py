@@ -133,6 +133,9 @@ class Backbone(nn.Module, ABC):
     groups: tuple[LatentGroup, ...]
     image_shape: tuple[int, int, int]
     architecture: Mapping[str, Any]
+    discretised: bool = (
+        False  # p(x | z) is over images of so many bits: ELBOs are then shown in bits per dimension, too
+    )
     official_format: ClassVar[str] = "this adapter reads no foreign checkpoint format"
 
     @abstractmethod

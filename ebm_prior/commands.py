@@ -387,6 +387,7 @@ def pretrain_into(
         "backbone": str(path),
         "parameters": count_parameters(trained),
         "test_elbo": elbo._asdict() if elbo is not None else None,
+        "bits_per_dimension": elbo.bits_per_dimension(trained.image_shape) if elbo and trained.discretised else None,
         "cpu_seconds": seconds,
         "iterations": config.iterations,
     }

@@ -75,6 +75,10 @@ class Elbo(NamedTuple):
     log_likelihood: float
     kl: list[float]  # per group, generation order
 
+    def bits_per_dimension(self, image_shape: Sequence[int]) -> float:
+        """−ELBO/(ln 2 · C·H·W) for images (C, H, W): bits per pixel and colour."""
+        return -self.elbo / (math.log(2) * math.prod(image_shape))
+
 
 def build(kind: type[Backbone], architecture: Mapping[str, Any], *, seed: int = 0) -> Backbone:
     """An untrained network of adapter class `kind`, whose initial weights depend on the seed alone."""
@@ -169,8 +173,7 @@ class _Pretraining:
                     on_checkpoint({"iteration": self.iteration, "backbone": kept, "elbo": elbo})
                 if run:
                     run.save_state(good)
-        kept = _frozen(self.average).requires_grad_(False)
-        return kept.to(memory_format=torch.contiguous_format)
+        return _frozen(self.average).requires_grad_(False)
 
     def _step(self) -> dict[str, float]:
         config, t = self.config, self.iteration

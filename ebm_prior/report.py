@@ -143,9 +143,11 @@ def pretrain_summary(result: Mapping[str, Any]) -> str:
     elbo = result["test_elbo"]
     measured = "no test ELBO: the data have no test split"
     if elbo is not None:
+        bits = result["bits_per_dimension"]
+        shown = f"{elbo['elbo']:.2f} nats" + ("" if bits is None else f", {bits:.3f} bits per dimension")
         measured = (
-            f"one-sample test ELBO {elbo['elbo']:.2f} nats (log-likelihood {elbo['log_likelihood']:.2f}; KL, top "
-            f"group first: {', '.join(f'{value:.2f}' for value in elbo['kl'])})"
+            f"one-sample test ELBO {shown} (log-likelihood {elbo['log_likelihood']:.2f}; KL, top group first: "
+            f"{', '.join(f'{value:.2f}' for value in elbo['kl'])})"
         )
     return (
         f"{measured}; {result['parameters']:,} parameters, {result['cpu_seconds'] / 60:.1f} CPU-minutes\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,12 @@ from ebm_prior.weights import count_parameters
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(exists=False, path_type=Path)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+COLOUR = ClassifierConfig.suited((3, 32, 32))
+SUITED = {
+    entry.name: f"{{help}}  [default: {{default}}; for colour images {getattr(COLOUR, entry.name)}]"
+    for entry in fields(ClassifierConfig)
+    if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
+}
 RECORDED = "{help}  [default: as recorded]"
 
 
@@ -235,7 +241,7 @@ def sample(
 @OWN_DATA
 @click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
 @click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
-@click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled Fashion-MNIST one]")
+@click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
 @click.option("--inception", type=PATH, help="Inception weights: print FID and KID on their features instead")
 @click.option("--fid", is_flag=True, help="the same with the weights in the cache (--download fetches them)")
 @click.option(
@@ -278,7 +284,6 @@ def evaluate(
         raise click.UsageError("--fid-mode is of Inception's features: pass --fid or --inception with it")
     config = resolve(EvalConfig(), given)
     config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
-    extractor = commands.feature_extractor(classifier, inception, fid, fid_mode, download, _device(device))
     loaded = [load_prior(priors[0], checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])]
     loaded += [load_prior(path, loaded[0].backbone, force=force) for path in priors[1:]]
     for prior in loaded:
@@ -290,6 +295,7 @@ def evaluate(
         )
         for split in ("test", "train")
     )
+    extractor = commands.feature_extractor(test, classifier, inception, fid, fid_mode, download, _device(device))
     with Bar("eval", 4 * len(loaded) + 1) as bar:
         results = commands.evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage)
     _show(results, as_json, report.evaluation_tables)
@@ -411,7 +417,7 @@ def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:
 @DATA
 @click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
 @click.option("--overwrite", is_flag=True, help="replace --out")
-@config_options(ClassifierConfig, skip=("seed", "data"))
+@config_options(ClassifierConfig, skip=("seed", "data"), wording=SUITED)
 @SEED
 def classifier(
     data: str, data_root: Path | None, download: bool, out: Path, overwrite: bool, seed: int, **given: Any
@@ -419,7 +425,7 @@ def classifier(
     """Train the classifier whose features FD compares, on a labelled data set (for `eval --classifier`)."""
     commands.require_free(out, overwrite)
     train, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
-    config = replace(resolve(ClassifierConfig(data=Path(data).stem), given), seed=seed)
+    config = replace(resolve(ClassifierConfig.suited(train.shape, Path(data).stem), given), seed=seed)
     with Bar("classifier", 0) as bar:
         trained, accuracy = train_classifier(train, test, config, on_step=bar.step)
     save_classifier(trained, out)

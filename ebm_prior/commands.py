@@ -17,7 +17,7 @@ import torch
 
 from ebm_prior.backbone import Backbone
 from ebm_prior.checkpoint import PRIOR_KEY, backbone_record, bundled, save_backbone, save_prior
-from ebm_prior.classifier import load_classifier
+from ebm_prior.classifier import bundled_classifier, load_classifier
 from ebm_prior.data import DATA_SET_NAMES, ImageSource
 from ebm_prior.errors import ConfigurationError, DivergenceError, OutputError, UnknownBackboneError
 from ebm_prior.evaluate import EvalConfig, Reference, evaluate
@@ -232,11 +232,21 @@ def describe_samples(drawn: Samples, sampler: SamplerConfig, seed: int, files: S
 
 
 def feature_extractor(
-    classifier: Path | None, inception: Path | None, fid: bool, mode: Any, download: bool, device: torch.device
+    images: ImageSource,
+    classifier: Path | None,
+    inception: Path | None,
+    fid: bool,
+    mode: Any,
+    download: bool,
+    device: torch.device,
 ) -> FeatureExtractor:
-    """The network on whose features FD and KID are measured: Inception where asked for, else a classifier."""
+    """The network on whose features FD and KID are measured: Inception where asked for, else a classifier.
+
+    Without a `classifier` it is the bundled one that suits the `images`.
+    """
     if inception is None and not fid:
-        return load_classifier(classifier).to(device)
+        found = load_classifier(classifier) if classifier else bundled_classifier(images.shape, images.name)
+        return found.to(device)
     from ebm_prior.inception import load_inception
 
     return load_inception(inception, mode=mode, download=download, device=device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ebm_prior.checkpoint import load_backbone, save_prior
-from ebm_prior.classifier import load_classifier
+from ebm_prior.classifier import bundled_classifier
 from ebm_prior.commands import evaluate_all, parameters, require_writable, write_comparison
 from ebm_prior.data import SUBSET, open_images
 from ebm_prior.errors import OutputError
@@ -69,8 +69,9 @@ def run_demo(
     path, picture, table = (out / name for name in (PRIOR, PICTURE, TABLE))
     save_prior(prior, path, checkpoint=DEMO_BACKBONE)
     say(f"fitted in {time.monotonic() - began:.0f} s; measuring")
+    judge = bundled_classifier(test.shape, test.name)
     measured = replace(demo_eval_config(len(test)), seed=seed)
-    result = evaluate_all([prior], [str(path)], test, train, load_classifier(), measured, say)[0]
+    result = evaluate_all([prior], [str(path)], test, train, judge, measured, say)[0]
     caption = [
         f"{result['extractor']}: {result['fd_backbone']:.1f} before, {result['fd_prior']:.1f} after, "
         f"{result['fd_reconstruction']:.1f} for reconstructions, the best that a prior could reach; "

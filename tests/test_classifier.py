@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from ebm_prior.classifier import (
     CLASSIFIER_KEY,
     ClassifierConfig,
     FeatureClassifier,
+    ResidualBlock,
     accuracy,
+    bundled_classifier,
     load_classifier,
     save_classifier,
     train_classifier,
@@ -78,13 +81,46 @@ def test_file_gives_the_same_network_back(trained, tmp_path):
         assert list(file.metadata()) == [CLASSIFIER_KEY]
 
 
+@pytest.mark.parametrize("network", ["plain", "residual"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 20), (3, 17, 31), (1, 28, 28), (3, 64, 64)])
-def test_images_of_any_size_have_64_features(shape):
-    classifier = FeatureClassifier(shape, 7, width=4).eval()
+def test_images_of_any_size_have_64_features(shape, network):
+    classifier = FeatureClassifier(shape, 7, network=network, width=4).eval()
     images = torch.rand(2, *shape)
     assert classifier.features(images).shape == (2, 64)
     assert classifier.features(images.double()).dtype == torch.float32
     assert classifier(images).shape == (2, 7)
+
+
+COLOURS = replace(ClassifierConfig.suited((3, 16, 16), "bars"), epochs=3, batch_size=32, width=4)
+
+
+def test_colour_images_get_residual_blocks_and_mirrored_images(tmp_path):
+    assert (COLOURS.network, COLOURS.flip, COLOURS.shift) == ("residual", True, 4)
+    source, test = bars(600, 0, (3, 16, 16)), bars(200, 1, (3, 16, 16))
+    classifier, share = train_classifier(source, test, COLOURS)
+    assert share > 0.9
+    assert sum(isinstance(module, ResidualBlock) for module in classifier.modules()) == 1
+    save_classifier(classifier, tmp_path / "a.safetensors")
+    loaded = load_classifier(tmp_path / "a.safetensors")
+    images = test.batch(range(20))
+    torch.testing.assert_close(loaded.features(images), classifier.features(images))
+    assert loaded.name == classifier.name
+    mirrored, _ = train_classifier(source, test, replace(COLOURS, epochs=1))
+    straight, _ = train_classifier(source, test, replace(COLOURS, epochs=1, flip=False))
+    assert mirrored.name != straight.name
+
+
+def test_a_residual_block_starts_from_its_input():
+    block = ResidualBlock(3).eval()
+    torch.nn.init.zeros_(block.body[-1].weight)
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(block(x), torch.nn.functional.gelu(x))
+
+
+def test_the_bundled_classifier_follows_data_set_and_shape():
+    with pytest.raises(DataError, match=r"images \(2, 28, 28\), only for.*Fashion-MNIST \(1, 28, 28\).*--classifier"):
+        bundled_classifier((2, 28, 28))
+    assert bundled_classifier((1, 28, 28), "mnist/test").record["data"] == "Fashion-MNIST"
 
 
 def test_what_cannot_be_classified_is_refused(trained):
@@ -102,6 +138,8 @@ def test_what_cannot_be_classified_is_refused(trained):
         train_classifier(one, two)
     with pytest.raises(ConfigurationError, match="epochs"):
         ClassifierConfig(epochs=0)
+    with pytest.raises(ConfigurationError, match="network"):
+        ClassifierConfig(network="deep")
     with pytest.raises(ConfigurationError, match="dropout"):
         ClassifierConfig(dropout=1.0)
     with pytest.raises(ConfigurationError, match=r"seed.*-1"):
@@ -135,20 +173,19 @@ def test_damaged_and_foreign_files_are_refused(trained, tmp_path):
 
 
 def test_bundled_classifier_is_small_and_says_where_it_comes_from():
-    classifier = load_classifier()
+    classifier = bundled_classifier((1, 28, 28), "fashion-mnist-subset/test")
     assert classifier.shape == (1, 28, 28)
     assert classifier.classes == 10
     assert classifier.record["data"] == "Fashion-MNIST"
     assert classifier.record["test_accuracy"] > 0.9
-    assert classifier.record["recipe"] == {
-        key: value for key, value in vars(ClassifierConfig()).items() if key not in ("data", "seed")
-    }
+    now = vars(ClassifierConfig.suited((1, 28, 28)))  # the recipe has got options since
+    assert classifier.record["recipe"] == {key: now[key] for key in classifier.record["recipe"]}
     bundled = Path(__file__).parents[1] / "checkpoints" / "fashion_mnist_classifier.safetensors"
     assert bundled.stat().st_size < 300_000
 
 
 def test_bundled_classifier_sees_a_difference_between_sets_of_images():
-    classifier = load_classifier()
+    classifier = bundled_classifier((1, 28, 28))
     generator = torch.Generator().manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.rand(600, 1, 4, 4, generator=generator), 28, mode="bilinear")
     a, b = extract(classifier, smooth[:300]), extract(classifier, smooth[300:])

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,27 @@ def test_the_bundled_classifier_follows_data_set_and_shape():
     with pytest.raises(DataError, match=r"images \(2, 28, 28\), only for.*Fashion-MNIST \(1, 28, 28\).*--classifier"):
         bundled_classifier((2, 28, 28))
     assert bundled_classifier((1, 28, 28), "mnist/test").record["data"] == "Fashion-MNIST"
+    assert bundled_classifier((3, 32, 32), "cifar10/test").record["data"] == "CIFAR-10"
+
+
+def test_the_data_set_counts_where_several_classifiers_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "files", lambda _: tmp_path)
+    for name in ("Zebras", "A-B", "C"):
+        classifier = FeatureClassifier((1, 8, 8), 2, width=2)
+        classifier.record = {"data": name}
+        save_classifier(classifier, tmp_path / f"{name}_classifier.safetensors")
+    for data, expected in (("zebras/test", "Zebras"), ("a_b-subset/test", "A-B"), ("images.npy", "A-B")):
+        assert bundled_classifier((1, 8, 8), data).record["data"] == expected
+
+
+def test_the_bundled_classifier_of_colour_images_is_small_and_good():
+    classifier = bundled_classifier((3, 32, 32))
+    assert classifier.classes == 10
+    assert classifier.record["test_accuracy"] > 0.88
+    now = vars(ClassifierConfig.suited((3, 32, 32)))
+    assert classifier.record["recipe"] == {key: now[key] for key in classifier.record["recipe"]}
+    bundled = Path(__file__).parents[1] / "checkpoints" / "cifar10_classifier.safetensors"
+    assert bundled.stat().st_size < 3_000_000
 
 
 def test_what_cannot_be_classified_is_refused(trained):

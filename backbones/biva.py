@@ -53,6 +53,7 @@ class BIVA(Backbone):
         a = record(Architecture, architecture)
         self.image_shape = a.shape
         self.architecture = asdict(a)
+        self.discretised = a.likelihood == "logistic_mixture"
         self.network = Network(a)
         self.groups = tuple(
             LatentGroup(f"z{i}_{side}" if side else f"z{i}", head.shape)

@@ -34,7 +34,7 @@ class EnergyConfig:
     vector_layers: int = field(default=2, metadata={"help": "hidden layers of the head of a flat group"})
     joint: int = field(default=128, metadata={"help": "width of the joint head over all groups; 0: none"})
     activation: Literal["silu", "leaky_relu"] = field(default="silu", metadata={"help": "leaky_relu: slope 0.2"})
-    conditional: bool = field(default=True, metadata={"help": "heads see z_i in units of p(z_i | z_<i), too"})
+    conditional: bool = field(default=False, metadata={"help": "heads see z_i in units of p(z_i | z_<i), too"})
     standardize: bool = field(default=True, metadata={"help": "heads see latents in units of posterior mean and std"})
     dropout: float = field(default=0.0, metadata={"help": "dropout in the joint head"})
 

@@ -115,9 +115,7 @@ def paper_preset() -> FitConfig:
         betas=(0.99, 0.999),
         weight_decay=3e-5,
         ema=0.0,
-        energy=EnergyConfig(
-            channels=64, hidden=200, joint=0, activation="leaky_relu", conditional=False, standardize=False
-        ),
+        energy=EnergyConfig(channels=64, hidden=200, joint=0, activation="leaky_relu", standardize=False),
         chain=chain,
         penalty=0.0,
         sampler=replace(chain, steps=40),

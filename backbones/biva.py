@@ -119,4 +119,5 @@ class BIVA(Backbone):
         model.to_empty(device="cpu")
         model.network.load_state_dict(state)
         require_initialized(model.network, path)
+        model.data_name = config["dataset"].removeprefix("bin")
         return model.eval()

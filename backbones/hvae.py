@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,7 +89,8 @@ class HVAE(Backbone):
     def load_official(cls, path: Path) -> HVAE:
         """Build the network from a run folder of hvae-oodd, in eval mode, running none of its code.
 
-        Reads model_class_name.pt, model_kwargs.pt and model_state_dict.pt, and no other file. Raises CheckpointError.
+        Reads model_class_name.pt, model_kwargs.pt, model_state_dict.pt, datamodule_config.pt if that is there, and no
+        other file. Raises CheckpointError.
         """
         path = Path(path)
         if not path.is_dir():
@@ -108,4 +110,6 @@ class HVAE(Backbone):
         model.to_empty(device="cpu")
         model.network.load_state_dict(state)
         require_initialized(model.network, path)
+        with suppress(CheckpointError):  # the network does not need this file
+            model.data_name = hvae_official.data_name(load_plain(path / "datamodule_config.pt", "the data sets"))
         return model.eval()

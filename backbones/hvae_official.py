@@ -54,6 +54,14 @@ def translate(record: Any) -> dict[str, Any]:
     return architecture
 
 
+def data_name(datamodule: Any) -> str | None:
+    """The first training data set in datamodule_config.pt, without the word for what is done to its pixels."""
+    names = datamodule.get("train_datasets") if isinstance(datamodule, dict) else None
+    if not names or not isinstance(names, dict):
+        return None
+    return str(next(iter(names))).removesuffix("Binarized").removesuffix("Dequantized")
+
+
 def _block(config: Any) -> dict[str, Any]:
     config = _named(config, ("ResBlockConv2d",))
     for mode in ("downsampling_mode", "upsampling_mode"):

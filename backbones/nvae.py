@@ -145,6 +145,7 @@ class NVAE(Backbone):
             raise CheckpointError(f"{path}: {error}") from error
         expected = model.network.state_dict()
         check_state(state, expected, path)
+        model.data_name = args.dataset
         # Copied from the mapped file. Assigned, for the masks of the flows are no weights and exist already.
         copies = {key: torch.empty_like(expected[key], device="cpu").copy_(tensor) for key, tensor in state.items()}
         model.network.load_state_dict(copies, assign=True)

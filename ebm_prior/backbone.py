@@ -136,6 +136,7 @@ class Backbone(nn.Module, ABC):
     discretised: bool = (
         False  # p(x | z) is over images of so many bits: ELBOs are then shown in bits per dimension, too
     )
+    data_name: str | None = None  # the data set that an official file says it was trained on, as it calls it
     official_format: ClassVar[str] = "this adapter reads no foreign checkpoint format"
 
     @abstractmethod
@@ -167,7 +168,10 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     def load_official(cls, path: Path) -> Backbone:
-        """Build the network from the checkpoint format of its official code. Raises CheckpointError."""
+        """Build the network from the checkpoint format of its official code. Raises CheckpointError.
+
+        Sets `data_name` where the format names the data: `fit` then needs no --data.
+        """
         raise CheckpointError(
             f"{path} is not a backbone in ebm-prior's own safetensors form, and {cls.official_format}"
         )

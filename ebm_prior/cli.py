@@ -18,7 +18,7 @@ import torch
 from click.core import ParameterSource
 
 import ebm_prior
-from ebm_prior import commands, report
+from ebm_prior import commands, report, sources
 from ebm_prior.allocator import keep_freed_memory
 from ebm_prior.checkpoint import load_backbone, load_prior, prior_record, save_backbone
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
@@ -167,9 +167,10 @@ def fit(
         raise click.UsageError(f"only mle has chains and a penalty: leave out {names}, or pass --objective mle")
     config = replace(config, sampler=resolve(config.recorded_sampler, sampler))
     backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
-    images = open_images(
-        data or commands.own_data(checkpoint), data_root=data_root, download=download, image_shape=backbone.image_shape
-    )
+    if data is None:
+        data = sources.own_data(checkpoint, backbone)
+        click.echo(f"images: {data}, which {checkpoint} was trained on (--data takes others)", err=True)
+    images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
     directory = commands.run_directory(out, "fit", resume=resume)
     with Bar("fit", config.iterations) as bar:
         result = commands.fit_into(
@@ -288,7 +289,7 @@ def evaluate(
     loaded += [load_prior(path, loaded[0].backbone, force=force) for path in priors[1:]]
     for prior in loaded:
         prior.sampler = resolve(prior.sampler, given)
-    spec = data or commands.named_data(prior_record(priors[0])["record"], str(priors[0]))
+    spec = data or sources.named_data(prior_record(priors[0])["record"], str(priors[0]))
     test, train = (
         open_images(
             spec, split=split, data_root=data_root, download=download, image_shape=loaded[0].backbone.image_shape
@@ -335,7 +336,7 @@ def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str
         raise ConfigurationError(f"--out must end in .safetensors, by which its form is known; found {out}")
     commands.require_free(out, overwrite)
     backbone = load_backbone(adapter_name, checkpoint)
-    record = {**commands.source_record(checkpoint), "stage": "convert"}
+    record = {**sources.source_record(checkpoint, backbone), "stage": "convert"}
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
     click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
 
@@ -377,7 +378,7 @@ def pretrain(
             raise click.UsageError("--ckpt has its own architecture: leave --architecture out")
         backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
     elif adapter_name is not None:
-        backbone = commands.new_backbone(adapter_name, architecture, config.seed).to(_device(device), DTYPES[dtype])
+        backbone = sources.new_backbone(adapter_name, architecture, config.seed).to(_device(device), DTYPES[dtype])
     else:
         raise click.UsageError("say what to train: --backbone, or --ckpt to go on from trained weights")
     train, test = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -18,18 +17,19 @@ import torch
 from ebm_prior.backbone import Backbone
 from ebm_prior.checkpoint import PRIOR_KEY, backbone_record, bundled, save_backbone, save_prior
 from ebm_prior.classifier import bundled_classifier, load_classifier
-from ebm_prior.data import DATA_SET_NAMES, ImageSource
+from ebm_prior.data import ImageSource
 from ebm_prior.errors import ConfigurationError, DivergenceError, OutputError, UnknownBackboneError
 from ebm_prior.evaluate import EvalConfig, Reference, evaluate
 from ebm_prior.figures import grid, picture, save_png, titled_grids
 from ebm_prior.files import write_atomically
 from ebm_prior.fit import FitConfig, fit
 from ebm_prior.metrics import FeatureExtractor
-from ebm_prior.pretrain import Elbo, PretrainConfig, build, evaluate_elbo, pretrain, training_record
+from ebm_prior.pretrain import Elbo, PretrainConfig, evaluate_elbo, pretrain, training_record
 from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.registry import adapter, registered
 from ebm_prior.runs import Run
 from ebm_prior.samplers import SamplerConfig
+from ebm_prior.sources import source_record
 from ebm_prior.training import Callback
 from ebm_prior.weights import count_parameters, fingerprint, read_tensors
 
@@ -72,22 +72,6 @@ def require_free(out: Path, overwrite: bool, *, folder: bool = False) -> None:
 
 def _is_sample(path: Path) -> bool:
     return path.suffix == ".png" and path.stem.isdigit()
-
-
-def own_data(checkpoint: str) -> str:
-    """The data set that an own-form checkpoint says it was trained on. Raises ConfigurationError."""
-    path = bundled().get(checkpoint, Path(checkpoint))
-    return named_data(backbone_record(path)["record"] if path.suffix == ".safetensors" else {}, checkpoint)
-
-
-def named_data(record: Mapping[str, Any], what: str) -> str:
-    """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere."""
-    recorded = (record.get("data") or {}).get("name")
-    name, _, split = str(recorded).partition("/")
-    if name in DATA_SET_NAMES and split in ("train", "test"):
-        return name
-    known = "does not say what it was trained on" if recorded is None else f"was trained on {recorded}"
-    raise ConfigurationError(f"{what} {known}, which names no data set: pass --data")
 
 
 def run_inputs(backbone: Backbone, images: ImageSource) -> dict[str, Any]:
@@ -283,17 +267,6 @@ def _trained_on(prior: EBMPrior, name: str, images: str) -> bool:
     return bool(known["fingerprint"] == images if "fingerprint" in known else known.get("name") == name)
 
 
-def source_record(checkpoint: str) -> dict[str, Any]:
-    """Where a converted backbone comes from: name and SHA-256 over its files; of an own form also what it says."""
-    path = bundled().get(checkpoint, Path(checkpoint))
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    known = backbone_record(path)["record"] if path.suffix == ".safetensors" else {}
-    return {**known, "source": path.name, "source_sha256": digest.hexdigest()}
-
-
 def describe_backbone(backbone: Backbone, heads: int) -> dict[str, Any]:
     """A backbone's groups and parameter counts, with those of the default heads (Table 9)."""
     count = count_parameters(backbone)
@@ -320,40 +293,6 @@ def list_backbones() -> dict[str, Any]:
         card = backbone_record(path)
         trained.append({"name": name, "adapter": card["adapter"], "data": card["record"].get("data", {}).get("name")})
     return {"adapters": adapters, "bundled": trained}
-
-
-def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
-    """An untrained network of adapter `name`.
-
-    `architecture`: a JSON file of its keyword arguments, or a bundled backbone whose architecture is taken; None gives
-    none. Raises UnknownBackboneError, ConfigurationError.
-    """
-    kind = adapter(name)
-    if architecture is None:
-        try:
-            return build(kind, {}, seed=seed)
-        except ConfigurationError as error:
-            raise ConfigurationError(
-                f"{error}. Pass --architecture with a JSON file of its keyword arguments or a bundled backbone: "
-                f"{', '.join(bundled())}"
-            ) from error
-    if architecture in bundled():
-        record = backbone_record(architecture)
-        if record["adapter"] != name:
-            raise ConfigurationError(
-                f"--architecture {architecture} is one of {record['adapter']!r}, not of {name!r}: use --backbone "
-                f"{record['adapter']}"
-            )
-        return build(kind, record["architecture"], seed=seed)
-    try:
-        described = json.loads(Path(architecture).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"--architecture {architecture} cannot be read as JSON, nor is it bundled ({', '.join(bundled())}): {error}"
-        ) from error
-    if not isinstance(described, dict):
-        raise ConfigurationError(f"--architecture {architecture}: expected a JSON object of keyword arguments")
-    return build(kind, described, seed=seed)
 
 
 def pretrain_into(
@@ -391,7 +330,7 @@ def pretrain_into(
     if elbo is None and held_out is not None:  # a finished run, resumed
         elbo = evaluate_elbo(trained, held_out, seed=config.seed)
     path = directory / "backbone.safetensors"
-    start = {} if checkpoint is None else {"start": source_record(checkpoint)}
+    start = {} if checkpoint is None else {"start": source_record(checkpoint, backbone)}
     save_backbone(trained, path, record={**training_record(config, train, elbo), **start})
     return {
         "backbone": str(path),

@@ -189,7 +189,7 @@ def open_images(
     """
     if split not in get_args(Split):
         raise ConfigurationError(f"split: expected 'train' or 'test', found {split!r}")
-    name = {_plain(known): known for known in DATA_SET_NAMES}.get(_plain(spec)) if isinstance(spec, str) else None
+    name = known_data_set(spec) if isinstance(spec, str) else None
     if name is not None:
         root = default_data_root() if data_root is None else Path(data_root).expanduser()
         source = _open_named(name, split, root, image_shape, download)
@@ -201,6 +201,11 @@ def open_images(
             f"{path}: no such file or folder, nor the name of a data set ({', '.join(DATA_SET_NAMES)}); check the path"
         )
     return _open_path(path, split, image_shape)
+
+
+def known_data_set(name: str) -> str | None:
+    """What `DATA_SET_NAMES` calls the data set; case, hyphens and underscores do not matter. None: not known."""
+    return {_plain(known): known for known in DATA_SET_NAMES}.get(_plain(name))
 
 
 def default_data_root() -> Path:
@@ -319,7 +324,8 @@ def _open_named(name: str, split: Split, root: Path, image_shape: Shape | None, 
     if not download and not (idx if has_idx else where.exists()):
         raise DataError(
             f"{name}: the {split} split is not in {where}{'/raw' * has_idx}, and there is no {archive};"
-            " pass --data-root DIR (data_root=) for the folder that has it, or --download (download=True) to fetch it"
+            " pass --data-root DIR (data_root=) for the folder that has it, --download (download=True) to fetch it, or"
+            " other images as --data"
         )
     if idx:
         return _open_idx(idx, image_shape)

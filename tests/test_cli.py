@@ -14,8 +14,8 @@ from conftest import Workshop
 
 from ebm_prior import cli
 from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record
-from ebm_prior.commands import new_backbone
 from ebm_prior.energy import JointEnergy
+from ebm_prior.sources import new_backbone
 
 # Exit codes and streams.
 

@@ -64,7 +64,9 @@ def test_a_path_in_a_record_is_no_default(workshop: Workshop, small_options: lis
     for name in (str(workshop.images), "images.npz:x_train", "folder/train", "mnist", None):
         save_backbone(load_backbone(None, workshop.backbone), path, record={"data": {"name": name}} if name else {})
         error = workshop.error("fit", "--ckpt", path, "--out", tmp_path / "run", *small_options)
-        assert "pass --data" in error
+        assert "pass --data with" in error
+        assert "a folder of images" in error
+        assert name is None or f"was trained on {name}, a path or" in error
 
 
 # Held out or not.

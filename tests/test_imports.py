@@ -18,7 +18,7 @@ ROOMS = (
     {"backbone", "energy", "samplers", "objectives", "metrics", "batch_norm"},
     {"prior", "training", "fit", "pretrain", "gauge"},
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs", "figures", "classifier", "inception"},
-    {"evaluate", "options", "commands", "report", "demo", "progress", "allocator"},
+    {"evaluate", "options", "sources", "commands", "report", "demo", "progress", "allocator"},
     {"cli", "__main__"},
 )
 

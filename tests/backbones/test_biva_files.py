@@ -104,6 +104,7 @@ def weights(**changes: Any) -> dict[str, Tensor]:
 def test_an_official_folder_gives_back_the_network(tmp_path: Path, protocol: int, legacy: bool) -> None:
     loaded = BIVA.load_official(write_run(tmp_path, protocol=protocol, legacy=legacy))
     assert loaded.architecture == tiny(q_dropout=0.5, p_dropout=0, init_std=0.01).architecture
+    assert loaded.data_name == "mnist"
     assert not any(module.training for module in loaded.modules())
     state = torch.load(tmp_path / "model.pth")
     assert state.keys() == loaded.network.state_dict().keys()
@@ -127,6 +128,7 @@ def test_every_option_of_the_official_code_is_understood(tmp_path: Path) -> None
     config = tiny_config(dataset="cifar10", nr_mix=3)
     loaded = BIVA.load_official(write_run(tmp_path, record=record, config=config, state=weights(**architecture)))
     assert loaded.architecture == tiny(q_dropout=0.5, p_dropout=0, **architecture).architecture
+    assert loaded.data_name == "cifar10"
     record = tiny_record(Stage=STAGE["vae"], type="vae", log_var_act=None)
     state = weights(kind="vae", log_variance="none")
     assert "stages.2.q_proj.linear.linear.weight_v" in state  # which nothing reads

@@ -105,11 +105,31 @@ def test_a_malicious_file_is_refused_and_does_not_run(tmp_path: Path, file: str)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("datamodule", "name"),
+    [
+        ({"train_datasets": {"FashionMNISTBinarized": {"dynamic": True}, "MNISTBinarized": {}}}, "FashionMNIST"),
+        ({"train_datasets": {"CIFAR10Dequantized": {}}, "batch_size": 128}, "CIFAR10"),
+        ({"train_datasets": {}}, None),
+        ({"train_datasets": ["MNISTBinarized"]}, None),
+        (["MNISTBinarized"], None),
+        (None, None),
+    ],
+)
+def test_the_data_set_is_the_first_that_the_folder_names(tmp_path: Path, datamodule: Any, name: str | None) -> None:
+    write_run(tmp_path)
+    if datamodule is not None:
+        torch.save(datamodule, tmp_path / "datamodule_config.pt")
+    assert HVAE.load_official(tmp_path).data_name == name
+
+
 def test_other_files_of_the_folder_are_not_opened(tmp_path: Path) -> None:
     write_run(tmp_path)
     torch.save(Exploit(tmp_path / "run"), tmp_path / "evaluator.pt")
     (tmp_path / "datamodule_config.pt").write_bytes(b"not a torch file")
-    HVAE.load_official(tmp_path)
+    assert HVAE.load_official(tmp_path).data_name is None
+    torch.save({"train_datasets": Exploit(tmp_path / "run")}, tmp_path / "datamodule_config.pt")
+    assert HVAE.load_official(tmp_path).data_name is None
     assert not (tmp_path / "run").exists()
 
 

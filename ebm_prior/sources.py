@@ -1,0 +1,91 @@
+"""Where a backbone comes from: its data set and its record; or a new one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.checkpoint import backbone_record, bundled
+from ebm_prior.data import DATA_SET_NAMES, known_data_set
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.pretrain import build
+from ebm_prior.registry import adapter
+
+
+def own_data(checkpoint: str, backbone: Backbone) -> str:
+    """The data set that a checkpoint says it was trained on. Raises ConfigurationError."""
+    return named_data(_own_record(checkpoint, backbone), checkpoint)
+
+
+def named_data(record: Mapping[str, Any], what: str) -> str:
+    """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere."""
+    recorded = (record.get("data") or {}).get("name")
+    name, _, split = str(recorded).partition("/")
+    if name in DATA_SET_NAMES and split in ("train", "test"):
+        return name
+    known = ", ".join(DATA_SET_NAMES)
+    said = (
+        f"does not say what it was trained on: pass --data with one of the known data sets ({known}), or"
+        if recorded is None
+        else f"was trained on {recorded}, a path or the name of none of the known data sets ({known}): pass --data with"
+    )
+    raise ConfigurationError(f"{what} {said} a folder of images, an .npz, an .npy or an idx file")
+
+
+def source_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
+    """Where a backbone comes from: name and SHA-256 over its files, and what the checkpoint says of itself."""
+    path = bundled().get(checkpoint, Path(checkpoint))
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return {**_own_record(checkpoint, backbone), "source": path.name, "source_sha256": digest.hexdigest()}
+
+
+def _own_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
+    """The record of an own form; of an official one the data set, where it names that."""
+    path = bundled().get(checkpoint, Path(checkpoint))
+    if path.suffix == ".safetensors":
+        return dict(backbone_record(path)["record"])
+    if backbone.data_name is None:
+        return {}
+    known = known_data_set(backbone.data_name)
+    return {"data": {"name": f"{known}/train" if known else backbone.data_name}}
+
+
+def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
+    """An untrained network of adapter `name`.
+
+    `architecture`: a JSON file of its keyword arguments, or a bundled backbone whose architecture is taken; None gives
+    none. Raises UnknownBackboneError, ConfigurationError.
+    """
+    kind = adapter(name)
+    if architecture is None:
+        try:
+            return build(kind, {}, seed=seed)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{error}. Pass --architecture with a JSON file of its keyword arguments or a bundled backbone: "
+                f"{', '.join(bundled())}"
+            ) from error
+    if architecture in bundled():
+        record = backbone_record(architecture)
+        if record["adapter"] != name:
+            raise ConfigurationError(
+                f"--architecture {architecture} is one of {record['adapter']!r}, not of {name!r}: use --backbone "
+                f"{record['adapter']}"
+            )
+        return build(kind, record["architecture"], seed=seed)
+    try:
+        described = json.loads(Path(architecture).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"--architecture {architecture} cannot be read as JSON, nor is it bundled ({', '.join(bundled())}): {error}"
+        ) from error
+    if not isinstance(described, dict):
+        raise ConfigurationError(f"--architecture {architecture}: expected a JSON object of keyword arguments")
+    return build(kind, described, seed=seed)

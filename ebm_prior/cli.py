@@ -187,10 +187,13 @@ def fit(
 
 
 @main.command()
-@click.argument("prior", type=PATH)
+@click.argument("prior", type=PATH, required=False)
 @click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="how many samples")
 @click.option(
-    "--out", type=PATH, required=True, help=".png: a grid; .npz: arrays; without suffix: a folder of PNG files"
+    "--out",
+    type=PATH,
+    help=".png: a grid; .npz: arrays; without suffix: a folder of PNG files  [default: the next free drawn-001.png, "
+    "drawn-002.png, … beside PRIOR]",
 )
 @click.option("--compare", is_flag=True, help="in the grid, show the backbone's own samples beside them")
 @click.option("--overwrite", is_flag=True, help="replace what is at --out")
@@ -208,9 +211,9 @@ def fit(
 @DEVICE
 @JSON
 def sample(
-    prior: Path,
+    prior: Path | None,
     number: int,
-    out: Path,
+    out: Path | None,
     compare: bool,
     overwrite: bool,
     checkpoint: str | None,
@@ -222,7 +225,14 @@ def sample(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Draw images from a prior file, by the sampler recorded in it unless options say otherwise."""
+    """Draw images from a prior file, by the sampler recorded in it unless options say otherwise.
+
+    Without PRIOR it is the newest one under ./runs.
+    """
+    if prior is None:
+        prior = commands.newest_prior()
+        click.echo(f"prior: {prior}, the newest under ./runs", err=True)
+    out = out or commands.next_drawing(prior)
     if out.suffix not in (".png", ".npz", ""):
         raise click.UsageError(f"--out is a .png, an .npz or a folder (without suffix), found {out}")
     if compare and out.suffix != ".png":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from ebm_prior.backbone import Backbone
-from ebm_prior.checkpoint import PRIOR_KEY, backbone_record, bundled, save_backbone, save_prior
+from ebm_prior.checkpoint import PRIOR_KEY, backbone_record, bundled, prior_record, save_backbone, save_prior
 from ebm_prior.classifier import bundled_classifier, load_classifier
 from ebm_prior.data import ImageSource
 from ebm_prior.errors import ConfigurationError, DivergenceError, OutputError, UnknownBackboneError
@@ -40,8 +42,29 @@ def run_directory(out: Path | None, stage: str, *, resume: bool) -> Path:
         return out
     if resume:
         raise ConfigurationError("--resume needs --out: which run is to go on?")
-    taken = {path.name for path in Path("runs").glob(f"{stage}-*")}
-    return next(Path("runs") / f"{stage}-{k:03d}" for k in range(1, 10_000) if f"{stage}-{k:03d}" not in taken)
+    return _next_free(Path("runs"), stage)
+
+
+def newest_prior() -> Path:
+    """The prior under ./runs that was written last. Raises ConfigurationError where there is none."""
+    priors = [path for path in Path("runs").glob("*/prior.safetensors") if path.is_file()]
+    if not priors:
+        raise ConfigurationError(
+            f"there is no prior in {Path('runs').resolve()} (*/prior.safetensors): say which file it is, or make one "
+            "with ebm-prior fit"
+        )
+    return max(priors, key=lambda path: (path.stat().st_mtime_ns, path))
+
+
+def next_drawing(prior: Path) -> Path:
+    """The next free drawn-NNN.png beside a prior. Raises CheckpointError where there is no prior."""
+    prior_record(prior)  # first, for the folder of a name that is mistyped would be made
+    return _next_free(prior.parent, "drawn", ".png")
+
+
+def _next_free(folder: Path, stem: str, suffix: str = "") -> Path:
+    """The first of folder/stem-001, folder/stem-002, … that is not there."""
+    return next(path for k in count(1) if not os.path.lexists(path := folder / f"{stem}-{k:03d}{suffix}"))
 
 
 def require_writable(out: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from conftest import Workshop
 from PIL import Image
 from toys import ToyConv
@@ -36,6 +38,37 @@ def test_the_three_kinds_of_output(workshop: Workshop, prior: Path, tmp_path: Pa
     workshop.run("sample", prior, "-n", 4, "--compare", "--out", tmp_path / "compared.png")
     with Image.open(tmp_path / "compared.png") as picture:
         assert picture.height > 8
+
+
+def test_nothing_given_draws_from_the_newest_run_beside_its_prior(
+    workshop: Workshop, prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = workshop.error("sample")
+    assert f"no prior in {tmp_path / 'runs'}" in error
+    assert "ebm-prior fit" in error
+    for name, age in (("a", 5), ("b", 1), ("c", 3)):
+        path = tmp_path / "runs" / name / "prior.safetensors"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(prior.read_bytes())
+        os.utime(path, ns=(0, 10**18 - age))
+    (tmp_path / "runs" / "unfinished").mkdir()
+    newest = Path("runs/b")
+    (newest / "drawn-002.png").write_text("precious")
+    for number in ("001", "003"):
+        result = workshop.run("sample", "-n", 2, "--steps", 1)
+        assert f"prior: {newest / 'prior.safetensors'}" in result.stderr
+        assert f"wrote {newest / f'drawn-{number}.png'}" in result.stdout
+        with Image.open(newest / f"drawn-{number}.png") as picture:
+            assert picture.height > 8
+    assert (newest / "drawn-002.png").read_text() == "precious"
+    shown = json.loads(workshop.run("sample", "runs/c/prior.safetensors", "-n", 2, "--steps", 1, "--json").stdout)
+    assert shown["files"] == ["runs/c/drawn-001.png"]
+
+
+def test_no_folder_is_made_for_a_prior_that_is_not_there(workshop: Workshop, tmp_path: Path) -> None:
+    assert "found nothing there" in workshop.error("sample", tmp_path / "typo" / "prior.safetensors")
+    assert not (tmp_path / "typo").exists()
 
 
 def test_chunks_change_nothing(workshop: Workshop, prior: Path, tmp_path: Path) -> None:

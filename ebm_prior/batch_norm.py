@@ -18,11 +18,17 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.randomness import derived_generator
 
+ITERATIONS, BATCH_SIZE = 500, 16  # as published
 _PURPOSE = 0xBA7C
 
 
 def readjust_batch_norm(
-    backbone: Backbone, *, iterations: int = 500, batch_size: int = 16, temperature: float = 1.0, seed: int = 0
+    backbone: Backbone,
+    *,
+    iterations: int = ITERATIONS,
+    batch_size: int = BATCH_SIZE,
+    temperature: float = 1.0,
+    seed: int = 0,
 ) -> list[str]:
     """Re-adjust to samples of p_β at `temperature`: `iterations` batches, in float32 or better, then eval mode.
 
@@ -51,7 +57,7 @@ def readjust_batch_norm(
 @torch.no_grad()
 def readjust_to(backbone: Backbone, draws: Iterable[Sequence[Tensor]], *, temperature: float = 1.0) -> list[str]:
     """`readjust_batch_norm` with the ε of each batch given, each a list of (B, *group.shape), in the dtype at hand."""
-    layers = {name: m for name, m in backbone.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    layers = adjustable(backbone)
     before = {name: {key: t.clone() for key, t in layer.named_buffers()} for name, layer in layers.items()}
     backbone.eval()  # dropout stays off
     for layer in layers.values():
@@ -69,10 +75,22 @@ def readjust_to(backbone: Backbone, draws: Iterable[Sequence[Tensor]], *, temper
     finally:
         backbone.eval()
     if not met:
-        raise ConfigurationError(
-            f"{type(backbone).__name__} has no batch norm on its generative path: there is nothing to re-adjust"
-        )
+        raise _nothing(backbone)
     return met
+
+
+def adjustable(backbone: Backbone) -> dict[str, _BatchNorm]:
+    """The batch norms with running statistics, on either path, by name. Raises ConfigurationError without any."""
+    layers = {name: m for name, m in backbone.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    if not layers:
+        raise _nothing(backbone)
+    return layers
+
+
+def _nothing(backbone: Backbone) -> ConfigurationError:
+    return ConfigurationError(
+        f"{type(backbone).__name__} has no batch norm on its generative path: there is nothing to re-adjust"
+    )
 
 
 def _count(layer: nn.Module) -> int:

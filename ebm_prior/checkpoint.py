@@ -119,7 +119,8 @@ def bundled() -> dict[str, Path]:
 def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
     """Write a prior as one safetensors file: the heads, and what is needed to use them again.
 
-    `checkpoint`: where the backbone was loaded from (a path, or the name of a bundled one), for `load_prior`.
+    `checkpoint`: where the backbone was loaded from (a path, or the name of a bundled one), for `load_prior`. A path
+    without a folder means that it lies beside the prior.
     """
     record = {
         "format": 1,
@@ -188,8 +189,8 @@ def load_prior(
         raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
     if backbone is None:
         where = str(checkpoint or trained_on["checkpoint"])
-        beside = path.parent / Path(where).name
-        if checkpoint is None and not os.path.exists(where) and os.path.exists(beside):
+        beside = path.parent / Path(where).name  # where it is sought first, if the file says no folder
+        if checkpoint is None and os.path.exists(beside) and (Path(where).name == where or not os.path.exists(where)):
             where = str(beside)
         if where not in bundled() and not os.path.exists(where):
             raise CheckpointError(

@@ -132,6 +132,11 @@ def main() -> None:
 @BACKBONE
 @OWN_DATA
 @RUN
+@click.option(
+    "--bn-readjust",
+    is_flag=True,
+    help="first re-adjust the backbone's batch norms to its own samples (NVAE, §5.2); it is kept beside the prior",
+)
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help="base settings")
 @config_options(
     FitConfig,
@@ -150,6 +155,7 @@ def fit(
     overwrite: bool,
     resume: bool,
     config_file: Path | None,
+    bn_readjust: bool,
     preset: str,
     seed: int | None,
     device: str,
@@ -179,9 +185,11 @@ def fit(
             images,
             config,
             checkpoint=checkpoint,
+            bn_readjust=bn_readjust,
             resume=resume,
             overwrite=overwrite,
             on_step=bar.step,
+            on_stage=bar.remark,
         )
     _show(result, as_json, report.fit_summary)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ebm_prior.backbone import Backbone
+from ebm_prior.batch_norm import BATCH_SIZE, ITERATIONS, adjustable
 from ebm_prior.checkpoint import PRIOR_KEY, backbone_record, bundled, prior_record, save_backbone, save_prior
 from ebm_prior.classifier import bundled_classifier, load_classifier
 from ebm_prior.data import ImageSource
@@ -31,7 +32,7 @@ from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.registry import adapter, registered
 from ebm_prior.runs import Run
 from ebm_prior.samplers import SamplerConfig
-from ebm_prior.sources import source_record
+from ebm_prior.sources import readjusted, source_record
 from ebm_prior.training import Callback
 from ebm_prior.weights import count_parameters, fingerprint, read_tensors
 
@@ -115,21 +116,37 @@ def fit_into(
     config: FitConfig,
     *,
     checkpoint: str,
+    bn_readjust: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     on_step: Callback | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
 
-    Where training diverges for good, the best prior so far is written before DivergenceError goes on.
+    `bn_readjust`: first re-adjust the batch norms of `backbone`, which is then another one: it is written to
+    backbone.safetensors, and this is the backbone of the prior. Where training diverges for good, the best prior so far
+    is written before DivergenceError goes on.
     """
-    inputs = {"backbone": fingerprint(backbone), **run_inputs(backbone, images)}
-    run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
-    path = directory / "prior.safetensors"
+    settings: dict[str, Any] | None = None
+    if bn_readjust:
+        settings = {"iterations": ITERATIONS, "batch_size": BATCH_SIZE, "temperature": 1.0, "seed": config.seed}
+    inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
+    path, own = directory / "prior.safetensors", directory / "backbone.safetensors"
     where = checkpoint if checkpoint in bundled() else str(Path(checkpoint).resolve())
+    if settings is not None:
+        adjustable(backbone)
+        if where == str(own.resolve()):
+            raise OutputError(f"{own} is the backbone that is to be re-adjusted: choose another --out")
+    run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
+    if settings is not None:
+        backbone = readjusted(backbone, own, checkpoint, settings, resume=resume, on_stage=on_stage)
+        where = own.name  # beside the prior: wherever the run is, equal runs give equal bytes
 
     def keep(prior: EBMPrior) -> None:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
+        if settings is not None:
+            prior.record["bn_readjust"] = settings
         save_prior(prior, path, checkpoint=where)
 
     def show(shown: Mapping[str, Any]) -> None:

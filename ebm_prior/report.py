@@ -171,6 +171,11 @@ def prior_card(record: Mapping[str, Any]) -> str:
         table(["group (top first)", "shape", "head parameters"], rows),
         f"sampler: {_sampler(record['sampler'])}",
     ]
+    if "bn_readjust" in training:
+        lines.append(
+            "batch norms of the backbone re-adjusted: {iterations} batches of {batch_size} samples at temperature "
+            "{temperature:g}, seed {seed}".format(**training["bn_readjust"])
+        )
     if "held_out" in training:  # a library user may record anything
         gain = training["held_out"]["tempered"]
         lines.append(

@@ -1,15 +1,16 @@
-"""Where a backbone comes from: its data set and its record; or a new one."""
+"""Where a backbone comes from: its data set and its record; and what is made of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ebm_prior.backbone import Backbone
-from ebm_prior.checkpoint import backbone_record, bundled
+from ebm_prior.batch_norm import readjust_batch_norm
+from ebm_prior.checkpoint import backbone_record, bundled, load_backbone, save_backbone
 from ebm_prior.data import DATA_SET_NAMES, known_data_set
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.pretrain import build
@@ -55,6 +56,32 @@ def _own_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
         return {}
     known = known_data_set(backbone.data_name)
     return {"data": {"name": f"{known}/train" if known else backbone.data_name}}
+
+
+def readjusted(
+    backbone: Backbone,
+    path: Path,
+    checkpoint: str,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    on_stage: Callable[[str], None] | None = None,
+) -> Backbone:
+    """The backbone with its batch norms re-adjusted, as it is read from the own form that is written to `path`.
+
+    `settings`: the keyword arguments of `readjust_batch_norm`, which changes `backbone` in place. `checkpoint`: where
+    it comes from, for the record. With `resume` a file that is there already is the one.
+    """
+    if not resume:
+        path.unlink(missing_ok=True)  # of an earlier run; a kill while this one works must not leave it to a resume
+    if not path.exists():
+        if on_stage:
+            on_stage("re-adjusting batch norms to {iterations} batches of {batch_size} samples".format(**settings))
+        readjust_batch_norm(backbone, **settings)
+        record = {**source_record(checkpoint, backbone), "stage": "bn-readjust", "bn_readjust": dict(settings)}
+        save_backbone(backbone, path, record=record)
+    like = next(backbone.parameters())
+    return load_backbone(None, path, device=like.device, dtype=like.dtype)
 
 
 def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from conftest import Workshop
 from ebm_prior.backbones.nvae import NVAE
+from run_folders import Interrupted
 from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, tiny_args, trained, weights, write
 
-from ebm_prior.checkpoint import backbone_record, prior_record
+from ebm_prior import commands
+from ebm_prior.batch_norm import readjust_batch_norm
+from ebm_prior.checkpoint import backbone_record, load_backbone, prior_record, save_backbone
+from ebm_prior.weights import fingerprint
 
 # The data set that the file names.
 
@@ -72,6 +76,100 @@ def test_a_data_set_that_is_not_here_or_not_known_is_named_with_what_to_pass(
         assert f"{checkpoint} was trained on imagenet_8" in error
         assert "pass --data with a folder of images" in error
     assert not (tmp_path / "run").exists()
+
+
+# Batch norms re-adjusted to the backbone's own samples.
+
+
+@pytest.fixture
+def readjusting(
+    official: Path, data_root: Path, small_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> list[object]:
+    """The words of a small second stage with --bn-readjust, which takes 3 batches here."""
+    monkeypatch.setattr(commands, "ITERATIONS", 3)
+    plain = ["fit", "--backbone", "nvae", "--ckpt", official, "--data-root", data_root, *small_options]
+    return [*plain, "--sampler-steps", 1, "--bn-readjust", "--seed", 1, "--out"]
+
+
+def test_the_prior_is_that_of_the_readjusted_backbone(
+    workshop: Workshop, official: Path, readjusting: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, settings = tmp_path / "run", {"iterations": 3, "batch_size": 16, "temperature": 1.0, "seed": 1}
+    assert "re-adjusting batch norms to 3 batches of 16 samples" in workshop.run(*readjusting, run).stderr
+    expected = load_backbone("nvae", official)
+    before = fingerprint(expected)
+    readjust_batch_norm(expected, **settings)
+    own = run / "backbone.safetensors"
+    assert fingerprint(load_backbone(None, own)) == fingerprint(expected) != before
+    record = backbone_record(own)["record"]
+    assert record["bn_readjust"] == settings
+    assert (record["source"], record["data"]) == ("checkpoint.pt", {"name": "cifar10/train"})
+
+    prior = prior_record(run / "prior.safetensors")
+    assert prior["backbone"]["fingerprint"] == fingerprint(expected)
+    assert prior["record"]["bn_readjust"] == settings
+    shown = workshop.run("info", run / "prior.safetensors").stdout
+    assert "re-adjusted: 3 batches of 16 samples at temperature 1, seed 1" in shown
+
+    moved = run.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    save_backbone(tiny(), tmp_path / own.name)  # another one of this name, where the command is given
+    workshop.run("sample", moved / "prior.safetensors", "-n", 2)
+
+
+def test_equal_seeds_give_equal_bytes_of_backbone_and_prior(
+    workshop: Workshop, readjusting: list[object], tmp_path: Path
+) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    workshop.run(*readjusting, a)
+    workshop.run(*readjusting, b)
+    workshop.run(*readjusting, c, "--seed", 2)
+    for name in ("backbone.safetensors", "prior.safetensors"):
+        whole = (a / name).read_bytes()
+        assert (b / name).read_bytes() == whole
+        assert (c / name).read_bytes() != whole
+
+
+def test_a_resumed_run_keeps_its_readjusted_backbone(
+    workshop: Workshop, readjusting: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    workshop.run(*readjusting, whole)
+    workshop.run(*readjusting, cut, "--seed", 2)  # an earlier run, of whose backbone nothing may be left
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise Interrupted
+
+    # Before there is a backbone, and after.
+    for place, how in (("sources.readjust_batch_norm", "--overwrite"), ("commands.fit", "--resume")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"ebm_prior.{place}", interrupt)
+            with pytest.raises(Interrupted):
+                workshop.run(*readjusting, cut, how)
+    with monkeypatch.context() as patch:
+        patch.setattr("ebm_prior.sources.readjust_batch_norm", interrupt)  # not again
+        workshop.run(*readjusting, cut, "--resume")
+    for name in ("backbone.safetensors", "prior.safetensors", "metrics.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    plain = [word for word in readjusting if word != "--bn-readjust"]
+    assert "bn_readjust.iterations: 3 before, None now" in workshop.error(*plain, cut, "--resume")
+
+
+def test_what_cannot_be_readjusted_is_refused_before_the_run(
+    workshop: Workshop, fit_words: list[object], readjusting: list[object], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert "ToyConv has no batch norm" in workshop.error(*fit_words, "--bn-readjust", "--out", run)
+    assert not run.exists()
+    workshop.run(*readjusting, run)
+    own = run / "backbone.safetensors"
+    before = own.read_bytes()
+    plain = [word for word in readjusting if word != "--backbone" and word != "nvae"]
+    assert "choose another --out" in workshop.error(*plain, run, "--ckpt", own, "--overwrite")
+    assert own.read_bytes() == before
+
+
+# Every official model.
 
 
 @needs_fixtures

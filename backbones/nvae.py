@@ -119,12 +119,12 @@ class NVAE(Backbone):
         return (module for module in self.modules() if isinstance(module, BatchNorm))
 
     @classmethod
-    def load_official(cls, path: Path, *, log_std_floor: float | None = None) -> NVAE:
+    def load_official(cls, path: Path) -> NVAE:
         """Build the network from a checkpoint of the official code, in eval mode. Raises CheckpointError.
 
         Reads the arguments and the weights; the optimizer's state, two thirds of the file, stays on disk. The file
-        does not say which code trained a Gaussian decoder: `log_std_floor` is None for NVAE's log p(x | z), −2 for
-        VAEBM's.
+        does not say which code trained a Gaussian decoder: log p(x | z) is NVAE's, and VAEBM's with log_std_floor −2
+        (`ebm-prior convert --set log_std_floor=-2`).
         """
         if not os.path.isfile(path):
             raise CheckpointError(f"{path} is not a file, and {cls.official_format}")
@@ -136,11 +136,8 @@ class NVAE(Backbone):
         state = tensors_of(content["state_dict"], path, "the weights")
         state = {key: tensor for key, tensor in state.items() if not key.endswith(ALIAS)}
         try:
-            architecture = nvae_official.translate(vars(args))
-            if architecture["likelihood"] == "gaussian":
-                architecture["log_std_floor"] = log_std_floor
             with torch.device("meta"):  # a corrupt architecture allocates nothing before the weights confirm it
-                model = cls(**architecture)
+                model = cls(**nvae_official.translate(vars(args)))
         except ConfigurationError as error:
             raise CheckpointError(f"{path}: {error}") from error
         expected = model.network.state_dict()

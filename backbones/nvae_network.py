@@ -7,6 +7,7 @@ which takes z in. The top group (index 0) has no encoder combiner, the bottom on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,7 +79,9 @@ class Architecture:
         if self.likelihood == "logistic_mixture" and self.image_shape[0] != 3:
             raise ConfigurationError(f"the logistic mixture models 3 colours, found images of {self.image_shape[0]}")
         floor = self.log_std_floor
-        if floor is not None and not (self.likelihood == "gaussian" and isinstance(floor, (int, float))):
+        if floor is not None and not (
+            self.likelihood == "gaussian" and type(floor) in (int, float) and math.isfinite(floor)
+        ):
             raise ConfigurationError(
                 f"log_std_floor: expected a number, and the Gaussian likelihood, found {floor!r} and {self.likelihood}"
             )

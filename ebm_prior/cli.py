@@ -347,14 +347,27 @@ def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, a
     show_default=True,
     help="of the weights in the file",
 )
+@click.option(
+    "--set",
+    "changes",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="change an option of the architecture that holds no weights, VALUE in JSON; VAEBM's Gaussian decoders: "
+    "log_std_floor=-2",
+)
 @click.option("--overwrite", is_flag=True, help="replace --out")
-def convert(adapter_name: str | None, checkpoint: str, out: Path, precision: str, overwrite: bool) -> None:
+def convert(
+    adapter_name: str | None, checkpoint: str, out: Path, precision: str, changes: tuple[str, ...], overwrite: bool
+) -> None:
     """Write a backbone in ebm-prior's own form, one safetensors file that every command takes as --ckpt."""
+    options = sources.parsed_options(changes)
     if out.suffix != ".safetensors":
         raise ConfigurationError(f"--out must end in .safetensors, by which its form is known; found {out}")
     commands.require_free(out, overwrite)
     backbone = load_backbone(adapter_name, checkpoint)
     record = {**sources.source_record(checkpoint, backbone), "stage": "convert"}
+    if options:
+        backbone, record = sources.with_options(backbone, options), record | {"set": options}
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
     click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,45 @@ def readjusted(
         save_backbone(backbone, path, record=record)
     like = next(backbone.parameters())
     return load_backbone(None, path, device=like.device, dtype=like.dtype)
+
+
+def parsed_options(words: Sequence[str]) -> dict[str, Any]:
+    """Options of an architecture from words KEY=VALUE, each value in JSON. Raises ConfigurationError."""
+    options: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        try:
+            options[key] = json.loads(value)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"--set {word}: expected KEY=VALUE with the value in JSON, e.g. log_std_floor=-2 or skips=false, and "
+                f"texts in double quotes ({error})"
+            ) from error
+    return options
+
+
+def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
+    """The network with these options in its architecture and the same weights. Raises ConfigurationError.
+
+    An option that the architecture does not have is an error, and so is one on which the weights depend.
+    """
+    kind, architecture = type(backbone), dict(backbone.architecture)
+    if unknown := sorted(set(options) - set(architecture)):
+        known = ", ".join(architecture)
+        raise ConfigurationError(f"--set {', '.join(unknown)}: {kind.__name__} has only the options {known}")
+    named = f"--set {', '.join(options)}"
+    try:
+        changed = build(kind, architecture | dict(options))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{named}: {error}") from error
+    ours, theirs = ({key: t.shape for key, t in network.state_dict().items()} for network in (backbone, changed))
+    if unfit := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+        raise ConfigurationError(
+            f"{named}: expected options that hold no weights, found {len(unfit)} weights that would be others: "
+            f"{', '.join(unfit[:5])}{', …' * (len(unfit) > 5)}"
+        )
+    changed.load_state_dict(backbone.state_dict())
+    return changed.eval()
 
 
 def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:

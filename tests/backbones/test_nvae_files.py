@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, tiny_args, tra
 
 from ebm_prior.checkpoint import backbone_record, load_backbone, save_backbone
 from ebm_prior.errors import CheckpointError
+from ebm_prior.weights import fingerprint
 
 
 def test_an_official_file_gives_back_the_network(tmp_path: Path) -> None:
@@ -57,13 +59,6 @@ def test_weights_from_a_gpu_load_without_one(tmp_path: Path, monkeypatch: pytest
         path = write(tmp_path)
     assert b"cuda:0" in path.read_bytes()
     assert all(parameter.is_cpu for parameter in NVAE.load_official(path).parameters())
-
-
-def test_a_gaussian_file_is_scored_as_its_reader_says(tmp_path: Path) -> None:
-    args = tiny_args(num_mixture_dec=1)
-    path = write(tmp_path, args=args, state=weights(trained(tiny(likelihood="gaussian"))))
-    assert NVAE.load_official(path).architecture["log_std_floor"] is None
-    assert NVAE.load_official(path, log_std_floor=-2.0).architecture["log_std_floor"] == -2.0
 
 
 # Refusals.
@@ -194,6 +189,35 @@ def test_converts_to_a_third_and_half_of_that(workshop: Workshop, tmp_path: Path
     assert workshop.run("info", "--ckpt", own).stdout
     with pytest.raises(CheckpointError, match="use --backbone nvae"):
         load_backbone("hvae", own)
+
+
+def test_a_gaussian_file_is_scored_as_its_converter_says(workshop: Workshop, tmp_path: Path) -> None:
+    """NVAE's and VAEBM's files do not differ in form, but their log p(x | z) does where log σ is below −2."""
+    model = trained(tiny(likelihood="gaussian"))
+    with torch.no_grad():
+        model.network.image_conditional[1].bias[3:] = -4.0
+    path = write(tmp_path, args=tiny_args(num_mixture_dec=1), state=weights(model))
+    convert = ("convert", "--backbone", "nvae", "--ckpt", path, "--out")
+    nvae, vaebm = tmp_path / "nvae.safetensors", tmp_path / "vaebm.safetensors"
+    workshop.run(*convert, nvae)
+    workshop.run(*convert, vaebm, "--set", "log_std_floor=-2", "--set", "residual_posterior=true")
+    assert backbone_record(vaebm)["record"]["set"] == {"log_std_floor": -2, "residual_posterior": True}
+    assert "set" not in backbone_record(nvae)["record"]
+    first, second = (load_backbone(None, file) for file in (nvae, vaebm))
+    assert (first.architecture["log_std_floor"], second.architecture["log_std_floor"]) == (None, -2)
+    assert fingerprint(first) == fingerprint(second) == fingerprint(model)
+    z, images = first.sample(2, generator=torch.Generator().manual_seed(0)), torch.rand(2, 3, 8, 8)
+    assert torch.equal(first.decode(z).mean, second.decode(z).mean)
+    assert (second.decode(z).log_prob(images) > first.decode(z).log_prob(images)).all()
+    for changes, message in (
+        ("decoder_channels=5", r"--set decoder_channels: expected options that hold no weights, found \d+ weights"),
+        ("flows=0", "--set flows: expected options that hold no weights.*nf_cells"),
+        ("likelihood='bernoulli'", "--set likelihood='bernoulli': expected KEY=VALUE with the value in JSON"),
+        ("bits=9", "--set bits: NVAE cannot build.*bits: expected 1 to 8"),
+        ("floor=-2", "--set floor: NVAE has only the options image_shape, .*log_std_floor, bits"),
+    ):
+        assert re.search(message, workshop.error(*convert, tmp_path / "not.safetensors", "--set", changes))
+    assert not (tmp_path / "not.safetensors").exists()
 
 
 @needs_fixtures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -166,6 +167,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "many cells": ({"encoder_cells": 2000}, "at most 4096 cells"),
     "colours": ({"image_shape": [1, 8, 8]}, "3 colours"),
     "floor": ({"log_std_floor": -2.0}, "log_std_floor: expected"),
+    "floor that is no number": ({"log_std_floor": math.nan, "likelihood": "gaussian"}, "log_std_floor: expected"),
+    "floor that is a flag": ({"log_std_floor": True, "likelihood": "gaussian"}, "log_std_floor: expected"),
     "bits": ({"bits": 9}, "bits: expected 1 to 8"),
     "binary bits": ({"bits": 5, "likelihood": "bernoulli"}, "bits: expected 1 to 8, and 8"),
     "single group of two widths": ({"groups_per_scale": [1]}, "equal width"),

@@ -24,7 +24,6 @@ from ebm_prior.checkpoint import load_backbone, load_prior, prior_record, save_b
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.data import open_images
 from ebm_prior.demo import demo_config, require_demo_folder, run_demo
-from ebm_prior.energy import JointEnergy
 from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError
 from ebm_prior.evaluate import EvalConfig
 from ebm_prior.files import without_nan
@@ -33,7 +32,6 @@ from ebm_prior.options import config_options, resolve
 from ebm_prior.pretrain import PretrainConfig
 from ebm_prior.progress import Bar
 from ebm_prior.samplers import SamplerConfig
-from ebm_prior.weights import count_parameters
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(exists=False, path_type=Path)
@@ -333,8 +331,7 @@ def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, a
         _show(prior_record(prior) | {"heads": commands.head_parameters(prior)}, as_json, report.prior_card)
         return
     backbone = load_backbone(adapter_name, str(checkpoint))
-    heads = count_parameters(JointEnergy(backbone.groups, FitConfig().energy))
-    _show(commands.describe_backbone(backbone, heads), as_json, report.backbone_card)
+    _show(commands.describe_backbone(backbone), as_json, report.backbone_card)
 
 
 @main.command()

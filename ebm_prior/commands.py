@@ -21,11 +21,12 @@ from ebm_prior.batch_norm import BATCH_SIZE, ITERATIONS, adjustable
 from ebm_prior.checkpoint import PRIOR_KEY, backbone_record, bundled, prior_record, save_backbone, save_prior
 from ebm_prior.classifier import bundled_classifier, load_classifier
 from ebm_prior.data import ImageSource
+from ebm_prior.energy import EnergyConfig, JointEnergy
 from ebm_prior.errors import ConfigurationError, DivergenceError, OutputError, UnknownBackboneError
 from ebm_prior.evaluate import EvalConfig, Reference, evaluate
 from ebm_prior.figures import grid, picture, save_png, titled_grids
 from ebm_prior.files import write_atomically
-from ebm_prior.fit import FitConfig, fit
+from ebm_prior.fit import FitConfig, fit, paper_preset
 from ebm_prior.metrics import FeatureExtractor
 from ebm_prior.pretrain import Elbo, PretrainConfig, evaluate_elbo, pretrain, training_record
 from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
@@ -169,7 +170,7 @@ def fit_into(
     return {
         "prior": str(path),
         "picture": str(before_after),
-        "parameters": parameters(prior),
+        "parameters": parameters(backbone, config.energy),
         "tau": prior.tau,
         "regime": prior.regime,
         "sampler": asdict(prior.sampler),
@@ -178,10 +179,12 @@ def fit_into(
     }
 
 
-def parameters(prior: EBMPrior) -> dict[str, float]:
-    """Parameter counts of backbone and heads, and their ratio (Table 9)."""
-    backbone, heads = count_parameters(prior.backbone), count_parameters(prior.energy)
-    return {"backbone": backbone, "heads": heads, "ratio": heads / backbone}
+def parameters(backbone: Backbone, energy: EnergyConfig) -> dict[str, float]:
+    """Parameter counts of a backbone and of such heads on it, and their ratio (Table 9)."""
+    with torch.device("meta"):  # counted, not made
+        heads = count_parameters(JointEnergy(backbone.groups, energy))
+    count = count_parameters(backbone)
+    return {"backbone": count, "heads": heads, "ratio": heads / count}
 
 
 def head_parameters(path: Path) -> dict[str, int]:
@@ -307,15 +310,15 @@ def _trained_on(prior: EBMPrior, name: str, images: str) -> bool:
     return bool(known["fingerprint"] == images if "fingerprint" in known else known.get("name") == name)
 
 
-def describe_backbone(backbone: Backbone, heads: int) -> dict[str, Any]:
-    """A backbone's groups and parameter counts, with those of the default heads (Table 9)."""
-    count = count_parameters(backbone)
+def describe_backbone(backbone: Backbone) -> dict[str, Any]:
+    """A backbone's groups and parameter counts, with those of the default heads and of the paper's (Table 9)."""
     return {
         "class": type(backbone).__name__,
         "image_shape": list(backbone.image_shape),
         "groups": [[group.name, list(group.shape)] for group in backbone.groups],
         "fingerprint": fingerprint(backbone),
-        "parameters": {"backbone": count, "heads": heads, "ratio": heads / count},
+        "parameters": parameters(backbone, FitConfig().energy),
+        "parameters_paper": parameters(backbone, paper_preset().energy),
     }
 
 

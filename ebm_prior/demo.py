@@ -81,7 +81,7 @@ def run_demo(
     result |= {
         "command": "demo",
         "seconds": time.monotonic() - began,
-        "parameters": parameters(prior),
+        "parameters": parameters(backbone, prior.energy.config),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "files": [str(path), str(picture), str(table)],

@@ -188,13 +188,14 @@ def prior_card(record: Mapping[str, Any]) -> str:
 
 def backbone_card(described: Mapping[str, Any]) -> str:
     """A backbone's groups and parameter counts."""
-    count = described["parameters"]
+    count, paper = described["parameters"], described["parameters_paper"]
     rows = [[name, "×".join(map(str, shape))] for name, shape in described["groups"]]
     return "\n".join(
         [
             f"{described['class']}, images {'×'.join(map(str, described['image_shape']))}, fingerprint "
             f"{described['fingerprint'][:12]}",
-            f"parameters: backbone {count['backbone']:,}, default heads {count['heads']:,} ({count['ratio']:.1%})",
+            f"parameters: backbone {count['backbone']:,}, default heads {count['heads']:,} ({count['ratio']:.1%}), "
+            f"heads of --preset paper {paper['heads']:,} ({paper['ratio']:.1%})",
             table(["group (top first)", "shape"], rows),
         ]
     )

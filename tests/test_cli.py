@@ -15,6 +15,7 @@ from conftest import Workshop
 from ebm_prior import cli
 from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record
 from ebm_prior.energy import JointEnergy
+from ebm_prior.fit import FitConfig, paper_preset
 from ebm_prior.sources import new_backbone
 
 # Exit codes and streams.
@@ -140,7 +141,14 @@ def test_info_tells_both_parameter_counts(workshop: Workshop, prior: Path) -> No
     assert described["groups"] == [["dense", [4]], ["point", [2, 1, 1]], ["conv", [3, 4, 4]]]
     assert described["fingerprint"] == record["backbone"]["fingerprint"]
     text = workshop.run("info", "--ckpt", workshop.backbone).stdout
-    assert f"backbone {backbone:,}, default heads {described['parameters']['heads']:,}" in text
+    for key, preset, said in (
+        ("parameters", FitConfig(), "default heads"),
+        ("parameters_paper", paper_preset(), "paper"),
+    ):
+        heads = sum(p.numel() for p in JointEnergy(loaded.backbone.groups, preset.energy).parameters())
+        assert described[key] == {"backbone": backbone, "heads": heads, "ratio": heads / backbone}
+        assert f"{said} {heads:,} ({heads / backbone:.1%})" in text
+    assert f"backbone {backbone:,}, " in text
 
 
 def test_backbones_lists_adapters_and_says_which_are_broken(workshop: Workshop) -> None:

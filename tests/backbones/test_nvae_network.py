@@ -12,7 +12,9 @@ from ebm_prior.backbones.nvae import NVAE
 from ebm_prior.backbones.nvae_official import translate
 from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, trained
 
+from ebm_prior.commands import parameters
 from ebm_prior.errors import ConfigurationError
+from ebm_prior.fit import paper_preset
 from ebm_prior.testing import check_backbone
 
 # The published configurations.
@@ -86,6 +88,29 @@ def test_published_architectures_have_the_published_size(name: str) -> None:
     ]
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert len(model.network.state_dict()) == entries - aliases
+
+
+# Of all heads together, in millions.
+PAPER_HEADS = {
+    "CIFAR-10": 9.95,
+    "CIFAR-10 VAEBM": 9.95,
+    "CelebA-64": 13.19,
+    "church VAEBM": 4.97,
+    "FFHQ": 18.71,
+    "HQ VAEBM": 8.75,
+    "CIFAR-10, 2 scales": 8.89,
+    "HQ quali": 18.71,
+}
+
+
+@pytest.mark.parametrize("name", PAPER_HEADS)
+def test_the_papers_heads_have_the_published_size(name: str) -> None:
+    arguments, *_, backbone, _, _ = PUBLISHED[name]
+    with torch.device("meta"):
+        model = NVAE(**translate(arguments))
+    counted = parameters(model, paper_preset().energy)
+    assert counted["heads"] / 1e6 == pytest.approx(PAPER_HEADS[name], abs=0.005)
+    assert counted["ratio"] == counted["heads"] / backbone
 
 
 def test_groups_are_named_from_the_bottom_and_know_their_scale() -> None:

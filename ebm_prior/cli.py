@@ -139,6 +139,7 @@ def main() -> None:
 @config_options(
     FitConfig,
     wording={"chain_": "mle: {help}  [default: {default}]", "sampler_": "{help}  [default: as the preset has it]"},
+    also={"iterations": ["--max-steps"]},
 )
 @RUN_SEED
 @DEVICE

@@ -7,7 +7,7 @@ options given. Nested dataclasses become options with a prefix: --energy-channel
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -23,12 +23,17 @@ WORDING = "{help}  [default: {default}]"
 
 
 def config_options(
-    kind: type[Any], *, skip: tuple[str, ...] = ("seed",), wording: Mapping[str, str] | None = None
+    kind: type[Any],
+    *,
+    skip: tuple[str, ...] = ("seed",),
+    wording: Mapping[str, str] | None = None,
+    also: Mapping[str, Sequence[str]] | None = None,
 ) -> Callable[[Command], Command]:
     """Decorate a command with an option for every field of a configuration dataclass that has a help text.
 
     `skip`: fields, of nested dataclasses too, that become no options. `wording`: what the help says, in place of
-    `WORDING`, of options whose names start so, where a command has more to say or starts from other defaults.
+    `WORDING`, of options whose names start so, where a command has more to say or starts from other defaults. `also`:
+    further spellings of an option.
     """
 
     def decorate(command: Command) -> Command:
@@ -39,6 +44,7 @@ def config_options(
                 f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"
                 if option_type is bool
                 else f"--{name.replace('_', '-')}",
+                *(also or {}).get(name, ()),
                 name,
                 type=None if option_type is bool else option_type[0] if multiple > 1 else option_type,
                 nargs=multiple,

@@ -46,7 +46,7 @@ class Outer:
 
 
 @click.command()
-@config_options(Outer)
+@config_options(Outer, also={"inner_rate": ["--speed"]})
 @click.option("--config", type=click.Path(path_type=Path))
 def command(config: Path | None, **given: Any) -> None:
     click.echo(json.dumps(dataclasses.asdict(resolve(Outer(), given, config))))
@@ -79,6 +79,7 @@ def test_nothing_given_is_the_defaults() -> None:
         ("--no-flag", changed(flag=False)),
         ("--flag", DEFAULTS),
         ("--inner-rate 2", changed(inner={"deep": {"size": 5}, "rate": 2.0})),
+        ("--speed 2", changed(inner={"deep": {"size": 5}, "rate": 2.0})),
         ("--inner-deep-size 9", changed(inner={"deep": {"size": 9}, "rate": 0.25})),
         ("--maybe-size 1", changed(maybe={"size": 1})),
     ],
@@ -89,7 +90,7 @@ def test_each_kind_of_option(arguments: str, expected: dict[str, Any]) -> None:
 
 def test_the_help_shows_the_defaults_of_the_outermost_dataclass() -> None:
     text = " ".join(CliRunner().invoke(command, ["--help"]).stdout.split())
-    for option, default in (("--inner-rate", "0.25"), ("--inner-deep-size", "5"), ("--pair", "1.0 2.0")):
+    for option, default in (("--inner-rate, --speed", "0.25"), ("--inner-deep-size", "5"), ("--pair", "1.0 2.0")):
         assert re.search(rf"{option} [^[]*\[default: {re.escape(default)}\]", text), option
     assert "--flag / --no-flag" in text
     assert "--hidden" not in text
@@ -169,7 +170,7 @@ def test_the_help_of_fit_tells_the_defaults_of_fit() -> None:
         ("--chain-step-size", config.chain.step_size),
         ("--energy-channels", config.energy.channels),
     ):
-        assert re.search(rf"{option} [^[]*(\[[a-z|<>=0-9-]+\])?[^[]*\[default: {default}\]", text), option
+        assert re.search(rf"{option},? [^[]*(\[[a-z|<>=0-9-]+\])?[^[]*\[default: {default}\]", text), option
 
 
 def test_the_help_says_for_what_an_option_is_and_where_its_default_comes_from() -> None:

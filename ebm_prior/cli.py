@@ -365,7 +365,8 @@ def convert(
     backbone = load_backbone(adapter_name, checkpoint)
     record = {**sources.source_record(checkpoint, backbone), "stage": "convert"}
     if options:
-        backbone, record = sources.with_options(backbone, options), record | {"set": options}
+        backbone = sources.with_options(backbone, options)
+        record["set"] = record.get("set", {}) | options
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
     click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
 

@@ -203,6 +203,9 @@ def test_a_gaussian_file_is_scored_as_its_converter_says(workshop: Workshop, tmp
     workshop.run(*convert, vaebm, "--set", "log_std_floor=-2", "--set", "residual_posterior=true")
     assert backbone_record(vaebm)["record"]["set"] == {"log_std_floor": -2, "residual_posterior": True}
     assert "set" not in backbone_record(nvae)["record"]
+    again = tmp_path / "again.safetensors"
+    workshop.run("convert", "--ckpt", vaebm, "--set", "bits=5", "--out", again)
+    assert list(backbone_record(again)["record"]["set"]) == ["bits", "log_std_floor", "residual_posterior"]
     first, second = (load_backbone(None, file) for file in (nvae, vaebm))
     assert (first.architecture["log_std_floor"], second.architecture["log_std_floor"]) == (None, -2)
     assert fingerprint(first) == fingerprint(second) == fingerprint(model)

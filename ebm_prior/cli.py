@@ -27,10 +27,10 @@ from ebm_prior.demo import demo_config, require_demo_folder, run_demo
 from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError
 from ebm_prior.evaluate import EvalConfig
 from ebm_prior.files import without_nan
-from ebm_prior.fit import PRESETS, FitConfig
 from ebm_prior.options import config_options, resolve
 from ebm_prior.pretrain import PretrainConfig
 from ebm_prior.progress import Bar
+from ebm_prior.recipes import PRESETS, FitConfig
 from ebm_prior.samplers import SamplerConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])

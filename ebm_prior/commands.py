@@ -26,16 +26,19 @@ from ebm_prior.errors import ConfigurationError, DivergenceError, OutputError, U
 from ebm_prior.evaluate import EvalConfig, Reference, evaluate
 from ebm_prior.figures import grid, picture, save_png, titled_grids
 from ebm_prior.files import write_atomically
-from ebm_prior.fit import FitConfig, fit, paper_preset
+from ebm_prior.fit import fit
 from ebm_prior.metrics import FeatureExtractor
 from ebm_prior.pretrain import Elbo, PretrainConfig, evaluate_elbo, pretrain, training_record
 from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
+from ebm_prior.recipes import FitConfig, paper_preset
 from ebm_prior.registry import adapter, registered
 from ebm_prior.runs import Run
 from ebm_prior.samplers import SamplerConfig
 from ebm_prior.sources import readjusted, source_record
 from ebm_prior.training import Callback
 from ebm_prior.weights import count_parameters, fingerprint, read_tensors
+
+RESULTS = ("iterations", "best_iteration", "rollbacks", "held_out", "stages", "saturated")  # of a prior's record
 
 
 def run_directory(out: Path | None, stage: str, *, resume: bool) -> Path:
@@ -175,7 +178,10 @@ def fit_into(
         "regime": prior.regime,
         "sampler": asdict(prior.sampler),
         "cpu_seconds": seconds,
-        **{key: prior.record[key] for key in ("iterations", "best_iteration", "rollbacks", "held_out")},
+        **{
+            key: prior.record[key]
+            for key in ("config", "iterations", "best_iteration", "rollbacks", "held_out", "saturated", "stages")
+        },
     }
 
 

@@ -19,7 +19,8 @@ from ebm_prior.data import SUBSET, open_images
 from ebm_prior.errors import OutputError
 from ebm_prior.evaluate import EvalConfig
 from ebm_prior.files import without_nan, write_atomically
-from ebm_prior.fit import FitConfig, fit
+from ebm_prior.fit import fit
+from ebm_prior.recipes import FitConfig
 from ebm_prior.training import Callback
 
 DEMO_BACKBONE = "hvae_fashion_mnist"

@@ -10,121 +10,30 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebm_prior.backbone import Backbone
-from ebm_prior.energy import EnergyConfig, JointEnergy, values
+from ebm_prior.energy import JointEnergy, values
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.objectives import Gain, gain, mle_loss, nce_loss, temper
-from ebm_prior.prior import EBMPrior, Regime, Target
+from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, seeded
-from ebm_prior.samplers import SamplerConfig, draw, norm, where
-from ebm_prior.training import (
-    Callback,
-    Images,
-    Recorder,
-    batch_indices,
-    require_choices,
-    require_positive,
-    require_seed,
-    update_average,
-)
+from ebm_prior.recipes import FitConfig
+from ebm_prior.samplers import draw, effective_sample_size, norm, where
+from ebm_prior.stages import Stages
+from ebm_prior.training import Callback, Images, Recorder, batch_indices, update_average
 
 PRIOR_DRAWS = 4  # held-out prior latents per posterior one: log Z is the noisier half of the gain
 HELD_OUT_BYTES = 2**31  # of memory for held-out latents, on the CPU
 NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies
 GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as better
 GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy (a real one is KL(q‖p) + KL(p‖q) of the latents)
+PROBATION = 0.25  # of the iterations: where one ratio saturates so early, stages take over
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, where tempering does not mend it
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """Settings of the second stage. The defaults are what measured best (README: Why these defaults)."""
-
-    objective: Literal["nce", "mle"] = field(default="nce", metadata={"help": "how the heads are trained"})
-    iterations: int = field(default=2_400, metadata={"help": "gradient steps"})
-    batch_size: int = field(default=256, metadata={"help": "posterior draws, and as many prior draws, per step"})
-    learning_rate: float = field(default=4e-3, metadata={"help": "peak rate"})
-    warmup: int = field(default=50, metadata={"help": "iterations over which the rate rises linearly"})
-    decay: bool = field(default=True, metadata={"help": "let the rate fall to 0 along a cosine"})
-    optimizer: Literal["adamw", "adam"] = field(default="adamw", metadata={"help": "decoupled or L2 weight decay"})
-    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "moment decays of the optimizer"})
-    weight_decay: float = field(default=1e-2, metadata={"help": "weight decay"})
-    ema: float = field(default=0.99, metadata={"help": "decay of the weights' moving average; 0: none"})
-    energy: EnergyConfig = field(default_factory=EnergyConfig)
-    chains: Literal["fresh", "persistent"] = field(default="fresh", metadata={"help": "mle: where chains start"})
-    chain: SamplerConfig = field(
-        default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.02)
-    )
-    refresh: float = field(default=0.05, metadata={"help": "mle: share of persistent chains restarted each step"})
-    penalty: float = field(default=1e-3, metadata={"help": "mle: weight of E[f_q² + f_p²]"})
-    sampler: SamplerConfig | None = None  # recorded with the prior; None: see `recorded_sampler`
-    target: Target = field(default="exact", metadata={"help": "ε-target; published: to replicate only"})
-    regime: Regime = field(default="calibrated", metadata={"help": "what f is meant to be"})
-    held_out: int = field(default=5_000, metadata={"help": "images kept for held-out latents, at most a tenth"})
-    ess_floor: float = field(default=0.05, metadata={"help": "tempering keeps at least this ESS / number of draws"})
-    evaluate_every: int = field(default=100, metadata={"help": "iterations between held-out gains and resume states"})
-    patience: int = field(default=10, metadata={"help": "stop after so many held-out gains without a better one"})
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
-
-    def __post_init__(self) -> None:
-        require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")
-        for name, value in (("ema", self.ema), ("ess_floor", self.ess_floor), *(("betas", b) for b in self.betas)):
-            if not 0 <= value < 1:
-                raise ConfigurationError(f"{name} must be in [0, 1), found {value}")
-        for name in ("warmup", "weight_decay", "penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{name} must not be negative, found {getattr(self, name)}")
-        if self.chains == "persistent" and self.chain.proposals > 1:
-            raise ConfigurationError("persistent chains go on from their last step: chain proposals must be 1")
-        if not 0 <= self.refresh <= 1:
-            raise ConfigurationError(f"refresh must be in [0, 1], found {self.refresh}")
-        require_choices(self)
-        require_seed(self)
-        if self.target == "published" and self.regime == "calibrated":
-            raise ConfigurationError("the published target is not the density that f describes: regime must be refiner")
-
-    @property
-    def recorded_sampler(self) -> SamplerConfig:
-        """The sampler of the prior file: the exact default for a density; for a refiner the chains of training."""
-        return self.sampler or (SamplerConfig() if self.regime == "calibrated" else self.chain)
-
-
-def paper_preset() -> FitConfig:
-    """The published second stage (NVAE on CIFAR-10, Gaussian decoder; references in README): a short-run refiner.
-
-    Adam(0.99, 0.999) at 1e-4 with weight decay 3e-5, batch 32, 5,000 iterations; K = 20 steps in training and 40 in
-    sampling with s = 2e-5 in the units of Eq. 12 (the published code's 4e-5 is 2s), on the published ε-target. What is
-    not as published: the heads' last layer starts at zero, some images are held out to measure the gain (no result
-    depends on it), and divergence is noticed earlier than at |mean f| > 1e9.
-    """
-    chain = SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=2e-5)
-    return FitConfig(
-        objective="mle",
-        iterations=5_000,
-        batch_size=32,
-        learning_rate=1e-4,
-        warmup=0,
-        decay=False,
-        optimizer="adam",
-        betas=(0.99, 0.999),
-        weight_decay=3e-5,
-        ema=0.0,
-        energy=EnergyConfig(channels=64, hidden=200, joint=0, activation="leaky_relu", standardize=False),
-        chain=chain,
-        penalty=0.0,
-        sampler=replace(chain, steps=40),
-        target="published",
-        regime="refiner",
-    )
-
-
-PRESETS = {"default": FitConfig, "paper": paper_preset}
 
 
 class HeldOut(NamedTuple):
@@ -138,6 +47,11 @@ class HeldOut(NamedTuple):
         device = next(energy.parameters()).device
         f_q, f_p = values(energy, self.posterior, device), values(energy, self.prior, device)
         return gain(f_q, f_p), temper(f_q, f_p, ess_floor=ess_floor)
+
+    def ess_fraction(self, energy: JointEnergy, n: int = 1_000) -> float:
+        """Effective sample size of the weights e^f of n prior latents / n."""
+        f_p = values(energy, [group[:n] for group in self.prior], next(energy.parameters()).device)
+        return float(effective_sample_size(f_p)) / len(f_p)
 
 
 def fit(
@@ -184,19 +98,15 @@ class _Fit:
             typical = norm(backbone.infer(observed, generator=generator).eps).mean()
         self.norm_limit = NORM_LIMIT * max(1.0, float(typical)) + 4 / math.sqrt(2 * dimensions * config.batch_size)
         self.average = copy.deepcopy(self.energy).eval().requires_grad_(False)
-        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        self.optimizer = kind(
-            self.energy.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
+        self.untrained = copy.deepcopy(self.average.state_dict())  # f = 0
+        self.optimizer = self._new_optimizer()
         self.iteration = 0
         self.rate = 1.0  # falls by half at a roll-back
         self.rollbacks = 0
         self.chains: list[Tensor] = []
-        self.best: dict[str, Any] = {
-            "gain": -math.inf,
-            "iteration": 0,
-            "energy": copy.deepcopy(self.average.state_dict()),
-        }
+        self.stages = self._first_stage() if config.ratios == "staged" else None  # None: one ratio
+        self.saturated: dict[str, float] | None = None  # when and how one ratio alone did
+        self.best = self._untrained()
 
     # -- the loop
 
@@ -209,6 +119,7 @@ class _Fit:
         while self.iteration < config.iterations and not self._out_of_patience():
             try:
                 shown = self._step()
+                self._watch_ratio()
                 if self.iteration % config.evaluate_every == 0 or self.iteration == config.iterations:
                     metrics = self._evaluate(shown)
                     good = self._state()
@@ -251,14 +162,15 @@ class _Fit:
 
         self.energy.train()
         with seeded(self.device, config.seed, 12, t), torch.enable_grad():  # dropout draws from the global generator
-            f_q, f_p = self.energy([torch.cat(pair) for pair in zip(positive, negative, strict=True)]).chunk(2)
+            both = [torch.cat(pair) for pair in zip(positive, negative, strict=True)]
+            f_q, f_p = (self.energy(both) - self._known(both)).chunk(2)
             loss = nce_loss(f_q, f_p) if config.objective == "nce" else mle_loss(f_q, f_p, penalty=config.penalty)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         gradient = torch.nn.utils.get_total_norm([p.grad for p in self.energy.parameters() if p.grad is not None])
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient)):
             raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
-        if config.objective == "mle" and chain_norm > self.norm_limit:
+        if chain_norm > self.norm_limit and (self.stages or config.objective == "mle"):
             raise DivergenceError(
                 f"chains left the typical set at iteration {t}: ‖ε‖/√D {chain_norm:.3g}, limit {self.norm_limit:.3g}"
             )
@@ -270,7 +182,78 @@ class _Fit:
             raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
         return {"iteration": self.iteration, "loss": float(loss.detach()), "f_gap": gap, "chain_norm": chain_norm}
 
+    def _known(self, inputs: list[Tensor]) -> Tensor | float:
+        """f_k, what the logit is taken relative to: 0 with one ratio."""
+        if self.stages is None:
+            return 0.0
+        with torch.no_grad():
+            known: Tensor = self.stages.reference(inputs)
+        return known
+
+    # -- one ratio or stages
+
+    def _first_stage(self) -> Stages:
+        generator = derived_generator(self.config.seed, 18, device=self.device)
+        energy = copy.deepcopy(self.average)
+        energy.load_state_dict(self.untrained)
+        return Stages(self.backbone, energy, self.config.stage, generator)
+
+    def _untrained(self) -> dict[str, Any]:
+        """The best prior while there is none: the backbone's."""
+        return {"gain": -math.inf, "iteration": self.iteration, "energy": self.untrained}
+
+    def _watch_ratio(self) -> None:
+        """End a stage whose weights have become uneven. One ratio that saturates from the start gives way to stages."""
+        config = self.config
+        if self.iteration % config.stage.every:
+            return
+        if self.stages is not None:
+            if self.stages.ess_fraction(self.average) < config.stage.ess:
+                self._end_stage(self.stages)
+        elif config.objective == "nce" and config.ratios == "auto" and self.iteration <= config.iterations * PROBATION:
+            ess = self.held_out.ess_fraction(self.average)
+            if ess < config.ess_floor:
+                self.saturated = {"iteration": self.iteration, "ess_fraction": ess}
+                self.stages = self._first_stage()
+                self._reset(self.stages.reference)
+                self.best = self._untrained()
+
+    def _end_stage(self, stages: Stages) -> Gain:
+        """Accept what a stage has learned if the held-out gain rises; else begin it again, at half the rate."""
+        found = stages.look(self.average, self.held_out.posterior)
+        if not math.isfinite(found.nats):
+            raise DivergenceError(f"the held-out gain of a stage is {found.nats} at iteration {self.iteration}")
+        if found.nats > GAIN_STEP:
+            generator = derived_generator(self.config.seed, 19, self.iteration, device=self.device)
+            stages.advance(self.average, found, self.iteration, generator)
+            self.best = {
+                "gain": stages.gain,
+                "iteration": self.iteration,
+                "energy": copy.deepcopy(self.average.state_dict()),
+            }
+        elif found.ess_fraction < self.config.stage.ess:
+            self._reset(stages.reference)
+            self.rate *= 0.5
+        return found
+
+    def _reset(self, energy: JointEnergy) -> None:
+        """Put the heads back to `energy`, and forget where the optimizer was going."""
+        self.energy.load_state_dict(energy.state_dict())
+        self.average.load_state_dict(energy.state_dict())
+        self.optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        config, kind = self.config, torch.optim.AdamW if self.config.optimizer == "adamw" else torch.optim.Adam
+        return kind(
+            self.energy.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+
+    # -- how good it is
+
     def _evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
+        if self.stages is not None:
+            ess = self._end_stage(self.stages).ess_fraction
+            return {**shown, "gain": self.stages.gain, "ess_fraction": ess, "stage": len(self.stages.done)}
         plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
         calibrated = self.config.regime == "calibrated"
         if not math.isfinite(plain.nats) or (
@@ -299,8 +282,12 @@ class _Fit:
     def _finish(self) -> EBMPrior:
         """The best prior so far, tempered on the held-out latents."""
         self.average.load_state_dict(self.best["energy"])
-        plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
         calibrated = self.config.regime == "calibrated"
+        if self.stages is not None:  # each was accepted by its own gain: nothing is left to temper
+            least = min((stage["ess_fraction"] for stage in self.stages.done), default=1.0)
+            plain = tempered = Gain(self.stages.gain, least, 1.0)
+        else:
+            plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
         record = {
             "config": asdict(self.config),
             "data": {
@@ -312,6 +299,8 @@ class _Fit:
             "best_iteration": self.best["iteration"],
             "rollbacks": self.rollbacks,
             "held_out": {"plain": plain._asdict(), "tempered": tempered._asdict()},
+            "saturated": self.saturated,
+            "stages": None if self.config.objective == "mle" else self.stages.done if self.stages else [],
         }
         return self._prior(tau=tempered.tau if calibrated else 1.0, record=record)
 
@@ -337,6 +326,9 @@ class _Fit:
         def propose() -> list[Tensor]:
             return self.backbone.standard_normal(config.batch_size, generator=generator)
 
+        if self.stages is not None:
+            eps, chain_norm = self.stages.negatives(config.batch_size, generator)
+            return self._seen(eps), chain_norm
         if config.objective == "nce":
             eps = propose()
         else:
@@ -398,6 +390,8 @@ class _Fit:
                 "optimizer": self.optimizer.state_dict(),
                 "chains": self.chains,
                 "best": self.best,
+                "saturated": self.saturated,
+                "stages": self.stages.state() if self.stages else None,
             }
         )
 
@@ -407,6 +401,10 @@ class _Fit:
         self.energy.load_state_dict(state["energy"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.saturated, self.stages = state["saturated"], None
+        if state["stages"]:
+            self.stages = self._first_stage()
+            self.stages.restore(state["stages"])
         self.chains, self.best = [c.to(self.device) for c in state["chains"]], state["best"]
 
 

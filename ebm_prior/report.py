@@ -120,6 +120,7 @@ def fit_summary(result: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             table(["held-out", "gain (nats)", "ESS / draws", "τ"], rows),
+            *([] if result["stages"] is None else [_ratios(result["stages"], result["saturated"])]),
             f"iteration {result['best_iteration']} of {result['iterations']} kept, {result['rollbacks']} roll-backs, "
             f"{result['cpu_seconds']:.0f} CPU-seconds; heads {count['heads']:,} parameters, {count['ratio']:.1%} of "
             "the backbone's",
@@ -128,6 +129,18 @@ def fit_summary(result: Mapping[str, Any]) -> str:
             f"next: ebm-prior sample {result['prior']} --out samples.png",
         ]
     )
+
+
+def _ratios(stages: Sequence[Mapping[str, float]], saturated: Mapping[str, float] | None) -> str:
+    """Which of one ratio and stages it was, and why."""
+    if not stages:
+        return "one density ratio: it kept its effective sample size"
+    why = (
+        "one ratio alone saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated)
+        if saturated
+        else "as asked"
+    )
+    return f"{len(stages)} staged density ratios, whose gains add up and whose least ESS is the one above: {why}"
 
 
 def sample_summary(result: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.commands import fit_into
 from ebm_prior.data import ImageSource
 from ebm_prior.energy import EnergyConfig
-from ebm_prior.fit import FitConfig
+from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import SamplerConfig
+from ebm_prior.stages import StageConfig
 
 CHAIN = SamplerConfig(proposals=1, kernel="langevin", steps=3, step_size=0.02)
 
@@ -25,6 +26,7 @@ def small(**changes: Any) -> FitConfig:
 
 OBJECTIVES = {
     "nce": small(iterations=8),
+    "staged": small(iterations=8, ratios="staged", stage=StageConfig(particles=12, held_out=8, every=1, ess=0.99)),
     "mle": replace(small(iterations=8), objective="mle", chains="persistent", chain=CHAIN, refresh=0.3),
 }
 

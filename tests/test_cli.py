@@ -15,7 +15,7 @@ from conftest import Workshop
 from ebm_prior import cli
 from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record
 from ebm_prior.energy import JointEnergy
-from ebm_prior.fit import FitConfig, paper_preset
+from ebm_prior.recipes import FitConfig, paper_preset
 from ebm_prior.sources import new_backbone
 
 # Exit codes and streams.

@@ -20,8 +20,9 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.checkpoint import load_prior, save_prior
 from ebm_prior.data import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.fit import FitConfig, fit, paper_preset
+from ebm_prior.fit import fit
 from ebm_prior.randomness import derived_generator
+from ebm_prior.recipes import FitConfig, paper_preset
 from ebm_prior.samplers import SamplerConfig
 
 

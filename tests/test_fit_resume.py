@@ -88,8 +88,12 @@ def test_a_killed_process_goes_on(workshop: Workshop, small_options: list[str], 
         return lambda out: (log := out / "metrics.jsonl").exists() and log.read_text().count("\n") >= lines
 
     arguments = ["fit", "--ckpt", workshop.backbone, "--data", workshop.images, *small_options]
-    arguments += ["--iterations", 120, "--evaluate-every", 10, "--patience", 100, "--objective", objective]
-    arguments += ["--seed", 5, *(["--chains", "persistent", "--chain-steps", 2] if objective == "mle" else [])]
+    arguments += ["--iterations", 120, "--evaluate-every", 10, "--patience", 100, "--seed", 5]
+    arguments += {
+        "nce": [],
+        "staged": ["--ratios", "staged", "--stage-particles", 16, "--stage-held-out", 16, "--stage-ess", 0.9],
+        "mle": ["--objective", "mle", "--chains", "persistent", "--chain-steps", 2],
+    }[objective]
     check_kills(workshop, arguments, tmp_path, "prior.safetensors", logged(1), logged(4))
 
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ebm_prior"
 ROOMS = (
     {"errors", "randomness"},
     {"backbone", "energy", "samplers", "objectives", "metrics", "batch_norm"},
-    {"prior", "training", "fit", "pretrain", "gauge"},
+    {"prior", "training", "stages", "recipes", "fit", "pretrain", "gauge"},
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs", "figures", "classifier", "inception"},
     {"evaluate", "options", "sources", "commands", "report", "demo", "progress", "allocator"},
     {"cli", "__main__"},

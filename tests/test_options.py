@@ -17,10 +17,11 @@ from ebm_prior.cli import main
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluate import EvalConfig
-from ebm_prior.fit import FitConfig, paper_preset
 from ebm_prior.options import config_options, resolve
 from ebm_prior.pretrain import PretrainConfig
+from ebm_prior.recipes import FitConfig, paper_preset
 from ebm_prior.samplers import SamplerConfig
+from ebm_prior.stages import StageConfig
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def settings(kind: type[Any], prefix: str = "") -> list[str]:
     found: list[str] = []
     for entry in dataclasses.fields(kind):
         hint = str(get_type_hints(kind)[entry.name])
-        nested = next((k for k in (EnergyConfig, SamplerConfig) if k.__name__ in hint), None)
+        nested = next((k for k in (EnergyConfig, SamplerConfig, StageConfig) if k.__name__ in hint), None)
         if nested is not None:
             found += settings(nested, f"{prefix}{entry.name}-")
         elif entry.name != "seed":

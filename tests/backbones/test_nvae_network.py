@@ -14,7 +14,7 @@ from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, trained
 
 from ebm_prior.commands import parameters
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.fit import paper_preset
+from ebm_prior.recipes import paper_preset
 from ebm_prior.testing import check_backbone
 
 # The published configurations.

@@ -1,0 +1,157 @@
+"""Staged density ratios: for a hole that one ratio cannot bridge.
+
+With tens of groups a classifier tells posterior from prior latents at sight: its ratio saturates, and no importance
+weight is left to calibrate it. Here the ratio is learned in stages. The negatives of stage k are draws of the prior so
+far, p_k ∝ exp(f_k) p_β with f_0 = 0, and the logit is f − f_k, whose optimum is log q − log p_k (Rhodes et al. 2020);
+the heads go on learning. When the weights exp(f − f_k) of the draws have fallen to half their effective sample size,
+f becomes f_{k+1}: the draws are resampled by these weights and go on moving by pCN-Langevin, which keeps p_{k+1}. That
+is a sequential Monte Carlo sampler (Del Moral et al. 2006) whose target is learned on the way, and the gain of the
+whole is the sum of the stages', Σ_k E_q[f_{k+1} − f_k] − log E_{p_k}[exp(f_{k+1} − f_k)]: as long as every term has
+its effective sample size, f is calibrated, however large the hole.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.energy import JointEnergy, values
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.objectives import Gain, gain
+from ebm_prior.prior import EBMPrior
+from ebm_prior.randomness import BLOCK
+from ebm_prior.samplers import TARGET_ACCEPTANCE, effective_sample_size, norm, pcn_langevin_step, run_chain, start
+
+ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The draws of the prior so far, and when it becomes the next one."""
+
+    particles: int = field(default=1024, metadata={"help": "draws of the prior so far, the negatives"})
+    held_out: int = field(default=512, metadata={"help": "more of them, never trained on, by which stages end"})
+    moves: int = field(default=3, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
+    step_size: float = field(default=0.15, metadata={"help": "δ of these steps at the start; it follows acceptance"})
+    ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
+    every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
+
+    def __post_init__(self) -> None:
+        if min(self.particles, self.held_out, self.moves, self.every) < 1:
+            raise ConfigurationError(f"expected positive particles, held_out, moves and every, found {self}")
+        if not (0 < self.step_size <= 2 and 0 < self.ess < 1):
+            raise ConfigurationError(f"expected a step size in (0, 2] and an ESS in (0, 1), found {self}")
+
+
+class Stages:
+    """Draws of p_k in ε-space that follow f from stage to stage; the last `held_out` of them are never trained on."""
+
+    def __init__(
+        self, backbone: Backbone, energy: JointEnergy, config: StageConfig, generator: torch.Generator
+    ) -> None:
+        """`energy`: f_0, which is 0 before training, so that draws of p_0 are draws of p_β."""
+        self.backbone, self.config = backbone, config
+        self.eps = backbone.standard_normal(config.particles + config.held_out, generator=generator)
+        self.reference = copy.deepcopy(energy).eval().requires_grad_(False)
+        self.step_size = config.step_size
+        self.done: list[dict[str, float]] = []  # of each stage: its last iteration, gain in nats and ESS fraction
+        self._show_held_out()
+
+    @property
+    def gain(self) -> float:
+        """E_q[f_k] − log Z_k in nats, the sum over the stages so far."""
+        return math.fsum(stage["gain"] for stage in self.done)
+
+    def negatives(self, n: int, generator: torch.Generator) -> tuple[list[Tensor], float]:
+        """ε of n draws of p_k, which move before they are shown so that none is seen twice, and their mean ‖ε‖/√D."""
+        count = self.config.particles
+        rows = torch.randperm(count, generator=generator, device=self.eps[0].device)[:n]
+        moved = self._move(rows, generator)
+        return moved, float(norm(moved).mean())
+
+    def ess_fraction(self, energy: JointEnergy) -> float:
+        """Effective sample size of the weights exp(f − f_k) / number of held-out draws."""
+        weights = self._log_weights(energy)
+        return float(effective_sample_size(weights)) / len(weights)
+
+    def look(self, energy: JointEnergy, positive: Sequence[Tensor]) -> Gain:
+        """The gain of this stage if it ended now, E_q[f − f_k] − log E_{p_k}[exp(f − f_k)], and its ESS.
+
+        `positive`: held-out posterior latents as the heads see them.
+        """
+        return gain(log_ratio(energy, self.reference, positive), self._log_weights(energy))
+
+    def advance(self, energy: JointEnergy, found: Gain, iteration: int, generator: torch.Generator) -> None:
+        """End the stage: f_{k+1} is `energy`. The draws are resampled by their weights, the held-out ones apart."""
+        count = self.config.particles
+        weights = log_ratio(energy, self.reference, self._seen([e[:count] for e in self.eps]))
+        rows, device = [], self.eps[0].device
+        for first, part in ((0, weights), (count, self._log_weights(energy))):
+            chances = part.double().softmax(0).to(device)
+            rows.append(first + torch.multinomial(chances, len(part), replacement=True, generator=generator))
+        self.eps = [e[torch.cat(rows)] for e in self.eps]
+        self.reference.load_state_dict(energy.state_dict())
+        for chunk in torch.split(torch.arange(count, len(self.eps[0]), device=device), BLOCK):
+            self._move(chunk, generator)
+        self.done.append({"iteration": iteration, "gain": found.nats, "ess_fraction": found.ess_fraction})
+        self._show_held_out()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that changes, for a resume."""
+        return {
+            "eps": self.eps,
+            "reference": self.reference.state_dict(),
+            "step_size": self.step_size,
+            "done": self.done,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        self.eps = [e.to(old.device) for e, old in zip(state["eps"], self.eps, strict=True)]
+        self.reference.load_state_dict(state["reference"])
+        self.step_size, self.done = state["step_size"], state["done"]
+        self._show_held_out()
+
+    def _move(self, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Some steps of the draws `rows` under p_k. From call to call the step size follows the acceptance."""
+        prior = EBMPrior(self.backbone, self.reference)
+        state, acceptance, _ = run_chain(
+            pcn_langevin_step,
+            start(prior.potential, [e[rows] for e in self.eps]),
+            prior.potential,
+            self.config.moves,
+            step_size=torch.full((len(rows),), self.step_size, dtype=self.eps[0].dtype, device=rows.device),
+            generator=generator,
+        )
+        factor = math.exp(ADAPTATION * (float(acceptance.mean()) - TARGET_ACCEPTANCE))
+        self.step_size = min(2.0, self.step_size * factor)
+        for group, moved in zip(self.eps, state.eps, strict=True):
+            group[rows] = moved
+        return state.eps
+
+    def _show_held_out(self) -> None:
+        self._held_out = self._seen([e[self.config.particles :] for e in self.eps])
+
+    def _log_weights(self, energy: JointEnergy) -> Tensor:
+        return log_ratio(energy, self.reference, self._held_out)
+
+    @torch.no_grad()
+    def _seen(self, eps: Sequence[Tensor]) -> list[Tensor]:
+        """T_β(ε) as the heads see it."""
+        parts = []
+        for chunk in zip(*(torch.split(e, BLOCK) for e in eps), strict=True):
+            parts.append(self.reference.inputs(self.backbone.reparameterize(chunk), chunk))
+        return [torch.cat(group) for group in zip(*parts, strict=True)]
+
+
+def log_ratio(energy: JointEnergy, reference: JointEnergy, inputs: Sequence[Tensor]) -> Tensor:
+    """f − f_k, (N,) on the CPU, for many latents as the heads see them."""
+    device = next(energy.parameters()).device
+    return values(energy, inputs, device) - values(reference, inputs, device)

@@ -170,7 +170,12 @@ def fit(
     if config.objective != "mle" and unused:
         names = ", ".join(f"--{key.replace('_', '-')}" for key in unused)
         raise click.UsageError(f"only mle has chains and a penalty: leave out {names}, or pass --objective mle")
-    config = replace(config, sampler=resolve(config.recorded_sampler, sampler))
+    lacking = [k for k, v in given.items() if k.startswith(("ratios", "stage_")) and v is not None]
+    if lacking and (config.objective == "mle" or (config.ratios == "one" and lacking != ["ratios"])):
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
+        raise click.UsageError(f"only nce has stages, and not with --ratios one: leave out {names}")
+    if any(value is not None for value in sampler.values()):
+        config = replace(config, sampler=resolve(config.recorded_sampler, sampler))
     backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
     if data is None:
         data = sources.own_data(checkpoint, backbone)

@@ -152,6 +152,11 @@ class JointEnergy(nn.Module):
             head.shift.copy_(seen.mean(axes).reshape(head.shift.shape))
             head.scale.copy_(seen.std(axes, unbiased=False).clamp(min=1e-6).reshape(head.scale.shape))
 
+    @torch.no_grad()
+    def add(self, nats: float) -> None:
+        """f ← f + a constant, which changes the normaliser and nothing else: in the top head's bias."""
+        self._heads()[0].last.bias.add_(nats)
+
     def _heads(self) -> list[Head]:
         return [head for head in self.heads.values() if isinstance(head, Head)]
 

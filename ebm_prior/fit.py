@@ -48,7 +48,7 @@ class HeldOut(NamedTuple):
         f_q, f_p = values(energy, self.posterior, device), values(energy, self.prior, device)
         return gain(f_q, f_p), temper(f_q, f_p, ess_floor=ess_floor)
 
-    def ess_fraction(self, energy: JointEnergy, n: int = 1_000) -> float:
+    def ess_fraction(self, energy: JointEnergy, n: int = 500) -> float:
         """Effective sample size of the weights e^f of n prior latents / n."""
         f_p = values(energy, [group[:n] for group in self.prior], next(energy.parameters()).device)
         return float(effective_sample_size(f_p)) / len(f_p)
@@ -163,14 +163,14 @@ class _Fit:
         self.energy.train()
         with seeded(self.device, config.seed, 12, t), torch.enable_grad():  # dropout draws from the global generator
             both = [torch.cat(pair) for pair in zip(positive, negative, strict=True)]
-            f_q, f_p = (self.energy(both) - self._known(both)).chunk(2)
+            f_q, f_p = torch.split(self.energy(both) - self._known(both), [len(positive[0]), len(negative[0])])
             loss = nce_loss(f_q, f_p) if config.objective == "nce" else mle_loss(f_q, f_p, penalty=config.penalty)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         gradient = torch.nn.utils.get_total_norm([p.grad for p in self.energy.parameters() if p.grad is not None])
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient)):
             raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
-        if chain_norm > self.norm_limit and (self.stages or config.objective == "mle"):
+        if config.objective == "mle" and chain_norm > self.norm_limit:
             raise DivergenceError(
                 f"chains left the typical set at iteration {t}: ‖ε‖/√D {chain_norm:.3g}, limit {self.norm_limit:.3g}"
             )
@@ -205,12 +205,10 @@ class _Fit:
     def _watch_ratio(self) -> None:
         """End a stage whose weights have become uneven. One ratio that saturates from the start gives way to stages."""
         config = self.config
-        if self.iteration % config.stage.every:
-            return
         if self.stages is not None:
-            if self.stages.ess_fraction(self.average) < config.stage.ess:
+            if self.iteration % config.stage.every == 0 and self.stages.ess_fraction(self.average) < config.stage.ess:
                 self._end_stage(self.stages)
-        elif config.objective == "nce" and config.ratios == "auto" and self.iteration <= config.iterations * PROBATION:
+        elif self._on_probation():
             ess = self.held_out.ess_fraction(self.average)
             if ess < config.ess_floor:
                 self.saturated = {"iteration": self.iteration, "ess_fraction": ess}
@@ -218,12 +216,20 @@ class _Fit:
                 self._reset(self.stages.reference)
                 self.best = self._untrained()
 
+    def _on_probation(self) -> bool:
+        """Whether to look if one ratio saturates."""
+        config = self.config
+        auto = config.objective == "nce" and config.ratios == "auto" and config.regime == "calibrated"
+        until = max(PROBATION * config.iterations, 2 * config.warmup)
+        return auto and self.iteration % 10 == 0 and self.iteration <= until
+
     def _end_stage(self, stages: Stages) -> Gain:
         """Accept what a stage has learned if the held-out gain rises; else begin it again, at half the rate."""
-        found = stages.look(self.average, self.held_out.posterior)
+        stages.temper(self.average)
+        found, error = stages.look(self.average, self.held_out.posterior)
         if not math.isfinite(found.nats):
             raise DivergenceError(f"the held-out gain of a stage is {found.nats} at iteration {self.iteration}")
-        if found.nats > GAIN_STEP:
+        if found.nats > max(GAIN_STEP, 2 * error):
             generator = derived_generator(self.config.seed, 19, self.iteration, device=self.device)
             stages.advance(self.average, found, self.iteration, generator)
             self.best = {
@@ -253,7 +259,8 @@ class _Fit:
     def _evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         if self.stages is not None:
             ess = self._end_stage(self.stages).ess_fraction
-            return {**shown, "gain": self.stages.gain, "ess_fraction": ess, "stage": len(self.stages.done)}
+            course = {"gain": self.stages.gain, "ess_fraction": ess, "stage": len(self.stages.done), "rate": self.rate}
+            return {**shown, **course}
         plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
         calibrated = self.config.regime == "calibrated"
         if not math.isfinite(plain.nats) or (
@@ -286,6 +293,7 @@ class _Fit:
         if self.stages is not None:  # each was accepted by its own gain: nothing is left to temper
             least = min((stage["ess_fraction"] for stage in self.stages.done), default=1.0)
             plain = tempered = Gain(self.stages.gain, least, 1.0)
+            self.average.add(-self.stages.log_z)  # log Z of the whole is then 0, as that of one ratio
         else:
             plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
         record = {
@@ -375,7 +383,7 @@ class _Fit:
             tau=tau,
             regime=config.regime,
             target=config.target,
-            sampler=config.recorded_sampler,
+            sampler=config.sampler or (self.stages.sampler if self.stages else config.recorded_sampler),
             record=record,
         )
 

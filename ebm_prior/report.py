@@ -133,8 +133,8 @@ def fit_summary(result: Mapping[str, Any]) -> str:
 
 def _ratios(stages: Sequence[Mapping[str, float]], saturated: Mapping[str, float] | None) -> str:
     """Which of one ratio and stages it was, and why."""
-    if not stages:
-        return "one density ratio: it kept its effective sample size"
+    if not stages and not saturated:
+        return "one density ratio"
     why = (
         "one ratio alone saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated)
         if saturated

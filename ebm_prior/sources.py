@@ -24,7 +24,8 @@ def own_data(checkpoint: str, backbone: Backbone) -> str:
 
 def named_data(record: Mapping[str, Any], what: str) -> str:
     """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere."""
-    recorded = (record.get("data") or {}).get("name")
+    data = record.get("data")
+    recorded = data.get("name") if isinstance(data, Mapping) else None
     name, _, split = str(recorded).partition("/")
     if name in DATA_SET_NAMES and split in ("train", "test"):
         return name

@@ -6,8 +6,9 @@ far, p_k ∝ exp(f_k) p_β with f_0 = 0, and the logit is f − f_k, whose optim
 the heads go on learning. When the weights exp(f − f_k) of the draws have fallen to half their effective sample size,
 f becomes f_{k+1}: the draws are resampled by these weights and go on moving by pCN-Langevin, which keeps p_{k+1}. That
 is a sequential Monte Carlo sampler (Del Moral et al. 2006) whose target is learned on the way, and the gain of the
-whole is the sum of the stages', Σ_k E_q[f_{k+1} − f_k] − log E_{p_k}[exp(f_{k+1} − f_k)]: as long as every term has
-its effective sample size, f is calibrated, however large the hole.
+whole is the sum of the stages', Σ_k E_q[f_{k+1} − f_k] − log E_{p_k}[exp(f_{k+1} − f_k)], each estimated at a large
+effective sample size. The estimates share what the held-out draws have not yet forgotten, so that the sum is optimistic
+by a few per cent where stages are many.
 """
 
 from __future__ import annotations
@@ -27,8 +28,18 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.objectives import Gain, gain
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import BLOCK
-from ebm_prior.samplers import TARGET_ACCEPTANCE, effective_sample_size, norm, pcn_langevin_step, run_chain, start
+from ebm_prior.samplers import (
+    TARGET_ACCEPTANCE,
+    SamplerConfig,
+    effective_sample_size,
+    norm,
+    pcn_langevin_step,
+    run_chain,
+    start,
+)
 
+COLD_STEPS = 80  # pCN-Langevin steps from p_β to p_k: 40 leave f visibly below its mean where p_k is 13 nats away
+HALVINGS = 10  # of a stage's step, at most
 ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains
 
 
@@ -37,15 +48,16 @@ class StageConfig:
     """The draws of the prior so far, and when it becomes the next one."""
 
     particles: int = field(default=1024, metadata={"help": "draws of the prior so far, the negatives"})
-    held_out: int = field(default=512, metadata={"help": "more of them, never trained on, by which stages end"})
+    held_out: int = field(default=256, metadata={"help": "more of them, never trained on, by which stages end"})
     moves: int = field(default=3, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
+    held_out_moves: int = field(default=15, metadata={"help": "steps of the held-out draws at the end of a stage"})
     step_size: float = field(default=0.15, metadata={"help": "δ of these steps at the start; it follows acceptance"})
     ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
     every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
 
     def __post_init__(self) -> None:
-        if min(self.particles, self.held_out, self.moves, self.every) < 1:
-            raise ConfigurationError(f"expected positive particles, held_out, moves and every, found {self}")
+        if min(self.particles, self.held_out, self.moves, self.held_out_moves, self.every) < 1:
+            raise ConfigurationError(f"expected positive numbers of draws, steps and iterations, found {self}")
         if not (0 < self.step_size <= 2 and 0 < self.ess < 1):
             raise ConfigurationError(f"expected a step size in (0, 2] and an ESS in (0, 1), found {self}")
 
@@ -61,7 +73,7 @@ class Stages:
         self.eps = backbone.standard_normal(config.particles + config.held_out, generator=generator)
         self.reference = copy.deepcopy(energy).eval().requires_grad_(False)
         self.step_size = config.step_size
-        self.done: list[dict[str, float]] = []  # of each stage: its last iteration, gain in nats and ESS fraction
+        self.done: list[dict[str, float]] = []  # of each stage: last iteration, gain and log Z in nats, ESS
         self._show_held_out()
 
     @property
@@ -69,11 +81,21 @@ class Stages:
         """E_q[f_k] − log Z_k in nats, the sum over the stages so far."""
         return math.fsum(stage["gain"] for stage in self.done)
 
+    @property
+    def log_z(self) -> float:
+        """log E_{p_β}[e^{f_k}] in nats, the sum over the stages so far."""
+        return math.fsum(stage["log_z"] for stage in self.done)
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """What draws from p_k anew: importance weights do not reach that far, so chains alone, at the step found."""
+        return SamplerConfig(proposals=1, steps=COLD_STEPS, step_size=self.step_size)
+
     def negatives(self, n: int, generator: torch.Generator) -> tuple[list[Tensor], float]:
-        """ε of n draws of p_k, which move before they are shown so that none is seen twice, and their mean ‖ε‖/√D."""
+        """ε of at most n draws of p_k, which move before they are shown, and their mean ‖ε‖/√D."""
         count = self.config.particles
         rows = torch.randperm(count, generator=generator, device=self.eps[0].device)[:n]
-        moved = self._move(rows, generator)
+        moved = self._move(rows, self.config.moves, generator)
         return moved, float(norm(moved).mean())
 
     def ess_fraction(self, energy: JointEnergy) -> float:
@@ -81,26 +103,38 @@ class Stages:
         weights = self._log_weights(energy)
         return float(effective_sample_size(weights)) / len(weights)
 
-    def look(self, energy: JointEnergy, positive: Sequence[Tensor]) -> Gain:
-        """The gain of this stage if it ended now, E_q[f − f_k] − log E_{p_k}[exp(f − f_k)], and its ESS.
+    @torch.no_grad()
+    def temper(self, energy: JointEnergy) -> None:
+        """Halve the way from f_k to `energy`, in its weights, until the ESS is at least half of where stages end."""
+        for _ in range(HALVINGS):
+            if self.ess_fraction(energy) >= 0.5 * self.config.ess:
+                return
+            for new, old in zip(energy.parameters(), self.reference.parameters(), strict=True):
+                new.lerp_(old, 0.5)
+
+    def look(self, energy: JointEnergy, positive: Sequence[Tensor]) -> tuple[Gain, float]:
+        """The gain of this stage if it ended now, E_q[f − f_k] − log E_{p_k}[exp(f − f_k)], and its standard error.
 
         `positive`: held-out posterior latents as the heads see them.
         """
-        return gain(log_ratio(energy, self.reference, positive), self._log_weights(energy))
+        r_q, r_p = log_ratio(energy, self.reference, positive), self._log_weights(energy)
+        found = gain(r_q, r_p)
+        relative = (1 / found.ess_fraction - 1) / len(r_p)  # variance of the mean weight / its square
+        return found, math.sqrt(float(r_q.var(correction=0)) / len(r_q) + relative)
 
     def advance(self, energy: JointEnergy, found: Gain, iteration: int, generator: torch.Generator) -> None:
         """End the stage: f_{k+1} is `energy`. The draws are resampled by their weights, the held-out ones apart."""
-        count = self.config.particles
+        count, held_out = self.config.particles, self._log_weights(energy)
         weights = log_ratio(energy, self.reference, self._seen([e[:count] for e in self.eps]))
+        log_z = float(held_out.double().logsumexp(0)) - math.log(len(held_out))
         rows, device = [], self.eps[0].device
-        for first, part in ((0, weights), (count, self._log_weights(energy))):
-            chances = part.double().softmax(0).to(device)
-            rows.append(first + torch.multinomial(chances, len(part), replacement=True, generator=generator))
+        for first, part in ((0, weights), (count, held_out)):
+            rows.append(first + _systematic(part.double().softmax(0).to(device), generator))
         self.eps = [e[torch.cat(rows)] for e in self.eps]
         self.reference.load_state_dict(energy.state_dict())
-        for chunk in torch.split(torch.arange(count, len(self.eps[0]), device=device), BLOCK):
-            self._move(chunk, generator)
-        self.done.append({"iteration": iteration, "gain": found.nats, "ess_fraction": found.ess_fraction})
+        self._move(torch.arange(count, len(self.eps[0]), device=device), self.config.held_out_moves, generator)
+        stage = {"iteration": iteration, "gain": found.nats, "log_z": log_z, "ess_fraction": found.ess_fraction}
+        self.done.append(stage)
         self._show_held_out()
 
     def state(self) -> dict[str, Any]:
@@ -119,22 +153,26 @@ class Stages:
         self.step_size, self.done = state["step_size"], state["done"]
         self._show_held_out()
 
-    def _move(self, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Some steps of the draws `rows` under p_k. From call to call the step size follows the acceptance."""
+    def _move(self, rows: Tensor, steps: int, generator: torch.Generator) -> list[Tensor]:
+        """Steps of the draws `rows` under p_k, by blocks. From call to call the step size follows the acceptance."""
         prior = EBMPrior(self.backbone, self.reference)
-        state, acceptance, _ = run_chain(
-            pcn_langevin_step,
-            start(prior.potential, [e[rows] for e in self.eps]),
-            prior.potential,
-            self.config.moves,
-            step_size=torch.full((len(rows),), self.step_size, dtype=self.eps[0].dtype, device=rows.device),
-            generator=generator,
-        )
-        factor = math.exp(ADAPTATION * (float(acceptance.mean()) - TARGET_ACCEPTANCE))
-        self.step_size = min(2.0, self.step_size * factor)
-        for group, moved in zip(self.eps, state.eps, strict=True):
-            group[rows] = moved
-        return state.eps
+        accepted = []
+        for chunk in torch.split(rows, BLOCK):
+            state, acceptance, _ = run_chain(
+                pcn_langevin_step,
+                start(prior.potential, [e[chunk] for e in self.eps]),
+                prior.potential,
+                steps,
+                step_size=torch.full((len(chunk),), self.step_size, dtype=self.eps[0].dtype, device=rows.device),
+                generator=generator,
+            )
+            accepted.append(acceptance)
+            for group, moved in zip(self.eps, state.eps, strict=True):
+                group[chunk] = moved
+        if self.done:  # under p_β every step is accepted, which says nothing
+            factor = math.exp(ADAPTATION * (float(torch.cat(accepted).mean()) - TARGET_ACCEPTANCE))
+            self.step_size = min(2.0, self.step_size * factor)
+        return [e[rows] for e in self.eps]
 
     def _show_held_out(self) -> None:
         self._held_out = self._seen([e[self.config.particles :] for e in self.eps])
@@ -155,3 +193,11 @@ def log_ratio(energy: JointEnergy, reference: JointEnergy, inputs: Sequence[Tens
     """f − f_k, (N,) on the CPU, for many latents as the heads see them."""
     device = next(energy.parameters()).device
     return values(energy, inputs, device) - values(reference, inputs, device)
+
+
+def _systematic(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """Systematic resampling: as many indices as `chances` (N,), each with its expected count up to rounding."""
+    n = len(chances)
+    first = torch.rand(1, generator=generator, device=chances.device, dtype=chances.dtype)
+    points = (first + torch.arange(n, device=chances.device)) / n
+    return torch.searchsorted(chances.cumsum(0), points).clamp(max=n - 1)

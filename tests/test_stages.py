@@ -1,0 +1,98 @@
+"""Stages: the draws of the prior so far, and what ends a stage. Their sum is held to closed forms in test_exactness."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from small_fits import small
+from toys import LinearGaussian
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.data import ImageSource
+from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.fit import fit
+from ebm_prior.objectives import Gain
+from ebm_prior.randomness import derived_generator
+from ebm_prior.stages import StageConfig, Stages
+
+
+@pytest.fixture
+def stages() -> Stages:
+    backbone = LinearGaussian(2, 3).eval().requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        energy = JointEnergy(backbone.groups, EnergyConfig(hidden=8, joint=0)).requires_grad_(False)
+    config = StageConfig(particles=400, held_out=200, moves=2, held_out_moves=4)
+    return Stages(backbone, energy, config, derived_generator(1))
+
+
+def sloped(energy: JointEnergy, slope: float) -> JointEnergy:
+    """f = slope · (the first feature of the top head), up to a constant."""
+    tilted = copy.deepcopy(energy)
+    tilted._heads()[0].last.weight[0, 0] = slope
+    return tilted
+
+
+def test_the_first_draws_are_the_backbones(stages: Stages) -> None:
+    assert stages.gain == stages.log_z == 0
+    assert stages.ess_fraction(stages.reference) == pytest.approx(1)
+
+
+def test_negatives_move_and_held_out_draws_stay(stages: Stages) -> None:
+    before = [e.clone() for e in stages.eps]
+    shown, norm = stages.negatives(100, derived_generator(2))
+    assert [len(e) for e in shown] == [100, 100]
+    assert 0.8 < norm < 1.2
+    assert all(torch.equal(e[400:], old[400:]) for e, old in zip(stages.eps, before, strict=True))
+    changed = (stages.eps[0] != before[0]).any(1)
+    assert int(changed.sum()) == 100
+    assert [len(e) for e in stages.negatives(1_000, derived_generator(3))[0]] == [400, 400]
+
+
+def test_a_step_too_far_is_halved_until_its_weights_are_even_enough(stages: Stages) -> None:
+    far = sloped(stages.reference, 400.0)
+    assert stages.ess_fraction(far) < 0.1
+    stages.temper(far)
+    assert 0.25 <= stages.ess_fraction(far) < 1
+    near = sloped(stages.reference, 0.5)
+    kept = copy.deepcopy(near.state_dict())
+    stages.temper(near)
+    assert all(torch.equal(value, kept[key]) for key, value in near.state_dict().items())
+
+
+def test_the_draws_of_the_next_stage_have_a_higher_f(stages: Stages) -> None:
+    energy = sloped(stages.reference, 4.0)
+    before = energy(stages._seen(stages.eps))
+    stages.advance(energy, Gain(0.3, 0.7, 1.0), 7, derived_generator(4))
+    after = energy(stages._seen(stages.eps))
+    for part in (slice(400), slice(400, None)):
+        assert after[part].mean() > before[part].mean()
+    (stage,) = stages.done
+    assert {key: stage[key] for key in ("iteration", "gain", "ess_fraction")} == {
+        "iteration": 7,
+        "gain": 0.3,
+        "ess_fraction": 0.7,
+    }
+    expected = float(before[400:].double().logsumexp(0)) - torch.tensor(200.0).log()
+    assert stage["log_z"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_fit_takes_batches_larger_than_the_draws(backbone: Backbone, images: ImageSource) -> None:
+    """Positives and negatives are then unequal in number, and are not mistaken for one another."""
+    config = small(iterations=4, ratios="staged", batch_size=32, stage=StageConfig(particles=8, held_out=8, every=1))
+    assert fit(backbone, images, config).record["stages"] is not None
+
+
+def test_a_refiner_is_not_staged(backbone: Backbone, images: ImageSource) -> None:
+    with pytest.raises(ConfigurationError, match="regime calibrated"):
+        small(ratios="staged", regime="refiner")
+
+
+@pytest.mark.parametrize("change", [{"particles": 0}, {"moves": 0}, {"ess": 1.0}, {"step_size": 3.0}])
+def test_impossible_stages(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="expected"):
+        StageConfig(**change)

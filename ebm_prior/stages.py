@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from ebm_prior.samplers import (
 
 COLD_STEPS = 80  # pCN-Langevin steps from p_β to p_k: 40 leave f visibly below its mean where p_k is 13 nats away
 HALVINGS = 10  # of a stage's step, at most
+DRAW_BYTES = 2**31  # of device memory for the draws; beyond it there are fewer, in the same proportion
 ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains
 
 
@@ -61,6 +62,11 @@ class StageConfig:
         if not (0 < self.step_size <= 2 and 0 < self.ess < 1):
             raise ConfigurationError(f"expected a step size in (0, 2] and an ESS in (0, 1), found {self}")
 
+    def within(self, draws: int) -> StageConfig:
+        """The same with at most so many draws: as they are, or fewer of both kinds, one of each at least."""
+        share = min(1.0, draws / (self.particles + self.held_out))
+        return replace(self, particles=max(1, int(share * self.particles)), held_out=max(1, int(share * self.held_out)))
+
 
 class Stages:
     """Draws of p_k in ε-space that follow f from stage to stage; the last `held_out` of them are never trained on."""
@@ -69,8 +75,10 @@ class Stages:
         self, backbone: Backbone, energy: JointEnergy, config: StageConfig, generator: torch.Generator
     ) -> None:
         """`energy`: f_0, which is 0 before training, so that draws of p_0 are draws of p_β."""
-        self.backbone, self.config = backbone, config
-        self.eps = backbone.standard_normal(config.particles + config.held_out, generator=generator)
+        dimensions = sum(math.prod(group.shape) for group in backbone.groups)
+        width = next(backbone.parameters()).dtype.itemsize
+        self.backbone, self.config = backbone, config.within(DRAW_BYTES // (dimensions * width))
+        self.eps = backbone.standard_normal(self.config.particles + self.config.held_out, generator=generator)
         self.reference = copy.deepcopy(energy).eval().requires_grad_(False)
         self.step_size = config.step_size
         self.done: list[dict[str, float]] = []  # of each stage: last iteration, gain and log Z in nats, ESS

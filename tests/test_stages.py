@@ -42,6 +42,16 @@ def test_the_first_draws_are_the_backbones(stages: Stages) -> None:
     assert stages.ess_fraction(stages.reference) == pytest.approx(1)
 
 
+def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert StageConfig().within(10_000) == StageConfig()
+    backbone = LinearGaussian(2, 3).eval().requires_grad_(False)
+    monkeypatch.setattr("ebm_prior.stages.DRAW_BYTES", 60 * sum(g.shape[0] for g in backbone.groups) * 4)
+    energy = JointEnergy(backbone.groups, EnergyConfig(hidden=8, joint=0)).requires_grad_(False)
+    few = Stages(backbone, energy, StageConfig(particles=400, held_out=200), derived_generator(1))
+    assert [len(e) for e in few.eps] == [60, 60]
+    assert few.config.particles == 2 * few.config.held_out == 40
+
+
 def test_negatives_move_and_held_out_draws_stay(stages: Stages) -> None:
     before = [e.clone() for e in stages.eps]
     shown, norm = stages.negatives(100, derived_generator(2))

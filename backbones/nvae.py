@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebm_prior.backbone import Backbone, Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.backbone import Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.randomness import Generator
 from ebm_prior.weights import check_state
 
 from . import nvae_official
+from .folding import FoldableBackbone
 from .likelihoods import Bernoulli, binarize
 from .nvae_cells import BatchNorm, Conv2d
 from .nvae_distributions import GaussianImage, NvaeMixture, reduce_bits
+from .nvae_folding import fold
 from .nvae_network import Architecture, Context, Features, Network
 from .nvae_spectral import spectral_norms
 from .safe_loading import load_file, tensors_of
@@ -30,7 +32,7 @@ ALIAS = ".weight_normalized"
 """How the keys end under which official files repeat the weights of convolutions without weight norm."""
 
 
-class NVAE(Backbone):
+class NVAE(FoldableBackbone[Network]):
     """NVAE as a backbone; `load_official` reads the checkpoints of its code and of VAEBM's.
 
     The keyword arguments are the fields of `nvae_network.Architecture`: image_shape, groups_per_scale and likelihood
@@ -65,25 +67,26 @@ class NVAE(Backbone):
 
     def top_down(self, draw: Draw, batch_size: int) -> Features:
         """The generator down to z1. The top prior has batch axis 1; the context is None there, a `Context` below."""
-        return self.network.generate(draw, batch_size)
+        return self.running.generate(draw, batch_size)
 
     def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
         """The bottom-up pass; then q(z_i | x, z_<i) as the groups are met: a Gaussian draw, moved by the flows.
 
         The flows keep volume, so log q is that of the Gaussian at the draw before them.
         """
-        features = self.network.encode(F.pad(images, [self.network.architecture.padding] * 4))
+        network = self.running
+        features = network.encode(F.pad(images, [network.architecture.padding] * 4))
 
         def conditional(index: int, _: Gaussian, context: Context | None) -> tuple[Tensor, Tensor]:
-            q = self.network.posterior(index, features, context)
+            q = network.posterior(index, features, context)
             z = q.mean + q.std * noise[index]
-            return self.network.flow(index, z), q.log_prob(z)
+            return network.flow(index, z), q.log_prob(z)
 
         return PosteriorDraw(conditional)
 
     def likelihood(self, features: Features) -> ImageDistribution:
         """p(x | z): the last combiner, the post-processing cells and the image head."""
-        a, parameters = self.network.architecture, self.network.image(features)
+        a, parameters = self.network.architecture, self.running.image(features)
         border = a.padding
         if border:
             parameters = parameters[:, :, border:-border, border:-border]
@@ -100,6 +103,10 @@ class NVAE(Backbone):
             return binarize(images, generator=generator)
         return images if a.bits == 8 else reduce_bits(images, a.bits)
 
+    def fold(self, network: Network) -> Network:
+        """See `nvae_folding`."""
+        return fold(network)
+
     def regularization(self) -> Tensor:
         """Σ σ₁(W) + Σ max |γ|, over all convolutions and all batch norms: the spectral regularisation of §3.2.
 
@@ -112,11 +119,11 @@ class NVAE(Backbone):
 
     def kernels(self) -> Iterator[Tensor]:
         """The weight of every convolution as it is used, (C_out, C_in/groups, K, K): normed, masked."""
-        return (module.kernel() for module in self.modules() if isinstance(module, Conv2d))
+        return (module.kernel() for module in self.network.modules() if isinstance(module, Conv2d))
 
     def batch_norms(self) -> Iterator[BatchNorm]:
         """Every batch-norm layer."""
-        return (module for module in self.modules() if isinstance(module, BatchNorm))
+        return (module for module in self.network.modules() if isinstance(module, BatchNorm))
 
     @classmethod
     def load_official(cls, path: Path) -> NVAE:

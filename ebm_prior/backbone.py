@@ -162,6 +162,14 @@ class Backbone(nn.Module, ABC):
         """The random observation x that the likelihood models: dynamic binarisation, dequantisation. Default: x."""
         return images
 
+    def for_inference(self) -> Backbone:
+        """The frozen backbone that priors and fits run on: it computes the same, faster. Default: itself.
+
+        Its state dict, too, is the same, so that it has the same file and fingerprint. It need not follow when weights
+        change afterwards.
+        """
+        return self
+
     def regularization(self) -> Tensor:
         """What the first stage adds to its loss, times `PretrainConfig.regularization`: a scalar. Default: 0."""
         return next(self.parameters()).new_zeros(())

@@ -78,7 +78,7 @@ class _Fit:
     """One second stage under way: everything that changes is in `state`, so that it can be saved and rolled back."""
 
     def __init__(self, backbone: Backbone, images: Images, config: FitConfig) -> None:
-        self.backbone, self.images, self.config = backbone, images, config
+        self.backbone, self.images, self.config = backbone.for_inference(), images, config
         like = next(backbone.parameters())
         self.device, self.dtype = like.device, like.dtype
         if backbone.training:

@@ -55,7 +55,7 @@ class EBMPrior:
         if target == "published" and regime == "calibrated":
             raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
         like = next(backbone.parameters())
-        self.backbone = backbone
+        self.backbone = backbone.for_inference()
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
         self.tau = tau
         self.regime = regime

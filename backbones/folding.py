@@ -1,0 +1,74 @@
+"""Exact folding: a frozen network as one that computes the same faster, beside the weights that it came from."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.errors import ConfigurationError
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class FoldableBackbone(Backbone, Generic[Network]):
+    """A backbone whose passes run on `self.running`: `self.network`, or what `for_inference` has folded it into.
+
+    The folded network holds constants, not weights: they are neither parameters nor in the state dict, which stay those
+    of `network`. So a folded backbone has the fingerprint, the file and the size of the one that it was made from, with
+    which it shares the weights; it does not follow when these change.
+    """
+
+    network: Network
+    folded: Network | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folded = None
+
+    @property
+    def running(self) -> Network:
+        """The network that passes run on."""
+        return self.network if self.folded is None else self.folded
+
+    def for_inference(self) -> Backbone:
+        """This backbone with its network folded, in the dtype and on the device of its weights.
+
+        Raises ConfigurationError in train mode, where batch norms are not constant.
+        """
+        if self.folded is not None:
+            return self
+        if self.training:
+            raise ConfigurationError("expected a backbone in eval mode, found it in train mode: call .eval() first")
+        like = next(self.network.parameters())
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        with torch.no_grad():  # in float64, so that each constant is rounded once; on the CPU, which always has it
+            folded = self.fold(copy.deepcopy(self.network).cpu().double()).eval()
+        twin.folded = constants(folded).to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
+        return twin
+
+    @abstractmethod
+    def fold(self, network: Network) -> Network:
+        """A network that computes what `network` does. `network` is a copy in eval mode, which may be changed."""
+
+    def train(self, mode: bool = True) -> FoldableBackbone[Network]:
+        """Set the mode, as ever; in train mode the weights are about to change, so that nothing is folded any more."""
+        if mode:
+            self.folded = None
+        super().train(mode)
+        return self
+
+
+def constants(network: Network) -> Network:
+    """The network with every parameter and buffer turned into a buffer outside the state dict, in place."""
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            del module._parameters[name]
+            module.register_buffer(name, None if parameter is None else parameter.detach(), persistent=False)
+        module._non_persistent_buffers_set.update(module._buffers)
+    return network

@@ -154,7 +154,10 @@ class _Fit:
         indices = self.training[batch_indices(len(self.training), config.batch_size, t, config.seed)]
         positive = self._posterior(indices, generator)
         negative, chain_norm = self._negatives(generator)
-        rate = self.rate * config.learning_rate * min(1.0, (t + 1) / max(1, config.warmup))
+        since = self.saturated["iteration"] if self.saturated else 0  # stages warm up anew
+        rate = self.rate * config.learning_rate * min(1.0, (t + 1 - since) / max(1, config.warmup))
+        if self.stages is not None:
+            rate *= self.stages.rate
         if config.decay:
             rate *= 0.5 * (1 + math.cos(math.pi * t / config.iterations))
         for group in self.optimizer.param_groups:
@@ -213,8 +216,8 @@ class _Fit:
             if ess < config.ess_floor:
                 self.saturated = {"iteration": self.iteration, "ess_fraction": ess}
                 self.stages = self._first_stage()
-                self._reset(self.stages.reference)
-                self.best = self._untrained()
+                self._put_back(self.stages.reference)
+                self.optimizer, self.best = self._new_optimizer(), self._untrained()
 
     def _on_probation(self) -> bool:
         """Whether to look if one ratio saturates."""
@@ -223,8 +226,8 @@ class _Fit:
         until = max(PROBATION * config.iterations, 2 * config.warmup)
         return auto and self.iteration % 10 == 0 and self.iteration <= until
 
-    def _end_stage(self, stages: Stages) -> Gain:
-        """Accept what a stage has learned if the held-out gain rises; else begin it again, at half the rate."""
+    def _end_stage(self, stages: Stages) -> None:
+        """Accept what a stage has learned if the held-out gain rises; else begin it again, at a lower rate."""
         stages.temper(self.average)
         found, error = stages.look(self.average, self.held_out.posterior)
         if not math.isfinite(found.nats):
@@ -237,16 +240,14 @@ class _Fit:
                 "iteration": self.iteration,
                 "energy": copy.deepcopy(self.average.state_dict()),
             }
-        elif found.ess_fraction < self.config.stage.ess:
-            self._reset(stages.reference)
-            self.rate *= 0.5
-        return found
+        else:
+            stages.reject()
+        self._put_back(stages.reference)  # after an accepted stage, too: the live heads run ahead of what was measured
 
-    def _reset(self, energy: JointEnergy) -> None:
-        """Put the heads back to `energy`, and forget where the optimizer was going."""
+    def _put_back(self, energy: JointEnergy) -> None:
+        """The heads back to `energy`."""
         self.energy.load_state_dict(energy.state_dict())
         self.average.load_state_dict(energy.state_dict())
-        self.optimizer = self._new_optimizer()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config, kind = self.config, torch.optim.AdamW if self.config.optimizer == "adamw" else torch.optim.Adam
@@ -258,8 +259,14 @@ class _Fit:
 
     def _evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         if self.stages is not None:
-            ess = self._end_stage(self.stages).ess_fraction
-            course = {"gain": self.stages.gain, "ess_fraction": ess, "stage": len(self.stages.done), "rate": self.rate}
+            if self.iteration == self.config.iterations:
+                self._end_stage(self.stages)
+            course = {
+                "gain": self.stages.gain,
+                "ess_fraction": self.stages.ess_fraction(self.average),
+                "stage": len(self.stages.done),
+                "rate": self.stages.rate,
+            }
             return {**shown, **course}
         plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
         calibrated = self.config.regime == "calibrated"

@@ -48,9 +48,9 @@ ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow besid
 class StageConfig:
     """The draws of the prior so far, and when it becomes the next one."""
 
-    particles: int = field(default=1024, metadata={"help": "draws of the prior so far, the negatives"})
+    particles: int = field(default=256, metadata={"help": "draws of the prior so far, the negatives"})
     held_out: int = field(default=256, metadata={"help": "more of them, never trained on, by which stages end"})
-    moves: int = field(default=3, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
+    moves: int = field(default=5, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
     held_out_moves: int = field(default=15, metadata={"help": "steps of the held-out draws at the end of a stage"})
     step_size: float = field(default=0.15, metadata={"help": "δ of these steps at the start; it follows acceptance"})
     ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
@@ -81,6 +81,7 @@ class Stages:
         self.eps = backbone.standard_normal(self.config.particles + self.config.held_out, generator=generator)
         self.reference = copy.deepcopy(energy).eval().requires_grad_(False)
         self.step_size = config.step_size
+        self.rate = 1.0  # of learning: half as fast after a stage that was rejected, twice after one that was accepted
         self.done: list[dict[str, float]] = []  # of each stage: last iteration, gain and log Z in nats, ESS
         self._show_held_out()
 
@@ -140,10 +141,15 @@ class Stages:
             rows.append(first + _systematic(part.double().softmax(0).to(device), generator))
         self.eps = [e[torch.cat(rows)] for e in self.eps]
         self.reference.load_state_dict(energy.state_dict())
+        self.rate = min(1.0, 2 * self.rate)
         self._move(torch.arange(count, len(self.eps[0]), device=device), self.config.held_out_moves, generator)
         stage = {"iteration": iteration, "gain": found.nats, "log_z": log_z, "ess_fraction": found.ess_fraction}
         self.done.append(stage)
         self._show_held_out()
+
+    def reject(self) -> None:
+        """Begin the stage again, more slowly. The optimizer keeps its moments: fresh ones would begin with a leap."""
+        self.rate *= 0.5
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, for a resume."""
@@ -151,6 +157,7 @@ class Stages:
             "eps": self.eps,
             "reference": self.reference.state_dict(),
             "step_size": self.step_size,
+            "rate": self.rate,
             "done": self.done,
         }
 
@@ -158,7 +165,7 @@ class Stages:
         """Go on from `state()`."""
         self.eps = [e.to(old.device) for e, old in zip(state["eps"], self.eps, strict=True)]
         self.reference.load_state_dict(state["reference"])
-        self.step_size, self.done = state["step_size"], state["done"]
+        self.step_size, self.rate, self.done = state["step_size"], state["rate"], state["done"]
         self._show_held_out()
 
     def _move(self, rows: Tensor, steps: int, generator: torch.Generator) -> list[Tensor]:

@@ -49,7 +49,7 @@ class FoldableBackbone(Backbone, Generic[Network]):
         twin._modules = dict(self._modules)
         with torch.no_grad():  # in float64, so that each constant is rounded once; on the CPU, which always has it
             folded = self.fold(copy.deepcopy(self.network).cpu().double()).eval()
-        twin.folded = constants(folded).to(device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
+        twin.folded = constants(folded).to(like.device, like.dtype).to(memory_format=torch.channels_last)
         return twin
 
     @abstractmethod

@@ -15,14 +15,13 @@ Maps are channels last, where a 1×1 convolution is a matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nvae_cells import BatchNorm, Cell, Conv2d, InvertedResidual, NormSwishConv, SqueezeExcite
+from .nvae_cells import BatchNorm, Cell, Conv2d, InvertedResidual, NormSwishConv
 from .nvae_network import DecoderCombiner, Network
 
 RESIDUAL = 0.1
@@ -31,60 +30,94 @@ RESIDUAL = 0.1
 
 def fold(network: Network) -> Network:
     """The network folded, made of the modules of `network`, which is in eval mode and not needed afterwards."""
-    with_towers = [network.pre_process, network.post_process]
+    towers = [network.pre_process, network.post_process]
     if not network.architecture.single:
-        with_towers += [network.enc_tower, network.dec_tower]
+        towers += [network.enc_tower, network.dec_tower]
         _fold_combiners(network)
-    for tower in with_towers:
+    for tower in towers:
         for index, cell in enumerate(tower):
             if isinstance(cell, Cell):
                 tower[index] = FoldedCell(cell)
-    for module, name, conv in list(_convolutions(network)):
-        setattr(module, name, plain(conv))
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Conv2d):
+                setattr(module, name, plain(child))
     return network
 
 
 class Pointwise(nn.Module):
     """A 1×1 convolution as a matrix product over the channels: (B, C_in, H, W) to (B, C_out, H, W), channels last."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)  # (C_out, C_in)
-        self.register_buffer("bias", bias)
+        self.weight = nn.Parameter(weight.contiguous())  # (C_out, C_in)
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + b at every pixel."""
         return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
+class Depthwise(nn.Module):
+    """A depthwise convolution of odd size with a constant weight (C, 1, K, K): (B, C, H, W) to the same shape."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The cross-correlation, plus a bias per channel."""
+        y: Tensor = _ConstantDepthwise.apply(x, self.weight, self.bias)
+        return y
+
+
+class _ConstantDepthwise(torch.autograd.Function):
+    """Its gradient is the convolution with the kernel turned; x, which torch's own keeps, is not needed for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        turned = weight.flip(2, 3)
+        return F.conv2d(gradient, turned, padding=weight.shape[-1] // 2, groups=len(weight)), None, None
+
+
 class FoldedCombiner(nn.Module):
-    """W_s·state + W_z·z + b at every pixel; `constant` W_s·state + b, (1, C, H, W), where the state is one."""
+    """W_s·state + W_z·z + b at every pixel; `constant` is W_s·state + b, (1, C, H, W), where the state is one."""
+
+    constant: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor, constant_state: Tensor | None) -> None:
         super().__init__()
         width = len(weight)
-        of_state = Pointwise(weight[:, :width].contiguous(), bias)
-        self.of_state = of_state if constant_state is None else None
-        self.register_buffer("constant", None if constant_state is None else of_state(constant_state))
-        self.register_buffer("weight", weight[:, width:].contiguous())
+        self.of_state = Pointwise(weight[:, :width], bias)
+        self.of_z = Pointwise(weight[:, width:])
+        self.register_buffer("constant", None if constant_state is None else self.of_state(constant_state))
 
     def forward(self, state: Tensor, z: Tensor) -> Tensor:
         """(B, C_dec, H, W) and (B, L, H, W) to (B, C_dec, H, W)."""
-        sum_ = self.constant if self.of_state is None else self.of_state(state)
-        return sum_ + F.linear(z.permute(0, 2, 3, 1), self.weight).permute(0, 3, 1, 2)
+        of_state = self.of_state(state) if self.constant is None else self.constant
+        sum_: Tensor = of_state + self.of_z(z)
+        return sum_
 
 
 class FoldedCell(Cell):
     """A cell with the factor of its residual branch in the weights."""
 
     def __init__(self, cell: Cell) -> None:
-        *first, last = cell._ops
-        ops = [FoldedResidual(op) if isinstance(op, InvertedResidual) else op for op in cell._ops]
-        if isinstance(last, NormSwishConv):
-            ops = _fold_encoder_ops(*cast(list[NormSwishConv], [*first, last]))
-        super().__init__(_swapped(cell.skip), ops, cell.se)
-        if self.se is not None:
-            self.se.se[0].weight.div_(RESIDUAL)
+        ops = list(cell._ops)
+        if isinstance(ops[0], InvertedResidual):
+            ops = [FoldedResidual(ops[0])]
+        else:
+            ops = _fold_encoder_ops(*cast(list[NormSwishConv], ops))
+        gate = cell.se
+        if gate is not None:
+            cast(nn.Linear, gate.se[0]).weight.div_(RESIDUAL)
+        super().__init__(_swapped(cell.skip), ops, gate)
 
     def forward(self, x: Tensor) -> Tensor:
         """The residual sum."""
@@ -92,8 +125,9 @@ class FoldedCell(Cell):
         for op in self._ops:
             y = op(y)
         if self.se is None:
-            return self.skip(x) + y
-        gate = cast(SqueezeExcite, self.se).se(y.mean((2, 3)))
+            sum_: Tensor = self.skip(x) + y
+            return sum_
+        gate: Tensor = self.se.se(y.mean((2, 3)))
         return torch.addcmul(self.skip(x), y, gate[:, :, None, None])
 
 
@@ -102,56 +136,45 @@ class FoldedResidual(nn.Module):
 
     def __init__(self, residual: InvertedResidual) -> None:
         super().__init__()
-        layers = list(residual.conv)
-        self.upsample = layers.pop(0) if isinstance(layers[0], nn.Upsample) else nn.Identity()
-        first, expand, depthwise, project, last = layers
-        (scale0, shift0), (scale3, shift3) = affine(first.bn), affine(last.bn)
-        (conv1, bn1), (conv2, bn2) = expand.conv, depthwise.conv
+        *upsample, first, expand, depthwise, project, last = residual.conv
+        self.upsample = nn.Sequential(*upsample)
+        (conv1, bn1), (conv2, bn2) = cast(Any, expand).conv, cast(Any, depthwise).conv
+        (scale0, shift0), (scale3, shift3) = affine(cast(Any, first).bn), affine(cast(Any, last).bn)
         (scale1, shift1), (scale2, shift2) = affine(bn1), affine(bn2)
         weight = conv1.weight.flatten(1)
         self.expand = Pointwise(scale1[:, None] * weight * scale0, scale1 * (weight @ shift0) + shift1)
-        self.depthwise = Conv2d(len(weight), len(weight), conv2.kernel_size[0], groups=len(weight))
-        _set(self.depthwise, scale2[:, None, None, None] * conv2.weight, shift2)
-        scale3, shift3 = RESIDUAL * scale3, RESIDUAL * shift3
-        self.project = Pointwise(scale3[:, None] * project.weight.flatten(1), shift3)
+        self.depthwise = Depthwise(scale2[:, None, None, None] * conv2.weight, shift2)
+        weight = cast(Conv2d, project).weight.flatten(1)
+        self.project = Pointwise(RESIDUAL * scale3[:, None] * weight, RESIDUAL * shift3)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H or 2H, W or 2W)."""
         y = self.upsample(F.silu(self.expand(x)))
-        return self.project(F.silu(self.depthwise(y)))
+        projected: Tensor = self.project(F.silu(self.depthwise(y)))
+        return projected
 
 
 def affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """A batch norm in eval mode as scale and shift, (C,) each."""
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return scale, norm.bias - norm.running_mean * scale
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    scale = norm.weight / (variance + norm.eps).sqrt()
+    return scale, norm.bias - mean * scale
 
 
-def plain(conv: Conv2d) -> nn.Module:
+def plain(conv: Conv2d) -> Conv2d | Pointwise:
     """The convolution with its weight as used."""
     if conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1:
         return Pointwise(conv.kernel().flatten(1), conv.bias)
-    folded = Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size[0],
-        conv.stride[0],
-        groups=conv.groups,
-        bias=conv.bias is not None,
-    )
-    return _set(folded, conv.kernel(), conv.bias)
-
-
-def _set(conv: Conv2d, weight: Tensor, bias: Tensor | None) -> Conv2d:
-    conv.weight = nn.Parameter(weight)
-    conv.bias = None if bias is None else nn.Parameter(bias)
-    return conv
+    size, stride, biased = conv.kernel_size[0], conv.stride[0], conv.bias is not None
+    folded = Conv2d(conv.in_channels, conv.out_channels, size, stride, groups=conv.groups, bias=biased)
+    folded.weight, folded.bias = nn.Parameter(conv.kernel()), conv.bias
+    return folded
 
 
 def _fold_encoder_ops(first: NormSwishConv, second: NormSwishConv) -> list[nn.Module]:
     """bn1, swish, conv1 with bn2 in it; swish, conv2 with the cell's factor in it."""
     scale, shift = affine(second.bn_act)
-    conv1, conv2 = plain(first.conv_0), plain(second.conv_0)
+    conv1, conv2 = (cast(Any, plain(op.conv_0)) for op in (first, second))
     conv1.weight.mul_(scale[:, None, None, None])
     conv1.bias.mul_(scale).add_(shift)
     conv2.weight.mul_(RESIDUAL)
@@ -168,13 +191,6 @@ def _fold_combiners(network: Network) -> None:
     state: Tensor | None = network.prior_ftr0[None]
     for index, module in enumerate(network.dec_tower):
         if isinstance(module, DecoderCombiner):
-            network.dec_tower[index] = FoldedCombiner(module.conv.kernel().flatten(1), module.conv.bias, state)
+            conv = module.conv
+            network.dec_tower[index] = FoldedCombiner(conv.kernel().flatten(1), cast(Tensor, conv.bias), state)
             state = None
-
-
-def _convolutions(network: nn.Module) -> Iterator[tuple[nn.Module, str, Conv2d]]:
-    """Every convolution, with the module that holds it and its name there."""
-    for module in network.modules():
-        for name, child in module.named_children():
-            if isinstance(child, Conv2d):
-                yield module, name, child

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ebm_prior.backbone import Backbone, Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.backbone import Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.randomness import Generator
 from ebm_prior.weights import check_state
@@ -18,13 +18,14 @@ from ebm_prior.weights import check_state
 from . import biva_official
 from .biva_network import Features, Network
 from .biva_options import Architecture
-from .layers import require_initialized
+from .folding import FoldableBackbone
+from .layers import fold_weight_norm, require_initialized
 from .likelihoods import Bernoulli, LogisticMixture, binarize
 from .options import record
 from .safe_loading import load_json, load_pickle, load_tensors
 
 
-class BIVA(Backbone):
+class BIVA(FoldableBackbone[Network]):
     """BIVA, LVAE or VAE as a backbone; `load_official` reads the run folders of biva-pytorch.
 
     The keyword arguments are the fields of `biva_options.Architecture`: image_shape, likelihood and stages are
@@ -48,6 +49,8 @@ class BIVA(Backbone):
         "the official format of BIVA is a folder with hyperparameters.p, config.json and model.pth"
     )
 
+    layout: ClassVar[torch.memory_format] = torch.contiguous_format  # channels last gains here and loses there
+
     def __init__(self, **architecture: Any) -> None:
         super().__init__()
         a = record(Architecture, architecture)
@@ -66,7 +69,7 @@ class BIVA(Backbone):
 
         The context of a draw is d, (B, C, H, W): the features from above, on which the prior depends; None at the top.
         """
-        return self.network.generate(draw)
+        return self.running.generate(draw)
 
     def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
         """The way up, which draws z_bu and in BIVA and VAE the top group; the others are drawn as they are met.
@@ -74,7 +77,7 @@ class BIVA(Backbone):
         Zero noise gives a group's posterior mean, given the draws that it depends on.
         """
         a = self.network.architecture
-        posteriors = self.network.encode(images if a.likelihood == "bernoulli" else 2 * images - 1, noise)
+        posteriors = self.running.encode(images if a.likelihood == "bernoulli" else 2 * images - 1, noise)
         if a.kind == "vae":
             z, log_q = zip(*(draw(None) for draw in posteriors), strict=True)
             return PosteriorDraw.given(list(z), log_q)
@@ -86,7 +89,7 @@ class BIVA(Backbone):
 
     def likelihood(self, features: Features) -> ImageDistribution:
         """p(x | z): from z1 and the skips to the image."""
-        parameters = self.network.image(features)
+        parameters = self.running.image(features)
         if self.network.architecture.likelihood == "bernoulli":
             return Bernoulli(parameters)
         return LogisticMixture(parameters)
@@ -96,6 +99,10 @@ class BIVA(Backbone):
         if self.network.architecture.likelihood == "bernoulli":
             return binarize(images, generator=generator)
         return images
+
+    def fold(self, network: Network) -> Network:
+        """Weight norm is all that folds."""
+        return fold_weight_norm(network)
 
     @classmethod
     def load_official(cls, path: Path) -> BIVA:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ class FoldableBackbone(Backbone, Generic[Network]):
     which it shares the weights; it does not follow when these change.
     """
 
+    layout: ClassVar[torch.memory_format] = torch.channels_last  # of the folded weights, and so of the maps
     network: Network
     folded: Network | None
 
@@ -49,7 +50,7 @@ class FoldableBackbone(Backbone, Generic[Network]):
         twin._modules = dict(self._modules)
         with torch.no_grad():  # in float64, so that each constant is rounded once; on the CPU, which always has it
             folded = self.fold(copy.deepcopy(self.network).cpu().double()).eval()
-        twin.folded = constants(folded).to(like.device, like.dtype).to(memory_format=torch.channels_last)
+        twin.folded = constants(folded).to(like.device, like.dtype).to(memory_format=self.layout)
         return twin
 
     @abstractmethod

@@ -11,20 +11,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ebm_prior.backbone import Backbone, Draw, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.backbone import Draw, ImageDistribution, LatentGroup, PosteriorDraw
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.randomness import Generator
 from ebm_prior.weights import check_state
 
 from . import hvae_official
+from .folding import FoldableBackbone
 from .hvae_network import Features, Network, Options, stage_spec
-from .layers import require_initialized
+from .layers import fold_weight_norm, require_initialized
 from .likelihoods import binarize, dequantize
 from .paths import ACTIVATIONS, require_model_options
 from .safe_loading import load_plain, load_tensors
 
 
-class HVAE(Backbone):
+class HVAE(FoldableBackbone[Network]):
     """The HVAE of hvae-oodd as a backbone; `load_official` reads its run folders.
 
     image_shape: (C, H, W), square. likelihood: "bernoulli", or "logistic_mixture" (RGB).
@@ -69,21 +70,25 @@ class HVAE(Backbone):
 
     def top_down(self, draw: Draw, batch_size: int) -> Features:
         """The generator down to z1. The top prior has batch axis 1; the context of every draw is None."""
-        return self.network.generate(draw)
+        return self.running.generate(draw)
 
     def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
         """q(z1 | x) q(z2 | z1) …: samples bottom-up, at once. Zero noise gives a group's posterior mean."""
-        z, log_q = (values[::-1] for values in self.network.encode(images, noise[::-1]))
+        z, log_q = (values[::-1] for values in self.running.encode(images, noise[::-1]))
         return PosteriorDraw.given(z, log_q)
 
     def likelihood(self, features: Features) -> ImageDistribution:
         """p(x | z): from z1 and the skips to the image."""
-        return self.network.image(features)
+        return self.running.image(features)
 
     def observe(self, images: Tensor, *, generator: Generator = None) -> Tensor:
         """Dynamic binarisation for the Bernoulli likelihood, dequantisation for the mixture."""
         random = binarize if self.architecture["likelihood"] == "bernoulli" else dequantize
         return random(images, generator=generator)
+
+    def fold(self, network: Network) -> Network:
+        """Weight norm is all that folds."""
+        return fold_weight_norm(network)
 
     @classmethod
     def load_official(cls, path: Path) -> HVAE:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from ebm_prior.errors import CheckpointError, ConfigurationError
 Activation = Callable[[Tensor], Tensor]
 Shape = tuple[int, int, int]
 """(C, H, W), without the batch axis."""
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -64,6 +65,13 @@ class Affine(nn.Module):
         norm: Tensor = torch.linalg.vector_norm(self.weight_v, dim=self._axes, keepdim=True)
         return self.weight_v * (self.weight_g / norm)
 
+    def fold(self) -> None:
+        """Make the weight, as it is now, a plain one."""
+        if self.weight_norm:
+            self.weight = nn.Parameter(self().detach())
+            self.weight_norm = False
+            del self.weight_g, self.weight_v
+
 
 class DataInitialized(nn.Module):
     """Base of the layers below: the flag, and the first forward that sets g and b from the data."""
@@ -91,6 +99,14 @@ class DataInitialized(nn.Module):
     @property
     def _waits(self) -> bool:
         return self.training and self.weight_norm and not bool(self.initialized)
+
+
+def fold_weight_norm(network: Network) -> Network:
+    """The network with weight norm in the weights, changed in place: what folds of the BIVA family for inference."""
+    for module in network.modules():
+        if isinstance(module, Affine):
+            module.fold()
+    return network
 
 
 def require_initialized(network: nn.Module, path: Path) -> None:

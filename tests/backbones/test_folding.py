@@ -7,9 +7,13 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import tiny_biva
+import tiny_hvae
 import tiny_nvae
 import torch
+from ebm_prior.backbones.biva import BIVA
 from ebm_prior.backbones.folding import FoldableBackbone
+from ebm_prior.backbones.hvae import HVAE
 from ebm_prior.backbones.nvae import NVAE
 from torch import Tensor
 
@@ -28,10 +32,20 @@ TINY: dict[str, Callable[[], Backbone]] = {
     "nvae of one group": lambda: tiny_nvae.trained(
         tiny_nvae.tiny(groups_per_scale=[1], encoder_channels=4, squeeze_excite=False)
     ),
+    "hvae": lambda: tiny_hvae.initialised(tiny_hvae.tiny()),
+    "biva": lambda: tiny_biva.initialised(tiny_biva.tiny()),
 }
+FIXTURES = tiny_nvae.FIXTURES.parent
 OFFICIAL: dict[str, Callable[[], Backbone]] = {
-    f"nvae/{name}": partial(NVAE.load_official, tiny_nvae.FIXTURES / name / "checkpoint.pt")
-    for name in tiny_nvae.REFERENCES
+    **{
+        f"nvae/{name}": partial(NVAE.load_official, FIXTURES / "nvae" / name / "checkpoint.pt")
+        for name in tiny_nvae.REFERENCES
+    },
+    **{f"biva/{name}": partial(BIVA.load_official, FIXTURES / "biva" / name) for name in tiny_biva.REFERENCES},
+    **{
+        f"hvae/{name}": partial(HVAE.load_official, FIXTURES / "hvae" / name)
+        for name in ("fashion-mini", "cifar-mini", "fashion-trained")
+    },
 }
 needs_fixtures = tiny_nvae.needs_fixtures
 

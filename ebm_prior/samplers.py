@@ -96,9 +96,9 @@ def langevin_step(
     state: ChainState, potential: Potential, step_size: Tensor, generator: Generator, *, temperature: float = 1.0
 ) -> tuple[ChainState, ChainInfo]:
     """Langevin (Eq. 12) on the ε-target: ε ← ε + s(∇g − ε) + √(2s)·τ·ξ. `step_size`: (B,)."""
-    s = step_size
+    s, noise = step_size, (2 * step_size).sqrt() * temperature
     moved = [
-        e + _rows(s, e) * (d - e) + _rows((2 * s).sqrt() * temperature, e) * _noise_like(e, generator)
+        torch.lerp(e, d, _rows(s, e)).addcmul_(_rows(noise, e), _noise_like(e, generator))
         for e, d in zip(state.eps, state.gradient, strict=True)
     ]
     return start(potential, moved), ChainInfo(torch.ones_like(s), norm(moved))
@@ -114,18 +114,19 @@ def pcn_langevin_step(
     With f = 0 every step is accepted, at any step size and dimension.
     """
     delta = step_size
+    keep, drift, noise = (factor / (2 + delta) for factor in (2 - delta, 2 * delta, (8 * delta).sqrt()))
     proposal = [
-        (_rows(2 - delta, e) * e + _rows(2 * delta, e) * d + _rows((8 * delta).sqrt(), e) * _noise_like(e, generator))
-        / _rows(2 + delta, e)
+        (_rows(keep, e) * e).addcmul_(_rows(drift, e), d).addcmul_(_rows(noise, e), _noise_like(e, generator))
         for e, d in zip(state.eps, state.gradient, strict=True)
     ]
     new = start(potential, proposal)
 
     def rho(u: ChainState, v: ChainState) -> Tensor:
-        forward = [b - a for a, b in zip(u.eps, v.eps, strict=True)]
-        both = [a + b for a, b in zip(u.eps, v.eps, strict=True)]
-        slope, mean = _dot(forward, u.gradient), _dot(both, u.gradient)
-        return -u.value - 0.5 * slope - 0.25 * delta * mean + 0.25 * delta * _dot(u.gradient, u.gradient)
+        along = [  # the factor of ∇g(u) in −ρ(u, v) − g(u)
+            torch.addcmul(0.5 * (b - a), _rows(0.25 * delta, a), a + b - d)
+            for a, b, d in zip(u.eps, v.eps, u.gradient, strict=True)
+        ]
+        return -u.value - _dot(along, u.gradient)
 
     # A proposal where g or its gradient is not finite is refused; g = +∞ alone would give acceptance 1.
     log_ratio = (rho(state, new) - rho(new, state)).masked_fill(~new.value.isfinite(), -math.inf)

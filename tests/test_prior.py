@@ -62,6 +62,16 @@ def test_draw_i_is_the_same_for_any_chunk_and_number_of_draws(build: type[Backbo
     assert not torch.equal(prior.sample(64, seed=4).eps[0], whole.eps[0][:64])
 
 
+def test_it_runs_on_the_backbone_for_inference_which_by_default_is_itself() -> None:
+    class Twice(ToyConv):
+        def for_inference(self) -> Backbone:
+            return twin
+
+    plain, twin, twice = ToyConv().eval(), ToyConv().eval(), Twice().eval()
+    assert EBMPrior(plain, untrained(plain)).backbone is plain
+    assert EBMPrior(twice, untrained(twice)).backbone is twin
+
+
 class Elementwise(LinearGaussian):
     """No matrix product before the image: its rounding could depend on the number of rows."""
 

@@ -3,8 +3,9 @@
     ELBO = E_q[log p(x|z)] − β Σ_i γ_i max(KL_i, free nats),   KL_i = E_q[log q(z_i|x, z_<i) − log p_β(z_i|z_<i)]
 
 with one posterior draw per image, KL warm-up (β from 0 to 1) and meanwhile, on request, KL balancing (γ; else 1), what
-the adapter regularises, Adam or Adamax, gradient clipping, a learning rate that decays to zero along a cosine, and an
-exponential moving average of the weights, which is what is kept.
+the adapter regularises, Adam or Adamax, gradient clipping, a learning rate that decays to zero along a cosine or stays,
+and an exponential moving average of the weights, which is what is kept. It begins after the first batch has initialised
+the network, where the data do that.
 """
 
 from __future__ import annotations
@@ -39,13 +40,18 @@ class PretrainConfig:
 
     iterations: int = field(default=12_000, metadata={"help": "gradient steps"})
     batch_size: int = field(default=128, metadata={"help": "images per step"})
-    optimizer: Literal["adam", "adamax"] = field(default="adam", metadata={"help": "NVAE's is adamax"})
+    optimizer: Literal["adam", "adamax"] = field(default="adam", metadata={"help": "NVAE's and BIVA's is adamax"})
+    epsilon: float = field(default=1e-8, metadata={"help": "of the optimizer's denominator; NVAE's is 1e-3"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak rate of the optimizer"})
     rate_warmup: float = field(default=0.0, metadata={"help": "share of the run over which the rate rises from 0"})
+    decay: bool = field(default=True, metadata={"help": "let the rate fall to 0 along a cosine"})
     weight_decay: float = field(default=0.0, metadata={"help": "of the optimizer, in the gradient (L2)"})
     kl_warmup: float = field(default=0.1, metadata={"help": "share of the run over which β rises from 0 to 1"})
     kl_balance: bool = field(default=False, metadata={"help": "weigh the groups' KL evenly while β < 1"})
     free_nats: float = field(default=0.0, metadata={"help": "KL per group (nats) that costs nothing"})
+    free_nats_per: Literal["batch", "image"] = field(
+        default="batch", metadata={"help": "whose KL they are free of: the batch's mean, or each image's (BIVA)"}
+    )
     regularization: float = field(default=0.0, metadata={"help": "times what the adapter regularises, e.g. NVAE"})
     flip: bool = field(default=False, metadata={"help": "mirror half of the images, as suits natural ones"})
     channels_last: bool = field(default=False, metadata={"help": "memory layout, for many networks faster on a CPU"})
@@ -55,7 +61,9 @@ class PretrainConfig:
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 
     def __post_init__(self) -> None:
-        require_positive(self, "iterations", "batch_size", "learning_rate", "gradient_clip", "checkpoint_every")
+        require_positive(
+            self, "iterations", "batch_size", "learning_rate", "epsilon", "gradient_clip", "checkpoint_every"
+        )
         require_seed(self)
         require_choices(self)
         if not (0 <= self.kl_warmup <= 1 and 0 <= self.rate_warmup <= 1 and 0 <= self.ema < 1):
@@ -179,13 +187,14 @@ class _Pretraining:
         config, t = self.config, self.iteration
         rise = min(1.0, (t + 1) / max(1.0, config.rate_warmup * config.iterations))
         for group in self.optimizer.param_groups:
-            fall = 0.5 * (1 + math.cos(math.pi * t / config.iterations))
+            fall = 0.5 * (1 + math.cos(math.pi * t / config.iterations)) if config.decay else 1.0
             group["lr"] = self.rate * config.learning_rate * rise * fall
         x, generator = self._batch(t)
         with seeded(self.device, config.seed, 2, t):  # dropout draws from the global generator
             log_likelihood, kl = _elbo_terms(self.backbone, x, generator)
         beta = min(1.0, (t + 1) / max(1.0, config.kl_warmup * config.iterations))
-        per_group = kl.mean(0).clamp(min=config.free_nats)
+        charged = kl if config.free_nats_per == "image" else kl.mean(0, keepdim=True)
+        per_group = charged.clamp(min=config.free_nats).mean(0)
         if config.kl_balance and beta < 1:
             per_group = balance(kl, self.backbone.groups) * per_group
         loss = beta * per_group.sum() - log_likelihood.mean()
@@ -268,10 +277,10 @@ def balance(kl: Tensor, groups: Sequence[LatentGroup]) -> Tensor:
 
 
 def _optimizer(backbone: Backbone, config: PretrainConfig) -> torch.optim.Optimizer:
-    rate, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "adamax":
-        return torch.optim.Adamax(backbone.parameters(), lr=rate, eps=1e-3, weight_decay=decay)
-    return torch.optim.Adam(backbone.parameters(), lr=rate, weight_decay=decay)
+    kind = torch.optim.Adamax if config.optimizer == "adamax" else torch.optim.Adam
+    return kind(
+        backbone.parameters(), lr=config.learning_rate, eps=config.epsilon, weight_decay=config.weight_decay
+    )
 
 
 def _observed(

@@ -38,14 +38,14 @@ def steps(kind: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_adamax_divides_by_the_largest_gradient(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first step: lr·g/(|g| + 1e-3), with the weight decay in g."""
+    """In the first step: lr·g/(|g| + epsilon), with the weight decay in g."""
     taken = steps(torch.optim.Adamax, monkeypatch)
     backbone = ToyConv()
     with torch.no_grad():
         backbone.dense.weight *= 100  # so that a small decay counts
     start = backbone.dense.weight.detach().clone()
-    config = PretrainConfig(**SMALL | {"iterations": 1}, optimizer="adamax", learning_rate=1e-2, weight_decay=0.5)
-    pretrain(backbone, images, config)
+    options: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.5, "epsilon": 1e-3}
+    pretrain(backbone, images, PretrainConfig(**SMALL | {"iterations": 1}, optimizer="adamax", **options))
     rate, gradient, move = taken[0]
     g = gradient + 0.5 * start
     torch.testing.assert_close(move, -rate * g / (g.abs() + 1e-3), atol=1e-6, rtol=1e-3)
@@ -58,6 +58,21 @@ def test_the_rate_rises_while_it_falls(images: ImageSource, monkeypatch: pytest.
     assert [rate for rate, *_ in taken] == pytest.approx(
         [c * rise for c, rise in zip(cosine, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1], strict=True)]
     )
+
+
+def test_the_rate_stays_on_request(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = steps(torch.optim.Adamax, monkeypatch)
+    config = PretrainConfig(**SMALL, optimizer="adamax", learning_rate=2.0e-3, decay=False)
+    pretrain(ToyConv(), images, config)
+    assert [rate for rate, *_ in taken] == 8 * [2e-3]
+
+
+def test_free_nats_can_be_each_images_own(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As BIVA has them: Σ_i mean_b max(KL_ib, free nats), at least as much as of the batch's mean."""
+    config = PretrainConfig(iterations=2, batch_size=16, kl_warmup=0.0, free_nats=3.0, free_nats_per="image")
+    for loss, log_p, kl in losses(config, images, monkeypatch):
+        assert ((kl < 3).any(0) & (kl > 3).any(0)).any()  # of one group, some images are below and some above
+        assert loss == pytest.approx(float(kl.clamp(min=3.0).sum(1).mean() - log_p.mean()), rel=1e-5)
 
 
 def test_balance_charges_what_carries_more_and_spares_large_scales() -> None:
@@ -133,7 +148,13 @@ def test_channels_last_is_the_same_training_in_another_layout(images: ImageSourc
         torch.testing.assert_close(kept.state_dict()[name], weight, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "sgd"}, {"rate_warmup": 2.0}, {"weight_decay": -1.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"optimizer": "sgd"}, {"rate_warmup": 2.0}, {"weight_decay": -1.0}),
+        *({"epsilon": 0.0}, {"free_nats_per": "group"}),
+    ],
+)
 def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=f"{next(iter(settings))}.*found"):
         PretrainConfig(**settings)

@@ -62,6 +62,35 @@ def test_dropout_acts_in_train_mode_only() -> None:
             assert torch.equal(run(), run()) == (rate not in rates)
 
 
+RELEASED: dict[str, Any] = {
+    "optimizer": "adamax",
+    "learning_rate": 2e-3,
+    "decay": False,
+    "kl_warmup": 0.0,
+    "free_nats": 2.0,
+    "free_nats_per": "image",
+    "ema": 0.9995,
+    "gradient_clip": 1e9,
+}
+"""The settings of the released training (checkpoints/README.md); its batches have 48 images."""
+
+
+def test_the_average_begins_after_the_first_batch_has_set_the_scales() -> None:
+    """The released training starts it before, and needs ten thousand steps to forget the scales that no data set."""
+    images = from_array(np.random.default_rng(0).integers(0, 2, (48, 8, 8), dtype=np.uint8) * 255)
+    torch.manual_seed(0)
+    model = tiny(q_dropout=0.5, p_dropout=0.5, init_std=0.01)
+    untouched = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kept = pretrain(model, images, PretrainConfig(iterations=3, batch_size=48, **RELEASED))
+    layers = [layer for layer in kept.network.modules() if isinstance(layer, DataInitialized)]
+    assert all(bool(layer.initialized) for layer in layers)
+    # Three steps of Adamax move a weight by at most 3 × 2e-3, so what the average is near of is what the data set.
+    for name, p in model.named_parameters():
+        assert float((p - kept.get_parameter(name)).detach().abs().max()) < 3.1 * 2e-3
+        if name.endswith("weight_g"):
+            assert not torch.isclose(p, untouched[name], atol=0.01).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_stage_trains_it(kind: str) -> None:
     random = np.random.default_rng(0)

@@ -23,6 +23,7 @@ RECIPE: dict[str, Any] = {
     "iterations": 6,
     "batch_size": 8,
     "optimizer": "adamax",
+    "epsilon": 1e-3,
     "learning_rate": 1e-2,
     "rate_warmup": 0.3,
     "weight_decay": 3e-4,

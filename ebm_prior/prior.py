@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ebm_prior.energy import JointEnergy
 from ebm_prior.errors import RegimeError
 from ebm_prior.randomness import BLOCK, BlockGenerator
 from ebm_prior.samplers import SamplerConfig, draw, effective_sample_size
+from ebm_prior.scores import Form, Lower, Mode, score
 
 Regime = Literal["calibrated", "refiner"]
 Target = Literal["exact", "published"]
@@ -142,6 +143,61 @@ class EBMPrior:
             [torch.cat(group) for group in zip(*(part.eps for part in parts), strict=True)],
             *(torch.cat(column) for column in zip(*(part[2:] for part in parts), strict=True)),
         )
+
+    def scores(
+        self,
+        images: Tensor,
+        forms: Iterable[Form],
+        *,
+        draws: int = 8,
+        sampler: SamplerConfig | None = None,
+        seed: int = 0,
+        first: int = 0,
+        chunk: int = 256,
+    ) -> dict[Form, Tensor]:
+        """Scores of images (B, C, H, W) in [0, 1] in several forms on shared draws, (B,) nats each (Eqs. 20, 21).
+
+        sampler: of the lower groups (default: the one recorded with the prior). Image i's draws depend on
+        (seed, first + i) alone, `first` being a multiple of 64; not on `chunk`. Raises RegimeError for a refiner unless
+        all forms are without f, and as `ebm_prior.scores.score` does.
+        """
+        forms = list(forms)
+        if any(form.energy for form in forms):
+            self._require_calibrated("a score")
+        parts = [
+            score(
+                self.backbone,
+                self._f,
+                images[start : start + count],
+                forms,
+                draws=draws,
+                sampler=sampler or self.sampler,
+                seed=seed,
+                first=first + start,
+            )
+            for start, count in _blocks(len(images), chunk)
+        ]
+        return {form: torch.cat([part[form] for part in parts]) for form in forms}
+
+    def score(
+        self,
+        images: Tensor,
+        *,
+        k: int = 0,
+        ratio: bool = False,
+        mode: Mode = "eq20",
+        lower: Lower = "sample",
+        draws: int = 8,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """L^{>k}_EBM (Eq. 20), or with `ratio` LLR^{>k}_EBM (Eq. 21), of images (B, C, H, W) in [0, 1]: (B,) nats.
+
+        Large L is probable, large LLR is an outlier; `ebm_prior.scores.Form` has the meaning of k, mode and lower. The
+        draws are those of one seed, taken from `generator` (None: 0, the same at every call).
+        """
+        seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        form = Form(k, ratio, mode, lower)
+        return self.scores(images, [form], draws=draws, seed=seed)[form]
 
     def _f(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> Tensor:
         value: Tensor = self.tau * self.energy(self.energy.inputs(z, eps))

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "ebm_prior"
 # From the mathematics to the command line; a module imports from its own room and those before it.
 ROOMS = (
     {"errors", "randomness"},
-    {"backbone", "energy", "samplers", "objectives", "metrics", "batch_norm"},
-    {"prior", "training", "stages", "recipes", "fit", "pretrain", "gauge"},
+    {"backbone", "energy", "samplers", "objectives", "metrics", "detection", "batch_norm"},
+    {"scores", "prior", "training", "stages", "recipes", "fit", "pretrain", "gauge"},
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs", "figures", "classifier", "inception"},
     {"evaluate", "options", "sources", "commands", "report", "demo", "progress", "allocator"},
     {"cli", "__main__"},

@@ -1,0 +1,240 @@
+"""Scores of images: the unnormalised log-posterior L^{>k}_EBM (Eq. 20) and the ratio LLR^{>k}_EBM (Eq. 21).
+
+    L^{>k} = E[log p(x|z) + log p_β(z) + f(z)],   z_{>k} ~ q(z | x),  z_{≤k} ~ p_α(z_{≤k} | z_{>k})        (20)
+    LLR^{>k} = L^{>0} − L^{>k}                                                                            (21)
+
+k is the paper's: it counts latent groups from the BOTTOM, so the k last of `backbone.groups` are redrawn. The upper
+latents are shared by the two terms of a ratio, by every k, and by f and f = 0: of a difference of two scores, little
+but the difference is left. Nothing is normalised; log Z is one constant for all images.
+
+Everything random of image i comes from (seed, i): no score depends on the batch that an image is scored in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ebm_prior.backbone import Backbone, Posterior, Trace
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.randomness import BlockGenerator, derived_seed, standard_normal
+from ebm_prior.samplers import Potential, SamplerConfig, draw, langevin_step, run_chain, start
+
+Mode = Literal["eq20", "elbo", "iw"]
+Lower = Literal["sample", "mode"]
+
+NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""τ f of z and ε = T_β⁻¹(z), lists of (B, *group.shape), in nats: (B,)."""
+
+MODE_STEPS, MODE_STEP_SIZE = 12, 0.5  # of the ascent to the mode: the residual is then below 1e-3 on the bundled priors
+_OBSERVATION, _POSTERIOR, _LOWER = 0, 1, 2  # what a generator is for
+
+
+class Form(NamedTuple):
+    """One way to score.
+
+    k: how many groups, from the bottom, are not inferred.  ratio: LLR^{>k} instead of L^{>k}.
+    mode: "eq20", the paper's, literally; "elbo", with −log q(z_{>k}|x) and without log p_β(z_{≤k}|z_{>k}), as the
+    backbone's own bound has it: of draws from their prior, that is; "iw", the same, where L^{>0} is the
+    importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016).
+    lower: "sample", draws of z_{≤k} ~ p_α; "mode", their most probable ε, argmax τf(T(ε)) − ½‖ε‖², given z_{>k}, and
+    means for the posterior draws of these groups. With f = 0 that is ε = 0, the prior's means: the score of HVAE.
+    energy: False leaves f out, both as a term and in the lower groups.
+    """
+
+    k: int
+    ratio: bool = False
+    mode: Mode = "eq20"
+    lower: Lower = "sample"
+    energy: bool = True
+
+    @property
+    def name(self) -> str:
+        """E.g. LLR>1 elbo mode f."""
+        return " ".join(
+            [
+                f"{'LLR' if self.ratio else 'L'}>{self.k}",
+                self.mode,
+                *([self.lower] if self.k else []),
+                "f" if self.energy else "f=0",
+            ]
+        )
+
+
+class Summands(NamedTuple):
+    """The terms of Eq. 20 at one draw of the latents, (B,) nats each."""
+
+    log_likelihood: Tensor  # log p(x | z)
+    log_p_upper: Tensor  # Σ_{i>k} log p_β(z_i | z_{i+1})
+    log_q_upper: Tensor  # Σ_{i>k} log q(z_i | …)
+    log_p_lower: Tensor  # Σ_{i≤k} log p_β(z_i | z_{i+1})
+    f: Tensor  # τ f(z); 0 without the energy
+
+    def value(self, mode: Mode) -> Tensor:
+        """What L^{>k} averages, (B,)."""
+        if mode == "eq20":
+            return self.log_likelihood + self.log_p_upper + self.log_p_lower + self.f
+        return self.log_likelihood + self.log_p_upper - self.log_q_upper + self.f
+
+
+def score(
+    backbone: Backbone,
+    f: NegativeEnergy,
+    images: Tensor,
+    forms: Iterable[Form],
+    *,
+    draws: int = 8,
+    sampler: SamplerConfig,
+    seed: int = 0,
+    first: int = 0,
+) -> dict[Form, Tensor]:
+    """The scores of images (B, C, H, W) in [0, 1] in every form asked for, (B,) nats each, on shared draws.
+
+    draws: S, of x̃ ~ `observe` once and of the latents S times; a mean over them is the expectation of Eq. 20. sampler:
+    what draws the lower groups from p_α. first: the number of the first image in its set, a multiple of 64.
+    Raises ConfigurationError for a form that the backbone does not have, DivergenceError where chains leave the finite
+    numbers.
+    """
+    forms = list(forms)
+    _check(forms, len(backbone.groups), draws)
+    needed = {form._replace(ratio=False) for form in forms}
+    needed |= {form._replace(k=0, ratio=False) for form in forms if form.ratio}
+    batch = _Batch(backbone, f, images, sampler, seed, first)
+    values: dict[Form, list[Tensor]] = {form: [] for form in needed}
+    for number in range(draws):
+        for key in sorted({(form.k, _lower(form), form.energy) for form in needed}):
+            summands = batch.summands(number, *key)
+            for form, column in values.items():
+                if (form.k, _lower(form), form.energy) == key:
+                    column.append(summands.value(form.mode))
+    level = {form: _expectation(form, torch.stack(column)) for form, column in values.items()}
+    return {
+        form: level[form._replace(k=0, ratio=False)] - level[form._replace(ratio=False)] if form.ratio else level[form]
+        for form in forms
+    }
+
+
+class _Batch:
+    """Images, and the draws of their latents."""
+
+    def __init__(
+        self, backbone: Backbone, f: NegativeEnergy, images: Tensor, sampler: SamplerConfig, seed: int, first: int
+    ) -> None:
+        like = next(backbone.parameters())
+        self.backbone, self.f, self.sampler = backbone, f, sampler
+        self.seed, self.first, self.size, self.device, self.dtype = seed, first, len(images), like.device, like.dtype
+        self.x = backbone.observe(images.to(like.device, like.dtype), generator=self.generator(_OBSERVATION))
+        self._last: tuple[tuple[int, int], Posterior] | None = None
+
+    def generator(self, purpose: int, *words: int) -> BlockGenerator:
+        """The same numbers for image i of the set, whatever its batch, for each purpose anew."""
+        seed = derived_seed(self.seed, 0x5C03E, purpose + 1, *(word + 1 for word in words))
+        return BlockGenerator(seed, self.first, self.size, self.device)
+
+    @torch.no_grad()
+    def summands(self, number: int, k: int, lower: Lower, energy: bool) -> Summands:
+        """The terms of Eq. 20 at draw `number`."""
+        upper = len(self.backbone.groups) - k
+        posterior = self.posterior(number, k if lower == "mode" else 0)
+        if k:
+            free = _Free(self.backbone, self.f, posterior.z[:upper], self.size)
+            trace = free.trace(self.lower(free, lower, energy, self.generator(_LOWER, number, k)))
+        else:
+            trace = self.backbone.given(posterior.z)
+        return Summands(
+            log_likelihood=self.backbone.likelihood(trace.features).log_prob(self.x),
+            log_p_upper=trace.log_prior[:, :upper].sum(1),
+            log_q_upper=posterior.log_q[:, :upper].sum(1),
+            log_p_lower=trace.log_prior[:, upper:].sum(1),
+            f=self.f(trace.z, trace.eps) if energy else trace.log_prior.new_zeros(self.size),
+        )
+
+    def posterior(self, number: int, means: int) -> Posterior:
+        """Draw `number` of q(z | x), the `means` lowest groups without noise: bottom-up encoders feed them upwards."""
+        if self._last is None or self._last[0] != (number, means):
+            noise = self.backbone.standard_normal(self.size, generator=self.generator(_POSTERIOR, number))
+            upper = len(noise) - means
+            noise = [*noise[:upper], *(torch.zeros_like(group) for group in noise[upper:])]
+            self._last = (number, means), self.backbone.infer(self.x, noise=noise)
+        return self._last[1]
+
+    def lower(self, free: _Free, lower: Lower, energy: bool, generator: BlockGenerator) -> list[Tensor]:
+        """ε of the free groups."""
+        shapes = [(self.size, *group.shape) for group in self.backbone.groups[len(free.fixed) :]]
+        if lower == "mode":
+            zero = [torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+            if not energy:
+                return zero
+            step_size = torch.full((self.size,), MODE_STEP_SIZE, dtype=self.dtype, device=self.device)
+            climb = partial(langevin_step, temperature=0.0)
+            state = start(free.potential, zero)
+            return run_chain(climb, state, free.potential, MODE_STEPS, step_size=step_size, generator=generator)[0].eps
+
+        def propose() -> list[Tensor]:
+            return [standard_normal(shape, generator, dtype=self.dtype, device=self.device) for shape in shapes]
+
+        # Without f the first proposal is it, which is the first of those with f, too.
+        return draw(free.potential, propose, self.sampler, generator).eps if energy else propose()
+
+
+class _Free:
+    """The lower groups as functions of their ε, where the upper ones are fixed at z_{>k}."""
+
+    def __init__(self, backbone: Backbone, f: NegativeEnergy, fixed: Sequence[Tensor], size: int) -> None:
+        self.backbone, self.f, self.fixed, self.size = backbone, f, fixed, size
+
+    def trace(self, eps: Sequence[Tensor]) -> Trace:
+        """The traversal with z_{>k} fixed and z_{≤k} = T_β(ε)."""
+        first = len(self.fixed)
+        return self.backbone.trace(
+            lambda i, prior, _: self.fixed[i] if i < first else prior.mean + prior.std * eps[i - first], self.size
+        )
+
+    @property
+    def potential(self) -> Potential:
+        """g(ε_{≤k}) = τ f(z_{>k}, T_β(ε_{≤k})): the target is g(ε) − ½‖ε‖², the conditional of p_α in ε-space."""
+        if self.alone:
+            known = self.backbone.trace(lambda i, prior, _: [*self.fixed, prior.mean][i], self.size)
+            (mean, std), upper = known.priors[-1], known.eps[:-1]
+            return lambda eps: self.f([*self.fixed, mean + std * eps[0]], [*upper, eps[0]])
+
+        def traversed(eps: Sequence[Tensor]) -> Tensor:
+            trace = self.trace(eps)
+            return self.f(trace.z, trace.eps)
+
+        return traversed
+
+    @property
+    def alone(self) -> bool:
+        """Whether one group is free: then nothing moves its prior, and its energy needs no traversal."""
+        return len(self.fixed) == len(self.backbone.groups) - 1
+
+
+def _expectation(form: Form, values: Tensor) -> Tensor:
+    """Over the draws, (S, B) -> (B,)."""
+    if form.mode == "iw" and form.k == 0:
+        return values.logsumexp(0) - math.log(len(values))
+    return values.mean(0)
+
+
+def _lower(form: Form) -> Lower:
+    """With k = 0 there are no lower groups to choose between."""
+    return form.lower if form.k else "sample"
+
+
+def _check(forms: Sequence[Form], groups: int, draws: int) -> None:
+    for form in forms:
+        if not 0 <= form.k < groups or form.mode not in get_args(Mode) or form.lower not in get_args(Lower):
+            raise ConfigurationError(
+                f"expected k from 0 to {groups - 1} (the backbone has {groups} groups), mode "
+                f"{' or '.join(get_args(Mode))}, lower {' or '.join(get_args(Lower))}; found {form}"
+            )
+        if form.ratio and not form.k:
+            raise ConfigurationError("LLR^{>k} compares L^{>0} with L^{>k}: expected k of 1 or more, found 0")
+    if draws < 1:
+        raise ConfigurationError(f"expected 1 draw or more, found {draws}")

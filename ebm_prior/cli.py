@@ -18,7 +18,7 @@ import torch
 from click.core import ParameterSource
 
 import ebm_prior
-from ebm_prior import commands, report, sources
+from ebm_prior import commands, outliers, report, sources
 from ebm_prior.allocator import keep_freed_memory
 from ebm_prior.checkpoint import load_backbone, load_prior, prior_record, save_backbone
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
@@ -32,6 +32,7 @@ from ebm_prior.pretrain import PretrainConfig
 from ebm_prior.progress import Bar
 from ebm_prior.recipes import PRESETS, FitConfig
 from ebm_prior.samplers import SamplerConfig
+from ebm_prior.scores import Lower, Mode
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(exists=False, path_type=Path)
@@ -94,6 +95,17 @@ RUN = together(
     click.option("--overwrite", is_flag=True, help="start anew where an earlier run lies"),
     click.option("--resume", is_flag=True, help="go on from the last state of the run in --out, if there is one"),
     click.option("--config", "config_file", type=PATH, help="JSON file of settings; options given here win"),
+)
+
+
+PRIOR = together(
+    click.argument("prior", type=PATH),
+    click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved"),
+    click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on"),
+)
+RESULTS = together(
+    click.option("--to", type=PATH, help="folder of the results  [default: the next free one beside PRIOR]"),
+    click.option("--overwrite", is_flag=True, help="replace the results that lie in --to"),
 )
 
 
@@ -322,6 +334,133 @@ def evaluate(
     with Bar("eval", 4 * len(loaded) + 1) as bar:
         results = commands.evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage)
     _show(results, as_json, report.evaluation_tables)
+
+
+@main.command()
+@PRIOR
+@click.option(
+    "--in", "inside", help=f"images of the known kind, {DATA_FORMS}  [default: what the prior was trained on]"
+)
+@click.option(
+    "--out",
+    "outside",
+    multiple=True,
+    required=True,
+    help=f"outliers, {DATA_FORMS}, or noise, constant; several times for several",
+)
+@DATA_ROOT
+@click.option("--k", "ks", default="all", show_default=True, help="groups not inferred, from the bottom: e.g. 0,1,2")
+@click.option(
+    "--mode", "modes", type=click.Choice(outliers.MODES), multiple=True, help="form of L^{>k}  [default: each]"
+)
+@click.option(
+    "--lower",
+    "lowers",
+    type=click.Choice(outliers.LOWERS),
+    multiple=True,
+    help="groups not inferred: drawn from the prior given the others, or means of the backbone's  [default: each]",
+)
+@RESULTS
+@config_options(outliers.OutlierConfig)
+@config_options(SamplerConfig, wording={"": RECORDED})
+@SEED
+@DEVICE
+@JSON
+def ood(
+    prior: Path,
+    checkpoint: str | None,
+    force: bool,
+    inside: str | None,
+    outside: tuple[str, ...],
+    data_root: Path | None,
+    download: bool,
+    ks: str,
+    modes: tuple[Mode, ...],
+    lowers: tuple[Lower, ...],
+    to: Path | None,
+    overwrite: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Tell outliers from images of the known kind by L^{>k} and LLR^{>k} (Eqs. 20, 21), with f and without."""
+    config = replace(resolve(outliers.OutlierConfig(), given), seed=seed)
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])
+    to = to or commands.next_free(prior.parent, "ood")
+    outliers.require_folder(to, overwrite)
+    loaded.sampler = resolve(loaded.sampler, given)
+    known = inside or sources.named_data(prior_record(prior)["record"], str(prior))
+    shape = loaded.backbone.image_shape
+    sets = [
+        outliers.open_set(spec, shape, config.samples, seed=seed, data_root=data_root, download=download)
+        for spec in (known, *outside)
+    ]
+    numbers = outliers.parsed_k(ks, len(loaded.backbone.groups))
+    forms = outliers.every_form(numbers, modes or outliers.MODES, lowers or outliers.LOWERS)
+    with Bar("ood", len(sets) * outliers.set_size(sets[0], sets[1:], config)) as bar:
+        result, columns, scored = outliers.find_outliers(
+            loaded, sets[0], sets[1:], forms, config, on_images=bar.advance
+        )
+    title = f"{scored[0].name} (in) and {', '.join(each.name for each in scored[1:])} (out)"
+    result["files"] = outliers.write_results(to, result | {"prior": str(prior)}, columns, scored, title)
+    _show(result | {"prior": str(prior)}, as_json, report.outlier_tables)
+
+
+@main.command()
+@PRIOR
+@click.option("--normal", required=True, help=f"normal images, {DATA_FORMS}; those with --labels are left out")
+@click.option("--test", "anomalies", required=True, help=f"anomalies, {DATA_FORMS}: the images with --labels, or all")
+@click.option("--labels", type=int, multiple=True, help="label of an anomaly; several times for several")
+@DATA_ROOT
+@RESULTS
+@config_options(outliers.OutlierConfig, skip=("seed", "samples"))
+@SEED
+@DEVICE
+@JSON
+def anomaly(
+    prior: Path,
+    checkpoint: str | None,
+    force: bool,
+    normal: str,
+    anomalies: str,
+    labels: tuple[int, ...],
+    data_root: Path | None,
+    download: bool,
+    to: Path | None,
+    overwrite: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Tell anomalies from normal images by L^{>0}, the unnormalised log-posterior (§5.4, Table 4)."""
+    config = replace(resolve(outliers.OutlierConfig(), given), seed=seed)
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])
+    to = to or commands.next_free(prior.parent, "anomaly")
+    outliers.require_folder(to, overwrite)
+    sets = [
+        outliers.labelled(
+            open_images(
+                spec,
+                split="test",
+                data_root=data_root,
+                download=download,
+                image_shape=loaded.backbone.image_shape,
+            ),
+            labels,
+            among=among,
+        )
+        for spec, among in ((normal, False), (anomalies, True))
+    ]
+    with Bar("anomaly", sum(map(len, sets))) as bar:
+        result, columns, scored = outliers.find_anomalies(loaded, *sets, config, on_images=bar.advance)
+    result["files"] = outliers.write_results(
+        to, result | {"prior": str(prior)}, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
+    )
+    _show(result | {"prior": str(prior)}, as_json, report.outlier_tables)
 
 
 @main.command()

@@ -47,7 +47,7 @@ def run_directory(out: Path | None, stage: str, *, resume: bool) -> Path:
         return out
     if resume:
         raise ConfigurationError("--resume needs --out: which run is to go on?")
-    return _next_free(Path("runs"), stage)
+    return next_free(Path("runs"), stage)
 
 
 def newest_prior() -> Path:
@@ -64,10 +64,10 @@ def newest_prior() -> Path:
 def next_drawing(prior: Path) -> Path:
     """The next free drawn-NNN.png beside a prior. Raises CheckpointError where there is no prior."""
     prior_record(prior)  # first, for the folder of a name that is mistyped would be made
-    return _next_free(prior.parent, "drawn", ".png")
+    return next_free(prior.parent, "drawn", ".png")
 
 
-def _next_free(folder: Path, stem: str, suffix: str = "") -> Path:
+def next_free(folder: Path, stem: str, suffix: str = "") -> Path:
     """The first of folder/stem-001, folder/stem-002, … that is not there."""
     return next(path for k in count(1) if not os.path.lexists(path := folder / f"{stem}-{k:03d}{suffix}"))
 

@@ -23,7 +23,7 @@ class Detection(NamedTuple):
 
     auroc: float  # P(an outlier scores higher than another image) + ½ P(equal)
     auprc: float  # average precision: Σ precision · Δ recall
-    auprc_trapezoid: float  # area under the precision-recall curve with straight lines between its points
+    auprc_trapezoid: float  # area under straight lines between the points of the curve, from (0, 1) on
     fpr80: float  # false positive rate at the first threshold with a true positive rate of at least 0.8
 
 
@@ -62,7 +62,7 @@ class _Ranking:
         return Detection(
             auroc=float((fall_out - start) @ (recall + before) / 2),
             auprc=float(steps @ precision),
-            auprc_trapezoid=float(steps @ (precision + np.append(precision[0], precision[:-1])) / 2),
+            auprc_trapezoid=float(steps @ (precision + np.append(1.0, precision[:-1])) / 2),
             fpr80=float(fall_out[np.argmax(recall >= 0.8 - 1e-12)]),
         )
 

@@ -77,7 +77,7 @@ def titled_grids(
         raise ConfigurationError("panels: expected one or more (title, images), found none")
     title_font, caption_font = ImageFont.load_default(_TITLE_SIZE), ImageFont.load_default(_CAPTION_SIZE)
     grids = [grid(images, columns=columns, scale=scale) for _, images in panels]
-    titles = [_wrap(title, title_font, picture.width) for (title, _), picture in zip(panels, grids, strict=True)]
+    titles = [wrap(title, title_font, picture.width) for (title, _), picture in zip(panels, grids, strict=True)]
     # A word longer than the grid is not broken: the panel becomes as wide as the word.
     widths = [
         max(picture.width, *(math.ceil(title_font.getlength(line)) for line in lines))
@@ -85,7 +85,7 @@ def titled_grids(
     ]
     page_width = sum(widths) + _MARGIN * (len(grids) + 1)
     paragraphs = [caption] if isinstance(caption, str) else caption
-    captions = [line for text in paragraphs if text for line in _wrap(text, caption_font, page_width - 2 * _MARGIN)]
+    captions = [line for text in paragraphs if text for line in wrap(text, caption_font, page_width - 2 * _MARGIN)]
     page_width = max([page_width, *(math.ceil(caption_font.getlength(line)) + 2 * _MARGIN for line in captions)])
 
     title_step, caption_step = round(1.3 * _TITLE_SIZE), round(1.4 * _CAPTION_SIZE)
@@ -133,10 +133,10 @@ def _bytes(images: Tensor) -> Tensor:
     return pixels.expand(-1, -1, -1, 3).contiguous()
 
 
-def _wrap(text: str, font: _Font, width: int) -> list[str]:
+def wrap(text: str, font: _Font, width: int) -> list[str]:
     """Break `text` into lines of at most `width` pixels, at spaces; at least one line."""
     lines: list[str] = []
-    for word in _spelled(text).split() or [""]:
+    for word in spelled(text).split() or [""]:
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer
@@ -145,7 +145,7 @@ def _wrap(text: str, font: _Font, width: int) -> list[str]:
     return lines
 
 
-def _spelled(text: str) -> str:
+def spelled(text: str) -> str:
     """`text` in the characters of Pillow's own font, little more than ASCII: it draws all others as empty boxes."""
     text = "".join(_SPELLED.get(char, char) for char in text)
     spelled = ""

@@ -27,6 +27,10 @@ class Bar:
         """Move to `done`."""
         self._bar.update(done - self._bar.n)
 
+    def advance(self, count: int) -> None:
+        """Move on by `count`."""
+        self._bar.update(count)
+
     def step(self, shown: Mapping[str, Any]) -> None:
         """Move to an iteration and show its numbers."""
         numbers = {k: f"{v:.3g}" for k, v in shown.items() if isinstance(v, float)}

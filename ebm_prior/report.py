@@ -103,6 +103,39 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def outlier_tables(result: Mapping[str, Any]) -> str:
+    """How well every score tells the outliers, with f and without, one table per set."""
+    n = result["images"]
+    count = f"{n:,} images of each set" if isinstance(n, int) else f"{n[0]:,} normal and {n[1]:,} anomalous images"
+    chance = f", chance level of AUPRC {result['prevalence']:.3f}" if "prevalence" in result else ""
+    lines = [
+        f"{count}, {result['draws']} draws each, seed {result['seed']}, τ = {result['tau']:.3f}{chance}",
+        f"lower groups, where sampled: {_sampler(result['sampler'])}",
+    ]
+    ap, trapezoid = ("AUPRC", None) if isinstance(n, int) else ("average precision", "AUPRC, trapezoid")
+    for each in result["sets"]:
+        head = ["score", "mode", "lower groups"]
+        head += ["AUROC f = 0", "f", "f − (f = 0), 95 %", f"{ap} f = 0", "f"]
+        head += [f"{trapezoid} f = 0", "f"] if trapezoid else ["FPR80 f = 0", "f"]
+        last = "auprc_trapezoid" if trapezoid else "fpr80"
+        rows = []
+        for row in each["rows"]:
+            plain, tilted, gain = row["f=0"], row["f"], row["gain"]
+            rows.append(
+                [
+                    f"{row['score']}>{row['k']}",
+                    row["mode"],
+                    row["lower"] or "",
+                    *(f"{which['auroc']:.4f}" for which in (plain, tilted)),
+                    f"{gain['auroc']:+.4f} [{gain['low']['auroc']:+.4f}, {gain['high']['auroc']:+.4f}]",
+                    *(f"{which['auprc']:.4f}" for which in (plain, tilted)),
+                    *(f"{which[last]:.4f}" for which in (plain, tilted)),
+                ]
+            )
+        lines += ["", f"{result['in']} (in), {each['out']} (out)", table(head, rows)]
+    return "\n".join([*lines, *(["", f"wrote {', '.join(result['files'])}"] if "files" in result else [])])
+
+
 def demo_summary(result: Mapping[str, Any]) -> str:
     """The demo's table, and where to look."""
     lines = [evaluation_table(result), "", f"{result['seconds']:.0f} s on {result['cores']} cores. Look at:"]

@@ -14,24 +14,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ebm_prior.backbone import Backbone, Posterior, Trace
+from ebm_prior.backbone import Backbone, Gaussian, Posterior, Trace
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.randomness import BlockGenerator, derived_seed, standard_normal
-from ebm_prior.samplers import Potential, SamplerConfig, draw, langevin_step, run_chain, start
+from ebm_prior.samplers import Potential, SamplerConfig, draw
 
 Mode = Literal["eq20", "elbo", "iw"]
-Lower = Literal["sample", "mode"]
+Lower = Literal["sample", "mean"]
 
 NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """τ f of z and ε = T_β⁻¹(z), lists of (B, *group.shape), in nats: (B,)."""
 
-MODE_STEPS, MODE_STEP_SIZE = 12, 0.5  # of the ascent to the mode: the residual is then below 1e-3 on the bundled priors
 _OBSERVATION, _POSTERIOR, _LOWER = 0, 1, 2  # what a generator is for
 
 
@@ -42,8 +40,9 @@ class Form(NamedTuple):
     mode: "eq20", the paper's, literally; "elbo", with −log q(z_{>k}|x) and without log p_β(z_{≤k}|z_{>k}), as the
     backbone's own bound has it: of draws from their prior, that is; "iw", the same, where L^{>0} is the
     importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016).
-    lower: "sample", draws of z_{≤k} ~ p_α; "mode", their most probable ε, argmax τf(T(ε)) − ½‖ε‖², given z_{>k}, and
-    means for the posterior draws of these groups. With f = 0 that is ε = 0, the prior's means: the score of HVAE.
+    lower: "sample", draws of z_{≤k} ~ p_α given z_{>k}; "mean", the backbone's own conditional means (ε = 0), and means
+    for the posterior draws of these groups too, which bottom-up encoders feed upwards: with "iw" and without f, that is
+    the score of HVAE's code (Havtorn et al. 2021). One draw is much noisier than the difference that is sought.
     energy: False leaves f out, both as a term and in the lower groups.
     """
 
@@ -55,7 +54,7 @@ class Form(NamedTuple):
 
     @property
     def name(self) -> str:
-        """E.g. LLR>1 elbo mode f."""
+        """E.g. LLR>1 elbo mean f."""
         return " ".join(
             [
                 f"{'LLR' if self.ratio else 'L'}>{self.k}",
@@ -106,11 +105,15 @@ def score(
     needed |= {form._replace(k=0, ratio=False) for form in forms if form.ratio}
     batch = _Batch(backbone, f, images, sampler, seed, first)
     values: dict[Form, list[Tensor]] = {form: [] for form in needed}
+    # In this order one posterior draw at a time is kept: the draw of all groups first, which k = 0 and samples share.
+    passes = sorted(
+        {(_lower(form), form.k, form.energy) for form in needed}, key=lambda each: (each[0] == "mean", each)
+    )
     for number in range(draws):
-        for key in sorted({(form.k, _lower(form), form.energy) for form in needed}):
-            summands = batch.summands(number, *key)
+        for lower, k, energy in passes:
+            summands = batch.summands(number, k, lower, energy)
             for form, column in values.items():
-                if (form.k, _lower(form), form.energy) == key:
+                if (_lower(form), form.k, form.energy) == (lower, k, energy):
                     column.append(summands.value(form.mode))
     level = {form: _expectation(form, torch.stack(column)) for form, column in values.items()}
     return {
@@ -129,23 +132,30 @@ class _Batch:
         self.backbone, self.f, self.sampler = backbone, f, sampler
         self.seed, self.first, self.size, self.device, self.dtype = seed, first, len(images), like.device, like.dtype
         self.x = backbone.observe(images.to(like.device, like.dtype), generator=self.generator(_OBSERVATION))
-        self._last: tuple[tuple[int, int], Posterior] | None = None
+        self._posterior: tuple[tuple[int, int], Posterior] | None = None
+        self._summands: tuple[tuple[int, int, Lower], Summands] | None = None
 
     def generator(self, purpose: int, *words: int) -> BlockGenerator:
         """The same numbers for image i of the set, whatever its batch, for each purpose anew."""
         seed = derived_seed(self.seed, 0x5C03E, purpose + 1, *(word + 1 for word in words))
         return BlockGenerator(seed, self.first, self.size, self.device)
 
-    @torch.no_grad()
     def summands(self, number: int, k: int, lower: Lower, energy: bool) -> Summands:
         """The terms of Eq. 20 at draw `number`."""
+        if k and lower == "sample":
+            return self._at(number, k, energy, sampled=True)
+        # Where f moves no latent, f and f = 0 are one pass.
+        if self._summands is None or self._summands[0] != (number, k, lower):
+            self._summands = (number, k, lower), self._at(number, k, True, sampled=False)
+        found = self._summands[1]
+        return found if energy else found._replace(f=torch.zeros_like(found.f))
+
+    @torch.no_grad()
+    def _at(self, number: int, k: int, energy: bool, *, sampled: bool) -> Summands:
+        posterior = self.posterior(number, 0 if sampled else k)
         upper = len(self.backbone.groups) - k
-        posterior = self.posterior(number, k if lower == "mode" else 0)
-        if k:
-            free = _Free(self.backbone, self.f, posterior.z[:upper], self.size)
-            trace = free.trace(self.lower(free, lower, energy, self.generator(_LOWER, number, k)))
-        else:
-            trace = self.backbone.given(posterior.z)
+        free = _Free(self.backbone, self.f, posterior.z[:upper], self.size)
+        trace = free.trace(self.sampled(free, energy, self.generator(_LOWER, number, k)) if sampled else None)
         return Summands(
             log_likelihood=self.backbone.likelihood(trace.features).log_prob(self.x),
             log_p_upper=trace.log_prior[:, :upper].sum(1),
@@ -155,30 +165,21 @@ class _Batch:
         )
 
     def posterior(self, number: int, means: int) -> Posterior:
-        """Draw `number` of q(z | x), the `means` lowest groups without noise: bottom-up encoders feed them upwards."""
-        if self._last is None or self._last[0] != (number, means):
+        """Draw `number` of q(z | x), the `means` lowest groups without noise."""
+        if self._posterior is None or self._posterior[0] != (number, means):
             noise = self.backbone.standard_normal(self.size, generator=self.generator(_POSTERIOR, number))
             upper = len(noise) - means
             noise = [*noise[:upper], *(torch.zeros_like(group) for group in noise[upper:])]
-            self._last = (number, means), self.backbone.infer(self.x, noise=noise)
-        return self._last[1]
+            self._posterior = (number, means), self.backbone.infer(self.x, noise=noise)
+        return self._posterior[1]
 
-    def lower(self, free: _Free, lower: Lower, energy: bool, generator: BlockGenerator) -> list[Tensor]:
-        """ε of the free groups."""
+    def sampled(self, free: _Free, energy: bool, generator: BlockGenerator) -> list[Tensor]:
+        """ε of the free groups, of p_α given the others. Without f it is the first proposal of those with f."""
         shapes = [(self.size, *group.shape) for group in self.backbone.groups[len(free.fixed) :]]
-        if lower == "mode":
-            zero = [torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes]
-            if not energy:
-                return zero
-            step_size = torch.full((self.size,), MODE_STEP_SIZE, dtype=self.dtype, device=self.device)
-            climb = partial(langevin_step, temperature=0.0)
-            state = start(free.potential, zero)
-            return run_chain(climb, state, free.potential, MODE_STEPS, step_size=step_size, generator=generator)[0].eps
 
         def propose() -> list[Tensor]:
             return [standard_normal(shape, generator, dtype=self.dtype, device=self.device) for shape in shapes]
 
-        # Without f the first proposal is it, which is the first of those with f, too.
         return draw(free.potential, propose, self.sampler, generator).eps if energy else propose()
 
 
@@ -188,18 +189,24 @@ class _Free:
     def __init__(self, backbone: Backbone, f: NegativeEnergy, fixed: Sequence[Tensor], size: int) -> None:
         self.backbone, self.f, self.fixed, self.size = backbone, f, fixed, size
 
-    def trace(self, eps: Sequence[Tensor]) -> Trace:
-        """The traversal with z_{>k} fixed and z_{≤k} = T_β(ε)."""
+    def trace(self, eps: Sequence[Tensor] | None) -> Trace:
+        """The traversal with z_{>k} fixed and z_{≤k} = T_β(ε); None: ε = 0."""
         first = len(self.fixed)
-        return self.backbone.trace(
-            lambda i, prior, _: self.fixed[i] if i < first else prior.mean + prior.std * eps[i - first], self.size
-        )
+
+        def at(index: int, prior: Gaussian, context: Any) -> Tensor:
+            if index < first:
+                return self.fixed[index]
+            if eps is None:
+                return prior.mean.expand(self.size, *prior.mean.shape[1:])
+            return prior.mean + prior.std * eps[index - first]
+
+        return self.backbone.trace(at, self.size)
 
     @property
     def potential(self) -> Potential:
         """g(ε_{≤k}) = τ f(z_{>k}, T_β(ε_{≤k})): the target is g(ε) − ½‖ε‖², the conditional of p_α in ε-space."""
         if self.alone:
-            known = self.backbone.trace(lambda i, prior, _: [*self.fixed, prior.mean][i], self.size)
+            known = self.trace(None)
             (mean, std), upper = known.priors[-1], known.eps[:-1]
             return lambda eps: self.f([*self.fixed, mean + std * eps[0]], [*upper, eps[0]])
 

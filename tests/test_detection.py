@@ -24,9 +24,7 @@ def test_the_four_numbers_are_scikit_learns(ties: bool) -> None:
     assert found.auroc == pytest.approx(roc_auc_score(labels, scores)) == pytest.approx(auroc(out, others))
     assert found.auprc == pytest.approx(average_precision_score(labels, scores))
     assert found.fpr80 == pytest.approx(fpr[np.argmax(tpr >= 0.8)])
-    # Up to the first point, where precision is not defined: scikit-learn says 1, we say that of the first threshold.
-    first = (1 - precision[-2]) * recall[-2] / 2
-    assert found.auprc_trapezoid == pytest.approx(auc(recall, precision) - first)
+    assert found.auprc_trapezoid == pytest.approx(auc(recall, precision))
 
 
 def test_perfect_useless_and_inverted_scores() -> None:
@@ -34,7 +32,7 @@ def test_perfect_useless_and_inverted_scores() -> None:
     assert detection(up, down) == (1, 1, 1, 0)
     assert detection(down, up).auroc == 0
     assert detection(down, up).fpr80 == 1
-    assert detection(np.zeros(3), np.zeros(9)) == pytest.approx((0.5, 0.25, 0.25, 1))
+    assert detection(np.zeros(3), np.zeros(9)) == pytest.approx((0.5, 0.25, 0.625, 1))
 
 
 def test_weights_of_a_resample_are_repeated_images() -> None:

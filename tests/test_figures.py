@@ -131,9 +131,7 @@ def test_no_panels_are_refused() -> None:
 
 
 def test_text_is_spelled_so_that_the_font_has_every_character() -> None:
-    assert (
-        figures._spelled("δ = ½, Fréchet, ‖ε‖² ≤ 3 ± 1 → β") == "delta = 1/2, Frechet, ||epsilon||^2 <= 3 ± 1 -> beta"
-    )
+    assert figures.spelled("δ = ½, Fréchet, ‖ε‖² ≤ 3 ± 1 → β") == "delta = 1/2, Frechet, ||epsilon||^2 <= 3 ± 1 -> beta"
     font = ImageFont.load_default(18)
 
     def drawn(char: str) -> bytes:
@@ -144,7 +142,7 @@ def test_text_is_spelled_so_that_the_font_has_every_character() -> None:
     box = drawn("\uffff")
     characters = [chr(code) for code in range(33, 127)] + ["±"]
     assert [char for char in characters if drawn(char) == box] == []
-    assert figures._spelled("图") == "?"
+    assert figures.spelled("图") == "?"
 
 
 def test_saving_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:

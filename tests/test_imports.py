@@ -17,8 +17,21 @@ ROOMS = (
     {"errors", "randomness"},
     {"backbone", "energy", "samplers", "objectives", "metrics", "detection", "batch_norm"},
     {"scores", "prior", "training", "stages", "recipes", "fit", "pretrain", "gauge"},
-    {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs", "figures", "classifier", "inception"},
-    {"evaluate", "options", "sources", "commands", "report", "demo", "progress", "allocator"},
+    {
+        "files",
+        "weights",
+        "registry",
+        "checkpoint",
+        "image_files",
+        "data",
+        "runs",
+        "figures",
+        "plots",
+        "pages",
+        "classifier",
+        "inception",
+    },
+    {"evaluate", "outliers", "options", "sources", "commands", "report", "demo", "progress", "allocator"},
     {"cli", "__main__"},
 )
 

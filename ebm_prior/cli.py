@@ -391,7 +391,7 @@ def ood(
     to = to or commands.next_free(prior.parent, "ood")
     outliers.require_folder(to, overwrite)
     loaded.sampler = resolve(loaded.sampler, given)
-    known = inside or sources.named_data(prior_record(prior)["record"], str(prior))
+    known = inside or sources.named_data(prior_record(prior)["record"], str(prior), option="--in")
     shape = loaded.backbone.image_shape
     sets = [
         outliers.open_set(spec, shape, config.samples, seed=seed, data_root=data_root, download=download)

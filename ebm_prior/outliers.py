@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -291,25 +292,38 @@ def require_folder(folder: Path, overwrite: bool) -> None:
 
 
 def histograms(result: Mapping[str, Any], forms: Sequence[Form], scored: Sequence[Scored], title: str) -> Image.Image:
-    """Densities of every score with f, one row of panels per mode and kind (Fig. 6); AUROC of the last set."""
-    rows: dict[tuple[Any, ...], list[Image.Image]] = {}
-    quality = {(r["score"], r["k"], r["mode"], r["lower"]): r["f"] for r in result["sets"][-1]["rows"]}
-    for column, form in enumerate(forms):
-        if not form.energy:
-            continue
-        kind = "LLR" if form.ratio else "L"
-        found = quality[kind, form.k, form.mode, form.lower if form.k else None]
-        lower = f", lower groups: {form.lower}" if form.k else ""
-        head = f"{kind}>{form.k} ({form.mode}{lower}): AUROC {found['auroc']:.3f}, AUPRC {found['auprc']:.3f}"
-        values = {each.name: each.values[:, column] for each in scored}
-        panel = histogram(values, title=head, x_label=f"{kind}>{form.k} (nats)", y_label="density (1/nat)")
-        rows.setdefault((form.mode, form.ratio, form.lower if form.k else None), []).append(panel)
+    """Densities of every score with f (Fig. 6): a column per L^{>k} and LLR^{>k}, a row per mode and lower groups."""
+    outside = result["sets"][-1]
+    quality = {(row["score"], row["k"], row["mode"], row["lower"]): row["f"] for row in outside["rows"]}
+    shown = {form: column for column, form in enumerate(forms) if form.energy}
+    scores = sorted({(form.ratio, form.k) for form in shown})
+    size = (400, 290)
+    rows = []
+    for mode, lower in [way for way in product(MODES, LOWERS) if any(form[2:4] == way for form in shown)]:
+        cells = []
+        for ratio, k in scores:
+            form = next((f for f in shown if f[:3] == (k, ratio, mode) and (not k or f.lower == lower)), None)
+            if form is None:  # iw differs from elbo in L^{>0} and the ratios to it alone
+                cells.append(Image.new("RGB", size, "white"))
+                continue
+            name = f"{'LLR' if ratio else 'L'}>{k}"
+            found = quality["LLR" if ratio else "L", k, mode, lower if k else None]
+            cells.append(
+                histogram(
+                    {each.name: each.values[:, shown[form]] for each in scored},
+                    title=f"{name}, {mode}{f', {lower}' if k else ''}: AUROC {found['auroc']:.3f}",
+                    x_label=f"{name} (nats)",
+                    y_label="density (1/nat)",
+                    size=size,
+                )
+            )
+        rows.append(cells)
     return page(
         title,
-        list(rows.values()),
+        rows,
         [
             f"{result['draws']} draws per image. L>k: unnormalised log-posterior with the k lowest groups not inferred "
-            "but taken from the prior given the others (Eq. 20); LLR>k = L>0 - L>k (Eq. 21); both with f. Outliers "
-            f"have low L and high LLR; AUROC and AUPRC are those of {result['sets'][-1]['out']}."
+            "but taken from the prior given the others (Eq. 20), as samples or means; LLR>k = L>0 - L>k (Eq. 21); both "
+            f"with f. Outliers have low L and high LLR; the AUROC is that of {outside['out']}."
         ],
     )

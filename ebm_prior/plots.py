@@ -58,9 +58,12 @@ def plot(
     y_range = y_range or _around([y for _, y in data], zero=any(entry.kind == "area" for entry in series))
     x_ticks, y_ticks = ticks(*x_range), ticks(*y_range)
     fonts = {points: ImageFont.load_default(points) for points in (_TITLE, _LABEL, _TICK)}
-    titles = wrap(title, fonts[_TITLE], size[0] - 20)
     left = 40 + max(math.ceil(fonts[_TICK].getlength(text)) for _, text in y_ticks)
-    top, right, bottom = 16 + round(1.3 * _TITLE) * len(titles), size[0] - 18, size[1] - 50
+    titles = wrap(title, fonts[_TITLE], size[0] - left - 8)
+    right, bottom = size[0] - 18, size[1] - 50
+    legend = _legend(series, fonts[_TICK], right - left)
+    legend_top = 14 + round(1.3 * _TITLE) * len(titles)
+    top = legend_top + (legend.height + 4 if legend else 0)
 
     def across(value: float) -> float:
         return left + (value - x_range[0]) / (x_range[1] - x_range[0]) * (right - left)
@@ -87,7 +90,8 @@ def plot(
         pen.text((left - 6, down(value)), text, _INK, fonts[_TICK], anchor="rm")
     pen.text(((left + right) / 2, size[1] - 8), spelled(x_label), _INK, fonts[_LABEL], anchor="ms")
     _upright(page, spelled(y_label), fonts[_LABEL], (top + bottom) // 2)
-    _legend(page, series, fonts[_TICK], right, top)
+    if legend:
+        page.paste(legend, (left, legend_top))
     return page
 
 
@@ -176,21 +180,24 @@ def _upright(page: Image.Image, text: str, font: ImageFont.FreeTypeFont | ImageF
 
 
 def _legend(
-    page: Image.Image,
-    series: Sequence[Series],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    right: int,
-    top: int,
-) -> None:
-    """Colours and labels, in the upper right corner."""
-    listed = [entry for entry in series if entry.label]
-    if not listed:
-        return
+    series: Sequence[Series], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> Image.Image | None:
+    """Colours and labels side by side, in as many lines as that takes; None where nothing has a label."""
+    x, row, places = 0, 0, []
+    for entry in series:
+        if entry.label:
+            needed = 40 + math.ceil(font.getlength(spelled(entry.label)))
+            if x and x + needed > width:
+                x, row = 0, row + 1
+            places.append((x, row, entry))
+            x += needed
+    if not places:
+        return None
     step = round(1.4 * _TICK)
-    width = 34 + max(math.ceil(font.getlength(spelled(entry.label))) for entry in listed)
-    pen = ImageDraw.Draw(page)
-    pen.rectangle([right - width - 5, top + 5, right - 5, top + 11 + step * len(listed)], _PAPER, _GRID)
-    for row, entry in enumerate(listed):
-        y = top + 9 + row * step + step // 2
-        pen.line([(right - width, y), (right - width + 16, y)], entry.colour, 3)
-        pen.text((right - width + 22, y), spelled(entry.label), _INK, font, anchor="lm")
+    image = Image.new("RGB", (width, step * (row + 1)), _PAPER)
+    pen = ImageDraw.Draw(image)
+    for x, row, entry in places:
+        y = row * step + step // 2
+        pen.line([(x, y), (x + 16, y)], entry.colour, 3)
+        pen.text((x + 22, y), spelled(entry.label), _INK, font, anchor="lm")
+    return image

@@ -22,8 +22,11 @@ def own_data(checkpoint: str, backbone: Backbone) -> str:
     return named_data(_own_record(checkpoint, backbone), checkpoint)
 
 
-def named_data(record: Mapping[str, Any], what: str) -> str:
-    """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere."""
+def named_data(record: Mapping[str, Any], what: str, *, option: str = "--data") -> str:
+    """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere.
+
+    `option`: where a user says it otherwise. Raises ConfigurationError.
+    """
     data = record.get("data")
     recorded = data.get("name") if isinstance(data, Mapping) else None
     name, _, split = str(recorded).partition("/")
@@ -31,9 +34,10 @@ def named_data(record: Mapping[str, Any], what: str) -> str:
         return name
     known = ", ".join(DATA_SET_NAMES)
     said = (
-        f"does not say what it was trained on: pass --data with one of the known data sets ({known}), or"
+        f"does not say what it was trained on: pass {option} with one of the known data sets ({known}), or"
         if recorded is None
-        else f"was trained on {recorded}, a path or the name of none of the known data sets ({known}): pass --data with"
+        else f"was trained on {recorded}, a path or the name of none of the known data sets ({known}): pass {option} "
+        "with"
     )
     raise ConfigurationError(f"{what} {said} a folder of images, an .npz, an .npy or an idx file")
 

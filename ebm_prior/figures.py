@@ -157,3 +157,31 @@ def spelled(text: str) -> str:
         elif not unicodedata.combining(char):
             spelled += "?"
     return spelled
+
+
+def scatters(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]], *, columns: int, side: int = 190
+) -> Image.Image:
+    """Point clouds, row by row; the panels of a row show one square of the plane, which holds all of their points.
+
+    panels: (title, clouds), each cloud (colour, points (N, 2)), the later ones on top.
+    """
+    if not panels or columns < 1:
+        raise ConfigurationError(f"expected one or more panels and columns, found {len(panels)} and {columns}")
+    step_x, step_y = side + _MARGIN, side + 2 * _MARGIN
+    rows = math.ceil(len(panels) / columns)
+    page = Image.new("RGB", (min(columns, len(panels)) * step_x + _MARGIN, rows * step_y + _MARGIN), _PAPER)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(_CAPTION_SIZE)
+    for index, (title, clouds) in enumerate(panels):
+        if index % columns == 0:
+            row = torch.cat([cloud for _, shown in panels[index : index + columns] for _, cloud in shown])
+            centre = row.mean(0)
+            reach = 1.05 * max(float((row - centre).abs().max()), 1e-6)
+        left, top = _MARGIN + index % columns * step_x, _MARGIN + index // columns * step_y + _MARGIN
+        pen.text((left, top - _MARGIN), _spelled(title), _INK, font)
+        pen.rectangle((left, top, left + side, top + side), outline=_CAPTION_INK)
+        for colour, points in clouds:
+            placed = ((points - centre) * points.new_tensor([1.0, -1.0]) / reach + 1) * side / 2
+            for x, y in placed.tolist():
+                pen.ellipse((left + x - 1, top + y - 1, left + x + 1, top + y + 1), fill=colour)
+    return page

@@ -278,9 +278,7 @@ def balance(kl: Tensor, groups: Sequence[LatentGroup]) -> Tensor:
 
 def _optimizer(backbone: Backbone, config: PretrainConfig) -> torch.optim.Optimizer:
     kind = torch.optim.Adamax if config.optimizer == "adamax" else torch.optim.Adam
-    return kind(
-        backbone.parameters(), lr=config.learning_rate, eps=config.epsilon, weight_decay=config.weight_decay
-    )
+    return kind(backbone.parameters(), lr=config.learning_rate, eps=config.epsilon, weight_decay=config.weight_decay)
 
 
 def _observed(

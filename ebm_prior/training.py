@@ -1,4 +1,4 @@
-"""What both training stages need of the rest of the world, and the order in which they see the images.
+"""What training needs of the rest of the world, the order in which it sees the images, and how it goes on after a fall.
 
 Randomness of iteration t comes from (seed, t) alone, so a resume state holds no generators, and a resumed run repeats
 the very numbers of an uninterrupted one.
@@ -7,6 +7,7 @@ the very numbers of an uninterrupted one.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.randomness import derived_generator
 
 Callback = Callable[[Mapping[str, Any]], None]
@@ -70,10 +71,15 @@ def require_choices(config: Any) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the parameters; a young one forgets faster, so as not to remember its start."""
+    """Exponential moving average of the parameters; a young one forgets faster, so as not to remember its start.
+
+    Buffers are copied.
+    """
     decay = min(decay, (1 + step) / (10 + step))
     for kept, new in zip(average.parameters(), network.parameters(), strict=True):
         kept.lerp_(new, 1 - decay)
+    for held, found in zip(average.buffers(), network.buffers(), strict=True):
+        held.copy_(found)
 
 
 def batch_indices(n: int, batch_size: int, iteration: int, seed: int) -> Tensor:
@@ -82,3 +88,58 @@ def batch_indices(n: int, batch_size: int, iteration: int, seed: int) -> Tensor:
     epochs = range(first // n, -(-last // n))
     order = torch.cat([torch.randperm(n, generator=derived_generator(seed, 0xE90C4, epoch)) for epoch in epochs])
     return order[first - epochs[0] * n : last - epochs[0] * n]
+
+
+class Training(ABC):
+    """A training under way, which can be killed, resumed, and rolled back: whatever changes is in `state`."""
+
+    iteration = 0
+    rate = 1.0  # factor on every learning rate; falls by half at a roll-back
+    rollbacks = 0
+
+    @abstractmethod
+    def step(self) -> dict[str, Any]:
+        """One gradient step, which adds 1 to `iteration`; numbers to show. Raises DivergenceError."""
+
+    @abstractmethod
+    def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics of the state reached, `shown` among them. Raises DivergenceError."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """A copy of everything that changes: tensors and plain values, with "iteration", "rate", "rollbacks"."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
+
+    def run(self, iterations: int, every: int, recorder: Recorder | None, on_step: Callback | None) -> None:
+        """Step to `iterations`; state and metrics every `every`. Goes on from the recorder's last state.
+
+        At a DivergenceError training returns to the last state at half the rate; the second one is raised, again at
+        the last state.
+        """
+        if recorder and (saved := recorder.load_state()) is not None:
+            self.restore(saved)
+        good = self.state()
+        while self.iteration < iterations:
+            try:
+                shown = self.step()
+                if self.iteration % every == 0 or self.iteration == iterations:
+                    shown = self.evaluate(shown)
+                    good = self.state()
+                    if recorder:
+                        recorder.log(shown)
+                        recorder.save_state(good)
+            except DivergenceError as reason:
+                if self.rollbacks:
+                    self.restore(good)
+                    raise DivergenceError(f"training diverged again after a roll-back: {reason}") from reason
+                self.restore(good | {"rate": self.rate * 0.5, "rollbacks": self.rollbacks + 1})
+                good = self.state()
+                if recorder:
+                    recorder.save_state(good)
+                    recorder.log({"iteration": self.iteration, "rolled_back": str(reason), "rate": self.rate})
+                continue
+            if on_step:
+                on_step({"iterations": iterations, **shown})

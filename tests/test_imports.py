@@ -16,22 +16,11 @@ PACKAGE = ROOT / "ebm_prior"
 ROOMS = (
     {"errors", "randomness"},
     {"backbone", "energy", "samplers", "objectives", "metrics", "detection", "batch_norm"},
-    {"scores", "prior", "training", "stages", "recipes", "fit", "pretrain", "gauge"},
-    {
-        "files",
-        "weights",
-        "registry",
-        "checkpoint",
-        "image_files",
-        "data",
-        "runs",
-        "figures",
-        "plots",
-        "pages",
-        "classifier",
-        "inception",
-    },
-    {"evaluate", "outliers", "options", "sources", "commands", "report", "demo", "progress", "allocator"},
+    {"scores", "prior", "training", "stages", "recipes", "fit", "pretrain", "joint_config", "joint", "gauge"},
+    {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs"}
+    | {"figures", "plots", "pages", "classifier", "inception"},
+    {"evaluate", "outliers", "options", "sources", "commands", "joint_run", "anomaly_table", "latents_2d", "ablations"}
+    | {"report", "demo", "progress", "allocator"},
     {"cli", "__main__"},
 )
 

@@ -1,0 +1,379 @@
+"""Learning the whole model: generator, Gaussian conditionals, inference network and energy together (§3.2, §3.3).
+
+One loss, whose gradient is that of every equation. With z⁺ from the posterior and z⁻ from the prior p_α,β (Eq. 6),
+
+    loss = −E[log p_β0(x | z⁺) + log p_β>0(z⁺) + f_α(z⁺)] + E[log p_β>0(z⁻) + f_α(z⁻)]  (+ E[log q_ω(z⁺ | x)])
+
+    posterior "langevin":   z⁺ from chains (Eq. 14), no gradient through them         Eqs. 9, 10, 11
+    posterior "inference":  z⁺ = z_ω(x, noise), with its gradient, and the last term  Eqs. 16, 17, 18, 19
+
+The prior samples enter α and β>0 with the opposite sign: theirs is the gradient of log Z (Eqs. 24, 25). With the prior
+"gaussian", f = 0 and Z = 1: no z⁻. VAE = inference + gaussian; ABP, SRI = langevin + gaussian; LEBM = langevin + ebm on
+one layer. Beside "langevin", the inference network learns by Eq. 19 and nothing learns from it: scores need one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ebm_prior.backbone import Backbone, Posterior
+from ebm_prior.energy import JointEnergy, values
+from ebm_prior.errors import DivergenceError
+from ebm_prior.joint_config import JointConfig, Space
+from ebm_prior.objectives import gain
+from ebm_prior.prior import EBMPrior
+from ebm_prior.randomness import derived_generator, seeded
+from ebm_prior.samplers import Potential, SamplerConfig, draw, norm, where
+from ebm_prior.training import Callback, Images, Recorder, Training, batch_indices, update_average
+
+GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy
+NORM_LIMIT = 3.0  # times the posterior's ‖ε‖/√D, at least 1: chains beyond it have left where data lies
+EVALUATED = 1_000  # validation images, and PRIOR_DRAWS as many draws of p_β, for the metrics
+PRIOR_DRAWS = 4
+
+
+def potential(
+    backbone: Backbone,
+    energy: nn.Module | None,
+    space: Space,
+    images: Tensor | None = None,
+    *,
+    bfloat16: bool = False,
+) -> Potential:
+    """g with log p(u) = g(u) − ½‖u‖² + const: the prior (Eq. 13), or with `images` (B, C, H, W) the posterior (Eq. 14).
+
+    u is ε, where g = f(T_β(ε)) + log p(x|z) (A.3), or z, where g = f + log p(x|z) + log p_β(z) + ½‖z‖²: one Langevin
+    kernel then moves either by its Eq. 12. `energy` None: f = 0. `bfloat16`: of the image head, where the time goes.
+    """
+
+    def g(u: Sequence[Tensor]) -> Tensor:
+        trace = backbone.transform(u) if space == "eps" else backbone.given(u)
+        value = u[0].new_zeros(len(u[0]))
+        if energy is not None:
+            value = value + energy(energy.inputs(trace.z, trace.eps))  # type: ignore[operator]
+        if images is not None:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+                distribution = backbone.likelihood(trace.features)
+            value = value + distribution.log_prob(images)
+        if space == "z":
+            value = value + trace.log_prior.sum(1) + 0.5 * _squares(u)
+        return value
+
+    return g
+
+
+class Terms(NamedTuple):
+    """What the loss is made of, per image or per prior draw, (B,), nats."""
+
+    log_likelihood: Tensor
+    log_p: Tensor  # log p_β>0(z⁺)
+    log_q: Tensor  # log q_ω(z⁺ | x); 0 for draws that no inference network made
+    f_q: Tensor
+    prior: Tensor  # log p_β>0(z⁻)
+    f_p: Tensor
+
+    def loss(self, penalty: float = 0.0) -> Tensor:
+        """Eqs. 9-11, 16-19, of which the expectations are means over the batch."""
+        positive = self.log_likelihood + self.log_p + self.f_q - self.log_q
+        squares = self.f_q.square().mean() + self.f_p.square().mean()
+        return (self.prior + self.f_p).mean() - positive.mean() + penalty * squares
+
+
+def terms(
+    backbone: Backbone,
+    energy: nn.Module | None,
+    images: Tensor,
+    posterior: Posterior | Sequence[Tensor],
+    prior: Sequence[Tensor] | None,
+) -> Terms:
+    """The terms of the loss for images (B, C, H, W).
+
+    `posterior`: of `Backbone.infer`, or latents z⁺ that chains have drawn. `prior`: latents z⁻ of p_α,β, or None with
+    f = 0, where log Z is 0 whatever β.
+    """
+    if isinstance(posterior, Posterior):
+        z, eps, features, log_p, log_q = (
+            posterior.z,
+            posterior.eps,
+            posterior.features,
+            posterior.log_p.sum(1),
+            posterior.log_q.sum(1),
+        )
+    else:
+        trace = backbone.given(posterior)
+        z, eps, features, log_p = trace.z, trace.eps, trace.features, trace.log_prior.sum(1)
+        log_q = torch.zeros_like(log_p)
+    log_likelihood = backbone.likelihood(features).log_prob(images)
+    zero = torch.zeros_like(log_p)
+    if energy is None or prior is None:
+        return Terms(log_likelihood, log_p, log_q, zero, zero, zero)
+    below = backbone.given(prior)
+    f_q, f_p = (energy(energy.inputs(*pair)) for pair in ((z, eps), (below.z, below.eps)))  # type: ignore[operator]
+    return Terms(log_likelihood, log_p, log_q, f_q, below.log_prior.sum(1), f_p)
+
+
+def train_jointly(
+    backbone: Backbone,
+    images: Images,
+    config: JointConfig | None = None,
+    *,
+    validation: Images | None = None,
+    run: Recorder | None = None,
+    on_step: Callback | None = None,
+    on_evaluate: Callback | None = None,
+) -> EBMPrior:
+    """Train `backbone` in place with a joint energy on `images`; returns the moving averages of both as a prior.
+
+    With a `run`, state and metrics are written every `evaluate_every` iterations, and the run goes on from its last
+    state. `on_evaluate` gets {"iteration", "prior"} then. The metrics are on `validation` images (default: `images`).
+    Where a loss or gradient is not finite, chains leave, or the energy explodes, training returns to the last state at
+    half the rate; the second time it raises DivergenceError, whose `prior` is that of the last state.
+    """
+    training = _Joint(backbone, images, config or JointConfig(), validation or images, on_evaluate)
+    try:
+        training.run(training.config.iterations, training.config.evaluate_every, run, on_step)
+    except DivergenceError as error:
+        raise DivergenceError(
+            f"{error}. Lower the learning rates (now {training.config.learning_rate:g}, "
+            f"{training.config.energy_learning_rate:g} of the energy) or the step sizes",
+            prior=training.result(),
+        ) from error
+    return training.result()
+
+
+class _Model(nn.Module):
+    """Everything that is learned."""
+
+    def __init__(self, backbone: Backbone, energy: JointEnergy) -> None:
+        super().__init__()
+        self.backbone, self.energy = backbone, energy
+
+
+class _Joint(Training):
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: Images,
+        config: JointConfig,
+        validation: Images,
+        on_evaluate: Callback | None,
+    ) -> None:
+        self.config, self.images, self.validation, self.on_evaluate = config, images, validation, on_evaluate
+        like = next(backbone.parameters())
+        self.device, self.dtype = like.device, like.dtype
+        with seeded(self.device, config.seed, 30):
+            energy = JointEnergy(backbone.groups, config.energy).to(self.device, self.dtype)
+        self.backbone = backbone.train().requires_grad_(True)
+        if config.channels_last:
+            backbone.to(memory_format=torch.channels_last)
+        with seeded(self.device, config.seed, 31), torch.no_grad():  # data-dependent initialisation, where there is one
+            backbone.infer(self._batch(0)[0], generator=derived_generator(config.seed, 32, device=self.device))
+        self.model = _Model(backbone, energy)
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": list(backbone.parameters()), "peak": config.learning_rate},
+                {"params": list(energy.parameters()), "peak": config.energy_learning_rate},
+            ],
+            betas=config.betas,
+        )
+        self.persistent: list[Tensor] = []
+
+    @property
+    def energy(self) -> JointEnergy | None:
+        """The energy once it has joined; None: f = 0."""
+        joined = self.config.prior == "ebm" and self.iteration >= self.config.energy_from * self.config.iterations
+        return self.model.energy if joined else None
+
+    def step(self) -> dict[str, Any]:
+        config, t, energy = self.config, self.iteration, self.energy
+        x, generator = self._batch(t)
+        with _frozen(self.model):
+            drawn = self._posterior_draws(x, generator) if config.posterior == "langevin" else None
+            negative = self._prior_draws(len(x), generator) if energy is not None else None
+        self.optimizer.zero_grad(set_to_none=True)
+        with seeded(self.device, config.seed, 33, t):  # dropout draws from the global generator
+            inferred = self.backbone.infer(x, generator=generator)
+            if drawn is None:
+                found = terms(self.backbone, energy, x, inferred, negative)
+                loss = found.loss(config.penalty)
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                found = terms(self.backbone, energy, x, drawn, negative)
+                loss = found.loss(config.penalty)
+                loss.backward()  # type: ignore[no-untyped-call]
+                # ω is what the generative side has no gradient for; it alone learns from the network's own draws.
+                omega = [p for p in self.backbone.parameters() if p.grad is None]
+                if omega:
+                    companion = terms(self.backbone, energy, x, inferred, negative).loss()
+                    torch.autograd.backward(companion, inputs=omega)
+        self._update(loss)
+        return {"iteration": self.iteration, **self._watch(found, drawn or inferred.z, negative)}
+
+    def _update(self, loss: Tensor) -> None:
+        config, t = self.config, self.iteration
+        clipped = nn.utils.clip_grad_norm_(self.backbone.parameters(), config.gradient_clip)
+        gradients = [p.grad for p in self.model.energy.parameters() if p.grad is not None]
+        steepness = nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(loss) & torch.isfinite(clipped) & torch.isfinite(steepness)):
+            raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
+        rate = self.rate * min(1.0, (t + 1) / max(1, config.warmup))
+        if config.decay:
+            rate *= 0.5 * (1 + math.cos(math.pi * t / config.iterations))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
+        self.optimizer.step()
+        self.iteration += 1
+        update_average(self.average, self.model, config.ema, t)
+
+    @torch.no_grad()
+    def _watch(self, found: Terms, positive: Sequence[Tensor], negative: Sequence[Tensor] | None) -> dict[str, float]:
+        """Numbers to show; DivergenceError where the energy explodes or chains have left."""
+        gap = float((found.f_q - found.f_p).mean())
+        shown = {"log_likelihood": float(found.log_likelihood.mean()), "f_gap": gap}
+        if abs(gap) > GAP_LIMIT:
+            raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
+        if negative is not None:
+            shown["chain_norm"] = float(norm(self.backbone.standardize(negative)).mean())
+            typical = float(norm(self.backbone.standardize(positive)).mean())
+            if not shown["chain_norm"] <= NORM_LIMIT * max(1.0, typical):
+                raise DivergenceError(
+                    f"chains left the typical set at iteration {self.iteration}: ‖ε‖/√D {shown['chain_norm']:.3g}, "
+                    f"posterior {typical:.3g}"
+                )
+        return shown
+
+    # -- chains
+
+    def _posterior_draws(self, x: Tensor, generator: torch.Generator) -> list[Tensor]:
+        g = potential(self.backbone, self.energy, self.config.space, x, bfloat16=self.config.bfloat16)
+        return self._chain(g, len(x), generator, False)
+
+    def _prior_draws(self, n: int, generator: torch.Generator) -> list[Tensor]:
+        return self._chain(potential(self.backbone, self.energy, self.config.space), n, generator, True)
+
+    def _chain(self, g: Potential, n: int, generator: torch.Generator, of_prior: bool) -> list[Tensor]:
+        """z at the ends of n chains, which start from the Gaussian prior or, persistent ones, from their last ends."""
+        config = self.config
+        persistent = of_prior and config.chains == "persistent"
+
+        def propose() -> list[Tensor]:
+            start = self.backbone.standard_normal(n, generator=generator)
+            if config.space == "z":
+                start = self.backbone.reparameterize(start)
+            if persistent and self.persistent:
+                restart = torch.rand(n, generator=generator, device=self.device) < config.refresh
+                start = where(restart, start, self.persistent)
+            return start
+
+        ends = draw(g, propose, config.prior_chain if of_prior else config.posterior_chain, generator).eps
+        if persistent:
+            self.persistent = ends
+        return ends if config.space == "z" else self.backbone.reparameterize(ends)
+
+    # -- how good it is
+
+    def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
+        """On validation images, by the inference network: ELBO with f and log Z, its parts, and the gain of f."""
+        prior = self.result()
+        metrics = {**shown, **validate(prior, self.validation, seed=self.config.seed), "rate": self.rate}
+        if not math.isfinite(metrics["elbo"]):
+            raise DivergenceError(f"the validation ELBO is {metrics['elbo']} at iteration {self.iteration}")
+        if self.on_evaluate:
+            self.on_evaluate({"iteration": self.iteration, "prior": prior})
+        return metrics
+
+    def result(self) -> EBMPrior:
+        """The moving averages as a prior on its backbone, frozen."""
+        kept = copy.deepcopy(self.average)
+        record = {
+            "stage": "train",
+            "config": asdict(self.config),
+            "data": {"name": self.images.name, "training": len(self.images)},
+            "iterations": self.iteration,
+            "rollbacks": self.rollbacks,
+        }
+        return EBMPrior(kept.backbone, kept.energy, sampler=SamplerConfig(), record=record)
+
+    # -- its parts
+
+    def _batch(self, iteration: int) -> tuple[Tensor, torch.Generator]:
+        generator = derived_generator(self.config.seed, 34, iteration, device=self.device)
+        indices = batch_indices(len(self.images), self.config.batch_size, iteration, self.config.seed)
+        x = self.images.batch(indices).to(self.device, self.dtype)
+        return self.backbone.observe(x, generator=generator), generator
+
+    def state(self) -> dict[str, Any]:
+        return copy.deepcopy(
+            {
+                "iteration": self.iteration,
+                "rate": self.rate,
+                "rollbacks": self.rollbacks,
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "persistent": self.persistent,
+            }
+        )
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        state = copy.deepcopy(dict(state))
+        self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.persistent = [chain.to(self.device) for chain in state["persistent"]]
+
+
+@torch.no_grad()
+def validate(prior: EBMPrior, images: Images, *, seed: int = 0) -> dict[str, float]:
+    """ELBO with the energy in nats per image (§3.3), on the first EVALUATED images by the inference network.
+
+    elbo = E_q[log p(x|z) + log p_β − log q] + gain, gain = E_q[f] − log Z; log Z from ancestral draws, with their ESS.
+    """
+    backbone = prior.backbone
+    like = next(backbone.parameters())
+    kept: list[Posterior] = []
+    likelihood: list[Tensor] = []
+    for number, part in enumerate(torch.split(torch.arange(min(EVALUATED, len(images))), 250)):
+        generator = derived_generator(seed, 35, number, device=like.device)
+        x = backbone.observe(images.batch(part).to(like.device, like.dtype), generator=generator)
+        kept.append(backbone.infer(x, generator=generator))
+        likelihood.append(backbone.likelihood(kept[-1].features).log_prob(x))
+    count = sum(len(p.log_q) for p in kept)
+    eps = backbone.standard_normal(PRIOR_DRAWS * count, generator=derived_generator(seed, 36, device=like.device))
+    z = [torch.cat(group) for group in zip(*(p.z for p in kept), strict=True)]
+    f_q, f_p = (values(prior.f, latents) for latents in (z, backbone.reparameterize(eps)))
+    better = gain(f_q, f_p)
+    kl = float(torch.cat([(p.log_q - p.log_p).sum(1) for p in kept]).mean())
+    reconstruction = float(torch.cat(likelihood).mean())
+    return {
+        "elbo": reconstruction - kl + better.nats,
+        "reconstruction": reconstruction,
+        "kl": kl,
+        "gain": better.nats,
+        "ess_fraction": better.ess_fraction,
+    }
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients of the weights: chains differentiate the latents alone."""
+    training = module.training
+    module.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.train(training).requires_grad_(True)
+
+
+def _squares(u: Sequence[Tensor]) -> Tensor:
+    return torch.stack([e.square().flatten(1).sum(1) for e in u]).sum(0)

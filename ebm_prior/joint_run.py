@@ -1,0 +1,109 @@
+"""Joint training in a run directory: what `ebm-prior train` does, without click."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.checkpoint import save_backbone, save_prior
+from ebm_prior.commands import parameters, run_inputs
+from ebm_prior.data import ImageSource
+from ebm_prior.errors import DivergenceError
+from ebm_prior.figures import save_png, titled_grids
+from ebm_prior.joint import train_jointly, validate
+from ebm_prior.joint_config import JointConfig
+from ebm_prior.pretrain import build
+from ebm_prior.prior import EBMPrior
+from ebm_prior.registry import adapter
+from ebm_prior.runs import Run
+from ebm_prior.sources import new_backbone, parsed_options, source_record
+from ebm_prior.training import Callback
+from ebm_prior.weights import fingerprint
+
+
+def new_network(
+    name: str, architecture: str | None, changes: Sequence[str], image_shape: Sequence[int], seed: int
+) -> Backbone:
+    """An untrained network of adapter `name` for images (C, H, W).
+
+    `architecture`: as `new_backbone` takes it; else `changes`, words KEY=VALUE with arguments of the adapter.
+    """
+    if architecture is not None:
+        return new_backbone(name, architecture, seed)
+    return build(adapter(name), {"image_shape": list(image_shape), **parsed_options(changes)}, seed=seed)
+
+
+def train_into(
+    directory: Path,
+    backbone: Backbone,
+    train: ImageSource,
+    test: ImageSource,
+    config: JointConfig,
+    *,
+    checkpoint: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: Callback | None = None,
+) -> dict[str, Any]:
+    """Train a whole model: backbone.safetensors and prior.safetensors, metrics, pictures, resume state.
+
+    `checkpoint`: where the backbone's weights come from, for the record; None: from the seed. Where training diverges
+    for good, the model of the last state is written before DivergenceError goes on.
+    """
+    architecture = json.loads(json.dumps(dict(backbone.architecture)))
+    inputs = {"architecture": architecture, "start": fingerprint(backbone), **run_inputs(backbone, train)}
+    start = {} if checkpoint is None else {"start": source_record(checkpoint, backbone)}
+    run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
+    own, path = directory / "backbone.safetensors", directory / "prior.safetensors"
+
+    def keep(prior: EBMPrior) -> None:
+        prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
+        save_backbone(prior.backbone, own, record={**prior.record, **start})
+        save_prior(prior, path, checkpoint=own.name)  # beside it: wherever the run is, equal runs give equal bytes
+
+    def show(shown: Mapping[str, Any]) -> None:
+        write_pictures(shown["prior"], test, directory / f"samples-{shown['iteration']:06d}.png", config.seed)
+
+    began = time.process_time()
+    try:
+        prior = train_jointly(backbone, train, config, validation=test, run=run, on_step=on_step, on_evaluate=show)
+    except DivergenceError as error:
+        if isinstance(error.prior, EBMPrior):
+            keep(error.prior)
+            raise DivergenceError(f"{error} Written: {path}", prior=error.prior) from error
+        raise
+    seconds = time.process_time() - began
+    keep(prior)
+    return {
+        "backbone": str(own),
+        "prior": str(path),
+        "parameters": parameters(prior.backbone, config.energy),
+        "validation": validate(prior, test, seed=config.seed),
+        "iterations": prior.record["iterations"],
+        "rollbacks": prior.record["rollbacks"],
+        "cpu_seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def write_pictures(prior: EBMPrior, images: ImageSource, path: Path, seed: int) -> None:
+    """A picture of a model in training: images, their reconstructions, samples of p_β and of p_α."""
+    backbone = prior.backbone
+    like = next(backbone.parameters())
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    real = images.batch(range(min(32, len(images)))).to(like.device, like.dtype)
+    posterior = backbone.infer(backbone.observe(real, generator=generator), generator=generator)
+    panels = [
+        ("images", real),
+        ("reconstructions", backbone.likelihood(posterior.features).mean),
+        ("Gaussian prior", backbone.decode(backbone.sample(len(real), generator=generator)).mean),
+        ("EBM prior", prior.sample(len(real), seed=seed).images),
+    ]
+    save_png(titled_grids([(title, p.cpu()) for title, p in panels], columns=8), path)

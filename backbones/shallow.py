@@ -115,7 +115,7 @@ class GaussianPixels:
 def _convolutions(image_shape: tuple[int, int, int], latent: int, width: int) -> tuple[nn.Sequential, nn.Sequential]:
     """g: (B, latent, 1, 1) -> (B, C, S, S) in (−1, 1), and its mirror image: (B, C, S, S) -> (B, 2·latent, 1, 1)."""
     colours, side, _ = image_shape
-    channels = []  # from the image up
+    channels: list[int] = []  # from the image up
     while side % 2 == 0 and side >= 8:
         channels.append(width * 2 ** len(channels))
         side //= 2

@@ -458,7 +458,7 @@ def anomaly(
         for spec, among in ((normal, False), (anomalies, True))
     ]
     with Bar("anomaly", sum(map(len, sets))) as bar:
-        result, columns, scored = outliers.find_anomalies(loaded, *sets, config, on_images=bar.advance)
+        result, columns, scored = outliers.find_anomalies(loaded, sets[0], sets[1], config, on_images=bar.advance)
     result["files"] = outliers.write_results(
         to, result | {"prior": str(prior)}, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
     )

@@ -178,7 +178,7 @@ def scatters(
             centre = row.mean(0)
             reach = 1.05 * max(float((row - centre).abs().max()), 1e-6)
         left, top = _MARGIN + index % columns * step_x, _MARGIN + index // columns * step_y + _MARGIN
-        pen.text((left, top - _MARGIN), _spelled(title), _INK, font)
+        pen.text((left, top - _MARGIN), spelled(title), _INK, font)
         pen.rectangle((left, top, left + side, top + side), outline=_CAPTION_INK)
         for colour, points in clouds:
             placed = ((points - centre) * points.new_tensor([1.0, -1.0]) / reach + 1) * side / 2

@@ -248,7 +248,7 @@ def labelled(source: ImageSource, labels: Sequence[int], *, among: bool) -> Imag
         raise DataError(f"{source.name} has no labels: leave --labels out, or give labelled images")
     chosen = torch.isin(source.labels, torch.tensor(labels)) == among
     if not chosen.any():
-        found = ", ".join(map(str, source.labels.unique().tolist()))
+        found = ", ".join(map(str, sorted(set(source.labels.tolist()))))
         raise DataError(f"{source.name}: no image is left with --labels {labels}; its labels are {found}")
     return source.subset(chosen.nonzero()[:, 0])
 

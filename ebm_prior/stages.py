@@ -51,13 +51,13 @@ class StageConfig:
     particles: int = field(default=256, metadata={"help": "draws of the prior so far, the negatives"})
     held_out: int = field(default=256, metadata={"help": "more of them, never trained on, by which stages end"})
     moves: int = field(default=5, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
-    held_out_moves: int = field(default=15, metadata={"help": "steps of the held-out draws at the end of a stage"})
+    settle: int = field(default=15, metadata={"help": "steps of all draws between two stages, to forget the first"})
     step_size: float = field(default=0.15, metadata={"help": "δ of these steps at the start; it follows acceptance"})
     ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
     every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
 
     def __post_init__(self) -> None:
-        if min(self.particles, self.held_out, self.moves, self.held_out_moves, self.every) < 1:
+        if min(self.particles, self.held_out, self.moves, self.settle, self.every) < 1:
             raise ConfigurationError(f"expected positive numbers of draws, steps and iterations, found {self}")
         if not (0 < self.step_size <= 2 and 0 < self.ess < 1):
             raise ConfigurationError(f"expected a step size in (0, 2] and an ESS in (0, 1), found {self}")
@@ -142,7 +142,7 @@ class Stages:
         self.eps = [e[torch.cat(rows)] for e in self.eps]
         self.reference.load_state_dict(energy.state_dict())
         self.rate = min(1.0, 2 * self.rate)
-        self._move(torch.arange(count, len(self.eps[0]), device=device), self.config.held_out_moves, generator)
+        self._move(torch.arange(len(self.eps[0]), device=device), self.config.settle, generator)
         stage = {"iteration": iteration, "gain": found.nats, "log_z": log_z, "ess_fraction": found.ess_fraction}
         self.done.append(stage)
         self._show_held_out()

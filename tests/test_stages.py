@@ -26,7 +26,7 @@ def stages() -> Stages:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         energy = JointEnergy(backbone.groups, EnergyConfig(hidden=8, joint=0)).requires_grad_(False)
-    config = StageConfig(particles=400, held_out=200, moves=2, held_out_moves=4)
+    config = StageConfig(particles=400, held_out=200, moves=2, settle=4)
     return Stages(backbone, energy, config, derived_generator(1))
 
 

@@ -48,9 +48,9 @@ ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow besid
 class StageConfig:
     """The draws of the prior so far, and when it becomes the next one."""
 
-    particles: int = field(default=256, metadata={"help": "draws of the prior so far, the negatives"})
+    particles: int = field(default=1024, metadata={"help": "draws of the prior so far, the negatives"})
     held_out: int = field(default=256, metadata={"help": "more of them, never trained on, by which stages end"})
-    moves: int = field(default=5, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
+    moves: int = field(default=3, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
     settle: int = field(default=15, metadata={"help": "steps of all draws between two stages, to forget the first"})
     step_size: float = field(default=0.15, metadata={"help": "δ of these steps at the start; it follows acceptance"})
     ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})

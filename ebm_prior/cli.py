@@ -24,6 +24,7 @@ from ebm_prior.checkpoint import load_backbone, load_prior, prior_record, save_b
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.data import open_images
 from ebm_prior.demo import demo_config, require_demo_folder, run_demo
+from ebm_prior.doctor import DoctorConfig, examine
 from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError
 from ebm_prior.evaluate import EvalConfig
 from ebm_prior.figures import save_png
@@ -463,6 +464,36 @@ def anomaly(
         to, result | {"prior": str(prior)}, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
     )
     _show(result | {"prior": str(prior)}, as_json, report.outlier_tables)
+
+
+@main.command()
+@BACKBONE
+@OWN_DATA
+@config_options(DoctorConfig, skip=("seed", "energy"))
+@SEED
+@DEVICE
+@JSON
+def doctor(
+    adapter_name: str | None,
+    checkpoint: str,
+    data: str | None,
+    data_root: Path | None,
+    download: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Say whether a VAE has a prior hole that an energy can fill, and in which groups."""
+    config = resolve(DoctorConfig(), given)
+    config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
+    backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
+    data = data or sources.own_data(checkpoint, backbone)
+    images = open_images(data, split="test", data_root=data_root, download=download, image_shape=backbone.image_shape)
+    with Bar("doctor", 3) as bar:
+        result = examine(backbone, images, config, on_stage=bar.stage)
+    _show(result, as_json, report.doctor_card)
 
 
 @main.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -134,6 +135,43 @@ def outlier_tables(result: Mapping[str, Any]) -> str:
             )
         lines += ["", f"{result['in']} (in), {each['out']} (out)", table(head, rows)]
     return "\n".join([*lines, *(["", f"wrote {', '.join(result['files'])}"] if "files" in result else [])])
+
+
+def doctor_card(result: Mapping[str, Any]) -> str:
+    """What the doctor found, the verdict last."""
+    rows = []
+    for row in result["groups"]:
+        rows.append(
+            [
+                row["group"],
+                f"{row['kl_nats']:.2f}",
+                f"{row['active_units']:,} / {row['units']:,}",
+                f"{row['eps_mean_rms']:.3f}",
+                f"{row['eps_variance']:.3f}",
+                f"{row['std_low']:.3g} to {row['std_high']:.3g}",
+                f"{row['auc']:.3f}" if "auc" in row else "",
+            ]
+        )
+    head = ["group (top first)", "KL (nats)", "active units", "ε mean (RMS)", "ε variance", "σ of the prior", "AUC"]
+    norms, dropout = result["batch_norms"], result["dropout_layers"]
+    lines = [
+        f"{result['images']:,} images of {result['data']}, seed {result['seed']}",
+        table(head, rows),
+        "where the prior is right, codes have an ε mean of 0 and an ε variance of 1, and an AUC of .5",
+    ]
+    if "auc" in result:
+        lines.append(f"AUC of all groups together: {result['auc']:.3f} ({result['auc_budget']})")
+    lines += [
+        "not finite: "
+        + (", ".join(f"{count:,} in {name}" for name, count in result["not_finite"].items()) or "nothing"),
+        f"dropout: {dropout} layers" + (f", at most {result['dropout_largest']:g}" if dropout else ""),
+        f"batch norm: {norms} layers"
+        + (", running variances from {:.3g} to {:.3g}".format(*result["running_variance"]) if norms else ""),
+        f"mode: {'TRAINING' if result['training_mode'] else 'evaluation, dropout and batch statistics off'}",
+        "",
+        *textwrap.wrap(result["verdict"], 110),
+    ]
+    return "\n".join(lines)
 
 
 def demo_summary(result: Mapping[str, Any]) -> str:

@@ -19,7 +19,18 @@ ROOMS = (
     {"scores", "prior", "training", "stages", "recipes", "fit", "pretrain", "joint_config", "joint", "gauge"},
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs"}
     | {"figures", "plots", "pages", "classifier", "inception"},
-    {"evaluate", "outliers", "options", "sources", "commands", "joint_run", "anomaly_table", "latents_2d", "ablations"}
+    {
+        "evaluate",
+        "outliers",
+        "doctor",
+        "options",
+        "sources",
+        "commands",
+        "joint_run",
+        "anomaly_table",
+        "latents_2d",
+        "ablations",
+    }
     | {"report", "demo", "progress", "allocator"},
     {"cli", "__main__"},
 )

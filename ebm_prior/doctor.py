@@ -94,7 +94,9 @@ def examine(
     moments, posterior, audit = _posterior(backbone, images, n, config)
     on_stage("prior draws")
     prior = _prior(backbone, n, config, audit)
-    groups = [{"group": group.name, **each.described()} for group, each in zip(backbone.groups, moments, strict=True)]
+    groups: list[dict[str, Any]] = [
+        {"group": group.name, **each.described()} for group, each in zip(backbone.groups, moments, strict=True)
+    ]
     result: dict[str, Any] = {
         "data": images.name,
         "images": n,

@@ -36,6 +36,7 @@ from ebm_prior.progress import Bar
 from ebm_prior.recipes import PRESETS, FitConfig
 from ebm_prior.samplers import SamplerConfig
 from ebm_prior.scores import Lower, Mode
+from ebm_prior.show import LONG_RUN, PICTURES, WITH_CHAINS, WITH_IMAGES, draw_picture
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(exists=False, path_type=Path)
@@ -464,6 +465,68 @@ def anomaly(
         to, result | {"prior": str(prior)}, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
     )
     _show(result | {"prior": str(prior)}, as_json, report.outlier_tables)
+
+
+@main.command()
+@PRIOR
+@click.argument("what", type=click.Choice(list(PICTURES)))
+@click.option("--data", help=f"images to start from, {DATA_FORMS}  [default: what the prior was trained on]")
+@DATA_ROOT
+@click.option("-n", "--number", type=click.IntRange(1), help="rows, chains or codes  [default: depends on the picture]")
+@click.option(
+    "--out", type=PATH, help="the .png; its arrays lie beside it as .npz  [default: the next free beside PRIOR]"
+)
+@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+@config_options(SamplerConfig, wording={"": RECORDED})
+@SEED
+@DEVICE
+@JSON
+def show(
+    prior: Path,
+    what: str,
+    checkpoint: str | None,
+    force: bool,
+    data: str | None,
+    data_root: Path | None,
+    download: bool,
+    number: int | None,
+    out: Path | None,
+    overwrite: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Draw what a prior does, as a PNG with the arrays behind it: WHAT is
+
+    \b
+    transitions     chains from the backbone's prior to the energy-based one (Figs. 5, 14)
+    energy          energy per group along 100 and --steps (2,500) steps (Fig. 8)
+    hierarchy       samples with their lower groups redrawn (Figs. 7, 11)
+    reconstruction  images with their lower groups redrawn (Fig. 12)
+    interpolate     from one image to another in ε-space
+    latents         posterior codes and chains, two dimensions per group (Fig. 2)
+    """
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])
+    if what == "energy":
+        given["steps"] = given["steps"] or LONG_RUN
+    loaded.sampler = resolve(loaded.sampler, given)
+    out = out or commands.next_free(prior.parent, what, ".png")
+    if out.suffix != ".png":
+        raise click.UsageError(f"--out is a .png, found {out}")
+    for path in (out, out.with_suffix(".npz")):
+        commands.require_free(path, overwrite)
+    images = None
+    if what in WITH_IMAGES:
+        data = data or sources.named_data(prior_record(prior)["record"], str(prior))
+        shape = loaded.backbone.image_shape
+        images = open_images(data, split="test", data_root=data_root, download=download, image_shape=shape)
+    elif data is not None:
+        raise click.UsageError(f"{what} starts from no images: leave --data out")
+    with Bar("show", loaded.sampler.steps if what in WITH_CHAINS else 1) as bar:
+        shown = draw_picture(loaded, what, images, number, seed=seed, on_step=bar.to)
+    _show(commands.write_page(shown.image, shown.arrays, out), as_json, report.files_written)
 
 
 @main.command()

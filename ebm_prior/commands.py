@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
 
 from ebm_prior.backbone import Backbone
 from ebm_prior.batch_norm import BATCH_SIZE, ITERATIONS, adjustable
@@ -249,6 +251,15 @@ def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, comp
             f"cannot write into {out}: {error.strerror or error}; free some space or choose another --out"
         ) from error
     return [out]
+
+
+def write_page(image: Image, arrays: Mapping[str, NDArray[Any]], out: Path) -> dict[str, Any]:
+    """Write a picture and, beside it as .npz, the arrays behind it."""
+    buffer = BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(out.with_suffix(".npz"), buffer.getvalue())
+    save_png(image, out)
+    return {"files": [str(out), str(out.with_suffix(".npz"))]}
 
 
 def describe_samples(drawn: Samples, sampler: SamplerConfig, seed: int, files: Sequence[Path]) -> dict[str, Any]:

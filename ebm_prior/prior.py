@@ -66,26 +66,31 @@ class EBMPrior:
 
     def f(self, z: Sequence[Tensor]) -> Tensor:
         """The negative energy τ f(z) in nats, (B,), for z a list of (B, *group.shape)."""
-        return self._f(z, self.backbone.standardize(z) if self.energy.config.conditional else z)
+        return self.negative_energy(z, self.backbone.standardize(z) if self.energy.config.conditional else z)
+
+    def negative_energy(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> Tensor:
+        """`f` of z where ε = T_β⁻¹(z) is known already, (B,)."""
+        value: Tensor = self.tau * self.energy(self.energy.inputs(z, eps))
+        return value
 
     def potential(self, eps: Sequence[Tensor]) -> Tensor:
         """g(ε), (B,): the target's log density is g(ε) − ½‖ε‖² + const (Appendix A.3)."""
         trace = self.backbone.transform(eps)
         if self.target == "exact":
-            return self._f(trace.z, eps)
+            return self.negative_energy(trace.z, eps)
         squares = torch.stack([e.square().flatten(1).sum(1) for e in eps], dim=1)
-        return self._f(trace.z, eps) + (trace.log_prior + 0.5 * squares).sum(1)
+        return self.negative_energy(trace.z, eps) + (trace.log_prior + 0.5 * squares).sum(1)
 
     def log_density(self, eps: Sequence[Tensor]) -> Tensor:
         """log p_α(ε) + log Z in nats, (B,): τ f(T_β(ε)) + log N(ε; 0, I)."""
         self._require_calibrated("log_density")
-        return self._f(self.backbone.reparameterize(eps), eps) + _log_standard_normal(eps)
+        return self.negative_energy(self.backbone.reparameterize(eps), eps) + _log_standard_normal(eps)
 
     def log_prior(self, z: Sequence[Tensor]) -> Tensor:
         """log p_α(z) + log Z in nats, (B,): τ f(z) + log p_β(z) (Eq. 6)."""
         self._require_calibrated("log_prior")
         trace = self.backbone.given(z)
-        return self._f(z, trace.eps) + trace.log_prior.sum(1)
+        return self.negative_energy(z, trace.eps) + trace.log_prior.sum(1)
 
     def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 512) -> tuple[float, float]:
         """log Z = log E_{p_β}[e^{τf}] from n ancestral draws, and the ESS of the estimate as a fraction of n.
@@ -98,7 +103,7 @@ class EBMPrior:
         with torch.no_grad():
             for first, count in _blocks(n, chunk):
                 eps = self.backbone.standard_normal(count, generator=BlockGenerator(seed, first, count, device))
-                parts.append(self._f(self.backbone.reparameterize(eps), eps).double())
+                parts.append(self.negative_energy(self.backbone.reparameterize(eps), eps).double())
         f = torch.cat(parts)
         return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
@@ -167,7 +172,7 @@ class EBMPrior:
         parts = [
             score(
                 self.backbone,
-                self._f,
+                self.negative_energy,
                 images[start : start + count],
                 forms,
                 draws=draws,
@@ -198,10 +203,6 @@ class EBMPrior:
         seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
         form = Form(k, ratio, mode, lower)
         return self.scores(images, [form], draws=draws, seed=seed)[form]
-
-    def _f(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> Tensor:
-        value: Tensor = self.tau * self.energy(self.energy.inputs(z, eps))
-        return value
 
     def _require_calibrated(self, what: str) -> None:
         if self.regime != "calibrated":

@@ -137,6 +137,11 @@ def outlier_tables(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(["", f"wrote {', '.join(result['files'])}"] if "files" in result else [])])
 
 
+def files_written(result: Mapping[str, Any]) -> str:
+    """Where the results are."""
+    return f"wrote {', '.join(result['files'])}"
+
+
 def doctor_card(result: Mapping[str, Any]) -> str:
     """What the doctor found, the verdict last."""
     rows = []

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ebm_prior.backbone import Backbone, Gaussian, Posterior, Trace
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.randomness import BlockGenerator, derived_seed, standard_normal
+from ebm_prior.randomness import BlockGenerator, Generator, derived_seed, standard_normal
 from ebm_prior.samplers import Potential, SamplerConfig, draw
 
 Mode = Literal["eq20", "elbo", "iw"]
@@ -130,7 +130,7 @@ class _Batch:
     ) -> None:
         like = next(backbone.parameters())
         self.backbone, self.f, self.sampler = backbone, f, sampler
-        self.seed, self.first, self.size, self.device, self.dtype = seed, first, len(images), like.device, like.dtype
+        self.seed, self.first, self.size, self.device = seed, first, len(images), like.device
         self.x = backbone.observe(images.to(like.device, like.dtype), generator=self.generator(_OBSERVATION))
         self._posterior: tuple[tuple[int, int], Posterior] | None = None
         self._summands: tuple[tuple[int, int, Lower], Summands] | None = None
@@ -154,8 +154,9 @@ class _Batch:
     def _at(self, number: int, k: int, energy: bool, *, sampled: bool) -> Summands:
         posterior = self.posterior(number, 0 if sampled else k)
         upper = len(self.backbone.groups) - k
-        free = _Free(self.backbone, self.f, posterior.z[:upper], self.size)
-        trace = free.trace(self.sampled(free, energy, self.generator(_LOWER, number, k)) if sampled else None)
+        free = FreeGroups(self.backbone, self.f, posterior.z[:upper], self.size)
+        generator = self.generator(_LOWER, number, k)
+        trace = free.trace(free.sample(self.sampler if energy else None, generator) if sampled else None)
         return Summands(
             log_likelihood=self.backbone.likelihood(trace.features).log_prob(self.x),
             log_p_upper=trace.log_prior[:, :upper].sum(1),
@@ -173,17 +174,8 @@ class _Batch:
             self._posterior = (number, means), self.backbone.infer(self.x, noise=noise)
         return self._posterior[1]
 
-    def sampled(self, free: _Free, energy: bool, generator: BlockGenerator) -> list[Tensor]:
-        """ε of the free groups, of p_α given the others. Without f it is the first proposal of those with f."""
-        shapes = [(self.size, *group.shape) for group in self.backbone.groups[len(free.fixed) :]]
 
-        def propose() -> list[Tensor]:
-            return [standard_normal(shape, generator, dtype=self.dtype, device=self.device) for shape in shapes]
-
-        return draw(free.potential, propose, self.sampler, generator).eps if energy else propose()
-
-
-class _Free:
+class FreeGroups:
     """The lower groups as functions of their ε, where the upper ones are fixed at z_{>k}."""
 
     def __init__(self, backbone: Backbone, f: NegativeEnergy, fixed: Sequence[Tensor], size: int) -> None:
@@ -201,6 +193,16 @@ class _Free:
             return prior.mean + prior.std * eps[index - first]
 
         return self.backbone.trace(at, self.size)
+
+    def sample(self, sampler: SamplerConfig | None, generator: Generator) -> list[Tensor]:
+        """ε_{≤k} of the free groups, a draw of p_α given z_{>k}. None: of p_β, which is the first proposal for p_α."""
+        like = next(self.backbone.parameters())
+        shapes = [(self.size, *group.shape) for group in self.backbone.groups[len(self.fixed) :]]
+
+        def propose() -> list[Tensor]:
+            return [standard_normal(shape, generator, dtype=like.dtype, device=like.device) for shape in shapes]
+
+        return propose() if sampler is None else draw(self.potential, propose, sampler, generator).eps
 
     @property
     def potential(self) -> Potential:

@@ -22,7 +22,7 @@ from ebm_prior.gauge import GaugeConfig
 from ebm_prior.report import doctor_card
 
 GAUGE = GaugeConfig(
-    energy=EnergyConfig(channels=4, hidden=16, joint=8, conditional=False), iterations=60, batch_size=64
+    energy=EnergyConfig(channels=4, hidden=16, joint=8, conditional=False), iterations=30, batch_size=64
 )
 CONFIG = DoctorConfig(samples=600, gauge=GAUGE)
 

@@ -23,6 +23,7 @@ ROOMS = (
         "evaluate",
         "outliers",
         "doctor",
+        "show",
         "options",
         "sources",
         "commands",

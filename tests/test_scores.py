@@ -135,7 +135,7 @@ def test_with_heads_at_zero_f_and_f_0_are_one(pictures: Tensor) -> None:
 def test_one_free_group_needs_no_traversal(toy: EBMPrior, pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short cut of k = 1 gives what the traversal gives."""
     short = toy.score(pictures[:4], k=1, draws=2)
-    monkeypatch.setattr("ebm_prior.scores._Free.alone", property(lambda self: False))
+    monkeypatch.setattr("ebm_prior.scores.FreeGroups.alone", property(lambda self: False))
     torch.testing.assert_close(short, toy.score(pictures[:4], k=1, draws=2))
 
 
@@ -164,7 +164,8 @@ def test_more_draws_go_on_where_fewer_stopped(toy: EBMPrior, pictures: Tensor) -
     two, four = (toy.scores(pictures[:5], [form], draws=n)[form] for n in (2, 4))
     assert (two - four).abs().max() > 1e-3
     first, second = (
-        score(toy.backbone, toy._f, pictures[:5], [form], draws=n, sampler=toy.sampler)[form] for n in (1, 2)
+        score(toy.backbone, toy.negative_energy, pictures[:5], [form], draws=n, sampler=toy.sampler)[form]
+        for n in (1, 2)
     )
     assert torch.allclose(2 * second - first, 2 * two - first)
 

@@ -445,22 +445,14 @@ def anomaly(
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])
     to = to or commands.next_free(prior.parent, "anomaly")
     outliers.require_folder(to, overwrite)
-    sets = [
-        outliers.labelled(
-            open_images(
-                spec,
-                split="test",
-                data_root=data_root,
-                download=download,
-                image_shape=loaded.backbone.image_shape,
-            ),
-            labels,
-            among=among,
-        )
-        for spec, among in ((normal, False), (anomalies, True))
-    ]
-    with Bar("anomaly", sum(map(len, sets))) as bar:
-        result, columns, scored = outliers.find_anomalies(loaded, sets[0], sets[1], config, on_images=bar.advance)
+    shape = loaded.backbone.image_shape
+    known, strange = (
+        open_images(spec, split="test", data_root=data_root, download=download, image_shape=shape)
+        for spec in (normal, anomalies)
+    )
+    known, strange = outliers.labelled(known, labels, among=False), outliers.labelled(strange, labels, among=True)
+    with Bar("anomaly", len(known) + len(strange)) as bar:
+        result, columns, scored = outliers.find_anomalies(loaded, known, strange, config, on_images=bar.advance)
     result["files"] = outliers.write_results(
         to, result | {"prior": str(prior)}, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
     )

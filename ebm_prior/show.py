@@ -182,7 +182,8 @@ def great_circle(a: Tensor, b: Tensor, share: float) -> Tensor:
     left = torch.where(round_, ((1 - share) * angle).sin() / torch.where(round_, sine, straight), 1 - share * straight)
     right = torch.where(round_, (share * angle).sin() / torch.where(round_, sine, straight), share * straight)
     unit = left * x / norms[0].clamp(min=1e-12) + right * y / norms[1].clamp(min=1e-12)
-    return (unit * ((1 - share) * norms[0] + share * norms[1])).view_as(a)
+    between: Tensor = unit * ((1 - share) * norms[0] + share * norms[1])
+    return between.view_as(a)
 
 
 @torch.no_grad()

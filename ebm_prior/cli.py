@@ -355,7 +355,12 @@ def evaluate(
 @DATA_ROOT
 @click.option("--k", "ks", default="all", show_default=True, help="groups not inferred, from the bottom: e.g. 0,1,2")
 @click.option(
-    "--mode", "modes", type=click.Choice(outliers.MODES), multiple=True, help="form of L^{>k}  [default: each]"
+    "--mode",
+    "modes",
+    type=click.Choice(outliers.MODES),
+    multiple=True,
+    help="eq20: the paper's, literally; elbo: as the backbone's own bound; iw: that with L^{>0} importance-weighted  "
+    "[default: each]",
 )
 @click.option(
     "--lower",

@@ -230,7 +230,7 @@ def fit(
 @click.option(
     "--chunk",
     type=click.IntRange(1),
-    default=512,
+    default=128,
     show_default=True,
     help="samples at a time, rounded to blocks of 64; changes no result",
 )

@@ -157,6 +157,13 @@ class JointEnergy(nn.Module):
         """f ← f + a constant, which changes the normaliser and nothing else: in the top head's bias."""
         self._heads()[0].last.bias.add_(nats)
 
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """f ← factor · f: in the last layers, in which f is linear."""
+        last = [head.last for head in self._heads()] + ([] if self.joint is None else [self.joint[-1]])
+        for parameter in (parameter for layer in last for parameter in layer.parameters()):
+            parameter.mul_(factor)
+
     def _heads(self) -> list[Head]:
         return [head for head in self.heads.values() if isinstance(head, Head)]
 

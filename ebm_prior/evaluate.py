@@ -34,7 +34,7 @@ class EvalConfig:
     """Settings of an evaluation. Distances depend on N: compare them at equal N only."""
 
     samples: int = field(default=10_000, metadata={"help": "held-out images (at most all), and draws of each prior"})
-    chunk: int = field(default=512, metadata={"help": "samples at a time, rounded to blocks of 64; changes no result"})
+    chunk: int = field(default=128, metadata={"help": "samples at a time, rounded to blocks of 64; changes no result"})
     gauge: GaugeConfig = field(default_factory=GaugeConfig)
     auc: bool = field(default=True, metadata={"help": "train fresh classifiers on posterior vs prior latents"})
     seed: int = field(default=0, metadata={"help": "seed of everything random"})

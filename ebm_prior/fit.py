@@ -32,6 +32,7 @@ HELD_OUT_BYTES = 2**31  # of memory for held-out latents, on the CPU
 NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies
 GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as better
 GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy (a real one is KL(q‖p) + KL(p‖q) of the latents)
+ANNEAL_LEAST = 1.0  # nats that a stage along a known f must bring; learning brings as many, and sees where f is wrong
 PROBATION = 0.25  # of the iterations: where one ratio saturates so early, stages take over
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, where tempering does not mend it
 
@@ -104,14 +105,15 @@ class _Fit:
         self.rate = 1.0  # falls by half at a roll-back
         self.rollbacks = 0
         self.chains: list[Tensor] = []
-        self.stages = self._first_stage() if config.ratios == "staged" else None  # None: one ratio
         self.saturated: dict[str, float] | None = None  # when and how one ratio alone did
+        self.stages = self._first_stage() if config.ratios == "staged" else None  # None: one ratio
         self.best = self._untrained()
+        self.on_step: Callback | None = None
 
     # -- the loop
 
     def train(self, run: Recorder | None, on_step: Callback | None, on_evaluate: Callback | None) -> EBMPrior:
-        config = self.config
+        config, self.on_step = self.config, on_step
         state = run.load_state() if run else None
         if state is not None:
             self._restore(state)
@@ -152,8 +154,13 @@ class _Fit:
         config, t = self.config, self.iteration
         generator = derived_generator(config.seed, 11, t, device=self.device)
         indices = self.training[batch_indices(len(self.training), config.batch_size, t, config.seed)]
-        positive = self._posterior(indices, generator)
-        negative, chain_norm = self._negatives(generator)
+        groupwise = self.stages is not None and t < self.together
+        if groupwise:
+            positive, negative = self._own_conditionals(indices, generator)
+            chain_norm = 1.0
+        else:
+            positive = self._posterior(indices, generator)
+            negative, chain_norm = self._negatives(generator)
         since = self.saturated["iteration"] if self.saturated else 0  # stages warm up anew
         rate = self.rate * config.learning_rate * min(1.0, (t + 1 - since) / max(1, config.warmup))
         if self.stages is not None:
@@ -166,7 +173,11 @@ class _Fit:
         self.energy.train()
         with seeded(self.device, config.seed, 12, t), torch.enable_grad():  # dropout draws from the global generator
             both = [torch.cat(pair) for pair in zip(positive, negative, strict=True)]
-            f_q, f_p = torch.split(self.energy(both) - self._known(both), [len(positive[0]), len(negative[0])])
+            if groupwise:  # a ratio per group, (B, L): without the joint head, for which the negatives are no draw
+                f = self.energy.terms(both)[:, : len(self.backbone.groups)]
+            else:
+                f = self.energy(both) - self._known(both)
+            f_q, f_p = torch.split(f, [len(positive[0]), len(negative[0])])
             loss = nce_loss(f_q, f_p) if config.objective == "nce" else mle_loss(f_q, f_p, penalty=config.penalty)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -201,6 +212,12 @@ class _Fit:
         energy.load_state_dict(self.untrained)
         return Stages(self.backbone, energy, self.config.stage, generator)
 
+    @property
+    def together(self) -> int:
+        """The iteration from which on stages learn all groups together: before it, each group's own ratio."""
+        since = int(self.saturated["iteration"]) if self.saturated else 0
+        return since + int(self.config.stage.groupwise * (self.config.iterations - since))
+
     def _untrained(self) -> dict[str, Any]:
         """The best prior while there is none: the backbone's."""
         return {"gain": -math.inf, "iteration": self.iteration, "energy": self.untrained}
@@ -209,7 +226,13 @@ class _Fit:
         """End a stage whose weights have become uneven. One ratio that saturates from the start gives way to stages."""
         config = self.config
         if self.stages is not None:
-            if self.iteration % config.stage.every == 0 and self.stages.ess_fraction(self.average) < config.stage.ess:
+            if self.iteration == self.together:
+                self._anneal(self.stages)
+            elif (
+                self.iteration > self.together
+                and self.iteration % config.stage.every == 0
+                and self.stages.ess_fraction(self.average) < config.stage.ess
+            ):
                 self._end_stage(self.stages)
         elif self._on_probation():
             ess = self.held_out.ess_fraction(self.average)
@@ -226,6 +249,28 @@ class _Fit:
         until = max(PROBATION * config.iterations, 2 * config.warmup)
         return auto and self.iteration % 10 == 0 and self.iteration <= until
 
+    def _anneal(self, stages: Stages) -> None:
+        """From p_β to the product of the groups' own ratios in stages along τ f, as far as the held-out gain rises."""
+        goal, tau, number = copy.deepcopy(self.average), 0.0, 0
+        while tau < 1:
+            tau = stages.next_tau(goal, tau)
+            step = copy.deepcopy(goal)
+            step.scale(tau)
+            found, error = stages.look(step, self.held_out.posterior)
+            if not found.nats > max(ANNEAL_LEAST, 2 * error):
+                break
+            generator = derived_generator(self.config.seed, 20, number, device=self.device)
+            self._accept(stages, step, found, generator)
+            number += 1
+            if self.on_step:
+                course = {"stage": len(stages.done), "gain": stages.gain}
+                self.on_step({"iterations": self.config.iterations, "iteration": self.iteration, **course})
+        self._put_back(stages.reference)
+
+    def _accept(self, stages: Stages, energy: JointEnergy, found: Gain, generator: torch.Generator) -> None:
+        stages.advance(energy, found, self.iteration, generator)
+        self.best = {"gain": stages.gain, "iteration": self.iteration, "energy": copy.deepcopy(energy.state_dict())}
+
     def _end_stage(self, stages: Stages) -> None:
         """Accept what a stage has learned if the held-out gain rises; else begin it again, at a lower rate."""
         stages.temper(self.average)
@@ -234,12 +279,7 @@ class _Fit:
             raise DivergenceError(f"the held-out gain of a stage is {found.nats} at iteration {self.iteration}")
         if found.nats > max(GAIN_STEP, 2 * error):
             generator = derived_generator(self.config.seed, 19, self.iteration, device=self.device)
-            stages.advance(self.average, found, self.iteration, generator)
-            self.best = {
-                "gain": stages.gain,
-                "iteration": self.iteration,
-                "energy": copy.deepcopy(self.average.state_dict()),
-            }
+            self._accept(stages, self.average, found, generator)
         else:
             stages.reject()
         self._put_back(stages.reference)  # after an accepted stage, too: the live heads run ahead of what was measured
@@ -259,7 +299,7 @@ class _Fit:
 
     def _evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         if self.stages is not None:
-            if self.iteration == self.config.iterations:
+            if self.iteration == self.config.iterations and self.iteration > self.together:
                 self._end_stage(self.stages)
             course = {
                 "gain": self.stages.gain,
@@ -290,7 +330,7 @@ class _Fit:
         }
 
     def _out_of_patience(self) -> bool:
-        stale = self.iteration - self.best["iteration"]
+        stale = self.iteration - max(self.best["iteration"], self.together if self.stages else 0)
         return self.config.regime == "calibrated" and stale >= self.config.patience * self.config.evaluate_every
 
     def _finish(self) -> EBMPrior:
@@ -333,6 +373,15 @@ class _Fit:
                 return self.backbone.draw_posterior(observed, generator=generator)
             posterior = self.backbone.infer(observed, generator=generator)
             return self.energy.inputs(posterior.z, posterior.eps)
+
+    def _own_conditionals(self, indices: Tensor, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+        """Posterior draws z, and for each group a z_i' ~ p_β(z_i | z_<i) beside z_i, both as the heads see them."""
+        with torch.no_grad():
+            observed = self._observed(indices, generator)
+            noise, eps = (self.backbone.standard_normal(len(observed), generator=generator) for _ in range(2))
+            trace = self.backbone.trace(self.backbone.encode(observed, noise), len(observed))
+            redrawn = [prior.mean + prior.std * e for prior, e in zip(trace.priors, eps, strict=True)]
+            return self.energy.inputs(trace.z, trace.eps), self.energy.inputs(redrawn, eps)
 
     def _negatives(self, generator: torch.Generator) -> tuple[list[Tensor], float]:
         """Draws of p_β (nce) or of the current p_α by Langevin (mle), and the mean ‖ε‖/√D of the chains."""

@@ -92,7 +92,7 @@ class EBMPrior:
         trace = self.backbone.given(z)
         return self.negative_energy(z, trace.eps) + trace.log_prior.sum(1)
 
-    def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 512) -> tuple[float, float]:
+    def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 128) -> tuple[float, float]:
         """log Z = log E_{p_β}[e^{τf}] from n ancestral draws, and the ESS of the estimate as a fraction of n.
 
         Forward importance sampling underestimates log Z where the ESS is small.
@@ -109,7 +109,7 @@ class EBMPrior:
 
     @torch.no_grad()
     def chunks(
-        self, n: int, *, seed: int = 0, sampler: SamplerConfig | None = None, chunk: int = 512
+        self, n: int, *, seed: int = 0, sampler: SamplerConfig | None = None, chunk: int = 128
     ) -> Iterator[Samples]:
         """Iterate over n draws in chunks. Draw i depends on (seed, i) alone, not on `chunk` (design: blocks of 64)."""
         sampler = sampler or self.sampler
@@ -131,7 +131,7 @@ class EBMPrior:
         *,
         seed: int = 0,
         sampler: SamplerConfig | None = None,
-        chunk: int = 512,
+        chunk: int = 128,
         on_chunk: Callable[[int], None] | None = None,
     ) -> Samples:
         """n draws of p_α by `sampler` (default: the one recorded with the prior). `on_chunk` gets the number done.

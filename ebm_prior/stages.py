@@ -7,8 +7,15 @@ the heads go on learning. When the weights exp(f − f_k) of the draws have fall
 f becomes f_{k+1}: the draws are resampled by these weights and go on moving by pCN-Langevin, which keeps p_{k+1}. That
 is a sequential Monte Carlo sampler (Del Moral et al. 2006) whose target is learned on the way, and the gain of the
 whole is the sum of the stages', Σ_k E_q[f_{k+1} − f_k] − log E_{p_k}[exp(f_{k+1} − f_k)], each estimated at a large
-effective sample size. The estimates share what the held-out draws have not yet forgotten, so that the sum is optimistic
-by a few per cent where stages are many.
+effective sample size.
+
+The first stages are not learned one by one. What a classifier learns fast, because nothing in it saturates, is each
+group's own ratio, of a posterior z_i against a draw of p_β(z_i | z_<i) below the same z_<i; no chains are needed for
+it. The sum f of these ratios is the goal of the first stages, which go along τ f from τ = 0 as far as each brings
+enough; then learning goes on with all groups together.
+
+The estimates share what the held-out draws have not yet forgotten, so that the sum is optimistic by a few per cent
+where stages are many.
 """
 
 from __future__ import annotations
@@ -55,12 +62,13 @@ class StageConfig:
     step_size: float = field(default=0.15, metadata={"help": "δ of these steps at the start; it follows acceptance"})
     ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
     every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
+    groupwise: float = field(default=0.4, metadata={"help": "share of the iterations for each group's own ratio first"})
 
     def __post_init__(self) -> None:
         if min(self.particles, self.held_out, self.moves, self.settle, self.every) < 1:
             raise ConfigurationError(f"expected positive numbers of draws, steps and iterations, found {self}")
-        if not (0 < self.step_size <= 2 and 0 < self.ess < 1):
-            raise ConfigurationError(f"expected a step size in (0, 2] and an ESS in (0, 1), found {self}")
+        if not (0 < self.step_size <= 2 and 0 < self.ess < 1 and 0 <= self.groupwise <= 1):
+            raise ConfigurationError(f"expected step_size in (0, 2], ess in (0, 1), groupwise in [0, 1], found {self}")
 
     def within(self, draws: int) -> StageConfig:
         """The same with at most so many draws: as they are, or fewer of both kinds, one of each at least."""
@@ -120,6 +128,17 @@ class Stages:
                 return
             for new, old in zip(energy.parameters(), self.reference.parameters(), strict=True):
                 new.lerp_(old, 0.5)
+
+    def next_tau(self, goal: JointEnergy, tau: float) -> float:
+        """How far from f_k = tau · `goal` towards `goal` a stage may go: to where its ESS falls to where stages end."""
+        f, target = values(goal, self._held_out, self.eps[0].device), self.config.ess * self.config.held_out
+        low, high = 0.0, 1.0 - tau
+        if float(effective_sample_size(high * f)) >= target:
+            return 1.0
+        for _ in range(20):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if float(effective_sample_size(middle * f)) >= target else (low, middle)
+        return tau + low
 
     def look(self, energy: JointEnergy, positive: Sequence[Tensor]) -> tuple[Gain, float]:
         """The gain of this stage if it ended now, E_q[f − f_k] − log E_{p_k}[exp(f − f_k)], and its standard error.

@@ -110,6 +110,15 @@ def test_terms_sum_to_the_energy_and_each_head_sees_its_group_alone() -> None:
         assert changed.any(0).tolist() == expected
 
 
+def test_scaling_multiplies_f_with_the_joint_head() -> None:
+    energy = JointEnergy(GROUPS, SMALL)
+    for parameter in energy.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    before = energy.terms(latents(GROUPS))
+    energy.scale(-0.5)
+    torch.testing.assert_close(energy.terms(latents(GROUPS)), -0.5 * before)
+
+
 def test_a_conditional_head_sees_where_its_group_lies_in_its_own_prior_too() -> None:
     """z1 | z2 of the toy: the head's input is z1, then (z1 − mean)/std; at the top, where that says nothing new, z2."""
     backbone = ToyConv().double().eval()

@@ -74,6 +74,15 @@ def test_a_step_too_far_is_halved_until_its_weights_are_even_enough(stages: Stag
     assert all(torch.equal(value, kept[key]) for key, value in near.state_dict().items())
 
 
+def test_a_stage_along_a_known_energy_goes_as_far_as_its_ess_allows(stages: Stages) -> None:
+    near, far = sloped(stages.reference, 0.1), sloped(stages.reference, 4_000.0)
+    assert stages.next_tau(near, 0.0) == 1.0
+    tau = stages.next_tau(far, 0.0)
+    assert 0 < tau < 1
+    far.scale(tau)
+    assert stages.ess_fraction(far) == pytest.approx(stages.config.ess, abs=0.01)
+
+
 def test_the_draws_of_the_next_stage_have_a_higher_f(stages: Stages) -> None:
     energy = sloped(stages.reference, 4.0)
     before = energy(stages._seen(stages.eps))
@@ -95,6 +104,15 @@ def test_a_fit_takes_batches_larger_than_the_draws(backbone: Backbone, images: I
     """Positives and negatives are then unequal in number, and are not mistaken for one another."""
     config = small(iterations=4, ratios="staged", batch_size=32, stage=StageConfig(particles=8, held_out=8, every=1))
     assert fit(backbone, images, config).record["stages"] is not None
+
+
+def test_stages_begin_with_the_groups_own_ratios(backbone: Backbone, images: ImageSource) -> None:
+    stage = StageConfig(particles=400, held_out=200, groupwise=0.5)
+    config = small(iterations=40, ratios="staged", batch_size=64, learning_rate=1e-2, ema=0.0, stage=stage)
+    done = fit(backbone, images, config).record["stages"]
+    first = [each for each in done if each["iteration"] == 20]
+    assert first
+    assert all(each["gain"] > 0 and each["ess_fraction"] > 0.45 for each in first)
 
 
 def test_a_refiner_is_not_staged(backbone: Backbone, images: ImageSource) -> None:

@@ -27,8 +27,11 @@ from ebm_prior.demo import demo_config, require_demo_folder, run_demo
 from ebm_prior.doctor import DoctorConfig, examine
 from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError
 from ebm_prior.evaluate import EvalConfig
+from ebm_prior.fid import amount, published
 from ebm_prior.figures import save_png
 from ebm_prior.files import without_nan, write_atomically
+from ebm_prior.inception import MODES, load_inception
+from ebm_prior.inception import Mode as InceptionMode
 from ebm_prior.joint_config import JOINT_PRESETS, JointConfig
 from ebm_prior.options import config_options, resolve
 from ebm_prior.pretrain import PretrainConfig
@@ -281,14 +284,17 @@ def sample(
 @click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
 @click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
 @click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
-@click.option("--inception", type=PATH, help="Inception weights: print FID and KID on their features instead")
+@click.option(
+    "--inception", type=PATH, help="Inception weights, a file or a folder of both: take their features, and add FID"
+)
 @click.option("--fid", is_flag=True, help="the same with the weights in the cache (--download fetches them)")
 @click.option(
     "--fid-mode",
-    type=click.Choice(["clean", "legacy_pytorch", "legacy_tensorflow"]),
-    default="clean",
-    show_default=True,
-    help="clean-fid's preprocessing; legacy_pytorch is comparable with the paper",
+    "modes",
+    type=click.Choice(MODES),
+    multiple=True,
+    help="clean-fid's preprocessing, several times for several; legacy_pytorch is comparable with the paper  "
+    "[default: clean]",
 )
 @config_options(EvalConfig, skip=("seed", "energy"))
 @config_options(SamplerConfig, wording={"": RECORDED})
@@ -305,7 +311,7 @@ def evaluate(
     classifier: Path | None,
     inception: Path | None,
     fid: bool,
-    fid_mode: str,
+    modes: tuple[InceptionMode, ...],
     seed: int,
     device: str,
     dtype: str,
@@ -314,13 +320,16 @@ def evaluate(
 ) -> None:
     """Measure priors of one backbone against held-out images: FD, KID, gap closed, held-out gain, AUC.
 
-    With several PRIORS (training seeds, say) the mean and standard deviation are printed as well.
+    With several PRIORS (training seeds, say) the mean and standard deviation are printed as well. On Inception's
+    features the figures that are published are added: FID, KID and Inception Score of --fid-samples draws against all
+    images of --fid-split, each with its card.
     """
     if sum(map(bool, (classifier, inception, fid))) > 1:
         raise click.UsageError("--classifier, --inception and --fid each name the network of features: give one")
-    source = click.get_current_context().get_parameter_source("fid_mode")
-    if source is ParameterSource.COMMANDLINE and not (inception or fid):
-        raise click.UsageError("--fid-mode is of Inception's features: pass --fid or --inception with it")
+    lacking = [key for key in ("fid_samples", "fid_split") if given[key] is not None] + ["fid_mode"] * bool(modes)
+    if lacking and not (inception or fid):
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
+        raise click.UsageError(f"{names}: of Inception's features; pass --fid or --inception with it")
     config = resolve(EvalConfig(), given)
     config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
     loaded = [load_prior(priors[0], checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])]
@@ -334,9 +343,20 @@ def evaluate(
         )
         for split in ("test", "train")
     )
-    extractor = commands.feature_extractor(test, classifier, inception, fid, fid_mode, download, _device(device))
+    networks = []
+    if inception or fid:
+        places = {"download": download, "device": _device(device)}
+        networks = [load_inception(inception, mode=mode, **places) for mode in dict.fromkeys(modes or ("clean",))]
+    extractor = networks[0] if networks else commands.feature_classifier(test, classifier, _device(device))
     with Bar("eval", 4 * len(loaded) + 1) as bar:
         results = commands.evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage)
+    if networks:
+        compared = train if config.fid.split == "train" else test
+        with Bar("FID", amount(len(loaded), len(networks), len(compared), config.fid)) as bar:
+            cards = published(
+                loaded, networks, compared, config.fid, seed=seed, chunk=config.chunk, on_images=bar.advance
+            )
+        results = [result | {"published": card} for result, card in zip(results, cards, strict=True)]
     _show(results, as_json, report.evaluation_tables)
 
 
@@ -810,7 +830,7 @@ def ablation(
     """Remake an ablation of the paper by joint training: FD(classifier), seconds and parameters beside its numbers."""
     commands.require_free(out, overwrite)
     images, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
-    extractor = commands.feature_extractor(test, classifier, None, False, "clean", False, torch.device("cpu"))
+    extractor = commands.feature_classifier(test, classifier, torch.device("cpu"))
     variants = ablations.ABLATIONS[name]
     with Bar(name, len(variants)) as bar:
         rows = ablations.ablate(variants, images, test, extractor, on_stage=bar.stage, **settings)

@@ -275,25 +275,9 @@ def describe_samples(drawn: Samples, sampler: SamplerConfig, seed: int, files: S
     }
 
 
-def feature_extractor(
-    images: ImageSource,
-    classifier: Path | None,
-    inception: Path | None,
-    fid: bool,
-    mode: Any,
-    download: bool,
-    device: torch.device,
-) -> FeatureExtractor:
-    """The network on whose features FD and KID are measured: Inception where asked for, else a classifier.
-
-    Without a `classifier` it is the bundled one that suits the `images`.
-    """
-    if inception is None and not fid:
-        found = load_classifier(classifier) if classifier else bundled_classifier(images.shape, images.name)
-        return found.to(device)
-    from ebm_prior.inception import load_inception
-
-    return load_inception(inception, mode=mode, download=download, device=device)
+def feature_classifier(images: ImageSource, path: Path | None, device: torch.device) -> FeatureExtractor:
+    """The classifier on whose features FD is measured: of a file, else the bundled one that suits the `images`."""
+    return (load_classifier(path) if path else bundled_classifier(images.shape, images.name)).to(device)
 
 
 def evaluate_all(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ebm_prior.backbone import Backbone
 from ebm_prior.energy import EnergyConfig, JointEnergy, values
 from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.fid import FidConfig
 from ebm_prior.gauge import GaugeConfig, GaugeResult, gauge_auc
 from ebm_prior.metrics import (
     FeatureExtractor,
@@ -36,6 +37,7 @@ class EvalConfig:
     samples: int = field(default=10_000, metadata={"help": "held-out images (at most all), and draws of each prior"})
     chunk: int = field(default=128, metadata={"help": "samples at a time, rounded to blocks of 64; changes no result"})
     gauge: GaugeConfig = field(default_factory=GaugeConfig)
+    fid: FidConfig = field(default_factory=FidConfig)
     auc: bool = field(default=True, metadata={"help": "train fresh classifiers on posterior vs prior latents"})
     seed: int = field(default=0, metadata={"help": "seed of everything random"})
 

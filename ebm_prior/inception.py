@@ -26,11 +26,15 @@ from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
 from ebm_prior.files import user_cache, write_atomically
 
 Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
-Network = Callable[[Tensor], Tensor]
-"""Resized images (B, 3, H, W) in [0, 255] -> features (B, 2048)."""
-
-
+MODES: tuple[Mode, ...] = get_args(Mode)
 FEATURES = 2048
+
+
+class Network(NamedTuple):
+    """A network without its preprocessing."""
+
+    features: Callable[[Tensor], Tensor]  # resized images (B, 3, H, W) in [0, 255] -> (B, 2048)
+    classes: Tensor | None  # (K, 2048): the weights that make logits of features; None: a network without them
 
 
 class Weights(NamedTuple):
@@ -61,7 +65,8 @@ class Inception:
         with warnings.catch_warnings():  # the legacy resizer silences all warnings of the process
             self._resize = build_resizer(mode)
         self._network, self._device = network, device
-        self.mode, self.sha256 = mode, sha256
+        self.mode: Mode = mode
+        self.sha256 = sha256
 
     @property
     def official(self) -> bool:
@@ -78,6 +83,19 @@ class Inception:
         """How a Fréchet distance on these features is printed."""
         return f"FID({self.mode})" if self.official else f"FD({self.name})"
 
+    @property
+    def weights(self) -> str:
+        """The weights file, as a card names it."""
+        known = OFFICIAL[self.mode].name if self.official else "no official weights"
+        return f"{known} (SHA-256 {self.sha256[:8]})"
+
+    def logits(self, features: Tensor) -> Tensor | None:
+        """Features (B, 2048) -> logits (B, K), for the Inception Score; None where the network has no classes.
+
+        As in Salimans et al. (2016), the last layer's bias is not added.
+        """
+        return None if self._network.classes is None else features @ self._network.classes.to(features).T
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> features (B, 2048). Raises DataError on another shape or range."""
@@ -89,7 +107,7 @@ class Inception:
         quantised = colour.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
         resized = np.stack([self._resize(image) for image in quantised])
         batch = torch.from_numpy(resized).permute(0, 3, 1, 2).float()
-        return self._network(batch.to(self._device)).float()
+        return self._network.features(batch.to(self._device)).float()
 
     __call__ = features
 
@@ -106,13 +124,15 @@ def load_inception(
 
     `mode`: clean-fid's; `legacy_pytorch` is comparable with the paper. `path`: the TorchScript file
     inception-2015-12-05.pt (clean, legacy_tensorflow) or the state dict pt_inception-2015-12-05-6726825d.pth
-    (legacy_pytorch); official or not, its SHA-256 is in the name of the distance.
+    (legacy_pytorch); official or not, its SHA-256 is in the name of the distance. A folder is taken for a cache: it
+    holds both files, official ones, under these names.
     `cache_dir`: by default ebm-prior in the user's cache directory ($XDG_CACHE_HOME or ~/.cache).
     Raises CheckpointError where the weights are missing, cannot be downloaded, are damaged or of the wrong form.
     """
-    if mode not in get_args(Mode):
-        raise ConfigurationError(f"expected a mode of clean-fid, {', '.join(get_args(Mode))}; found {mode!r}")
-    source = path or _cached(mode, download, cache_dir or user_cache())
+    if mode not in MODES:
+        raise ConfigurationError(f"expected a mode of clean-fid, {', '.join(MODES)}; found {mode!r}")
+    folder = path if path is not None and path.is_dir() else None
+    source = path if path and not folder else _cached(mode, download, folder or cache_dir or user_cache())
     try:
         content = source.read_bytes()
     except OSError as error:
@@ -181,8 +201,8 @@ def _from_torchscript(content: bytes, mode: Mode, device: torch.device) -> Netwo
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is; but it is what is published
             network = InceptionV3W(folder, download=False, resize_inside=mode == "legacy_tensorflow")
-    evaluated: Network = network.to(device).eval()
-    return evaluated
+    network = network.to(device).eval()
+    return Network(network, network.base.state_dict().get("output.weight"))
 
 
 def _from_state_dict(content: bytes, mode: Mode, device: torch.device) -> Network:
@@ -194,4 +214,4 @@ def _from_state_dict(content: bytes, mode: Mode, device: torch.device) -> Networ
     with given, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, about how clean-fid builds its network
         network = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False).to(device).eval()
-    return lambda images: network(images / 255)[0].flatten(1)
+    return Network(lambda images: network(images / 255)[0].flatten(1), state.get("fc.weight"))

@@ -107,6 +107,25 @@ def kernel_distance(a: Features, b: Features, *, subsets: int = 100, subset_size
     return float(total / subsets)
 
 
+def inception_score(logits: Features, *, splits: int = 10) -> tuple[float, float]:
+    """The Inception Score of class logits (N, K): mean and standard deviation over `splits` parts of the samples.
+
+        IS = exp( mean_n KL(p(y | x_n) ‖ p(y)) ),  p(y) = mean_n p(y | x_n)      (Salimans et al. 2016)
+
+    Parts are consecutive, and the deviation is that of the population, as published. From 1 (every image looks like
+    every other) to K. Raises DataError for another shape, NaN, or fewer samples than parts.
+    """
+    values = torch.from_numpy(_checked(logits))
+    if splits < 1 or len(values) < splits:
+        raise DataError(f"expected at least one sample per part, found {len(values)} samples and {splits} parts")
+    scores = []
+    for part in torch.tensor_split(values, splits):
+        log_p = part.log_softmax(1)
+        log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
+        scores.append(math.exp(float((log_p.exp() * (log_p - log_marginal)).sum(1).mean())))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
 def gap_closed(distance_backbone: float, distance_prior: float, distance_reconstruction: float) -> float:
     """The share of the gap between the backbone's prior and its reconstructions that a learned prior closes.
 

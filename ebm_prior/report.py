@@ -1,13 +1,28 @@
-"""Results as text for a person: tables and cards."""
+"""Results for a person, as blocks: tables and lines. Here they become text; `ebm_prior.web_page` makes HTML of them."""
 
 from __future__ import annotations
 
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = Sequence[str]
+
+
+class Table(NamedTuple):
+    """Cells under their heads; the first column names the row."""
+
+    head: Row
+    rows: Sequence[Row]
+
+
+Block = Table | str  # a string is a line; an empty one sets apart what follows
+
+
+def text(blocks: Sequence[Block]) -> str:
+    """Blocks as they are printed."""
+    return "\n".join(table(*block) if isinstance(block, Table) else block for block in blocks)
 
 
 def table(head: Row, rows: Sequence[Row]) -> str:
@@ -25,12 +40,48 @@ def table(head: Row, rows: Sequence[Row]) -> str:
 
 def evaluation_tables(results: Sequence[Mapping[str, Any]]) -> str:
     """One evaluation in full; of several, the distances of each and their mean and standard deviation."""
-    parts = [evaluation_table(result) for result in results]
+    return text(evaluation_blocks(results))
+
+
+def evaluation_blocks(results: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """One evaluation in full; of several, the distances of each and their mean and standard deviation."""
+    blocks: list[Block] = []
+    for result in results:
+        blocks += ["", *_evaluation(result)]
+        for card in result.get("published", ()):
+            blocks += ["", *fid_card(card)]
     if len(results) > 1:
-        spread = mean_and_sd(results)
-        rows = [[_LABELS.get(k, k), f"{m:.4g}", f"{s:.2g}"] for k, (m, s) in spread.items() if k in _LABELS]
-        parts.append(f"mean and standard deviation over {len(results)} priors\n" + table(["", "mean", "sd"], rows))
-    return "\n\n".join(parts)
+        rows = [
+            [_LABELS.get(k, k), f"{m:.4g}", f"{s:.2g}"] for k, (m, s) in mean_and_sd(results).items() if k in _LABELS
+        ]
+        blocks += ["", f"mean and standard deviation over {len(results)} priors", Table(["", "mean", "sd"], rows)]
+    return blocks[1:]
+
+
+def fid_card(card: Mapping[str, Any]) -> list[Block]:
+    """FID, KID and Inception Score with all that they depend on (never without the backbone's own)."""
+    official, reference = card["official"], card["reference"]
+    kid, score = ("KID", "Inception Score") if official else ("KD", "score by classes")
+    rows = [
+        [
+            title,
+            f"{row['fid']:.2f}",
+            f"{row['kid']:.5f}",
+            "{inception_score:.2f} ± {inception_score_sd:.2f}".format(**row) if "inception_score" in row else "none",
+        ]
+        for title, row in (("backbone prior", card["backbone"]), ("energy-based prior", card["prior"]))
+    ]
+    return [
+        Table([f"{card['distance']} card", card["distance"], kid, score], rows),
+        f"network: {card['weights']}, mode {card['mode']} of clean-fid; images as 8 bits per channel",
+        f"samples: N = {card['samples']:,}, seed {card['seed']}, temperature {card['sampler']['temperature']:g}; of "
+        f"the energy-based prior by {_sampler(card['sampler'])}",
+        f"reference: all {reference['images']:,} images of {reference['data']} (split {reference['split']}), "
+        f"statistics {card['statistics']}, {card['statistics_file']}",
+        f"{kid}: 100 subsets of at most 1,000, of the reference among {card['kid_rows']:,}; {score}: mean ± sd of "
+        f"{card['splits']} splits",
+        *([] if official else ["NOT Inception's official weights: these figures compare with none that are published"]),
+    ]
 
 
 def mean_and_sd(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -66,7 +117,7 @@ _LABELS = {
 }
 
 
-def evaluation_table(result: Mapping[str, Any]) -> str:
+def _evaluation(result: Mapping[str, Any]) -> list[Block]:
     """Distances, gap closed, gain and AUC of one prior."""
     held_out = result.get("held_out", True)
     closed = [f"{result[key]:.1%}" for key in ("gap_closed", "gap_closed_rec")]
@@ -75,9 +126,9 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
         ["energy-based prior", *(f"{result[f'{m}_prior']:.4g}" for m in ("fd", "fdrec", "kid")), *closed],
         ["reconstructions", *(f"{result[f'{m}_reconstruction']:.4g}" for m in ("fd", "fdrec", "kid")), "", ""],
     ]
-    lines = [
+    lines: list[Block] = [
         *([f"{result['prior']}"] if "prior" in result else []),
-        table(["", "FD", "FDrec", "KID", "gap closed FD", "gap closed FDrec"], rows),
+        Table(["", "FD", "FDrec", "KID", "gap closed FD", "gap closed FDrec"], rows),
         f"features: {result['extractor']}; {result['samples']:,} samples against {result['held_out_images']:,} images "
         f"of {result['data']} (statistics {result['statistics']}), seed {result['seed']}",
         f"sampler: {_sampler(result['sampler'])}; acceptance {result['acceptance']:.2f}, ‖ε‖/√D {result['norm']:.3f}, "
@@ -98,18 +149,23 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
         rows += [[g, f"{groups[g]:.3f}", f"{result['auc_after_per_group'][g]:.3f}"] for g in groups]
         lines += [
             "",
-            table(["AUC, posterior vs prior latents", "before", "after"], rows),
+            Table(["AUC, posterior vs prior latents", "before", "after"], rows),
             f"gauge: {result['auc_budget']}",
         ]
-    return "\n".join(lines)
+    return lines
 
 
 def outlier_tables(result: Mapping[str, Any]) -> str:
+    """How well every score tells the outliers, and where the results are."""
+    return text([*outlier_blocks(result), *(["", files_written(result)] if "files" in result else [])])
+
+
+def outlier_blocks(result: Mapping[str, Any]) -> list[Block]:
     """How well every score tells the outliers, with f and without, one table per set."""
     n = result["images"]
     count = f"{n:,} images of each set" if isinstance(n, int) else f"{n[0]:,} normal and {n[1]:,} anomalous images"
     chance = f", chance level of AUPRC {result['prevalence']:.3f}" if "prevalence" in result else ""
-    lines = [
+    lines: list[Block] = [
         f"{count}, {result['draws']} draws each, seed {result['seed']}, τ = {result['tau']:.3f}{chance}",
         f"lower groups, where sampled: {_sampler(result['sampler'])}",
     ]
@@ -126,15 +182,15 @@ def outlier_tables(result: Mapping[str, Any]) -> str:
                 [
                     f"{row['score']}>{row['k']}",
                     row["mode"],
-                    row["lower"] or "",
+                    row["lower"] if row["k"] else "",
                     *(f"{which['auroc']:.4f}" for which in (plain, tilted)),
                     f"{gain['auroc']:+.4f} [{gain['low']['auroc']:+.4f}, {gain['high']['auroc']:+.4f}]",
                     *(f"{which['auprc']:.4f}" for which in (plain, tilted)),
                     *(f"{which[last]:.4f}" for which in (plain, tilted)),
                 ]
             )
-        lines += ["", f"{result['in']} (in), {each['out']} (out)", table(head, rows)]
-    return "\n".join([*lines, *(["", f"wrote {', '.join(result['files'])}"] if "files" in result else [])])
+        lines += ["", f"{result['in']} (in), {each['out']} (out)", Table(head, rows)]
+    return lines
 
 
 def files_written(result: Mapping[str, Any]) -> str:
@@ -143,6 +199,12 @@ def files_written(result: Mapping[str, Any]) -> str:
 
 
 def doctor_card(result: Mapping[str, Any]) -> str:
+    """What the doctor found, the verdict last."""
+    *blocks, verdict = doctor_blocks(result)
+    return text([*blocks, *textwrap.wrap(str(verdict), 110)])
+
+
+def doctor_blocks(result: Mapping[str, Any]) -> list[Block]:
     """What the doctor found, the verdict last."""
     rows = []
     for row in result["groups"]:
@@ -159,9 +221,9 @@ def doctor_card(result: Mapping[str, Any]) -> str:
         )
     head = ["group (top first)", "KL (nats)", "active units", "ε mean (RMS)", "ε variance", "σ of the prior", "AUC"]
     norms, dropout = result["batch_norms"], result["dropout_layers"]
-    lines = [
+    lines: list[Block] = [
         f"{result['images']:,} images of {result['data']}, seed {result['seed']}",
-        table(head, rows),
+        Table(head, rows),
         "where the prior is right, codes have an ε mean of 0 and an ε variance of 1, and an AUC of .5",
     ]
     if "auc" in result:
@@ -174,14 +236,14 @@ def doctor_card(result: Mapping[str, Any]) -> str:
         + (", running variances from {:.3g} to {:.3g}".format(*result["running_variance"]) if norms else ""),
         f"mode: {'TRAINING' if result['training_mode'] else 'evaluation, dropout and batch statistics off'}",
         "",
-        *textwrap.wrap(result["verdict"], 110),
+        result["verdict"],
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def demo_summary(result: Mapping[str, Any]) -> str:
     """The demo's table, and where to look."""
-    lines = [evaluation_table(result), "", f"{result['seconds']:.0f} s on {result['cores']} cores. Look at:"]
+    lines = [evaluation_tables([result]), "", f"{result['seconds']:.0f} s on {result['cores']} cores. Look at:"]
     return "\n".join([*lines, *(f"  {file}" for file in result["files"])])
 
 

@@ -20,6 +20,7 @@ ROOMS = (
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs"}
     | {"figures", "plots", "pages", "classifier", "inception"},
     {
+        "fid",
         "evaluate",
         "outliers",
         "doctor",

@@ -16,7 +16,7 @@ from torch import nn
 
 from ebm_prior import inception
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
-from ebm_prior.inception import OFFICIAL, Weights, load_inception
+from ebm_prior.inception import MODES, OFFICIAL, Inception, Network, Weights, load_inception
 
 
 class Layers(nn.Module):
@@ -27,12 +27,19 @@ class Layers(nn.Module):
 
 
 class StandIn(nn.Module):
+    """With the parts, names and signature of inception-2015-12-05.pt."""
+
     def __init__(self):
         super().__init__()
         self.layers = Layers()
+        self.output = nn.Linear(2048, 7)
 
-    def forward(self, x, return_features: bool = False):
-        return self.layers((nn.functional.interpolate(x, (299, 299)) - 128) / 128)
+    def forward(self, x, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False):
+        features = self.layers((nn.functional.interpolate(x, (299, 299)) - 128) / 128)
+        if return_features:
+            return features
+        logits = nn.functional.linear(features, self.output.weight) if no_output_bias else self.output(features)
+        return logits.softmax(1)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,36 @@ def test_features_are_those_of_clean_fid_on_png_files(torchscript, tmp_path):
         assert found.shape == (3, 2048)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated:FutureWarning")
+def test_classes_are_those_of_the_network_without_its_bias(torchscript):
+    """The network's own probabilities, as metrics that call it compute them, from features alone."""
+    extractor, network = load_inception(torchscript, mode="legacy_tensorflow"), torch.jit.load(torchscript)
+    images = torch.randint(0, 256, (3, 3, 20, 20))
+    probabilities = extractor.logits(extractor(images / 255)).softmax(1)
+    assert probabilities.shape == (3, 7)
+    torch.testing.assert_close(probabilities, network(images.float(), no_output_bias=True))
+    assert (probabilities - network(images.float())).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_resizes_as_clean_fid_does(mode, tmp_path):
+    from cleanfid.utils import ResizeDataset
+
+    images = torch.rand(2, 3, 40, 31, generator=torch.Generator().manual_seed(1))
+    paths = [tmp_path / f"{number}.png" for number in range(2)]
+    for image, path in zip(images, paths, strict=True):
+        Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
+    seen = []
+
+    def remember(batch):
+        seen.append(batch)
+        return batch.flatten(1)
+
+    Inception(Network(remember, None), mode, "0" * 64, torch.device("cpu"))(images)
+    files = ResizeDataset(paths, mode=mode)
+    torch.testing.assert_close(seen[0], torch.stack([files[0], files[1]]))
 
 
 def test_legacy_pytorch_is_clean_fids_network_with_the_given_state_dict(tmp_path):
@@ -97,6 +134,7 @@ def test_legacy_pytorch_is_clean_fids_network_with_the_given_state_dict(tmp_path
     resized = torch.from_numpy(resize(np.stack([grey] * 3, axis=2))).permute(2, 0, 1)[None]
     torch.testing.assert_close(found, reference(resized / 255)[0].flatten(1))
     assert extractor.distance_name == f"FD(inception-{extractor.sha256[:8]}, legacy_pytorch)"
+    torch.testing.assert_close(extractor.logits(found), found @ captured["state"]["fc.weight"].T)
 
 
 def test_grey_images_are_taken_as_rgb(torchscript):

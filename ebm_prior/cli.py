@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from click.core import ParameterSource
 
 import ebm_prior
-from ebm_prior import ablations, anomaly_table, commands, joint_run, latents_2d, outliers, report, sources
+from ebm_prior import ablations, anomaly_table, commands, joint_run, latents_2d, outliers, report, run_report, sources
 from ebm_prior.allocator import keep_freed_memory
 from ebm_prior.checkpoint import load_backbone, load_prior, prior_record, save_backbone
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
@@ -50,6 +51,7 @@ SUITED = {
     for entry in fields(ClassifierConfig)
     if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
 }
+WORDS = "ebm_prior.words"  # of the command, in click's context
 RECORDED = "{help}  [default: as recorded]"
 
 
@@ -117,7 +119,15 @@ RESULTS = together(
 
 
 class _Group(click.Group):
-    """Turns errors into one line on stderr and their exit code."""
+    """Turns errors into one line on stderr and their exit code, and remembers the command for its result."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        words = list(args)
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[WORDS] = words
+        return context
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -343,10 +353,10 @@ def evaluate(
         )
         for split in ("test", "train")
     )
-    networks = []
-    if inception or fid:
-        places = {"download": download, "device": _device(device)}
-        networks = [load_inception(inception, mode=mode, **places) for mode in dict.fromkeys(modes or ("clean",))]
+    networks = [
+        load_inception(inception, mode=mode, download=download, device=_device(device))
+        for mode in (dict.fromkeys(modes or ("clean",)) if inception or fid else ())
+    ]
     extractor = networks[0] if networks else commands.feature_classifier(test, classifier, _device(device))
     with Bar("eval", 4 * len(loaded) + 1) as bar:
         results = commands.evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage)
@@ -433,8 +443,9 @@ def ood(
             loaded, sets[0], sets[1:], forms, config, on_images=bar.advance
         )
     title = f"{scored[0].name} (in) and {', '.join(each.name for each in scored[1:])} (out)"
-    result["files"] = outliers.write_results(to, result | {"prior": str(prior)}, columns, scored, title)
-    _show(result | {"prior": str(prior)}, as_json, report.outlier_tables)
+    result |= {"prior": str(prior), "command": _command()}
+    result["files"] = outliers.write_results(to, result, columns, scored, title)
+    _show(result, as_json, report.outlier_tables)
 
 
 @main.command()
@@ -478,10 +489,11 @@ def anomaly(
     known, strange = outliers.labelled(known, labels, among=False), outliers.labelled(strange, labels, among=True)
     with Bar("anomaly", len(known) + len(strange)) as bar:
         result, columns, scored = outliers.find_anomalies(loaded, known, strange, config, on_images=bar.advance)
+    result |= {"prior": str(prior), "command": _command()}
     result["files"] = outliers.write_results(
-        to, result | {"prior": str(prior)}, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
+        to, result, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
     )
-    _show(result | {"prior": str(prior)}, as_json, report.outlier_tables)
+    _show(result, as_json, report.outlier_tables)
 
 
 @main.command()
@@ -868,6 +880,33 @@ def two_dimensions(
     click.echo(f"wrote {out}")
 
 
+@main.command("report")
+@click.argument("run", type=PATH)
+@click.option("--eval", "evaluation", type=PATH, help="JSON of eval  [default: eval.json in RUN]")
+@click.option("--ood", "outlying", type=PATH, help="JSON of ood  [default: ood.json, else the last ood-*/ in RUN]")
+@click.option("--doctor", "diagnosis", type=PATH, help="JSON of doctor  [default: doctor.json in RUN]")
+@click.option("--out", type=PATH, help="the .html  [default: report.html in RUN]")
+@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+def run_page(
+    run: Path,
+    evaluation: Path | None,
+    outlying: Path | None,
+    diagnosis: Path | None,
+    out: Path | None,
+    overwrite: bool,
+) -> None:
+    """Make one HTML page of a fit, for any browser and without a network: pictures, curves, tables, commands.
+
+    RUN is the folder of a fit. What is missing in it (eval, ood, doctor) the page says how to make.
+    """
+    out = out or run / "report.html"
+    given = {"eval": evaluation, "ood": outlying, "doctor": diagnosis}
+    page = run_report.run_page(run, given)
+    commands.require_free(out, overwrite)
+    write_atomically(out, page.encode())
+    click.echo(f"wrote {out}")
+
+
 @main.command()
 @click.option("--out", type=PATH, default=Path("ebm-prior-demo"), show_default=True, help="where results are written")
 @click.option("--overwrite", is_flag=True, help="write into --out though it holds something else than a demo")
@@ -921,5 +960,16 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _command() -> str:
+    """The command that runs, as it was typed."""
+    return shlex.join(["ebm-prior", *click.get_current_context().meta[WORDS]])
+
+
 def _show(result: Any, as_json: bool, human: Callable[[Any], str]) -> None:
-    click.echo(json.dumps(without_nan(result), sort_keys=True) if as_json else human(result))
+    """Print a result: text, or JSON that also says which command made it."""
+    if not as_json:
+        click.echo(human(result))
+        return
+    made = {"command": _command()}
+    marked = [made | each for each in result] if isinstance(result, list) else made | result
+    click.echo(json.dumps(without_nan(marked), sort_keys=True))

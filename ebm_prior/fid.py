@@ -85,8 +85,8 @@ def reference_statistics(
         "weights": network.weights,
         "weights_sha256": network.sha256,
     }
-    parts = (len(images), network.mode, provenance["images_sha256"][:16], network.sha256[:16])
-    path = (cache_dir or user_cache() / "statistics") / f"{'-'.join(map(str, parts))}.npz"
+    name = f"{len(images)}-{network.mode}-{str(provenance['images_sha256'])[:16]}-{network.sha256[:16]}.npz"
+    path = (cache_dir or user_cache() / "statistics") / name
     if path.is_file():
         on_images(len(images))
         return _read(path, provenance)
@@ -97,9 +97,14 @@ def reference_statistics(
     features = torch.cat(found)
     chosen = torch.randperm(len(features), generator=derived_generator(0, 60))[:KERNEL_ROWS]
     moments = FeatureStatistics.of(features)
-    arrays = {"mean": moments.mean, "covariance": moments.covariance, "features": features[chosen].numpy()}
     buffer = BytesIO()
-    np.savez(buffer, provenance=np.array(json.dumps(provenance, sort_keys=True)), **arrays)
+    np.savez(
+        buffer,
+        mean=moments.mean,
+        covariance=moments.covariance,
+        features=features[chosen].numpy(),
+        provenance=np.array(json.dumps(provenance, sort_keys=True)),
+    )
     write_atomically(path, buffer.getvalue())
     return ReferenceStatistics(moments, features[chosen], provenance, path)
 

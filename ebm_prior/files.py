@@ -52,6 +52,15 @@ def without_nan(value: Any) -> Any:
     return [without_nan(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
+def with_nan(value: Any) -> Any:
+    """The inverse of `without_nan` for results in which only numbers that are not finite became None."""
+    if isinstance(value, dict):
+        return {key: with_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [with_nan(entry) for entry in value]
+    return math.nan if value is None else value
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line of text. Raises OutputError where that fails."""
     try:

@@ -74,6 +74,32 @@ def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) ->
     return resolved
 
 
+def settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by the name of its option: {"energy_channels": 64}."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            flat |= settings(value, f"{prefix}{entry.name}_")
+        else:
+            flat[prefix + entry.name] = value
+    return flat
+
+
+def as_words(config: Any, base: Any) -> list[str]:
+    """The options by which `resolve` makes `config` of `base`, e.g. ["--energy-channels", "64"]."""
+    before, words = settings(base), list[str]()
+    for name, value in settings(config).items():
+        if value != before.get(name):
+            option = name.replace("_", "-")
+            words += (
+                [f"--{'' if value else 'no-'}{option}"]
+                if isinstance(value, bool)
+                else [f"--{option}", *_spelled(value).split()]
+            )
+    return words
+
+
 def _leaves(
     kind: type[Any], skip: tuple[str, ...], prefix: str = "", blank: Any = None
 ) -> Iterator[tuple[str, Any, Field[Any], Any]]:

@@ -249,17 +249,10 @@ def demo_summary(result: Mapping[str, Any]) -> str:
 
 def fit_summary(result: Mapping[str, Any]) -> str:
     """What a fit gave, and what to do next."""
-    held_out, count = result["held_out"], result["parameters"]
-    plain, tempered = held_out["plain"], held_out["tempered"]
-    rows = [
-        ["f as trained", f"{plain['nats']:+.3f}", f"{plain['ess_fraction']:.1%}", "1"],
-        ["tempered", f"{tempered['nats']:+.3f}", f"{tempered['ess_fraction']:.1%}", f"{tempered['tau']:.3f}"],
-    ]
-    return "\n".join(
+    count = result["parameters"]
+    return text(
         [
-            table(["held-out", "gain (nats)", "ESS / draws", "τ"], rows),
-            *([] if result["stages"] is None else [_ratios(result["stages"], result["saturated"])]),
-            f"iteration {result['best_iteration']} of {result['iterations']} kept, {result['rollbacks']} roll-backs, "
+            *fit_blocks(result),
             f"{result['cpu_seconds']:.0f} CPU-seconds; heads {count['heads']:,} parameters, {count['ratio']:.1%} of "
             "the backbone's",
             f"sampler: {_sampler(result['sampler'])}",
@@ -267,6 +260,20 @@ def fit_summary(result: Mapping[str, Any]) -> str:
             f"next: ebm-prior sample {result['prior']} --out samples.png",
         ]
     )
+
+
+def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
+    """What a second stage gave, out of its prior's record."""
+    plain, tempered = record["held_out"]["plain"], record["held_out"]["tempered"]
+    rows = [
+        ["f as trained", f"{plain['nats']:+.3f}", f"{plain['ess_fraction']:.1%}", "1"],
+        ["tempered", f"{tempered['nats']:+.3f}", f"{tempered['ess_fraction']:.1%}", f"{tempered['tau']:.3f}"],
+    ]
+    return [
+        Table(["held-out", "gain (nats)", "ESS / draws", "τ"], rows),
+        *([] if record.get("stages") is None else [_ratios(record["stages"], record["saturated"])]),
+        f"iteration {record['best_iteration']} of {record['iterations']} kept, {record['rollbacks']} roll-backs",
+    ]
 
 
 def _ratios(stages: Sequence[Mapping[str, float]], saturated: Mapping[str, float] | None) -> str:
@@ -319,6 +326,11 @@ def train_summary(result: Mapping[str, Any]) -> str:
 
 
 def prior_card(record: Mapping[str, Any]) -> str:
+    """What a prior file says of itself, as text."""
+    return text(prior_blocks(record))
+
+
+def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
     """What a prior file says of itself."""
     backbone, training = record["backbone"], record["record"]
     heads = sum(record["heads"].values())
@@ -327,11 +339,11 @@ def prior_card(record: Mapping[str, Any]) -> str:
     ]
     if "joint" in record["heads"]:
         rows.append(["joint head", "all groups", f"{record['heads']['joint']:,}"])
-    lines = [
+    lines: list[Block] = [
         f"energy-based prior, {record['regime']}, τ = {record['tau']:.4g}, written by ebm-prior {record['library']}",
         f"backbone: {backbone['adapter']}, {backbone['checkpoint']}, fingerprint {backbone['fingerprint'][:12]}",
         f"parameters: backbone {backbone['parameters']:,}, heads {heads:,} ({heads / backbone['parameters']:.1%})",
-        table(["group (top first)", "shape", "head parameters"], rows),
+        Table(["group (top first)", "shape", "head parameters"], rows),
         f"sampler: {_sampler(record['sampler'])}",
     ]
     if "bn_readjust" in training:
@@ -346,7 +358,7 @@ def prior_card(record: Mapping[str, Any]) -> str:
             f"iterations (kept: {training['best_iteration']}), held-out gain {gain['nats']:+.3f} nats at ESS "
             f"{gain['ess_fraction']:.1%}"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def backbone_card(described: Mapping[str, Any]) -> str:

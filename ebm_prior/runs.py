@@ -79,12 +79,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
-        path = self.directory / "metrics.jsonl"
-        try:
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            return [dict(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); remove the broken line and use --resume") from error
+        return read_metrics(self.directory / "metrics.jsonl")
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Write the resume state (tensors and plain values, with "iteration"), atomically."""
@@ -109,6 +104,18 @@ class Run:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self.directory / "metrics.jsonl", text.encode())
         return state
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, none where there is no file; a last line that a kill cut short is left out.
+
+    Raises CheckpointError for another line that is broken.
+    """
+    try:
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [dict(json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove the broken line and use --resume") from error
 
 
 def _is_run(record: Path) -> bool:

@@ -33,7 +33,7 @@ ROOMS = (
         "latents_2d",
         "ablations",
     }
-    | {"report", "demo", "progress", "allocator"},
+    | {"report", "web_page", "run_report", "demo", "progress", "allocator"},
     {"cli", "__main__"},
 )
 

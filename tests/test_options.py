@@ -17,7 +17,8 @@ from ebm_prior.cli import main
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluate import EvalConfig
-from ebm_prior.options import config_options, resolve
+from ebm_prior.options import as_words, config_options, resolve
+from ebm_prior.options import settings as named
 from ebm_prior.pretrain import PretrainConfig
 from ebm_prior.recipes import FitConfig, paper_preset
 from ebm_prior.samplers import SamplerConfig
@@ -209,3 +210,39 @@ def test_options_of_two_configurations_do_not_mix() -> None:
     assert (config.samples, config.gauge.iterations) == (5, 3)
     assert config.gauge.energy == EvalConfig().gauge.energy
     assert sampler == SamplerConfig(proposals=7)
+
+
+@click.command()
+@config_options(FitConfig, skip=())
+def fit_command(**given: Any) -> None:
+    click.echo(json.dumps(dataclasses.asdict(resolve(FitConfig(), given))))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FitConfig(),
+        FitConfig(seed=3, decay=False, betas=(0.5, 0.9), energy=EnergyConfig(channels=7, conditional=True)),
+        FitConfig(stage=StageConfig(particles=99), sampler=SamplerConfig(steps=3, step_size=1e-5)),
+        paper_preset(),
+    ],
+)
+def test_words_give_the_configuration_again(config: FitConfig) -> None:
+    words = as_words(config, FitConfig())
+    result = CliRunner().invoke(fit_command, words, catch_exceptions=False)
+    assert json.loads(result.stdout) == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert as_words(config, config) == []
+    assert bool(words) == (config != FitConfig())
+
+
+def test_settings_have_the_names_of_options() -> None:
+    assert named(Outer()) == {
+        "inner_deep_size": 5,
+        "inner_rate": 0.25,
+        "maybe": None,
+        "kind": "a",
+        "pair": (1.0, 2.0),
+        "flag": True,
+        "hidden": 7,
+        "seed": 0,
+    }

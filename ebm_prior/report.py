@@ -61,7 +61,7 @@ def evaluation_blocks(results: Sequence[Mapping[str, Any]]) -> list[Block]:
 def fid_card(card: Mapping[str, Any]) -> list[Block]:
     """FID, KID and Inception Score with all that they depend on (never without the backbone's own)."""
     official, reference = card["official"], card["reference"]
-    kid, score = ("KID", "Inception Score") if official else ("KD", "score by classes")
+    name, kid, score = ("FID", "KID", "Inception Score") if official else ("FD", "KD", "score by classes")
     rows = [
         [
             title,
@@ -72,7 +72,7 @@ def fid_card(card: Mapping[str, Any]) -> list[Block]:
         for title, row in (("backbone prior", card["backbone"]), ("energy-based prior", card["prior"]))
     ]
     return [
-        Table([f"{card['distance']} card", card["distance"], kid, score], rows),
+        Table([f"{name} card", card["distance"], kid, score], rows),
         f"network: {card['weights']}, mode {card['mode']} of clean-fid; images as 8 bits per channel",
         f"samples: N = {card['samples']:,}, seed {card['seed']}, temperature {card['sampler']['temperature']:g}; of "
         f"the energy-based prior by {_sampler(card['sampler'])}",

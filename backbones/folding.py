@@ -36,12 +36,12 @@ class FoldableBackbone(Backbone, Generic[Network]):
         """The network that passes run on."""
         return self.network if self.folded is None else self.folded
 
-    def for_inference(self) -> Backbone:
-        """This backbone with its network folded, in the dtype and on the device of its weights.
+    def for_inference(self, *, cells: torch.dtype | None = None) -> Backbone:
+        """This backbone with its network folded, on the device of its weights and in their dtype but for the `cells`.
 
         Raises ConfigurationError in train mode, where batch norms are not constant.
         """
-        if self.folded is not None:
+        if self.folded is not None and cells is None:
             return self
         if self.training:
             raise ConfigurationError("expected a backbone in eval mode, found it in train mode: call .eval() first")
@@ -51,11 +51,19 @@ class FoldableBackbone(Backbone, Generic[Network]):
         with torch.no_grad():  # in float64, so that each constant is rounded once; on the CPU, which always has it
             folded = self.fold(copy.deepcopy(self.network).cpu().double()).eval()
         twin.folded = constants(folded).to(like.device, like.dtype).to(memory_format=self.layout)
+        if cells is not None:
+            self.lower(twin.folded, cells)
         return twin
 
     @abstractmethod
     def fold(self, network: Network) -> Network:
         """A network that computes what `network` does. `network` is a copy in eval mode, which may be changed."""
+
+    def lower(self, folded: Network, cells: torch.dtype) -> None:
+        """Run the cells of a folded network in a lower precision, in place."""
+        raise ConfigurationError(
+            f"{type(self).__name__} has no cells that run in {cells}: leave the precision as it is"
+        )
 
     def train(self, mode: bool = True) -> FoldableBackbone[Network]:
         """Set the mode, as ever; in train mode the weights are about to change, so that nothing is folded any more."""

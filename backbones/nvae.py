@@ -23,7 +23,7 @@ from .folding import FoldableBackbone
 from .likelihoods import Bernoulli, binarize
 from .nvae_cells import BatchNorm, Conv2d
 from .nvae_distributions import GaussianImage, NvaeMixture, reduce_bits
-from .nvae_folding import fold
+from .nvae_folding import FoldedCell, fold
 from .nvae_network import Architecture, Context, Features, Network
 from .nvae_spectral import spectral_norms
 from .safe_loading import load_file, tensors_of
@@ -106,6 +106,12 @@ class NVAE(FoldableBackbone[Network]):
     def fold(self, network: Network) -> Network:
         """See `nvae_folding`."""
         return fold(network)
+
+    def lower(self, folded: Network, cells: torch.dtype) -> None:
+        """The residual branches of the cells in `cells`; what they are added to, and all else, stays as it is."""
+        for module in folded.modules():
+            if isinstance(module, FoldedCell):
+                module.lower(cells)
 
     def regularization(self) -> Tensor:
         """Σ σ₁(W) + Σ max |γ|, over all convolutions and all batch norms: the spectral regularisation of §3.2.

@@ -18,8 +18,8 @@ def soft_clamp(x: Tensor) -> Tensor:
 
 def soft_gaussian(raw: Tensor) -> Gaussian:
     """Mean 5·tanh(m/5) and std exp(5·tanh(l/5)) + 0.01 from raw (B, 2C, H, W) = (m, l); from zeros, 0 and 1.01."""
-    mean, log_std = raw.chunk(2, dim=1)
-    return Gaussian(soft_clamp(mean), soft_clamp(log_std).exp() + 0.01)
+    mean, log_std = soft_clamp(raw).chunk(2, dim=1)
+    return Gaussian(mean, log_std.exp() + 0.01)
 
 
 def reduce_bits(images: Tensor, bits: int) -> Tensor:

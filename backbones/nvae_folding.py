@@ -42,6 +42,8 @@ def fold(network: Network) -> Network:
         for name, child in list(module.named_children()):
             if isinstance(child, Conv2d):
                 setattr(module, name, plain(child))
+            elif isinstance(child, nn.ELU):
+                setattr(module, name, Elu())
     return network
 
 
@@ -86,6 +88,30 @@ class _ConstantDepthwise(torch.autograd.Function):
         return F.conv2d(gradient, turned, padding=weight.shape[-1] // 2, groups=len(weight)), None, None
 
 
+class Elu(nn.Module):
+    """ELU through exp, on a CPU several times faster than torch's through expm1, to the same absolute error."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x where positive, else exp(x) − 1: of x's shape."""
+        y: Tensor = _Elu.apply(x)
+        return y
+
+
+class _Elu(torch.autograd.Function):
+    """max(x, 0) + exp(min(x, 0)) − 1, whose derivative is exp(min(x, 0))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        slope = x.clamp(max=0).exp_()
+        ctx.save_for_backward(slope)
+        return x.clamp(min=0).add_(slope).sub_(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope
+
+
 class FoldedCombiner(nn.Module):
     """W_s·state + W_z·z + b at every pixel; `constant` is W_s·state + b, (1, C, H, W), where the state is one."""
 
@@ -118,17 +144,24 @@ class FoldedCell(Cell):
         if gate is not None:
             cast(nn.Linear, gate.se[0]).weight.div_(RESIDUAL)
         super().__init__(_swapped(cell.skip), ops, gate)
+        self.branch_dtype: torch.dtype | None = None  # None: that of the input
+
+    def lower(self, dtype: torch.dtype) -> None:
+        """Run the residual branch in a lower precision. The sum stays in that of the input."""
+        self.branch_dtype = dtype
+        for module in (*self._ops, *([] if self.se is None else [self.se])):
+            module.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The residual sum."""
-        y = x
+        y = x.to(self.branch_dtype or x.dtype)
         for op in self._ops:
             y = op(y)
         if self.se is None:
             sum_: Tensor = self.skip(x) + y
             return sum_
-        gate: Tensor = self.se.se(y.mean((2, 3)))
-        return torch.addcmul(self.skip(x), y, gate[:, :, None, None])
+        gate: Tensor = self.se.se(y.mean((2, 3)))[:, :, None, None]
+        return torch.addcmul(self.skip(x), y, gate) if self.branch_dtype is None else self.skip(x) + y * gate
 
 
 class FoldedResidual(nn.Module):

@@ -162,12 +162,17 @@ class Backbone(nn.Module, ABC):
         """The random observation x that the likelihood models: dynamic binarisation, dequantisation. Default: x."""
         return images
 
-    def for_inference(self) -> Backbone:
+    def for_inference(self, *, cells: torch.dtype | None = None) -> Backbone:
         """The frozen backbone that priors and fits run on: it computes the same, faster. Default: itself.
 
         Its state dict, too, is the same, so that it has the same file and fingerprint. It need not follow when weights
-        change afterwards.
+        change afterwards. `cells`: a lower precision for the network's cells, where the adapter has such, which does
+        change the result; ConfigurationError where it has not.
         """
+        if cells is not None:
+            raise ConfigurationError(
+                f"{type(self).__name__} has no cells that run in {cells}: leave the precision as is"
+            )
         return self
 
     def regularization(self) -> Tensor:
@@ -201,7 +206,7 @@ class Backbone(nn.Module, ABC):
     def transform(self, eps: Sequence[Tensor], *, temperature: float = 1.0) -> Trace:
         """T_β (Eqs. 28-29) with everything that it met: z_i = mean_i + t·std_i·ε_i."""
         self._check("eps", eps)
-        return self.trace(lambda i, prior, _: prior.mean + temperature * prior.std * eps[i], len(eps[0]))
+        return self.trace(lambda i, p, _: torch.addcmul(p.mean, p.std, eps[i], value=temperature), len(eps[0]))
 
     def reparameterize(self, eps: Sequence[Tensor], *, temperature: float = 1.0) -> list[Tensor]:
         """T_β (Eqs. 28-29): latents z from standard normal ε, both lists of (B, *group.shape)."""

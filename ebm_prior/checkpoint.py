@@ -66,12 +66,13 @@ def save_backbone(
 
 
 def load_backbone(
-    name: str | None, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    name: str | None, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Backbone:
     """A pretrained backbone, frozen and in eval mode, from its official or own form.
 
     `name`: the registered adapter; None takes the one that an own-form file names. `path`: the file or folder, or the
-    name of a bundled backbone (`bundled()` lists them). Raises UnknownBackboneError, CheckpointError.
+    name of a bundled backbone (`bundled()` lists them). `dtype` torch.bfloat16: float32 with the cells in bfloat16.
+    Raises UnknownBackboneError, CheckpointError, and ConfigurationError where there are no such cells.
     """
     if name is not None:
         adapter(name)  # an unknown name is the error to report first
@@ -87,7 +88,9 @@ def load_backbone(
     else:
         backbone = adapter(name).load_official(path)
         require_finite(backbone.state_dict(), path)
-    return backbone.to(device=device, dtype=dtype or torch.float32).eval().requires_grad_(False)
+    half = dtype == torch.bfloat16
+    backbone = backbone.to(device=device, dtype=torch.float32 if half else dtype).eval().requires_grad_(False)
+    return backbone.for_inference(cells=dtype) if half else backbone
 
 
 def _load_own(name: str | None, path: Path) -> Backbone:
@@ -171,7 +174,7 @@ def load_prior(
     checkpoint: str | Path | None = None,
     force: bool = False,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> EBMPrior:
     """A prior with its backbone: the given one, or the one at `checkpoint`, or the one that the file remembers.
 

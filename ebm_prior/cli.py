@@ -44,7 +44,7 @@ from ebm_prior.show import LONG_RUN, PICTURES, WITH_CHAINS, WITH_IMAGES, draw_pi
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(exists=False, path_type=Path)
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 COLOUR = ClassifierConfig.suited((3, 32, 32))
 SUITED = {
     entry.name: f"{{help}}  [default: {{default}}; for colour images {getattr(COLOUR, entry.name)}]"
@@ -66,16 +66,23 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-DEVICE = together(
-    click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda"),
-    click.option(
-        "--dtype",
-        type=click.Choice(list(DTYPES)),
-        default="float32",
-        show_default=True,
-        help="precision of computation",
-    ),
-)
+def _device_options(*dtypes: str) -> Callable[[Command], Command]:
+    half = "; bf16: in the cells of an NVAE, all else in float32" if "bf16" in dtypes else ""
+    return together(
+        click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda"),
+        click.option(
+            "--precision",
+            "dtype",
+            type=click.Choice(dtypes),
+            default="float32",
+            show_default=True,
+            help=f"of computation{half}",
+        ),
+    )
+
+
+DEVICE = _device_options(*DTYPES)
+TRAINING_DEVICE = _device_options("float32", "float64")
 SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of everything random")
 RUN_SEED = click.option("--seed", type=click.IntRange(0), help="seed of everything random  [default: 0, or --config's]")
 JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -205,6 +212,8 @@ def fit(
         raise click.UsageError(f"only nce has stages, and not with --ratios one: leave out {names}")
     if any(value is not None for value in sampler.values()):
         config = replace(config, sampler=resolve(config.recorded_sampler, sampler))
+    if bn_readjust and dtype == "bf16":
+        raise click.UsageError("batch norms are re-adjusted in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=_device(device), dtype=DTYPES[dtype])
     if data is None:
         data = sources.own_data(checkpoint, backbone)
@@ -650,7 +659,7 @@ def convert(
 @RUN
 @config_options(PretrainConfig)
 @RUN_SEED
-@DEVICE
+@TRAINING_DEVICE
 @JSON
 def pretrain(
     adapter_name: str | None,
@@ -718,7 +727,7 @@ def pretrain(
 )
 @config_options(JointConfig, skip=("seed", "standardize"))
 @RUN_SEED
-@DEVICE
+@TRAINING_DEVICE
 @JSON
 def train(
     adapter_name: str,

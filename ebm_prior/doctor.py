@@ -123,7 +123,7 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
         what = ", ".join(f"{count:,} in {name}" for name, count in broken.items())
         return {
             "verdict": f"Broken: numbers that are not finite ({what}). No prior can mend this: look at the checkpoint, "
-            "at its batch norms, and at --dtype float64.",
+            "at its batch norms, and at --precision float64.",
             "worth_a_head": [],
         }
     worth = [row["group"] for row in result["groups"] if row["auc"] >= HOLE]

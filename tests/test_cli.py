@@ -192,10 +192,10 @@ def test_the_published_preset(workshop: Workshop, tmp_path: Path) -> None:
 
 
 def test_float64_is_an_option_everywhere(workshop: Workshop, fit_words: list[object], tmp_path: Path) -> None:
-    workshop.run(*fit_words, "--out", tmp_path / "run", "--dtype", "float64")
+    workshop.run(*fit_words, "--out", tmp_path / "run", "--precision", "float64")
     path = tmp_path / "run" / "prior.safetensors"
     for dtype in ("float32", "float64"):
-        workshop.run("sample", path, "-n", 2, "--dtype", dtype, "--out", tmp_path / f"{dtype}.npz")
+        workshop.run("sample", path, "-n", 2, "--precision", dtype, "--out", tmp_path / f"{dtype}.npz")
     with np.load(tmp_path / "float64.npz") as arrays:
         assert arrays["z_dense"].dtype == np.float64
 

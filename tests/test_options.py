@@ -159,7 +159,7 @@ def settings(kind: type[Any], prefix: str = "") -> list[str]:
 )
 def test_every_setting_is_an_option(name: str, kind: type[Any]) -> None:
     text = CliRunner().invoke(main, [name, "--help"], terminal_width=200).stdout
-    for option in [*settings(kind), "--seed", "--device", "--dtype", "--out", "--overwrite", "--json"]:
+    for option in [*settings(kind), "--seed", "--device", "--precision", "--out", "--overwrite", "--json"]:
         assert re.search(rf"{option}[ ,/]", text), option
 
 

@@ -118,6 +118,32 @@ def test_to_the_outside_it_has_the_weights_that_it_came_from(make: Callable[[], 
     assert backbone.running is backbone.network, "the backbone itself is as it was"
 
 
+def test_cells_in_half_precision_agree_to_its_rounding() -> None:
+    backbone = tiny_nvae.trained_tiny()
+    full, half = backbone.for_inference(), backbone.for_inference(cells=torch.bfloat16)
+    eps = backbone.standard_normal(4, generator=torch.Generator().manual_seed(1))
+    found, wanted = half.reparameterize(eps), full.reparameterize(eps)
+    assert all(z.dtype == torch.float32 for z in found)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+    assert max(errors) < 0.02
+    assert max(errors[1:]) > 1e-5, "the cells do run in half"
+    slopes = []
+    for each in (half, full):
+        leaves = [e.clone().requires_grad_() for e in eps]
+        slopes.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(each.reparameterize(leaves)[-1].sum(), leaves)])
+        )
+    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 0.05
+    assert fingerprint(half) == fingerprint(backbone)
+    assert half.for_inference() is half
+
+
+def test_what_has_no_such_cells_says_so() -> None:
+    for make in (TINY[name] for name in TINY if "nvae" not in name):
+        with pytest.raises(ConfigurationError, match="no cells that run in"):
+            make().for_inference(cells=torch.bfloat16)
+
+
 def test_train_mode_unfolds_and_refuses_to_fold() -> None:
     backbone = copy.deepcopy(tiny_nvae.trained_tiny())
     folded = backbone.for_inference()

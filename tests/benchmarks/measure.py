@@ -1,0 +1,202 @@
+"""What the benchmarks share: networks, the plain path, interleaved timing, memory, and the report.
+
+Times are CPU seconds of this process on one thread, which other load on the machine disturbs least. Alternatives run in
+turn, and what is shown is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ebm_prior.backbones.nvae import NVAE
+from torch import Tensor
+
+from ebm_prior.allocator import keep_freed_memory
+from ebm_prior.backbone import Backbone
+from ebm_prior.checkpoint import load_backbone
+from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.prior import EBMPrior
+from ebm_prior.randomness import derived_generator, standard_normal
+from ebm_prior.recipes import paper_preset
+from ebm_prior.report import table
+from ebm_prior.samplers import ChainState, langevin_step, start
+
+SIZES: dict[str, dict[str, Any] | None] = {
+    "small": {
+        "image_shape": [3, 32, 32],
+        "groups_per_scale": [5, 5],
+        "likelihood": "logistic_mixture",
+        "encoder_channels": 32,
+        "decoder_channels": 32,
+    },
+    "published": {"image_shape": [3, 32, 32], "groups_per_scale": [30], "likelihood": "gaussian"},  # CIFAR-10
+    "bundled": None,  # nvae_cifar10
+}
+BATCH = {"small": 8, "published": 4, "bundled": 64}
+STEP_SIZE = 2e-5  # s of Eq. 12, as published for CIFAR-10: the published code's 4e-5 is 2s
+
+
+def network(size: str, **changes: Any) -> Backbone:
+    """An NVAE of a size, frozen: random weights but for the bundled one."""
+    architecture = SIZES[size]
+    if architecture is None:
+        return load_backbone(None, "nvae_cifar10")
+    torch.manual_seed(0)
+    return NVAE(**{**architecture, **changes}).eval().requires_grad_(False)
+
+
+def paper_heads(backbone: Backbone, config: EnergyConfig | None = None) -> JointEnergy:
+    """Heads (the paper's by default) with random weights in the last layer, too."""
+    torch.manual_seed(1)
+    energy = JointEnergy(backbone.groups, config or paper_preset().energy)
+    for name, parameter in energy.named_parameters():
+        if name.endswith("last.weight"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return energy.eval().requires_grad_(False)
+
+
+def unfolded(backbone: Backbone) -> Backbone:
+    """The backbone as one that runs at inference as it is."""
+    twin = copy.copy(backbone)
+    twin.for_inference = lambda: twin  # type: ignore[method-assign]
+    return twin
+
+
+class Plain:
+    """A Langevin step as published: the unfolded network with its image head, heads one by one, log p_β(z) by autograd.
+
+    The published code differentiates Σ_i mean f_i(z_i) + mean log p_β(z) at z = T_β(ε) with respect to ε and moves
+    ε ← ε + ½·s_code·B·gradient + √s_code·ξ, s_code = 2s.
+    """
+
+    def __init__(self, backbone: Backbone, energy: JointEnergy) -> None:
+        self.backbone, self.energy = backbone, energy
+
+    def objective(self, eps: Sequence[Tensor]) -> Tensor:
+        """A scalar."""
+        trace = self.backbone.transform(eps)
+        self.backbone.likelihood(trace.features)
+        terms = [head(z).mean() for head, z in zip(self.energy.heads.values(), trace.z, strict=True)]
+        return torch.stack([*terms, trace.log_prior.sum(1).mean()]).sum()
+
+    def step(self, eps: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+        """The next ε, a list of (B, *group.shape)."""
+        s, leaves = 2 * STEP_SIZE, [e.detach().requires_grad_() for e in eps]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self.objective(leaves), leaves)
+        return [
+            e + 0.5 * s * len(e) * g + s**0.5 * standard_normal(e.shape, generator, dtype=e.dtype, device=e.device)
+            for e, g in zip(eps, gradients, strict=True)
+        ]
+
+
+class Chain:
+    """A batch of chains on a backbone, stepped as published or by `samplers.langevin_step` (the ε-target, folded)."""
+
+    def __init__(self, backbone: Backbone, energy: JointEnergy, batch: int, *, plain: bool) -> None:
+        self.generator = derived_generator(0)
+        self.eps = backbone.standard_normal(batch, generator=self.generator)
+        self.plain = Plain(backbone, energy) if plain else None
+        self.prior = EBMPrior(unfolded(backbone) if plain else backbone, energy)
+        self.step_size = torch.full((batch,), STEP_SIZE)
+        self.state: ChainState | None = None
+
+    def value(self, eps: Sequence[Tensor]) -> Tensor:
+        """The scalar that a step differentiates."""
+        return self.plain.objective(eps) if self.plain else self.prior.potential(eps).sum()
+
+    def step(self) -> None:
+        """One step: one evaluation of the gradient."""
+        if self.plain:
+            self.eps = self.plain.step(self.eps, self.generator)
+            return
+        if self.state is None:
+            self.state = start(self.prior.potential, self.eps)
+        self.state, _ = langevin_step(self.state, self.prior.potential, self.step_size, self.generator)
+
+
+def interleaved(alternatives: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each, run in turn `rounds` times after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for number in range(rounds + 1):
+        for name, run in alternatives.items():
+            began = time.process_time()
+            run()
+            if number:
+                seconds[name].append(time.process_time() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def saved_bytes(chain: Chain) -> int:
+    """Bytes that a step of the chain keeps for its backward pass, each storage once; weights and ε are not counted."""
+    leaves = [e.clone().requires_grad_() for e in chain.eps]
+    modules = (chain.prior.backbone, chain.prior.energy)
+    constants = {t.untyped_storage().data_ptr() for m in modules for t in [*m.parameters(), *m.buffers(), *leaves]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constants:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = chain.value(leaves)
+    del value
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """How far the resident memory of this process rises above where it is now while `run` runs (Linux, glibc)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def arguments(description: str, **defaults: Any) -> argparse.Namespace:
+    """The options of a benchmark: --json, and for each keyword one with this default (a list takes several values)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the rows to this file, too")
+    for name, default in defaults.items():
+        many = isinstance(default, list)
+        kind = type(default[0] if many else default)
+        choices = list(SIZES) if name == "size" else None
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, nargs="+" if many else None, choices=choices, help=f"[{default}]"
+        )
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as the command line does
+    return parser.parse_args()
+
+
+def report(title: str, rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
+    """Print the rows as a table and write them, with what they were measured on, to `path`."""
+    head = list(rows[0])
+    print(title)
+    print(table(head, [[_shown(row[key]) for key in head] for row in rows]), flush=True)
+    if path:
+        machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
+        path.write_text(json.dumps({"title": title, **machine, "rows": list(rows)}, indent=1) + "\n")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

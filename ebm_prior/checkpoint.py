@@ -116,7 +116,8 @@ def backbone_record(path: str | Path) -> dict[str, Any]:
 def bundled() -> dict[str, Path]:
     """Name -> file of the trained backbones that come with the package (checkpoints/README.md)."""
     folder = Path(str(resources.files("ebm_prior.checkpoints")))
-    return {path.stem: path for path in sorted(folder.glob("*.safetensors")) if not path.stem.endswith("classifier")}
+    others = ("_classifier", "_prior")
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors")) if not path.stem.endswith(others)}
 
 
 def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:

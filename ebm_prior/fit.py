@@ -79,7 +79,8 @@ class _Fit:
     """One second stage under way: everything that changes is in `state`, so that it can be saved and rolled back."""
 
     def __init__(self, backbone: Backbone, images: Images, config: FitConfig) -> None:
-        self.backbone, self.images, self.config = backbone.for_inference(), images, config
+        self.backbone, self.images = backbone.for_inference(), images
+        self.asked = self.config = config
         like = next(backbone.parameters())
         self.device, self.dtype = like.device, like.dtype
         if backbone.training:
@@ -161,7 +162,7 @@ class _Fit:
         else:
             positive = self._posterior(indices, generator)
             negative, chain_norm = self._negatives(generator)
-        since = self.saturated["iteration"] if self.saturated else 0  # stages warm up anew
+        since = self.saturated["iteration"] if self.saturated else 0  # what came after a ratio warms up anew
         rate = self.rate * config.learning_rate * min(1.0, (t + 1 - since) / max(1, config.warmup))
         if self.stages is not None:
             rate *= self.stages.rate
@@ -215,15 +216,14 @@ class _Fit:
     @property
     def together(self) -> int:
         """The iteration from which on stages learn all groups together: before it, each group's own ratio."""
-        since = int(self.saturated["iteration"]) if self.saturated else 0
-        return since + int(self.config.stage.groupwise * (self.config.iterations - since))
+        return int(self.config.stage.groupwise * self.config.iterations)
 
     def _untrained(self) -> dict[str, Any]:
         """The best prior while there is none: the backbone's."""
         return {"gain": -math.inf, "iteration": self.iteration, "energy": self.untrained}
 
     def _watch_ratio(self) -> None:
-        """End a stage whose weights have become uneven. One ratio that saturates from the start gives way to stages."""
+        """End a stage whose weights have become uneven. One ratio that saturates from the start gives way to chains."""
         config = self.config
         if self.stages is not None:
             if self.iteration == self.together:
@@ -238,9 +238,14 @@ class _Fit:
             ess = self.held_out.ess_fraction(self.average)
             if ess < config.ess_floor:
                 self.saturated = {"iteration": self.iteration, "ess_fraction": ess}
-                self.stages = self._first_stage()
-                self._put_back(self.stages.reference)
-                self.optimizer, self.best = self._new_optimizer(), self._untrained()
+                self._refine()
+
+    def _refine(self) -> None:
+        """Begin again, with maximum likelihood by short chains: of all objectives the one that mends samples most."""
+        self.config = self.asked.refining
+        self.energy.load_state_dict(self.untrained)
+        self.average.load_state_dict(self.untrained)
+        self.optimizer, self.best = self._new_optimizer(), self._untrained()
 
     def _on_probation(self) -> bool:
         """Whether to look if one ratio saturates."""
@@ -466,6 +471,7 @@ class _Fit:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.saturated, self.stages = state["saturated"], None
+        self.config = self.asked.refining if self.saturated else self.asked
         if state["stages"]:
             self.stages = self._first_stage()
             self.stages.restore(state["stages"])

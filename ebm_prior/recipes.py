@@ -21,7 +21,8 @@ class FitConfig:
     objective: Literal["nce", "mle"] = field(default="nce", metadata={"help": "how the heads are trained"})
     iterations: int = field(default=2_400, metadata={"help": "gradient steps"})
     ratios: Literal["auto", "one", "staged"] = field(
-        default="auto", metadata={"help": "nce: one density ratio, or stages of them where one saturates (auto)"}
+        default="auto",
+        metadata={"help": "nce: one density ratio, or stages of them; auto: one, or mle where it saturates"},
     )
     stage: StageConfig = field(default_factory=StageConfig)
     batch_size: int = field(default=256, metadata={"help": "posterior draws, and as many prior draws, per step"})
@@ -35,7 +36,7 @@ class FitConfig:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     chains: Literal["fresh", "persistent"] = field(default="fresh", metadata={"help": "mle: where chains start"})
     chain: SamplerConfig = field(
-        default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.02)
+        default_factory=lambda: SamplerConfig(proposals=1, kernel="pcn-langevin", steps=20, step_size=0.2)
     )
     refresh: float = field(default=0.05, metadata={"help": "mle: share of persistent chains restarted each step"})
     penalty: float = field(default=1e-3, metadata={"help": "mle: weight of E[f_q² + f_p²]"})
@@ -66,6 +67,15 @@ class FitConfig:
         require_seed(self)
         if self.target == "published" and self.regime == "calibrated":
             raise ConfigurationError("the published target is not the density that f describes: regime must be refiner")
+
+    @property
+    def refining(self) -> FitConfig:
+        """These settings where one ratio saturates: maximum likelihood by short chains from p_β, a refiner of samples.
+
+        At a quarter of the learning rate, since the gradients are noisier.
+        """
+        rate = 0.25 * self.learning_rate
+        return replace(self, objective="mle", regime="refiner", chains="fresh", learning_rate=rate)
 
     @property
     def recorded_sampler(self) -> SamplerConfig:

@@ -271,21 +271,23 @@ def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
     ]
     return [
         Table(["held-out", "gain (nats)", "ESS / draws", "τ"], rows),
-        *([] if record.get("stages") is None else [_ratios(record["stages"], record["saturated"])]),
+        *([_ratios(record["stages"], record["saturated"])] if "stages" in record else []),
         f"iteration {record['best_iteration']} of {record['iterations']} kept, {record['rollbacks']} roll-backs",
     ]
 
 
-def _ratios(stages: Sequence[Mapping[str, float]], saturated: Mapping[str, float] | None) -> str:
-    """Which of one ratio and stages it was, and why."""
-    if not stages and not saturated:
-        return "one density ratio"
-    why = (
-        "one ratio alone saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated)
-        if saturated
-        else "as asked"
-    )
-    return f"{len(stages)} staged density ratios, whose gains add up and whose least ESS is the one above: {why}"
+def _ratios(stages: Sequence[Mapping[str, float]] | None, saturated: Mapping[str, float] | None) -> str:
+    """What the heads were trained on, and why."""
+    if saturated:
+        return (
+            "maximum likelihood by short chains, a refiner of samples: one density ratio saturates (ESS "
+            "{ess_fraction:.1%} after {iteration} iterations). --ratios staged gives a calibrated f".format(**saturated)
+        )
+    if stages is None:
+        return "maximum likelihood by chains, as asked"
+    if not stages:
+        return "one density ratio, which does not saturate"
+    return f"{len(stages)} staged density ratios, as asked; their gains add up, and their least ESS is the one above"
 
 
 def sample_summary(result: Mapping[str, Any]) -> str:

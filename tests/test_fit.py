@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Workshop
 from run_folders import metrics
-from small_fits import CHAIN, OBJECTIVES, small
+from small_fits import CHAIN, OBJECTIVES, SATURATING, small
 from toys import LinearGaussian
 
 import ebm_prior.fit as stage
@@ -73,6 +73,16 @@ def test_a_refiner_keeps_its_last_state_untempered(backbone: Backbone, images: I
     prior = fit(backbone, images, config)
     assert (prior.regime, prior.target, prior.tau) == ("refiner", "published", 1.0)
     assert prior.record["best_iteration"] == config.iterations
+
+
+def test_where_one_ratio_saturates_short_chains_take_over(backbone: Backbone, images: ImageSource) -> None:
+    prior, asked = fit(backbone, images, SATURATING), SATURATING
+    assert prior.record["saturated"]["iteration"] == 10
+    assert prior.record["saturated"]["ess_fraction"] < asked.ess_floor
+    assert (prior.regime, prior.record["config"]["objective"], prior.record["stages"]) == ("refiner", "mle", None)
+    assert prior.record["config"]["learning_rate"] == asked.learning_rate / 4
+    one = fit(backbone, images, replace(asked, ratios="one"))
+    assert (one.regime, one.record["saturated"]) == ("calibrated", None)
 
 
 def test_too_few_images(backbone: Backbone, images: ImageSource) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Workshop
 from run_folders import Interrupted, check_an_interruption, check_kills, metrics
-from small_fits import OBJECTIVES, into, small
+from small_fits import OBJECTIVES, SATURATING, into, small
 from toys import ToyConv
 
 from ebm_prior import files, runs
@@ -40,6 +40,16 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
 
     check_an_interruption(run, tmp_path, "prior.safetensors", after)
     assert [line["iteration"] for line in metrics(tmp_path / "cut")] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("after", [9, 10, 13])
+def test_so_does_one_whose_ratio_has_saturated(
+    workshop: Workshop, backbone: Backbone, images: ImageSource, tmp_path: Path, after: int
+) -> None:
+    def run(out: Path, **how: Any) -> bytes:
+        return into(out, workshop, backbone, images, SATURATING, **how)
+
+    check_an_interruption(run, tmp_path, "prior.safetensors", after)
 
 
 @pytest.mark.parametrize("moment", ["before the state", "while the state is written", "while the metrics are written"])

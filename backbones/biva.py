@@ -126,5 +126,5 @@ class BIVA(FoldableBackbone[Network]):
         model.to_empty(device="cpu")
         model.network.load_state_dict(state)
         require_initialized(model.network, path)
-        model.data_name = config["dataset"].removeprefix("bin")
+        model.data_name = None if config["dataset"] == "binmnist" else config["dataset"]  # binarised once and for all
         return model.eval()

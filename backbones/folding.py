@@ -26,10 +26,16 @@ class FoldableBackbone(Backbone, Generic[Network]):
     layout: ClassVar[torch.memory_format] = torch.channels_last  # of the folded weights, and so of the maps
     network: Network
     folded: Network | None
+    cells: torch.dtype | None  # None: that of the weights
 
     def __init__(self) -> None:
         super().__init__()
-        self.folded = None
+        self.folded, self.cells = None, None
+
+    @property
+    def precision(self) -> str:
+        """bf16 where the cells run in it, else that of the weights."""
+        return super().precision if self.cells is None else "bf16"
 
     @property
     def running(self) -> Network:
@@ -53,6 +59,7 @@ class FoldableBackbone(Backbone, Generic[Network]):
         twin.folded = constants(folded).to(like.device, like.dtype).to(memory_format=self.layout)
         if cells is not None:
             self.lower(twin.folded, cells)
+            twin.cells = cells
         return twin
 
     @abstractmethod
@@ -68,7 +75,7 @@ class FoldableBackbone(Backbone, Generic[Network]):
     def train(self, mode: bool = True) -> FoldableBackbone[Network]:
         """Set the mode, as ever; in train mode the weights are about to change, so that nothing is folded any more."""
         if mode:
-            self.folded = None
+            self.folded, self.cells = None, None
         super().train(mode)
         return self
 

@@ -162,6 +162,11 @@ class Backbone(nn.Module, ABC):
         """The random observation x that the likelihood models: dynamic binarisation, dequantisation. Default: x."""
         return images
 
+    @property
+    def precision(self) -> str:
+        """Of computation, as the command line names it: float32, float64, or another."""
+        return str(next(self.parameters()).dtype).removeprefix("torch.")
+
     def for_inference(self, *, cells: torch.dtype | None = None) -> Backbone:
         """The frozen backbone that priors and fits run on: it computes the same, faster. Default: itself.
 

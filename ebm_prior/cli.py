@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -202,14 +202,10 @@ def fit(
     _new_or_resumed(resume, overwrite)
     sampler = {key.removeprefix("sampler_"): given.pop(key) for key in list(given) if key.startswith("sampler_")}
     config = resolve(PRESETS[preset](), given | {"seed": seed}, config_file)
-    unused = [k for k, v in given.items() if k.startswith(("chain", "refresh", "penalty")) and v is not None]
-    if config.objective != "mle" and unused:
-        names = ", ".join(f"--{key.replace('_', '-')}" for key in unused)
-        raise click.UsageError(f"only mle has chains and a penalty: leave out {names}, or pass --objective mle")
-    lacking = [k for k, v in given.items() if k.startswith(("ratios", "stage_")) and v is not None]
-    if lacking and (config.objective == "mle" or (config.ratios == "one" and lacking != ["ratios"])):
-        names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
-        raise click.UsageError(f"only nce has stages, and not with --ratios one: leave out {names}")
+    chains = config.objective == "mle" or config.ratios == "auto"  # which turns to them where one ratio saturates
+    _unused(given, ("chain", "refresh", "penalty"), chains, "only mle has chains and a penalty (--objective mle)")
+    _unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
+    _unused(given, ("stage_",), config.ratios == "staged", "only --ratios staged has stages")
     if any(value is not None for value in sampler.values()):
         config = replace(config, sampler=resolve(config.recorded_sampler, sampler))
     if bn_readjust and dtype == "bf16":
@@ -958,6 +954,13 @@ def backbones(as_json: bool) -> None:
 def _new_or_resumed(resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run, --overwrite starts it anew: give one of them")
+
+
+def _unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool, why: str) -> None:
+    """Refuse options that would change nothing."""
+    names = [f"--{key.replace('_', '-')}" for key, v in given.items() if key.startswith(starts) and v is not None]
+    if names and not used:
+        raise click.UsageError(f"{why}: leave out {', '.join(names)}")
 
 
 def _device(name: str) -> torch.device:

@@ -107,7 +107,7 @@ def _is_sample(path: Path) -> bool:
 def run_inputs(backbone: Backbone, images: ImageSource) -> dict[str, Any]:
     """What makes a run beside its settings; a resume with another of these would give other bytes."""
     return {
-        "dtype": str(next(backbone.parameters()).dtype),
+        "precision": backbone.precision,
         "data": images.name,
         "images": images.fingerprint(),
         "device": next(backbone.parameters()).device.type,

@@ -23,7 +23,7 @@ from ebm_prior.objectives import Gain, gain, mle_loss, nce_loss, temper
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, seeded
 from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import draw, effective_sample_size, norm, where
+from ebm_prior.samplers import draw, norm, where
 from ebm_prior.stages import Stages
 from ebm_prior.training import Callback, Images, Recorder, batch_indices, update_average
 
@@ -33,7 +33,8 @@ NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_
 GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as better
 GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy (a real one is KL(q‖p) + KL(p‖q) of the latents)
 ANNEAL_LEAST = 1.0  # nats that a stage along a known f must bring; learning brings as many, and sees where f is wrong
-PROBATION = 0.25  # of the iterations: where one ratio saturates so early, stages take over
+PROBATION = 0.25  # of the iterations: where one ratio saturates so early, short chains take over
+SATURATED = 0.5  # a ratio of which tempering, to keep its ESS, must take more than this share away
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, where tempering does not mend it
 
 
@@ -48,11 +49,6 @@ class HeldOut(NamedTuple):
         device = next(energy.parameters()).device
         f_q, f_p = values(energy, self.posterior, device), values(energy, self.prior, device)
         return gain(f_q, f_p), temper(f_q, f_p, ess_floor=ess_floor)
-
-    def ess_fraction(self, energy: JointEnergy, n: int = 500) -> float:
-        """Effective sample size of the weights e^f of n prior latents / n."""
-        f_p = values(energy, [group[:n] for group in self.prior], next(energy.parameters()).device)
-        return float(effective_sample_size(f_p)) / len(f_p)
 
 
 def fit(
@@ -122,7 +118,8 @@ class _Fit:
         while self.iteration < config.iterations and not self._out_of_patience():
             try:
                 shown = self._step()
-                self._watch_ratio()
+                if self.stages is not None:
+                    self._watch(self.stages)
                 if self.iteration % config.evaluate_every == 0 or self.iteration == config.iterations:
                     metrics = self._evaluate(shown)
                     good = self._state()
@@ -222,37 +219,32 @@ class _Fit:
         """The best prior while there is none: the backbone's."""
         return {"gain": -math.inf, "iteration": self.iteration, "energy": self.untrained}
 
-    def _watch_ratio(self) -> None:
-        """End a stage whose weights have become uneven. One ratio that saturates from the start gives way to chains."""
-        config = self.config
-        if self.stages is not None:
-            if self.iteration == self.together:
-                self._anneal(self.stages)
-            elif (
-                self.iteration > self.together
-                and self.iteration % config.stage.every == 0
-                and self.stages.ess_fraction(self.average) < config.stage.ess
-            ):
-                self._end_stage(self.stages)
-        elif self._on_probation():
-            ess = self.held_out.ess_fraction(self.average)
-            if ess < config.ess_floor:
-                self.saturated = {"iteration": self.iteration, "ess_fraction": ess}
-                self._refine()
+    def _watch(self, stages: Stages) -> None:
+        """Begin stages together when it is time, and end one whose weights have become uneven."""
+        config = self.config.stage
+        if self.iteration == self.together:
+            self._anneal(stages)
+        elif (
+            self.iteration > self.together
+            and self.iteration % config.every == 0
+            and stages.ess_fraction(self.average) < config.ess
+        ):
+            self._end_stage(stages)
 
-    def _refine(self) -> None:
-        """Begin again, with maximum likelihood by short chains: of all objectives the one that mends samples most."""
+    def _saturates(self, plain: Gain, tempered: Gain) -> bool:
+        """Whether one ratio cannot bridge the hole: early on, and so far that tempering would lose most of it."""
+        config = self.config
+        auto = config.objective == "nce" and config.ratios == "auto" and config.regime == "calibrated"
+        early = self.iteration <= max(PROBATION * config.iterations, config.evaluate_every)
+        return auto and early and plain.ess_fraction < config.ess_floor and 0 < tempered.tau < SATURATED
+
+    def _refine(self, plain: Gain) -> None:
+        """Begin again with maximum likelihood by short chains, as the published second stage."""
+        self.saturated = {"iteration": self.iteration, "ess_fraction": plain.ess_fraction}
         self.config = self.asked.refining
         self.energy.load_state_dict(self.untrained)
         self.average.load_state_dict(self.untrained)
         self.optimizer, self.best = self._new_optimizer(), self._untrained()
-
-    def _on_probation(self) -> bool:
-        """Whether to look if one ratio saturates."""
-        config = self.config
-        auto = config.objective == "nce" and config.ratios == "auto" and config.regime == "calibrated"
-        until = max(PROBATION * config.iterations, 2 * config.warmup)
-        return auto and self.iteration % 10 == 0 and self.iteration <= until
 
     def _anneal(self, stages: Stages) -> None:
         """From p_β to the product of the groups' own ratios in stages along τ f, as far as the held-out gain rises."""
@@ -262,7 +254,8 @@ class _Fit:
             step = copy.deepcopy(goal)
             step.scale(tau)
             found, error = stages.look(step, self.held_out.posterior)
-            if not found.nats > max(ANNEAL_LEAST, 2 * error):
+            self._require_finite(found)
+            if found.nats <= max(ANNEAL_LEAST if tau < 1 else GAIN_STEP, 2 * error):
                 break
             generator = derived_generator(self.config.seed, 20, number, device=self.device)
             self._accept(stages, step, found, generator)
@@ -280,14 +273,17 @@ class _Fit:
         """Accept what a stage has learned if the held-out gain rises; else begin it again, at a lower rate."""
         stages.temper(self.average)
         found, error = stages.look(self.average, self.held_out.posterior)
-        if not math.isfinite(found.nats):
-            raise DivergenceError(f"the held-out gain of a stage is {found.nats} at iteration {self.iteration}")
+        self._require_finite(found)
         if found.nats > max(GAIN_STEP, 2 * error):
             generator = derived_generator(self.config.seed, 19, self.iteration, device=self.device)
             self._accept(stages, self.average, found, generator)
         else:
             stages.reject()
         self._put_back(stages.reference)  # after an accepted stage, too: the live heads run ahead of what was measured
+
+    def _require_finite(self, found: Gain) -> None:
+        if not math.isfinite(found.nats):
+            raise DivergenceError(f"the held-out gain of a stage is {found.nats} at iteration {self.iteration}")
 
     def _put_back(self, energy: JointEnergy) -> None:
         """The heads back to `energy`."""
@@ -319,7 +315,9 @@ class _Fit:
             calibrated and plain.nats < self.best["gain"] - GAIN_DROP_LIMIT and tempered.nats < 0.5 * self.best["gain"]
         ):
             raise DivergenceError(f"the held-out gain fell to {plain.nats:.3g} nats at iteration {self.iteration}")
-        if not calibrated or tempered.nats > self.best["gain"] + GAIN_STEP:
+        if self._saturates(plain, tempered):
+            self._refine(plain)
+        elif not calibrated or tempered.nats > self.best["gain"] + GAIN_STEP:
             self.best = {
                 "gain": tempered.nats,
                 "iteration": self.iteration,
@@ -348,6 +346,7 @@ class _Fit:
             self.average.add(-self.stages.log_z)  # log Z of the whole is then 0, as that of one ratio
         else:
             plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
+            tempered = tempered if calibrated else plain  # a refiner is kept as it is
         record = {
             "config": asdict(self.config),
             "data": {
@@ -355,6 +354,7 @@ class _Fit:
                 "training": len(self.training),
                 "held_out": len(self.images) - len(self.training),
             },
+            "precision": self.backbone.precision,
             "iterations": self.iteration,
             "best_iteration": self.best["iteration"],
             "rollbacks": self.rollbacks,

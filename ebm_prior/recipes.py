@@ -72,10 +72,14 @@ class FitConfig:
     def refining(self) -> FitConfig:
         """These settings where one ratio saturates: maximum likelihood by short chains from p_β, a refiner of samples.
 
-        At a quarter of the learning rate, since the gradients are noisier.
+        At a quarter of the learning rate, since the gradients are noisier, and with steps that follow the acceptance:
+        where chains cannot follow f, it grows without end. A refiner's f is no density by which to resample.
         """
-        rate = 0.25 * self.learning_rate
-        return replace(self, objective="mle", regime="refiner", chains="fresh", learning_rate=rate)
+        adapts = self.chain.steps // 2 if self.chain.kernel == "pcn-langevin" else 0
+        chain = replace(self.chain, adapt_steps=max(adapts, self.chain.adapt_steps))
+        sampler = self.sampler and replace(self.sampler, proposals=1)
+        settings = replace(self, chain=chain, learning_rate=0.25 * self.learning_rate, sampler=sampler)
+        return replace(settings, objective="mle", regime="refiner", chains="fresh")
 
     @property
     def recorded_sampler(self) -> SamplerConfig:

@@ -73,7 +73,7 @@ def fid_card(card: Mapping[str, Any]) -> list[Block]:
     ]
     return [
         Table([f"{name} card", card["distance"], kid, score], rows),
-        f"network: {card['weights']}, mode {card['mode']} of clean-fid; images as 8 bits per channel",
+        f"network: {card['weights']}, mode {card['mode']} of clean-fid; images: means of p(x | z), 8 bits per channel",
         f"samples: N = {card['samples']:,}, seed {card['seed']}, temperature {card['sampler']['temperature']:g}; of "
         f"the energy-based prior by {_sampler(card['sampler'])}",
         f"reference: all {reference['images']:,} images of {reference['data']} (split {reference['split']}), "

@@ -91,7 +91,6 @@ def fit_command(config: FitConfig, inputs: Mapping[str, Any], backbone: Mapping[
         ((name, as_words(config, _resolved(preset()))) for name, preset in PRESETS.items()),
         key=lambda pair: len(pair[1]),
     )
-    dtype = inputs["dtype"].removeprefix("torch.")
     own = run / "backbone.safetensors"
     if inputs.get("bn_readjust") and own.is_file():  # it was another one before, of which the file keeps the name
         backbone = {**backbone, "checkpoint": backbone_record(own)["record"]["source"]}
@@ -102,7 +101,7 @@ def fit_command(config: FitConfig, inputs: Mapping[str, Any], backbone: Mapping[
         *words,
         *(["--bn-readjust"] if inputs.get("bn_readjust") else []),
         *(["--device", inputs["device"]] if inputs["device"] != "cpu" else []),
-        *(["--dtype", dtype] if dtype != "float32" else []),
+        *(["--precision", inputs["precision"]] if inputs["precision"] != "float32" else []),
         *("--out", str(run)),
     ]
     return f"OMP_NUM_THREADS={inputs['threads']} {shlex.join(['ebm-prior', 'fit', *words])}"

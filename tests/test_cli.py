@@ -51,9 +51,12 @@ def test_options_that_would_be_ignored_are_refused(workshop: Workshop, fit_words
         (["eval", "p", "--fid-mode", "clean"], "pass --fid or --inception"),
         (["eval", "p", "--fid", "--classifier", "c"], "give one"),
         (["eval", "p", "--inception", "i", "--classifier", "c"], "give one"),
-        ([*fit_words, "--chain-steps", 3, "--refresh", 0.1], "leave out --chain-steps, --refresh, or"),
-        ([*fit_words, "--chains", "fresh"], "leave out --chains"),
-        ([*fit_words, "--penalty", 0], "leave out --penalty"),
+        ([*fit_words, "--ratios", "one", "--chain-steps", 3, "--refresh", 0.1], "leave out --chain-steps, --refresh"),
+        ([*fit_words, "--ratios", "one", "--chains", "fresh"], "leave out --chains"),
+        ([*fit_words, "--ratios", "staged", "--penalty", 0], "leave out --penalty"),
+        ([*fit_words, "--stage-moves", 3], "leave out --stage-moves"),
+        ([*fit_words, "--objective", "mle", "--ratios", "one"], "leave out --ratios"),
+        ([*fit_words, "--bn-readjust", "--precision", "bf16"], "leave out --precision bf16"),
     ):
         result = workshop.run(*words, code=2)
         assert message in " ".join(result.stderr.split())

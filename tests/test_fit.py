@@ -77,8 +77,9 @@ def test_a_refiner_keeps_its_last_state_untempered(backbone: Backbone, images: I
 
 def test_where_one_ratio_saturates_short_chains_take_over(backbone: Backbone, images: ImageSource) -> None:
     prior, asked = fit(backbone, images, SATURATING), SATURATING
-    assert prior.record["saturated"]["iteration"] == 10
-    assert prior.record["saturated"]["ess_fraction"] < asked.ess_floor
+    saturated = prior.record["saturated"]
+    assert saturated["iteration"] <= 6
+    assert saturated["ess_fraction"] < asked.ess_floor
     assert (prior.regime, prior.record["config"]["objective"], prior.record["stages"]) == ("refiner", "mle", None)
     assert prior.record["config"]["learning_rate"] == asked.learning_rate / 4
     one = fit(backbone, images, replace(asked, ratios="one"))

@@ -136,6 +136,7 @@ def test_cells_in_half_precision_agree_to_its_rounding() -> None:
     assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 0.05
     assert fingerprint(half) == fingerprint(backbone)
     assert half.for_inference() is half
+    assert (half.precision, full.precision) == ("bf16", "float32")
 
 
 def test_what_has_no_such_cells_says_so() -> None:

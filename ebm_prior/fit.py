@@ -34,7 +34,7 @@ GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as bet
 GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy (a real one is KL(q‖p) + KL(p‖q) of the latents)
 ANNEAL_LEAST = 1.0  # nats that a stage along a known f must bring; learning brings as many, and sees where f is wrong
 PROBATION = 0.25  # of the iterations: where one ratio saturates so early, short chains take over
-SATURATED = 0.5  # a ratio of which tempering, to keep its ESS, must take more than this share away
+SATURATED = 0.1  # times the ESS floor: below it a few draws hold all the weight, and tempering gives most of f away
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, where tempering does not mend it
 
 
@@ -231,12 +231,12 @@ class _Fit:
         ):
             self._end_stage(stages)
 
-    def _saturates(self, plain: Gain, tempered: Gain) -> bool:
-        """Whether one ratio cannot bridge the hole: early on, and so far that tempering would lose most of it."""
+    def _saturates(self, plain: Gain) -> bool:
+        """Whether one ratio cannot bridge the hole, early on."""
         config = self.config
         auto = config.objective == "nce" and config.ratios == "auto" and config.regime == "calibrated"
         early = self.iteration <= max(PROBATION * config.iterations, config.evaluate_every)
-        return auto and early and plain.ess_fraction < config.ess_floor and 0 < tempered.tau < SATURATED
+        return auto and early and plain.ess_fraction < SATURATED * config.ess_floor
 
     def _refine(self, plain: Gain) -> None:
         """Begin again with maximum likelihood by short chains, as the published second stage."""
@@ -315,7 +315,7 @@ class _Fit:
             calibrated and plain.nats < self.best["gain"] - GAIN_DROP_LIMIT and tempered.nats < 0.5 * self.best["gain"]
         ):
             raise DivergenceError(f"the held-out gain fell to {plain.nats:.3g} nats at iteration {self.iteration}")
-        if self._saturates(plain, tempered):
+        if self._saturates(plain):
             self._refine(plain)
         elif not calibrated or tempered.nats > self.best["gain"] + GAIN_STEP:
             self.best = {

@@ -75,7 +75,11 @@ def test_a_refiner_keeps_its_last_state_untempered(backbone: Backbone, images: I
     assert prior.record["best_iteration"] == config.iterations
 
 
-def test_where_one_ratio_saturates_short_chains_take_over(backbone: Backbone, images: ImageSource) -> None:
+def test_where_one_ratio_saturates_short_chains_take_over(
+    backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit(backbone, images, SATURATING).regime == "calibrated"
+    monkeypatch.setattr(stage, "SATURATED", 1.0)
     prior, asked = fit(backbone, images, SATURATING), SATURATING
     saturated = prior.record["saturated"]
     assert saturated["iteration"] <= 6

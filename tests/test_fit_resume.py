@@ -44,8 +44,15 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("after", [1, 5, 13])
 def test_so_does_one_whose_ratio_has_saturated(
-    workshop: Workshop, backbone: Backbone, images: ImageSource, tmp_path: Path, after: int
+    workshop: Workshop,
+    backbone: Backbone,
+    images: ImageSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
 ) -> None:
+    monkeypatch.setattr("ebm_prior.fit.SATURATED", 1.0)
+
     def run(out: Path, **how: Any) -> bytes:
         return into(out, workshop, backbone, images, SATURATING, **how)
 

@@ -6,10 +6,13 @@ Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
 import shlex
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +38,7 @@ from ebm_prior.inception import MODES, load_inception
 from ebm_prior.inception import Mode as InceptionMode
 from ebm_prior.joint_config import JOINT_PRESETS, JointConfig
 from ebm_prior.options import config_options, resolve
+from ebm_prior.parallel import ALONE, Processes, launched, own_device
 from ebm_prior.pretrain import PretrainConfig
 from ebm_prior.progress import Bar
 from ebm_prior.recipes import PRESETS, FitConfig
@@ -52,6 +56,7 @@ SUITED = {
     if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
 }
 WORDS = "ebm_prior.words"  # of the command, in click's context
+SHARED = ("fit", "sample", "eval")  # what several processes of torchrun can do together
 RECORDED = "{help}  [default: as recorded]"
 
 
@@ -140,15 +145,15 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except DivergenceError as error:
-            click.echo(f"ebm-prior: diverged: {error}", err=True)
+            _complain(f"diverged: {error}")
             ctx.exit(3)
         except EbmPriorError as error:
-            click.echo(f"ebm-prior: error: {error}", err=True)
+            _complain(f"error: {error}")
             ctx.exit(1)
         except OSError as error:  # a disk or path of which no command has more to say
             if error.errno == errno.EPIPE:  # whoever read stdout has had enough, of which click says nothing
                 raise
-            click.echo(f"ebm-prior: error: {error}", err=True)
+            _complain(f"error: {error}")
             ctx.exit(1)
 
 
@@ -157,9 +162,18 @@ class _Group(click.Group):
 def main() -> None:
     """Better samples and scores from a pretrained hierarchical VAE, by an energy-based prior trained on top of it.
 
-    Start with `ebm-prior demo`. With a backbone of your own: `fit`, then `sample` and `eval`.
+    Start with `ebm-prior demo`. With a backbone of your own: `fit`, then `sample` and `eval`, which several processes
+    share: torchrun --nproc-per-node 2 -m ebm_prior fit …
     """
     keep_freed_memory()
+    context = click.get_current_context()
+    processes = context.obj = context.with_resource(launched())
+    if processes.count > 1 and context.invoked_subcommand not in SHARED:
+        raise ConfigurationError(
+            f"several processes share {', '.join(SHARED)}; {context.invoked_subcommand} runs in one: leave out torchrun"
+        )
+    if not processes.first:
+        context.with_resource(_silence())
 
 
 @main.command()
@@ -201,7 +215,9 @@ def fit(
     """Train an energy-based prior on a frozen backbone (second stage)."""
     _new_or_resumed(resume, overwrite)
     sampler = {key.removeprefix("sampler_"): given.pop(key) for key in list(given) if key.startswith("sampler_")}
-    config = resolve(PRESETS[preset](), given | {"seed": seed}, config_file)
+    config, processes = resolve(PRESETS[preset](), given | {"seed": seed}, config_file), _processes()
+    if given["parts"] is None and config.parts == 1:
+        config = replace(config, parts=processes.count)
     chains = config.objective == "mle" or config.ratios == "auto"  # which turns to them where one ratio saturates
     _unused(given, ("chain", "refresh", "penalty"), chains, "only mle has chains and a penalty (--objective mle)")
     _unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
@@ -215,7 +231,7 @@ def fit(
         data = sources.own_data(checkpoint, backbone)
         click.echo(f"images: {data}, which {checkpoint} was trained on (--data takes others)", err=True)
     images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
-    directory = commands.run_directory(out, "fit", resume=resume)
+    directory = processes.of_first(lambda: commands.run_directory(out, "fit", resume=resume))
     with Bar("fit", config.iterations) as bar:
         result = commands.fit_into(
             directory,
@@ -228,6 +244,7 @@ def fit(
             overwrite=overwrite,
             on_step=bar.step,
             on_stage=bar.remark,
+            processes=processes,
         )
     _show(result, as_json, report.fit_summary)
 
@@ -275,6 +292,7 @@ def sample(
 
     Without PRIOR it is the newest one under ./runs.
     """
+    processes = _processes()
     if prior is None:
         prior = commands.newest_prior()
         click.echo(f"prior: {prior}, the newest under ./runs", err=True)
@@ -287,7 +305,9 @@ def sample(
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])
     sampler = resolve(loaded.sampler, given)
     with Bar("sample", number) as bar:
-        drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, on_chunk=bar.to)
+        drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, on_chunk=bar.to, processes=processes)
+    if not processes.first:
+        return
     files = commands.write_samples(loaded, drawn, out, seed=seed, compare=compare)
     result = commands.describe_samples(drawn, sampler, seed, files)
     _show(result, as_json, report.sample_summary)
@@ -363,13 +383,23 @@ def evaluate(
         for mode in (dict.fromkeys(modes or ("clean",)) if inception or fid else ())
     ]
     extractor = networks[0] if networks else commands.feature_classifier(test, classifier, _device(device))
+    processes = _processes()
     with Bar("eval", 4 * len(loaded) + 1) as bar:
-        results = commands.evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage)
+        results = commands.evaluate_all(
+            loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage, processes
+        )
     if networks:
         compared = train if config.fid.split == "train" else test
         with Bar("FID", amount(len(loaded), len(networks), len(compared), config.fid)) as bar:
             cards = published(
-                loaded, networks, compared, config.fid, seed=seed, chunk=config.chunk, on_images=bar.advance
+                loaded,
+                networks,
+                compared,
+                config.fid,
+                seed=seed,
+                chunk=config.chunk,
+                on_images=bar.advance,
+                processes=processes,
             )
         results = [result | {"published": card} for result, card in zip(results, cards, strict=True)]
     _show(results, as_json, report.evaluation_tables)
@@ -963,9 +993,29 @@ def _unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool, why: 
         raise click.UsageError(f"{why}: leave out {', '.join(names)}")
 
 
+def _processes() -> Processes:
+    """Those that torchrun has started, connected by `main`."""
+    return click.get_current_context().find_object(Processes) or ALONE
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _complain(text: str) -> None:
+    """One line on stderr; of several processes each has its own."""
+    processes = _processes()
+    if processes.first:
+        click.echo(f"ebm-prior: {text}", err=True)
+    else:  # whose sys.stderr leads nowhere
+        click.echo(f"ebm-prior: process {processes.rank} of {processes.count}: {text}", file=sys.__stderr__)
+
+
 def _device(name: str) -> torch.device:
     try:
-        device = torch.device(name)
+        device = torch.device(own_device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error

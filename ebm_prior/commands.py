@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -30,6 +31,7 @@ from ebm_prior.figures import grid, picture, save_png, titled_grids
 from ebm_prior.files import write_atomically
 from ebm_prior.fit import fit
 from ebm_prior.metrics import FeatureExtractor
+from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.pretrain import Elbo, PretrainConfig, evaluate_elbo, pretrain, training_record
 from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.recipes import FitConfig, paper_preset
@@ -127,12 +129,13 @@ def fit_into(
     overwrite: bool = False,
     on_step: Callback | None = None,
     on_stage: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
 
     `bn_readjust`: first re-adjust the batch norms of `backbone`, which is then another one: it is written to
     backbone.safetensors, and this is the backbone of the prior. Where training diverges for good, the best prior so far
-    is written before DivergenceError goes on.
+    is written before DivergenceError goes on. The first of the `processes` writes, and none of the others.
     """
     settings: dict[str, Any] | None = None
     if bn_readjust:
@@ -144,16 +147,19 @@ def fit_into(
         adjustable(backbone)
         if where == str(own.resolve()):
             raise OutputError(f"{own} is the backbone that is to be re-adjusted: choose another --out")
-    run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
+    run = processes.of_first(lambda: Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite))
     if settings is not None:
-        backbone = readjusted(backbone, own, checkpoint, settings, resume=resume, on_stage=on_stage)
+        adjust = partial(readjusted, backbone, own, checkpoint, settings)
+        processes.of_first(lambda: adjust(resume=resume, on_stage=on_stage) and None)
+        backbone = adjust(resume=True)  # the others read what the first has written
         where = own.name  # beside the prior: wherever the run is, equal runs give equal bytes
 
     def keep(prior: EBMPrior) -> None:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
         if settings is not None:
             prior.record["bn_readjust"] = settings
-        save_prior(prior, path, checkpoint=where)
+        if processes.first:
+            save_prior(prior, path, checkpoint=where)
 
     def show(shown: Mapping[str, Any]) -> None:
         if shown["iteration"] % (5 * config.evaluate_every) == 0:
@@ -162,7 +168,10 @@ def fit_into(
 
     began = time.process_time()
     try:
-        prior = fit(backbone, images, config, run=run, on_step=on_step, on_evaluate=show)
+        if processes.first:
+            prior = fit(backbone, images, config, run=run, on_step=on_step, on_evaluate=show, processes=processes)
+        else:
+            prior = fit(backbone, images, config, processes=processes)
     except DivergenceError as error:
         if isinstance(error.prior, EBMPrior):
             keep(error.prior)
@@ -171,7 +180,8 @@ def fit_into(
     seconds = time.process_time() - began
     keep(prior)
     before_after = directory / "before-after.png"
-    write_comparison(prior, before_after, seed=config.seed)
+    if processes.first:
+        write_comparison(prior, before_after, seed=config.seed)
     return {
         "prior": str(path),
         "picture": str(before_after),
@@ -288,13 +298,15 @@ def evaluate_all(
     extractor: FeatureExtractor,
     config: EvalConfig,
     on_stage: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Evaluate priors of one backbone against the same reference."""
     if on_stage:
         on_stage("held-out images and backbone samples")
     shown = test.fingerprint()
     same = train.fingerprint() == shown  # a source without splits: its own images are no floor
-    reference = Reference(priors[0].backbone, test, extractor, config, training_images=None if same else train)
+    other = None if same else train
+    reference = Reference(priors[0].backbone, test, extractor, config, training_images=other, processes=processes)
     return [
         {
             "prior": name,

@@ -37,6 +37,10 @@ class OutputError(EbmPriorError):
     """A result cannot be written, or would overwrite what was written before."""
 
 
+class ProcessError(EbmPriorError):
+    """Of the processes of one run another has ended, or cannot be reached."""
+
+
 class DivergenceError(EbmPriorError):
     """Training or sampling diverged; the command line turns it into exit code 3.
 

@@ -24,7 +24,8 @@ from ebm_prior.metrics import (
     kernel_distance,
 )
 from ebm_prior.objectives import Gain, gain
-from ebm_prior.prior import ANCESTRAL, EBMPrior
+from ebm_prior.parallel import ALONE, Processes
+from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.randomness import BLOCK, derived_generator
 from ebm_prior.samplers import SamplerConfig
 from ebm_prior.training import Images, require_seed
@@ -50,7 +51,8 @@ class EvalConfig:
 class Reference:
     """What does not depend on the prior: features of held-out images, of their reconstructions, of backbone samples.
 
-    Made once and shared by the evaluations of several priors on one backbone.
+    Made once and shared by the evaluations of several priors on one backbone. `processes` share what is drawn and
+    decoded; what is then measured, each measures for itself.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class Reference:
         config: EvalConfig,
         *,
         training_images: Images | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.backbone, self.extractor, self.config = backbone, extractor, config
         self.data = images.name
         self.n = min(config.samples, len(images))
@@ -91,12 +95,14 @@ class Reference:
     def sampled(self, prior: EBMPrior, sampler: SamplerConfig) -> tuple[list[Tensor], Tensor, dict[str, float]]:
         """Latents and features of n draws (distances compare at equal N), and the sampler's mean diagnostics."""
         config = self.config
-        latents: list[list[Tensor]] = []
-        features, info = [], []
-        for part in prior.chunks(self.n, seed=config.seed, sampler=sampler, chunk=config.chunk):
-            latents.append([z.cpu() for z in part.z])
-            features.append(extract(self.extractor, part.images))
-            info.append(torch.stack(part[3:]).cpu())
+
+        def see(part: Samples) -> tuple[list[Tensor], Tensor, Tensor]:
+            return [z.cpu() for z in part.z], extract(self.extractor, part.images), torch.stack(part[3:]).cpu()
+
+        parts = prior.map_chunks(
+            see, self.n, seed=config.seed, sampler=sampler, chunk=config.chunk, processes=self.processes
+        )
+        latents, features, info = zip(*parts, strict=True)
         acceptance, norm, ess = torch.cat(info, dim=1).mean(1).tolist()
         z = [torch.cat(group) for group in zip(*latents, strict=True)]
         return z, torch.cat(features), {"acceptance": acceptance, "norm": norm, "resampling_ess_fraction": ess}
@@ -125,13 +131,13 @@ class Reference:
         Randomness is drawn in blocks, as that of samples is: no result depends on the size of a chunk.
         """
         like = next(self.backbone.parameters())
-        real, latents, decoded = [], [], []
         chosen = torch.arange(len(images))
         if len(images) > self.n:
             chosen = torch.randperm(len(images), generator=derived_generator(self.config.seed, 20, stream))[: self.n]
         blocks = list(enumerate(torch.split(chosen, BLOCK)))
         size = max(1, self.config.chunk // BLOCK)
-        for chunk in (blocks[first : first + size] for first in range(0, len(blocks), size)):
+
+        def seen(chunk: list[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], Tensor]:
             batches, observed, noise = [], [], []
             for number, indices in chunk:
                 generator = derived_generator(self.config.seed, 21, stream, number, device=like.device)
@@ -140,9 +146,12 @@ class Reference:
                 noise.append(self.backbone.standard_normal(len(indices), generator=generator))
             joined = [torch.cat(group) for group in zip(*noise, strict=True)]
             posterior = self.backbone.infer(torch.cat(observed), noise=joined)
-            real.append(extract(self.extractor, torch.cat(batches)))
-            decoded.append(extract(self.extractor, self.backbone.likelihood(posterior.features).mean))
-            latents.append([z.cpu() for z in posterior.z])
+            real = extract(self.extractor, torch.cat(batches))
+            decoded = extract(self.extractor, self.backbone.likelihood(posterior.features).mean)
+            return real, [z.cpu() for z in posterior.z], decoded
+
+        chunks = [blocks[first : first + size] for first in range(0, len(blocks), size)]
+        real, latents, decoded = zip(*self.processes.map(seen, chunks), strict=True)
         return torch.cat(real), [torch.cat(group) for group in zip(*latents, strict=True)], torch.cat(decoded)
 
 

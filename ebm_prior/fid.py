@@ -25,7 +25,8 @@ from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.files import user_cache, write_atomically
 from ebm_prior.inception import Inception
 from ebm_prior.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
-from ebm_prior.prior import ANCESTRAL, EBMPrior
+from ebm_prior.parallel import ALONE, Processes
+from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.randomness import derived_generator
 from ebm_prior.samplers import SamplerConfig
 from ebm_prior.training import require_choices
@@ -68,6 +69,7 @@ def reference_statistics(
     *,
     cache_dir: Path | None = None,
     on_images: OnImages = lambda count: None,
+    processes: Processes = ALONE,
 ) -> ReferenceStatistics:
     """Statistics of all `images`: from the cache, else computed and kept there, as .npz with their provenance.
 
@@ -90,11 +92,12 @@ def reference_statistics(
     if path.is_file():
         on_images(len(images))
         return _read(path, provenance)
-    found = []
-    for rows in torch.split(torch.arange(len(images)), 250):
-        found.append(extract(network, images.batch(rows)))
-        on_images(len(rows))
-    features = torch.cat(found)
+
+    def seen(rows: Tensor) -> Tensor:
+        on_images(processes.count * len(rows))
+        return extract(network, images.batch(rows))
+
+    features = torch.cat(processes.map(seen, torch.split(torch.arange(len(images)), 250)))
     chosen = torch.randperm(len(features), generator=derived_generator(0, 60))[:KERNEL_ROWS]
     moments = FeatureStatistics.of(features)
     buffer = BytesIO()
@@ -105,7 +108,8 @@ def reference_statistics(
         features=features[chosen].numpy(),
         provenance=np.array(json.dumps(provenance, sort_keys=True)),
     )
-    write_atomically(path, buffer.getvalue())
+    if processes.first:
+        write_atomically(path, buffer.getvalue())
     return ReferenceStatistics(moments, features[chosen], provenance, path)
 
 
@@ -151,24 +155,28 @@ def published(
     chunk: int = 512,
     cache_dir: Path | None = None,
     on_images: OnImages = lambda count: None,
+    processes: Processes = ALONE,
 ) -> list[list[dict[str, Any]]]:
     """One card per prior and network: its figures and the backbone's, with all that they depend on. Plain values.
 
     `priors`: of one backbone. Every sample is drawn once, by the prior's own sampler, and seen by all networks.
-    `images`: those of `config.split`. `on_images` gets the number just done, out of `amount`.
+    `images`: those of `config.split`. `on_images` gets the number just done, out of `amount`;
+    of several `processes`, which share the work, it is told about all of them.
     """
     references = [
-        reference_statistics(images, config.split, network, cache_dir=cache_dir, on_images=on_images)
+        reference_statistics(
+            images, config.split, network, cache_dir=cache_dir, on_images=on_images, processes=processes
+        )
         for network in networks
     ]
 
     def measured(prior: EBMPrior, sampler: SamplerConfig) -> list[dict[str, float]]:
-        seen: list[list[Tensor]] = [[] for _ in networks]
-        for part in prior.chunks(config.samples, seed=seed, sampler=sampler, chunk=chunk):
-            for network, features in zip(networks, seen, strict=True):
-                features.append(extract(network, part.images))
-            on_images(len(part.images))
-        sets = zip(seen, networks, references, strict=True)
+        def see(part: Samples) -> list[Tensor]:
+            on_images(processes.count * len(part.images))  # the others are about as far
+            return [extract(network, part.images) for network in networks]
+
+        seen = prior.map_chunks(see, config.samples, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
+        sets = zip(zip(*seen, strict=True), networks, references, strict=True)
         return [figures(torch.cat(features), network, reference, seed) for features, network, reference in sets]
 
     backbone = priors[0].backbone

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -20,11 +20,12 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.energy import JointEnergy, values
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.objectives import Gain, gain, mle_loss, nce_loss, temper
+from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, seeded
 from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import draw, norm, where
-from ebm_prior.stages import Stages
+from ebm_prior.stages import Moved, Stages
 from ebm_prior.training import Callback, Images, Recorder, batch_indices, update_average
 
 PRIOR_DRAWS = 4  # held-out prior latents per posterior one: log Z is the noisier half of the gain
@@ -51,6 +52,14 @@ class HeldOut(NamedTuple):
         return gain(f_q, f_p), temper(f_q, f_p, ess_floor=ess_floor)
 
 
+class Part(NamedTuple):
+    """What a part of the batch contributes to a step."""
+
+    row: Tensor  # the gradient, flat, then the loss, the gap E_q[f] − E_p[f] and the mean ‖ε‖/√D of the chains
+    draws: Moved | None  # of the prior so far, where there are stages
+    chains: list[Tensor]  # where they are persistent
+
+
 def fit(
     backbone: Backbone,
     images: Images,
@@ -59,6 +68,7 @@ def fit(
     run: Recorder | None = None,
     on_step: Callback | None = None,
     on_evaluate: Callback | None = None,
+    processes: Processes = ALONE,
 ) -> EBMPrior:
     """Train an energy-based prior for a frozen `backbone` on `images`.
 
@@ -66,15 +76,24 @@ def fit(
     state. `on_evaluate` gets {"iteration", "prior"}: the moving average as a prior. When a loss or chain is not finite,
     chains leave the typical set, or the held-out gain collapses, training returns to the last good state at half the
     rate; the second time it raises DivergenceError, whose `prior` is the best one so far.
+
+    A batch is drawn and differentiated in `config.parts`, which the `processes` share: the result depends on the parts
+    and not on how many processes there are. Only the first one is given a `run` and callbacks.
     """
     config = config or FitConfig()
-    return _Fit(backbone, images, config).train(run, on_step, on_evaluate)
+    if config.parts % processes.count:
+        raise ConfigurationError(
+            f"{processes.count} processes share the parts of a batch: expected a multiple of that, found "
+            f"{config.parts} (--parts)"
+        )
+    return _Fit(backbone, images, config, processes).train(run, on_step, on_evaluate)
 
 
 class _Fit:
     """One second stage under way: everything that changes is in `state`, so that it can be saved and rolled back."""
 
-    def __init__(self, backbone: Backbone, images: Images, config: FitConfig) -> None:
+    def __init__(self, backbone: Backbone, images: Images, config: FitConfig, processes: Processes) -> None:
+        self.processes = processes
         self.backbone, self.images = backbone.for_inference(), images
         self.asked = self.config = config
         like = next(backbone.parameters())
@@ -111,7 +130,7 @@ class _Fit:
 
     def train(self, run: Recorder | None, on_step: Callback | None, on_evaluate: Callback | None) -> EBMPrior:
         config, self.on_step = self.config, on_step
-        state = run.load_state() if run else None
+        state = self.processes.of_first(lambda: run.load_state() if run else None)
         if state is not None:
             self._restore(state)
         good = self._state()
@@ -150,26 +169,59 @@ class _Fit:
 
     def _step(self) -> dict[str, Any]:
         config, t = self.config, self.iteration
-        generator = derived_generator(config.seed, 11, t, device=self.device)
         indices = self.training[batch_indices(len(self.training), config.batch_size, t, config.seed)]
         groupwise = self.stages is not None and t < self.together
+        pieces, generators = indices.chunk(config.parts), self._generators(11, t)
+
+        def contribution(part: int) -> Part:
+            return self._part(pieces[part], part, generators[part], groupwise)
+
+        parts = self.processes.map(contribution, range(config.parts))
+        if self.stages is not None and not groupwise:
+            self.stages.put_back([part.draws for part in parts if part.draws])
+        self.chains = [torch.cat(group) for group in zip(*(part.chains for part in parts), strict=True)]
+        mean = torch.stack([part.row for part in parts]).mean(0)
+        gradient, shown = mean[:-3], mean[-3:]
+        loss, gap, chain_norm = shown.tolist()
+        if not (math.isfinite(loss) and bool(gradient.norm().isfinite())):
+            raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
+        if config.objective == "mle" and chain_norm > self.norm_limit:
+            raise DivergenceError(
+                f"chains left the typical set at iteration {t}: ‖ε‖/√D {chain_norm:.3g}, limit {self.norm_limit:.3g}"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        learned = list(self.energy.parameters())
+        for parameter, piece in zip(learned, torch.split(gradient, [p.numel() for p in learned]), strict=True):
+            parameter.grad = piece.view_as(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.optimizer.step()
+        self.iteration += 1
+        update_average(self.average, self.energy, config.ema, t)
+        if abs(gap) > GAP_LIMIT:
+            raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
+        return {"iteration": self.iteration, "loss": loss, "f_gap": gap, "chain_norm": chain_norm}
+
+    def _part(self, indices: Tensor, part: int, generator: torch.Generator, groupwise: bool) -> Part:
+        """Draws of one part of the batch, and the gradient of its loss."""
+        config, draws, chains = self.config, None, list[Tensor]()
         if groupwise:
             positive, negative = self._own_conditionals(indices, generator)
-            chain_norm = 1.0
+            chain_norm = torch.ones_like(positive[0][0].flatten()[0])
         else:
             positive = self._posterior(indices, generator)
-            negative, chain_norm = self._negatives(generator)
-        since = self.saturated["iteration"] if self.saturated else 0  # what came after a ratio warms up anew
-        rate = self.rate * config.learning_rate * min(1.0, (t + 1 - since) / max(1, config.warmup))
-        if self.stages is not None:
-            rate *= self.stages.rate
-        if config.decay:
-            rate *= 0.5 * (1 + math.cos(math.pi * t / config.iterations))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
+            if self.stages is not None:
+                draws = self.stages.moved(len(indices), generator, part=part, parts=config.parts)
+                eps = draws.eps
+            elif config.objective == "nce":
+                eps = self.backbone.standard_normal(len(indices), generator=generator)
+            else:
+                eps = self._langevin(len(indices), part, generator)
+                chains = eps if config.chains == "persistent" else []
+            negative, chain_norm = self._seen(eps), norm(eps).mean()
         self.energy.train()
-        with seeded(self.device, config.seed, 12, t), torch.enable_grad():  # dropout draws from the global generator
+        dropout = (config.seed, 12, self.iteration, *((part + 1,) if config.parts > 1 else ()))
+        with seeded(self.device, *dropout), torch.enable_grad():  # dropout draws from the global generator
             both = [torch.cat(pair) for pair in zip(positive, negative, strict=True)]
             if groupwise:  # a ratio per group, (B, L): without the joint head, for which the negatives are no draw
                 f = self.energy.terms(both)[:, : len(self.backbone.groups)]
@@ -177,22 +229,25 @@ class _Fit:
                 f = self.energy(both) - self._known(both)
             f_q, f_p = torch.split(f, [len(positive[0]), len(negative[0])])
             loss = nce_loss(f_q, f_p) if config.objective == "nce" else mle_loss(f_q, f_p, penalty=config.penalty)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradient = torch.nn.utils.get_total_norm([p.grad for p in self.energy.parameters() if p.grad is not None])
-        if not bool(torch.isfinite(loss) & torch.isfinite(gradient)):
-            raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
-        if config.objective == "mle" and chain_norm > self.norm_limit:
-            raise DivergenceError(
-                f"chains left the typical set at iteration {t}: ‖ε‖/√D {chain_norm:.3g}, limit {self.norm_limit:.3g}"
-            )
-        self.optimizer.step()
-        self.iteration += 1
-        update_average(self.average, self.energy, config.ema, t)
-        gap = float((f_q.mean() - f_p.mean()).detach())
-        if abs(gap) > GAP_LIMIT:
-            raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
-        return {"iteration": self.iteration, "loss": float(loss.detach()), "f_gap": gap, "chain_norm": chain_norm}
+            gradient = torch.autograd.grad(loss, list(self.energy.parameters()))
+        shown = torch.stack([loss.detach(), (f_q.mean() - f_p.mean()).detach(), chain_norm])
+        return Part(torch.cat([*(g.flatten() for g in gradient), shown]), draws, chains)
+
+    def _generators(self, *words: int) -> list[torch.Generator]:
+        """A generator for each part of a batch; one part's is that of the whole."""
+        parts = self.config.parts
+        own = [()] if parts == 1 else [(part + 1,) for part in range(parts)]
+        return [derived_generator(self.config.seed, *words, *word, device=self.device) for word in own]
+
+    def _learning_rate(self) -> float:
+        config, t = self.config, self.iteration
+        since = self.saturated["iteration"] if self.saturated else 0  # stages warm up anew
+        rate = self.rate * config.learning_rate * min(1.0, (t + 1 - since) / max(1, config.warmup))
+        if self.stages is not None:
+            rate *= self.stages.rate
+        if config.decay:
+            rate *= 0.5 * (1 + math.cos(math.pi * t / config.iterations))
+        return rate
 
     def _known(self, inputs: list[Tensor]) -> Tensor | float:
         """f_k, what the logit is taken relative to: 0 with one ratio."""
@@ -257,16 +312,15 @@ class _Fit:
             self._require_finite(found)
             if found.nats <= max(ANNEAL_LEAST if tau < 1 else GAIN_STEP, 2 * error):
                 break
-            generator = derived_generator(self.config.seed, 20, number, device=self.device)
-            self._accept(stages, step, found, generator)
+            self._accept(stages, step, found, self._generators(20, number))
             number += 1
             if self.on_step:
                 course = {"stage": len(stages.done), "gain": stages.gain}
                 self.on_step({"iterations": self.config.iterations, "iteration": self.iteration, **course})
         self._put_back(stages.reference)
 
-    def _accept(self, stages: Stages, energy: JointEnergy, found: Gain, generator: torch.Generator) -> None:
-        stages.advance(energy, found, self.iteration, generator)
+    def _accept(self, stages: Stages, energy: JointEnergy, found: Gain, generators: Sequence[torch.Generator]) -> None:
+        stages.advance(energy, found, self.iteration, generators, self.processes)
         self.best = {"gain": stages.gain, "iteration": self.iteration, "energy": copy.deepcopy(energy.state_dict())}
 
     def _end_stage(self, stages: Stages) -> None:
@@ -275,8 +329,7 @@ class _Fit:
         found, error = stages.look(self.average, self.held_out.posterior)
         self._require_finite(found)
         if found.nats > max(GAIN_STEP, 2 * error):
-            generator = derived_generator(self.config.seed, 19, self.iteration, device=self.device)
-            self._accept(stages, self.average, found, generator)
+            self._accept(stages, self.average, found, self._generators(19, self.iteration))
         else:
             stages.reject()
         self._put_back(stages.reference)  # after an accepted stage, too: the live heads run ahead of what was measured
@@ -388,52 +441,45 @@ class _Fit:
             redrawn = [prior.mean + prior.std * e for prior, e in zip(trace.priors, eps, strict=True)]
             return self.energy.inputs(trace.z, trace.eps), self.energy.inputs(redrawn, eps)
 
-    def _negatives(self, generator: torch.Generator) -> tuple[list[Tensor], float]:
-        """Draws of p_β (nce) or of the current p_α by Langevin (mle), and the mean ‖ε‖/√D of the chains."""
+    def _langevin(self, n: int, part: int, generator: torch.Generator) -> list[Tensor]:
+        """ε of n draws of the current p_α (mle): fresh chains, or those of this part of the batch, which go on."""
         config = self.config
 
         def propose() -> list[Tensor]:
-            return self.backbone.standard_normal(config.batch_size, generator=generator)
+            return self.backbone.standard_normal(n, generator=generator)
 
-        if self.stages is not None:
-            eps, chain_norm = self.stages.negatives(config.batch_size, generator)
-            return self._seen(eps), chain_norm
-        if config.objective == "nce":
-            eps = propose()
-        else:
-            current = EBMPrior(self.backbone, copy.deepcopy(self.energy), regime=config.regime, target=config.target)
-            initial = self._initial_chains(propose(), generator) if config.chains == "persistent" else None
-            eps = draw(current.potential, propose if initial is None else lambda: initial, config.chain, generator).eps
-            self.chains = eps if initial is not None else []
-        return self._seen(eps), float(norm(eps).mean())
+        current = EBMPrior(self.backbone, copy.deepcopy(self.energy), regime=config.regime, target=config.target)
+        if config.chains == "fresh":
+            return draw(current.potential, propose, config.chain, generator).eps
+        initial = propose()
+        if self.chains:  # go on from the last step, but for a share of them
+            restart = torch.rand(n, generator=generator, device=self.device) < config.refresh
+            initial = where(restart, initial, [chains.chunk(config.parts)[part] for chains in self.chains])
+        return draw(current.potential, lambda: initial, config.chain, generator).eps
 
     def _seen(self, eps: list[Tensor]) -> list[Tensor]:
         """T_β(ε) as the heads see it."""
         with torch.no_grad():
             return self.energy.inputs(self.backbone.reparameterize(eps), eps)
 
-    def _initial_chains(self, fresh: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-        """The chains of the last step, a share of them restarted."""
-        if not self.chains:
-            return fresh
-        restart = torch.rand(len(fresh[0]), generator=generator, device=self.device) < self.config.refresh
-        return where(restart, fresh, self.chains)
-
     def _held_out_latents(self, indices: Tensor) -> HeldOut:
-        prior = []
-        for number, part in enumerate(torch.split(indices, self.config.batch_size)):
-            generator = derived_generator(self.config.seed, 16, number, device=self.device)
-            for _ in range(PRIOR_DRAWS):
-                eps = self.backbone.standard_normal(len(part), generator=generator)
-                prior.append([seen.cpu() for seen in self._seen(eps)])
+        def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
+            generator = derived_generator(self.config.seed, 16, batch[0], device=self.device)
+            eps = (self.backbone.standard_normal(len(batch[1]), generator=generator) for _ in range(PRIOR_DRAWS))
+            return [[seen.cpu() for seen in self._seen(e)] for e in eps]
+
+        batches = self.processes.map(drawn, list(enumerate(torch.split(indices, self.config.batch_size))))
+        prior = [latents for batch in batches for latents in batch]
         return HeldOut(self._latents(indices, 13), [torch.cat(group) for group in zip(*prior, strict=True)])
 
     def _latents(self, indices: Tensor, stream: int) -> list[Tensor]:
         """A posterior draw of each image, as the heads see it, on the CPU; in batches, as the memory allows."""
-        parts = []
-        for number, part in enumerate(torch.split(indices, self.config.batch_size)):
-            generator = derived_generator(self.config.seed, stream, number, device=self.device)
-            parts.append([z.cpu() for z in self._posterior(part, generator)])
+
+        def drawn(batch: tuple[int, Tensor]) -> list[Tensor]:
+            generator = derived_generator(self.config.seed, stream, batch[0], device=self.device)
+            return [z.cpu() for z in self._posterior(batch[1], generator)]
+
+        parts = self.processes.map(drawn, list(enumerate(torch.split(indices, self.config.batch_size))))
         return [torch.cat(group) for group in zip(*parts, strict=True)]
 
     def _prior(self, *, tau: float = 1.0, record: Mapping[str, Any] | None = None) -> EBMPrior:

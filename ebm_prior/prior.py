@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from torch import Tensor
 from ebm_prior.backbone import Backbone
 from ebm_prior.energy import JointEnergy
 from ebm_prior.errors import RegimeError
+from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.randomness import BLOCK, BlockGenerator
 from ebm_prior.samplers import SamplerConfig, draw, effective_sample_size
 from ebm_prior.scores import Form, Lower, Mode, score
 
 Regime = Literal["calibrated", "refiner"]
 Target = Literal["exact", "published"]
+Seen = TypeVar("Seen")
 
 ANCESTRAL = SamplerConfig(proposals=1, steps=0)
 """The sampler that ignores f: the backbone's own prior."""
@@ -108,22 +110,34 @@ class EBMPrior:
         return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
     @torch.no_grad()
-    def chunks(
-        self, n: int, *, seed: int = 0, sampler: SamplerConfig | None = None, chunk: int = 128
-    ) -> Iterator[Samples]:
-        """Iterate over n draws in chunks. Draw i depends on (seed, i) alone, not on `chunk` (design: blocks of 64)."""
+    def map_chunks(
+        self,
+        see: Callable[[Samples], Seen],
+        n: int,
+        *,
+        seed: int = 0,
+        sampler: SamplerConfig | None = None,
+        chunk: int = 128,
+        processes: Processes = ALONE,
+    ) -> list[Seen]:
+        """`see` of each chunk of n draws, in order. The `processes` share the chunks.
+
+        Draw i depends on (seed, i) alone, not on `chunk` (design: blocks of 64).
+        """
         sampler = sampler or self.sampler
         device = next(self.backbone.parameters()).device
-        for first, count in _blocks(n, chunk):
+
+        def drawn(part: tuple[int, int]) -> Seen:
+            first, count = part
             generator = BlockGenerator(seed, first, count, device)
-
-            def propose(count: int = count, generator: BlockGenerator = generator) -> list[Tensor]:
-                return self.backbone.standard_normal(count, generator=generator)
-
-            drawn = draw(self.potential, propose, sampler, generator)
-            trace = self.backbone.transform(drawn.eps)
+            found = draw(
+                self.potential, lambda: self.backbone.standard_normal(count, generator=generator), sampler, generator
+            )
+            trace = self.backbone.transform(found.eps)
             images = self.backbone.likelihood(trace.features).mean
-            yield Samples(trace.z, drawn.eps, images, drawn.acceptance, drawn.norm, drawn.ess_fraction)
+            return see(Samples(trace.z, found.eps, images, found.acceptance, found.norm, found.ess_fraction))
+
+        return processes.map(drawn, _blocks(n, chunk))
 
     def sample(
         self,
@@ -133,16 +147,22 @@ class EBMPrior:
         sampler: SamplerConfig | None = None,
         chunk: int = 128,
         on_chunk: Callable[[int], None] | None = None,
+        processes: Processes = ALONE,
     ) -> Samples:
         """n draws of p_α by `sampler` (default: the one recorded with the prior). `on_chunk` gets the number done.
 
         Raises DivergenceError when a chain leaves the finite numbers.
         """
-        parts: list[Samples] = []
-        for part in self.chunks(n, seed=seed, sampler=sampler, chunk=chunk):
-            parts.append(part)
+        done = 0
+
+        def see(part: Samples) -> Samples:
+            nonlocal done
+            done = min(n, done + processes.count * len(part.images))  # the others are about as far
             if on_chunk:
-                on_chunk(sum(len(p.images) for p in parts))
+                on_chunk(done)
+            return part
+
+        parts = self.map_chunks(see, n, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
         return Samples(
             [torch.cat(group) for group in zip(*(part.z for part in parts), strict=True)],
             [torch.cat(group) for group in zip(*(part.eps for part in parts), strict=True)],
@@ -213,10 +233,10 @@ class EBMPrior:
             )
 
 
-def _blocks(n: int, chunk: int) -> Iterator[tuple[int, int]]:
+def _blocks(n: int, chunk: int) -> list[tuple[int, int]]:
     """First sample and size of each chunk: `chunk` rounded down to whole blocks, at least one."""
     size = max(BLOCK, chunk // BLOCK * BLOCK)
-    return ((first, min(size, n - first)) for first in range(0, n, size))
+    return [(first, min(size, n - first)) for first in range(0, n, size)]
 
 
 def _log_standard_normal(eps: Sequence[Tensor]) -> Tensor:

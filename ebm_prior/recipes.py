@@ -26,6 +26,9 @@ class FitConfig:
     )
     stage: StageConfig = field(default_factory=StageConfig)
     batch_size: int = field(default=256, metadata={"help": "posterior draws, and as many prior draws, per step"})
+    parts: int = field(
+        default=1, metadata={"help": "parts of a batch, each with noise of its own, one at a time: less memory"}
+    )
     learning_rate: float = field(default=4e-3, metadata={"help": "peak rate"})
     warmup: int = field(default=50, metadata={"help": "iterations over which the rate rises linearly"})
     decay: bool = field(default=True, metadata={"help": "let the rate fall to 0 along a cosine"})
@@ -51,6 +54,11 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")
+        if not 1 <= self.parts <= min(self.batch_size, self.stage.particles) or self.batch_size % self.parts:
+            raise ConfigurationError(
+                f"expected parts that divide the batch, and no more than stages have draws; found {self.parts} of "
+                f"batch_size {self.batch_size} and {self.stage.particles} draws"
+            )
         for name, value in (("ema", self.ema), ("ess_floor", self.ess_floor), *(("betas", b) for b in self.betas)):
             if not 0 <= value < 1:
                 raise ConfigurationError(f"{name} must be in [0, 1), found {value}")

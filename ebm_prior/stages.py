@@ -24,7 +24,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,13 +33,13 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.energy import JointEnergy, values
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.objectives import Gain, gain
+from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import BLOCK
 from ebm_prior.samplers import (
     TARGET_ACCEPTANCE,
     SamplerConfig,
     effective_sample_size,
-    norm,
     pcn_langevin_step,
     run_chain,
     start,
@@ -76,6 +76,14 @@ class StageConfig:
         return replace(self, particles=max(1, int(share * self.particles)), held_out=max(1, int(share * self.held_out)))
 
 
+class Moved(NamedTuple):
+    """Draws that have moved, not yet put back among the others."""
+
+    rows: Tensor  # (n,): which
+    eps: list[Tensor]  # (n, *group.shape)
+    acceptance: Tensor  # (n,), the mean over their steps
+
+
 class Stages:
     """Draws of p_k in ε-space that follow f from stage to stage; the last `held_out` of them are never trained on."""
 
@@ -108,12 +116,20 @@ class Stages:
         """What draws from p_k anew: importance weights do not reach that far, so chains alone, at the step found."""
         return SamplerConfig(proposals=1, steps=COLD_STEPS, step_size=self.step_size)
 
-    def negatives(self, n: int, generator: torch.Generator) -> tuple[list[Tensor], float]:
-        """ε of at most n draws of p_k, which move before they are shown, and their mean ‖ε‖/√D."""
-        count = self.config.particles
-        rows = torch.randperm(count, generator=generator, device=self.eps[0].device)[:n]
-        moved = self._move(rows, self.config.moves, generator)
-        return moved, float(norm(moved).mean())
+    def moved(self, n: int, generator: torch.Generator, *, part: int = 0, parts: int = 1) -> Moved:
+        """At most n draws of p_k of part `part` of the pool, moved before they are shown; `put_back` keeps them."""
+        own = torch.arange(self.config.particles, device=self.eps[0].device)[part::parts]
+        rows = own[torch.randperm(len(own), generator=generator, device=own.device)[:n]]
+        return self._move(rows, self.config.moves, generator)
+
+    def put_back(self, moved: Sequence[Moved]) -> None:
+        """Replace draws by what they have moved to. From call to call the step size follows the acceptance."""
+        for rows, eps, _ in moved:
+            for group, new in zip(self.eps, eps, strict=True):
+                group[rows] = new
+        if self.done:  # under p_β every step is accepted, which says nothing
+            acceptance = float(torch.cat([part.acceptance for part in moved]).mean())
+            self.step_size = min(2.0, self.step_size * math.exp(ADAPTATION * (acceptance - TARGET_ACCEPTANCE)))
 
     def ess_fraction(self, energy: JointEnergy) -> float:
         """Effective sample size of the weights exp(f − f_k) / number of held-out draws."""
@@ -150,18 +166,33 @@ class Stages:
         relative = (1 / found.ess_fraction - 1) / len(r_p)  # variance of the mean weight / its square
         return found, math.sqrt(float(r_q.var(correction=0)) / len(r_q) + relative)
 
-    def advance(self, energy: JointEnergy, found: Gain, iteration: int, generator: torch.Generator) -> None:
-        """End the stage: f_{k+1} is `energy`. The draws are resampled by their weights, the held-out ones apart."""
+    def advance(
+        self,
+        energy: JointEnergy,
+        found: Gain,
+        iteration: int,
+        generators: Sequence[torch.Generator],
+        processes: Processes = ALONE,
+    ) -> None:
+        """End the stage: f_{k+1} is `energy`. The draws are resampled by their weights, the held-out ones apart.
+
+        There are as many `generators` as parts in which the draws then settle; the `processes` share these.
+        """
         count, held_out = self.config.particles, self._log_weights(energy)
         weights = log_ratio(energy, self.reference, self._seen([e[:count] for e in self.eps]))
         log_z = float(held_out.double().logsumexp(0)) - math.log(len(held_out))
         rows, device = [], self.eps[0].device
         for first, part in ((0, weights), (count, held_out)):
-            rows.append(first + _systematic(part.double().softmax(0).to(device), generator))
+            rows.append(first + _systematic(part.double().softmax(0).to(device), generators[0]))
         self.eps = [e[torch.cat(rows)] for e in self.eps]
         self.reference.load_state_dict(energy.state_dict())
         self.rate = min(1.0, 2 * self.rate)
-        self._move(torch.arange(len(self.eps[0]), device=device), self.config.settle, generator)
+
+        def settled(part: int) -> Moved:
+            own = torch.arange(len(self.eps[0]), device=device)[part :: len(generators)]
+            return self._move(own, self.config.settle, generators[part])
+
+        self.put_back(processes.map(settled, range(len(generators))))
         stage = {"iteration": iteration, "gain": found.nats, "log_z": log_z, "ess_fraction": found.ess_fraction}
         self.done.append(stage)
         self._show_held_out()
@@ -187,10 +218,10 @@ class Stages:
         self.step_size, self.rate, self.done = state["step_size"], state["rate"], state["done"]
         self._show_held_out()
 
-    def _move(self, rows: Tensor, steps: int, generator: torch.Generator) -> list[Tensor]:
-        """Steps of the draws `rows` under p_k, by blocks. From call to call the step size follows the acceptance."""
+    def _move(self, rows: Tensor, steps: int, generator: torch.Generator) -> Moved:
+        """Steps of the draws `rows` under p_k, by blocks."""
         prior = EBMPrior(self.backbone, self.reference)
-        accepted = []
+        eps, accepted = [], []
         for chunk in torch.split(rows, BLOCK):
             state, acceptance, _ = run_chain(
                 pcn_langevin_step,
@@ -200,13 +231,9 @@ class Stages:
                 step_size=torch.full((len(chunk),), self.step_size, dtype=self.eps[0].dtype, device=rows.device),
                 generator=generator,
             )
+            eps.append(state.eps)
             accepted.append(acceptance)
-            for group, moved in zip(self.eps, state.eps, strict=True):
-                group[chunk] = moved
-        if self.done:  # under p_β every step is accepted, which says nothing
-            factor = math.exp(ADAPTATION * (float(torch.cat(accepted).mean()) - TARGET_ACCEPTANCE))
-            self.step_size = min(2.0, self.step_size * factor)
-        return [e[rows] for e in self.eps]
+        return Moved(rows, [torch.cat(group) for group in zip(*eps, strict=True)], torch.cat(accepted))
 
     def _show_held_out(self) -> None:
         self._held_out = self._seen([e[self.config.particles :] for e in self.eps])

@@ -17,6 +17,7 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.fit import fit
 from ebm_prior.objectives import Gain
 from ebm_prior.randomness import derived_generator
+from ebm_prior.samplers import norm
 from ebm_prior.stages import StageConfig, Stages
 
 
@@ -54,13 +55,17 @@ def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypa
 
 def test_negatives_move_and_held_out_draws_stay(stages: Stages) -> None:
     before = [e.clone() for e in stages.eps]
-    shown, norm = stages.negatives(100, derived_generator(2))
-    assert [len(e) for e in shown] == [100, 100]
-    assert 0.8 < norm < 1.2
+    moved = stages.moved(100, derived_generator(2))
+    assert all(torch.equal(e, old) for e, old in zip(stages.eps, before, strict=True)), "not yet put back"
+    stages.put_back([moved])
+    assert [len(e) for e in moved.eps] == [100, 100]
+    assert 0.8 < norm(moved.eps).mean() < 1.2
     assert all(torch.equal(e[400:], old[400:]) for e, old in zip(stages.eps, before, strict=True))
     changed = (stages.eps[0] != before[0]).any(1)
     assert int(changed.sum()) == 100
-    assert [len(e) for e in stages.negatives(1_000, derived_generator(3))[0]] == [400, 400]
+    assert [len(e) for e in stages.moved(1_000, derived_generator(3)).eps] == [400, 400]
+    halves = [stages.moved(1_000, derived_generator(3), part=part, parts=2).rows for part in range(2)]
+    assert torch.equal(torch.cat(halves).sort().values, torch.arange(400))
 
 
 def test_a_step_too_far_is_halved_until_its_weights_are_even_enough(stages: Stages) -> None:
@@ -86,7 +91,7 @@ def test_a_stage_along_a_known_energy_goes_as_far_as_its_ess_allows(stages: Stag
 def test_the_draws_of_the_next_stage_have_a_higher_f(stages: Stages) -> None:
     energy = sloped(stages.reference, 4.0)
     before = energy(stages._seen(stages.eps))
-    stages.advance(energy, Gain(0.3, 0.7, 1.0), 7, derived_generator(4))
+    stages.advance(energy, Gain(0.3, 0.7, 1.0), 7, [derived_generator(4)])
     after = energy(stages._seen(stages.eps))
     for part in (slice(400), slice(400, None)):
         assert after[part].mean() > before[part].mean()

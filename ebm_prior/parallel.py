@@ -1,0 +1,121 @@
+"""One run in several processes: each does its share of the work, and all of them know all results.
+
+    torchrun --nproc-per-node N -m ebm_prior fit|sample|eval …
+
+Every process runs the same program on the same settings. What is worth sharing is a `map` over items whose results do
+not depend on who computes them: chunks of samples, parts of a batch, batches of held-out images. So a run is the same,
+bit for bit, in any number of processes on machines of one kind. What travels is small beside what it takes to compute
+(gradients of the heads, moved chains, finished samples), so it goes through the hosts (gloo), from GPUs, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ebm_prior.errors import EbmPriorError, ProcessError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process, number `rank` of `count`. Only the first one writes files and prints."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`function` of every item, in order: each process computes a contiguous share, and all get all results.
+
+        Every process must come to it, with the same items. A stated error of one is raised in all. Results that hold
+        tensors on a GPU arrive on the current one. Raises ProcessError where another process has ended.
+        """
+        if self.count == 1:
+            return [function(item) for item in items]
+        begin, end = (-(-len(items) * rank // self.count) for rank in (self.rank, self.rank + 1))
+        results: list[Result] = []
+        failure: EbmPriorError | None = None
+        try:
+            results = [function(item) for item in items[begin:end]]
+        except EbmPriorError as error:
+            failure = error
+        shares = self._exchange((results, failure))
+        failures = [error for _, error in shares if error is not None]
+        if failures:
+            raise failures[0]
+        return [result for found, _ in shares for result in found]
+
+    def of_first(self, make: Callable[[], Result]) -> Result:
+        """What the first process makes, in every one."""
+        return self.map(lambda _: make(), range(1))[0]
+
+    def _exchange(self, own: Any) -> list[Any]:
+        """What each process brings, by rank."""
+        buffer = io.BytesIO()
+        torch.save(own, buffer)
+        found: list[Any] = [None] * self.count
+        try:
+            dist.all_gather_object(found, buffer.getvalue())
+        except RuntimeError as error:  # of gloo, whose connection has broken
+            raise ProcessError(
+                f"another of the {self.count} processes of this run has ended, so this one (number {self.rank}) ends, "
+                "too. See what it said; a fit goes on from its last state with --resume"
+            ) from error
+        return [
+            own if rank == self.rank else torch.load(io.BytesIO(sent), map_location=_here, weights_only=False)
+            for rank, sent in enumerate(found)
+        ]
+
+
+ALONE = Processes()
+"""One process, in which everything is the identity."""
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[Processes]:
+    """The processes that torchrun has started, connected unless they are so already, or this one alone.
+
+    Raises ProcessError where they cannot be connected.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield ALONE
+        return
+    if dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size())
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f"the processes that torchrun started cannot reach one another: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(name: str) -> str:
+    """The device that a process takes where its user says `name`: of several processes each has a GPU of its own."""
+    if name != "cuda" or not (dist.is_available() and dist.is_initialized()):
+        return name
+    torch.cuda.set_device(dist.get_node_local_rank())
+    return f"cuda:{dist.get_node_local_rank()}"
+
+
+def _here(storage: Any, location: str) -> Any:
+    """Where a tensor of another process goes: from its GPU to the current one of this."""
+    return storage.cuda() if location.startswith("cuda") else storage

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,14 @@ class NVAE(FoldableBackbone[Network]):
         for module in folded.modules():
             if isinstance(module, FoldedCell):
                 module.lower(cells)
+
+    def checkpointing(self) -> NVAE:
+        """Folded, with cells that keep their input alone for the backward pass."""
+        folded = cast(NVAE, self.for_inference())
+        for module in folded.running.modules():
+            if isinstance(module, FoldedCell):
+                module.recomputed = True
+        return folded
 
     def regularization(self) -> Tensor:
         """Σ σ₁(W) + Σ max |γ|, over all convolutions and all batch norms: the spectral regularisation of §3.2.

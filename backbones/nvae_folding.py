@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .nvae_cells import BatchNorm, Cell, Conv2d, InvertedResidual, NormSwishConv
 from .nvae_network import DecoderCombiner, Network
@@ -146,6 +147,7 @@ class FoldedCell(Cell):
             cast(nn.Linear, gate.se[0]).weight.div_(RESIDUAL)
         super().__init__(_swapped(cell.skip), ops, gate)
         self.branch_dtype: torch.dtype | None = None  # None: that of the input
+        self.recomputed = False  # keep the input alone for the backward pass, and compute the rest again there
 
     def lower(self, dtype: torch.dtype) -> None:
         """Run the residual branch in a lower precision. The sum stays in that of the input."""
@@ -155,6 +157,12 @@ class FoldedCell(Cell):
 
     def forward(self, x: Tensor) -> Tensor:
         """The residual sum."""
+        if not (self.recomputed and torch.is_grad_enabled() and x.requires_grad):
+            return self._sum(x)
+        again: Tensor = checkpoint(self._sum, x, use_reentrant=False, preserve_rng_state=False)
+        return again
+
+    def _sum(self, x: Tensor) -> Tensor:
         y = x.to(self.branch_dtype or x.dtype)
         for op in self._ops:
             y = op(y)

@@ -180,6 +180,13 @@ class Backbone(nn.Module, ABC):
             )
         return self
 
+    def checkpointing(self) -> Backbone:
+        """The backbone `for_inference` that keeps less for a backward pass and computes it again: the same results.
+
+        Raises ConfigurationError where the adapter has none.
+        """
+        raise ConfigurationError(f"{type(self).__name__} has no checkpointing: leave out --checkpointing")
+
     def regularization(self) -> Tensor:
         """What the first stage adds to its loss, times `PretrainConfig.regularization`: a scalar. Default: 0."""
         return next(self.parameters()).new_zeros(())

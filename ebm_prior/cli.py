@@ -22,7 +22,18 @@ import torch
 from click.core import ParameterSource
 
 import ebm_prior
-from ebm_prior import ablations, anomaly_table, commands, joint_run, latents_2d, outliers, report, run_report, sources
+from ebm_prior import (
+    ablations,
+    anomaly_table,
+    commands,
+    joint_run,
+    latents_2d,
+    memory,
+    outliers,
+    report,
+    run_report,
+    sources,
+)
 from ebm_prior.allocator import keep_freed_memory
 from ebm_prior.checkpoint import load_backbone, load_prior, prior_record, save_backbone
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
@@ -88,6 +99,11 @@ def _device_options(*dtypes: str) -> Callable[[Command], Command]:
 
 DEVICE = _device_options(*DTYPES)
 TRAINING_DEVICE = _device_options("float32", "float64")
+CHECKPOINTING = click.option(
+    "--checkpointing",
+    is_flag=True,
+    help="in the cells of an NVAE, keep less for the backward pass and compute it again: less memory, the same results",
+)
 SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of everything random")
 RUN_SEED = click.option("--seed", type=click.IntRange(0), help="seed of everything random  [default: 0, or --config's]")
 JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -192,6 +208,7 @@ def main() -> None:
     also={"iterations": ["--max-steps"]},
 )
 @RUN_SEED
+@CHECKPOINTING
 @DEVICE
 @JSON
 def fit(
@@ -208,6 +225,7 @@ def fit(
     preset: str,
     seed: int | None,
     device: str,
+    checkpointing: bool,
     dtype: str,
     as_json: bool,
     **given: Any,
@@ -231,6 +249,7 @@ def fit(
         data = sources.own_data(checkpoint, backbone)
         click.echo(f"images: {data}, which {checkpoint} was trained on (--data takes others)", err=True)
     images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
+    _preflight(memory.for_fit(backbone.checkpointing() if checkpointing else backbone, config), device)
     directory = processes.of_first(lambda: commands.run_directory(out, "fit", resume=resume))
     with Bar("fit", config.iterations) as bar:
         result = commands.fit_into(
@@ -240,6 +259,7 @@ def fit(
             config,
             checkpoint=checkpoint,
             bn_readjust=bn_readjust,
+            checkpointing=checkpointing,
             resume=resume,
             overwrite=overwrite,
             on_step=bar.step,
@@ -271,6 +291,7 @@ def fit(
 )
 @config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
+@CHECKPOINTING
 @DEVICE
 @JSON
 def sample(
@@ -284,6 +305,7 @@ def sample(
     chunk: int,
     seed: int,
     device: str,
+    checkpointing: bool,
     dtype: str,
     as_json: bool,
     **given: Any,
@@ -303,7 +325,10 @@ def sample(
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
     commands.require_free(out, overwrite, folder=not out.suffix)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])
+    if checkpointing:
+        loaded.backbone = loaded.backbone.checkpointing()
     sampler = resolve(loaded.sampler, given)
+    _preflight(memory.for_samples(loaded, number, chunk, sampler), device)
     with Bar("sample", number) as bar:
         drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, on_chunk=bar.to, processes=processes)
     if not processes.first:
@@ -334,6 +359,7 @@ def sample(
 @config_options(EvalConfig, skip=("seed", "energy"))
 @config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
+@CHECKPOINTING
 @DEVICE
 @JSON
 def evaluate(
@@ -349,6 +375,7 @@ def evaluate(
     modes: tuple[InceptionMode, ...],
     seed: int,
     device: str,
+    checkpointing: bool,
     dtype: str,
     as_json: bool,
     **given: Any,
@@ -368,9 +395,12 @@ def evaluate(
     config = resolve(EvalConfig(), given)
     config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
     loaded = [load_prior(priors[0], checkpoint=checkpoint, force=force, device=_device(device), dtype=DTYPES[dtype])]
+    if checkpointing:
+        loaded[0].backbone = loaded[0].backbone.checkpointing()
     loaded += [load_prior(path, loaded[0].backbone, force=force) for path in priors[1:]]
     for prior in loaded:
         prior.sampler = resolve(prior.sampler, given)
+    _preflight(memory.for_samples(loaded[0], config.samples, config.chunk, loaded[0].sampler), device)
     spec = data or sources.named_data(prior_record(priors[0])["record"], str(priors[0]))
     test, train = (
         open_images(
@@ -1020,6 +1050,10 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _preflight(need: memory.Need, device: str) -> None:
+    click.echo(memory.require(need, _device(device)), err=True)
 
 
 def _command() -> str:

@@ -125,6 +125,7 @@ def fit_into(
     *,
     checkpoint: str,
     bn_readjust: bool = False,
+    checkpointing: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     on_step: Callback | None = None,
@@ -134,8 +135,9 @@ def fit_into(
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
 
     `bn_readjust`: first re-adjust the batch norms of `backbone`, which is then another one: it is written to
-    backbone.safetensors, and this is the backbone of the prior. Where training diverges for good, the best prior so far
-    is written before DivergenceError goes on. The first of the `processes` writes, and none of the others.
+    backbone.safetensors, and this is the backbone of the prior. `checkpointing`: of the backbone's cells. Where
+    training diverges for good, the best prior so far is written before DivergenceError goes on. The first of the
+    `processes` writes, and none of the others.
     """
     settings: dict[str, Any] | None = None
     if bn_readjust:
@@ -153,6 +155,8 @@ def fit_into(
         processes.of_first(lambda: adjust(resume=resume, on_stage=on_stage) and None)
         backbone = adjust(resume=True)  # the others read what the first has written
         where = own.name  # beside the prior: wherever the run is, equal runs give equal bytes
+    if checkpointing:
+        backbone = backbone.checkpointing()
 
     def keep(prior: EBMPrior) -> None:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again

@@ -37,6 +37,10 @@ class OutputError(EbmPriorError):
     """A result cannot be written, or would overwrite what was written before."""
 
 
+class MemoryLimitError(EbmPriorError):
+    """What a command needs does not fit in the memory of its device."""
+
+
 class ProcessError(EbmPriorError):
     """Of the processes of one run another has ended, or cannot be reached."""
 

@@ -27,6 +27,7 @@ ROOMS = (
         "show",
         "options",
         "sources",
+        "memory",
         "commands",
         "joint_run",
         "anomaly_table",

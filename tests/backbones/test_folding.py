@@ -21,6 +21,7 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.fit import fit
+from ebm_prior.memory import kept_bytes
 from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import SamplerConfig
 from ebm_prior.testing import check_backbone
@@ -116,6 +117,24 @@ def test_to_the_outside_it_has_the_weights_that_it_came_from(make: Callable[[], 
     assert folded.for_inference() is folded
     assert isinstance(backbone, FoldableBackbone)
     assert backbone.running is backbone.network, "the backbone itself is as it was"
+
+
+def test_checkpointing_keeps_less_and_changes_nothing() -> None:
+    """Nor does it in half precision, whose cells it takes as they are."""
+    backbone = tiny_nvae.trained_tiny()
+    leaves = [e.requires_grad_() for e in backbone.standard_normal(4, generator=torch.Generator().manual_seed(1))]
+
+    def last(which: Backbone) -> Tensor:
+        return which.reparameterize(leaves)[-1].sum()
+
+    for whole in (backbone.for_inference(), backbone.for_inference(cells=torch.bfloat16)):
+        known = [*whole.parameters(), *whole.buffers(), *leaves]
+        kept, found = kept_bytes(partial(last, whole), known), torch.autograd.grad(last(whole), leaves)
+        less = whole.checkpointing()
+        assert kept_bytes(partial(last, less), known) < 0.5 * kept
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(last(less), leaves), found, strict=True))
+    with pytest.raises(ConfigurationError, match="no checkpointing"):
+        tiny_hvae.tiny().eval().checkpointing()
 
 
 def test_cells_in_half_precision_agree_to_its_rounding() -> None:

@@ -1,0 +1,164 @@
+"""How much memory a command will take, said before it starts, and refused where the device has not as much.
+
+Nearly all of it is what a step keeps for its backward pass, which grows in proportion to the chains: it is measured on
+two of them, each storage once, and multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_prior.backbone import Backbone
+from ebm_prior.energy import JointEnergy
+from ebm_prior.errors import MemoryLimitError
+from ebm_prior.prior import EBMPrior
+from ebm_prior.randomness import BLOCK, derived_generator
+from ebm_prior.recipes import FitConfig
+from ebm_prior.samplers import SamplerConfig
+
+UNITS = {"KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
+MEASURED = 2  # chains
+PEAK = {"cpu": 2.2, "cuda": 1.3}  # times what is kept: on a CPU half of the C library's memory are holes (measured)
+
+
+class Need(NamedTuple):
+    """Memory that a command will take beside what the process has already."""
+
+    bytes: int
+    of: str  # e.g. "128 chains at a time"
+    remedy: str  # what to do where it does not fit
+
+
+def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig) -> Need:
+    """Of n draws in chunks, with z, ε and images of all of them, twice while they are joined."""
+    chains = min(n, max(BLOCK, chunk // BLOCK * BLOCK))
+    smaller = [f"-n or --samples below {n}", *([f"--chunk {BLOCK}"] if chains > BLOCK else [])]
+    numbers = 2 * sum(math.prod(group.shape) for group in prior.backbone.groups) + math.prod(prior.backbone.image_shape)
+    draws = 2 * n * numbers * next(prior.backbone.parameters()).dtype.itemsize
+    at_work = chains * chain_bytes(prior) if sampler.steps else 0
+    return Need(draws + at_work, f"{n} draws, {chains} at a time", _one_of(*smaller, *_cells(prior.backbone)))
+
+
+def for_fit(backbone: Backbone, config: FitConfig) -> Need:
+    """Of an iteration: its chains, or the gradient of the heads, whichever takes more."""
+    prior = EBMPrior(backbone, JointEnergy(backbone.groups, config.energy), regime=config.regime, target=config.target)
+    rows = config.batch_size // config.parts
+    smaller = (f"--parts above {config.parts}", f"--batch-size below {config.batch_size}")
+    heads = Need(2 * rows * _head_bytes(prior), f"the heads at {2 * rows} latents", _one_of(*smaller))
+    staged = config.objective == "nce" and config.ratios != "one" and config.regime == "calibrated"
+    if config.objective == "nce" and not staged:
+        return heads
+    chains = min(rows, BLOCK) if staged else rows  # stages move draws in blocks
+    remedy = _one_of(*smaller, *(["--ratios one"] if staged else []), *_cells(backbone))
+    return max(heads, Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy))
+
+
+def require(need: Need, device: torch.device) -> str:
+    """One line that says what is needed and what is there. Raises MemoryLimitError where it does not fit."""
+    free = free_bytes(device)
+    there = "" if free is None else f", {_size(free)} free"
+    if free is not None and need.bytes > free:
+        raise MemoryLimitError(
+            f"expected about {_size(need.bytes)} of memory on {device} for {need.of}, found {_size(free)} free: use "
+            f"{need.remedy}"
+        )
+    return f"memory on {device}: about {_size(need.bytes)} for {need.of}{there}"
+
+
+def chain_bytes(prior: EBMPrior) -> int:
+    """Bytes that a chain takes at the peak of a step."""
+    eps = [e.requires_grad_() for e in _noise(prior.backbone)]
+    known = [*prior.backbone.parameters(), *prior.backbone.buffers(), *prior.energy.parameters(), *eps]
+    return _peak(kept_bytes(lambda: prior.potential(eps), known), eps[0].device)
+
+
+def _head_bytes(prior: EBMPrior) -> int:
+    """Bytes that a latent takes at the peak of the heads' gradient."""
+    with torch.no_grad():
+        eps = _noise(prior.backbone)
+        inputs = prior.energy.inputs(prior.backbone.reparameterize(eps), eps)
+    energy = prior.energy.requires_grad_(True)
+    try:
+        kept = kept_bytes(lambda: energy(inputs), list(energy.parameters()))
+    finally:
+        energy.requires_grad_(False)
+    return _peak(kept, eps[0].device)
+
+
+def kept_bytes(value: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps of a computation for its backward pass, each storage once, `known` ones not counted."""
+    constants = {tensor.untyped_storage().data_ptr() for tensor in known}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constants:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = value()
+    del found
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a device, for one of the processes that torchrun has started here; None where it is unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type != "cpu":
+        return None
+    found = [_available(), _left_in_container()]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min((free // here for free in found if free is not None), default=None)
+
+
+def _available(path: Path = Path("/proc/meminfo")) -> int | None:
+    """What Linux can give to a program without swapping."""
+    try:
+        lines = dict(line.split(":") for line in path.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container (cgroup v2) may still take; files that are merely cached are given up."""
+    try:
+        most, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
+        return most - used + int(cached)
+    except (OSError, ValueError, KeyError):  # "max": no limit
+        return None
+
+
+def _noise(backbone: Backbone) -> list[Tensor]:
+    device = next(backbone.parameters()).device
+    return backbone.standard_normal(MEASURED, generator=derived_generator(0, device=device))
+
+
+def _peak(kept: int, device: torch.device) -> int:
+    return int(PEAK.get(device.type, 1.3) * kept / MEASURED)
+
+
+def _cells(backbone: Backbone) -> list[str]:
+    """What makes the passes of a backbone smaller, where it has cells for it."""
+    return [] if type(backbone).checkpointing is Backbone.checkpointing else ["--checkpointing", "--precision bf16"]
+
+
+def _one_of(*remedies: str) -> str:
+    return " or ".join(remedies)
+
+
+def _size(number: int) -> str:
+    """In binary units, to at most three digits."""
+    unit = next((unit for unit in ("KiB", "MiB", "GiB") if number < 1000 * 1024 ** UNITS[unit]), "TiB")
+    return f"{number / 1024 ** UNITS[unit]:.3g} {unit}"

@@ -1,0 +1,105 @@
+"""What a command will take of memory: held to closed forms, said before it starts, refused where it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Workshop
+from small_fits import OBJECTIVES, small
+
+from ebm_prior import memory
+from ebm_prior.backbone import Backbone
+from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.errors import MemoryLimitError
+from ebm_prior.prior import ANCESTRAL, EBMPrior
+from ebm_prior.samplers import SamplerConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def prior(backbone: Backbone) -> EBMPrior:
+    return EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig(channels=4, hidden=8, joint=8)))
+
+
+def test_what_is_kept_is_counted_once() -> None:
+    x, weight = torch.ones(100, requires_grad=True), torch.ones(100)
+    assert memory.kept_bytes(lambda: x.exp().sum(), [x]) == 400  # exp keeps its result
+    assert memory.kept_bytes(lambda: (x * weight).sum(), [x, weight]) == 0
+    assert memory.kept_bytes(lambda: (x * weight).sum(), [x]) == 400
+    assert memory.kept_bytes(lambda: (y := x.exp()) @ y, [x]) == 400  # twice, but one storage
+
+
+def test_a_chunk_takes_what_its_chains_do(prior: EBMPrior) -> None:
+    def need(n: int, chunk: int, sampler: SamplerConfig) -> int:
+        return memory.for_samples(prior, n, chunk, sampler).bytes
+
+    each = memory.chain_bytes(prior)
+    assert each > 0
+    assert need(1_000, 128, SamplerConfig()) - need(1_000, 64, SamplerConfig()) == 64 * each
+    assert need(30, 512, SamplerConfig()) - need(30, 512, ANCESTRAL) == 30 * each
+    assert not any(p.requires_grad for p in prior.energy.parameters())
+
+
+def test_parts_of_a_batch_take_less(backbone: Backbone) -> None:
+    for config in (small(batch_size=64, ratios="one"), replace(OBJECTIVES["mle"], batch_size=64)):
+        whole, parts = (memory.for_fit(backbone, replace(config, parts=parts)) for parts in (1, 4))
+        assert whole.bytes == 4 * parts.bytes
+        assert "--parts above 1 or --batch-size below 64" in whole.remedy
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = memory.Need(3 * 2**30, "256 chains at a time", "--chunk 64 or --checkpointing")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * 2**30)
+    assert memory.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time, 4 GiB free"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert memory.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000 * 2**20)
+    with pytest.raises(
+        MemoryLimitError, match=r"about 3 GiB .* 256 chains .* 0.977 GiB free: use --chunk 64 or --check"
+    ):
+        memory.require(need, CPU)
+
+
+def test_free_memory_is_what_the_machine_and_the_container_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:  500 kB\n")
+    assert memory._available(tmp_path / "meminfo") == 500 * 1024
+    assert memory._available(tmp_path / "nothing") is None
+    for name, text in {
+        "memory.max": "1000\n",
+        "memory.current": "900\n",
+        "memory.stat": "anon 1\ninactive_file 300\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert memory._left_in_container(tmp_path) == 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._left_in_container(tmp_path) is None
+    monkeypatch.setattr(memory, "_available", lambda: 900)
+    monkeypatch.setattr(memory, "_left_in_container", lambda: 600)
+    assert memory.free_bytes(CPU) == 600
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.free_bytes(CPU) == 300
+
+
+def test_commands_say_what_they_need_and_refuse_before_they_begin(
+    workshop: Workshop, prior_file: Path, fit_words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("sample", prior_file, "-n", 100, "--out", tmp_path / "a.png")
+    shown = workshop.run(*words, "--steps", 1).stderr
+    assert "memory on cpu: about" in shown
+    assert "for 100 draws, 100 at a time" in shown
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 5000)
+    assert "--chunk 64" in workshop.error(*words, "--overwrite", "--chunk", 100_000)
+    assert "--batch-size below 8" in workshop.error(*fit_words, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert "--samples below" in workshop.error("eval", prior_file, "--data", workshop.images)
+
+
+@pytest.fixture
+def prior_file(fitted: Path) -> Path:
+    return fitted / "prior.safetensors"

@@ -93,7 +93,7 @@ def test_a_folder_without_the_right_to_write_is_found_before_the_work(
         return opened(path, flags, *rest, **more)
 
     monkeypatch.setattr(os, "open", refuse)
-    monkeypatch.setattr("ebm_prior.prior.EBMPrior.chunks", lambda *_, **__: pytest.fail("began to work"))
+    monkeypatch.setattr("ebm_prior.prior.EBMPrior.map_chunks", lambda *_, **__: pytest.fail("began to work"))
     for name in ("a.png", "a.npz", "folder"):
         error = workshop.error("sample", prior, "--out", forbidden / name)
         assert f"cannot write {forbidden / name}: Permission denied" in error
@@ -110,7 +110,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("began to work")
 
-    monkeypatch.setattr("ebm_prior.prior.EBMPrior.chunks", work)
+    monkeypatch.setattr("ebm_prior.prior.EBMPrior.map_chunks", work)
     monkeypatch.setattr("ebm_prior.commands.fit", work)
     assert "cannot write" in workshop.error(*command, "--out", tmp_path / "file" / "below" / name)
     assert (tmp_path / "file").read_text() == "x"

@@ -1,19 +1,22 @@
 """How much memory a command will take, said before it starts, and refused where the device has not as much.
 
-Nearly all of it is what a step keeps for its backward pass, which grows in proportion to the chains: it is measured on
-two of them, each storage once, and multiplied.
+Nearly all of it is what a step keeps for its backward pass, which grows in proportion to the chains: a step of two of
+them is made, with every tensor counted as long as it lives, and multiplied.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ebm_prior.backbone import Backbone
 from ebm_prior.energy import JointEnergy
@@ -21,11 +24,11 @@ from ebm_prior.errors import MemoryLimitError
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import BLOCK, derived_generator
 from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.samplers import SamplerConfig, start
 
 UNITS = {"KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
 MEASURED = 2  # chains
-PEAK = {"cpu": 2.2, "cuda": 1.3}  # times what is kept: on a CPU half of the C library's memory are holes (measured)
+HOLES = {"cpu": 2.5}  # times the tensors, measured: 1.9 to 2.9, for the C library does not fill all that it has freed
 
 
 class Need(NamedTuple):
@@ -74,9 +77,8 @@ def require(need: Need, device: torch.device) -> str:
 
 def chain_bytes(prior: EBMPrior) -> int:
     """Bytes that a chain takes at the peak of a step."""
-    eps = [e.requires_grad_() for e in _noise(prior.backbone)]
-    known = [*prior.backbone.parameters(), *prior.backbone.buffers(), *prior.energy.parameters(), *eps]
-    return _peak(kept_bytes(lambda: prior.potential(eps), known), eps[0].device)
+    eps = _noise(prior.backbone)
+    return _taken(lambda: start(prior.potential, eps), eps[0].device)
 
 
 def _head_bytes(prior: EBMPrior) -> int:
@@ -85,28 +87,46 @@ def _head_bytes(prior: EBMPrior) -> int:
         eps = _noise(prior.backbone)
         inputs = prior.energy.inputs(prior.backbone.reparameterize(eps), eps)
     energy = prior.energy.requires_grad_(True)
-    try:
-        kept = kept_bytes(lambda: energy(inputs), list(energy.parameters()))
-    finally:
-        energy.requires_grad_(False)
-    return _peak(kept, eps[0].device)
+    learned = list(energy.parameters())
+    found = _taken(lambda: torch.autograd.grad(energy(inputs).sum(), learned), eps[0].device)
+    energy.requires_grad_(False)
+    return max(0, found - _taken(lambda: [torch.zeros_like(p) for p in learned], eps[0].device))
 
 
-def kept_bytes(value: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps of a computation for its backward pass, each storage once, `known` ones not counted."""
-    constants = {tensor.untyped_storage().data_ptr() for tensor in known}
-    kept: dict[int, torch.UntypedStorage] = {}
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Bytes of all tensors that `run` makes, where they are most; those of an operation's inside are not seen."""
+    living = _Living()
+    with living:
+        run()
+    return living.most
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in constants:
-            kept[storage.data_ptr()] = storage
-        return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        found = value()
-    del found
-    return sum(storage.nbytes() for storage in kept.values())
+class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every storage from the operation that makes it to its end."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = self._now = 0
+        self._known: dict[int, int] = {}  # bytes by the storage's identity
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            self._meet(tensor, old=True)
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            self._meet(tensor)
+        return found
+
+    def _meet(self, tensor: Any, *, old: bool = False) -> None:
+        if not isinstance(tensor, Tensor) or id(storage := tensor.untyped_storage()) in self._known:
+            return
+        self._known[id(storage)] = 0 if old else storage.nbytes()
+        self._now += self._known[id(storage)]
+        self.most = max(self.most, self._now)
+        weakref.finalize(storage, self._end, id(storage)).atexit = False
+
+    def _end(self, identity: int) -> None:
+        self._now -= self._known.pop(identity)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -145,8 +165,9 @@ def _noise(backbone: Backbone) -> list[Tensor]:
     return backbone.standard_normal(MEASURED, generator=derived_generator(0, device=device))
 
 
-def _peak(kept: int, device: torch.device) -> int:
-    return int(PEAK.get(device.type, 1.3) * kept / MEASURED)
+def _taken(run: Callable[[], object], device: torch.device) -> int:
+    """Of memory on the device, for each of the chains measured."""
+    return int(HOLES.get(device.type, 1.2) * peak_bytes(run) / MEASURED)
 
 
 def _cells(backbone: Backbone) -> list[str]:

@@ -26,7 +26,6 @@ from ebm_prior.allocator import keep_freed_memory
 from ebm_prior.backbone import Backbone
 from ebm_prior.checkpoint import load_backbone
 from ebm_prior.energy import EnergyConfig, JointEnergy
-from ebm_prior.memory import kept_bytes
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, standard_normal
 from ebm_prior.recipes import paper_preset
@@ -143,9 +142,19 @@ def saved_bytes(chain: Chain) -> int:
     """Bytes that a step of the chain keeps for its backward pass, each storage once; weights and ε are not counted."""
     leaves = [e.clone().requires_grad_() for e in chain.eps]
     modules = (chain.prior.backbone, chain.prior.energy)
-    return kept_bytes(
-        lambda: chain.value(leaves), [t for m in modules for t in [*m.parameters(), *m.buffers(), *leaves]]
-    )
+    constants = {t.untyped_storage().data_ptr() for m in modules for t in [*m.parameters(), *m.buffers(), *leaves]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constants:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = chain.value(leaves)
+    del value
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

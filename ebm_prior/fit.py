@@ -241,7 +241,7 @@ class _Fit:
 
     def _learning_rate(self) -> float:
         config, t = self.config, self.iteration
-        since = self.saturated["iteration"] if self.saturated else 0  # stages warm up anew
+        since = self.saturated["iteration"] if self.saturated else 0  # what came after a ratio warms up anew
         rate = self.rate * config.learning_rate * min(1.0, (t + 1 - since) / max(1, config.warmup))
         if self.stages is not None:
             rate *= self.stages.rate

@@ -146,7 +146,7 @@ def test_other_images_backbones_and_precisions_are_not_resumed(
     for which, source, message in (
         (backbone, images.subset(range(100)), "images: "),
         (other, images, "backbone: "),
-        (double, images, "dtype: 'torch.float32' before, 'torch.float64' now"),
+        (double, images, "precision: 'float32' before, 'float64' now"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             into(tmp_path / "run", workshop, which, source, config, resume=True)

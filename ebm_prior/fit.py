@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebm_prior.backbone import Backbone
-from ebm_prior.energy import JointEnergy, values
+from ebm_prior.draws import Draws, HeldOut
+from ebm_prior.energy import JointEnergy
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.objectives import Gain, gain, mle_loss, nce_loss, temper
+from ebm_prior.objectives import Gain, mle_loss, nce_loss
 from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, seeded
@@ -28,8 +29,6 @@ from ebm_prior.samplers import draw, norm, where
 from ebm_prior.stages import Moved, Stages
 from ebm_prior.training import Callback, Images, Recorder, batch_indices, update_average
 
-PRIOR_DRAWS = 4  # held-out prior latents per posterior one: log Z is the noisier half of the gain
-HELD_OUT_BYTES = 2**31  # of memory for held-out latents, on the CPU
 NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies
 GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as better
 GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy (a real one is KL(q‖p) + KL(p‖q) of the latents)
@@ -37,19 +36,6 @@ ANNEAL_LEAST = 1.0  # nats that a stage along a known f must bring; learning bri
 PROBATION = 0.25  # of the iterations: where one ratio saturates so early, short chains take over
 SATURATED = 0.1  # times the ESS floor: below it a few draws hold all the weight, and tempering gives most of f away
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, where tempering does not mend it
-
-
-class HeldOut(NamedTuple):
-    """Latents that training never sees, as the heads see them: posterior draws of held-out images, and more of p_β."""
-
-    posterior: list[Tensor]
-    prior: list[Tensor]
-
-    def gains(self, energy: JointEnergy, ess_floor: float) -> tuple[Gain, Gain]:
-        """The gain of f as it stands, and tempered."""
-        device = next(energy.parameters()).device
-        f_q, f_p = values(energy, self.posterior, device), values(energy, self.prior, device)
-        return gain(f_q, f_p), temper(f_q, f_p, ess_floor=ess_floor)
 
 
 class Part(NamedTuple):
@@ -101,17 +87,16 @@ class _Fit:
         if backbone.training:
             raise ConfigurationError("expected a backbone in eval mode, found it in train mode: call .eval() first")
         dimensions = sum(math.prod(group.shape) for group in backbone.groups)
-        bytes_each = dimensions * (1 + config.energy.conditional) * self.dtype.itemsize
-        most = max(1, HELD_OUT_BYTES // (bytes_each * (1 + PRIOR_DRAWS)))
         with seeded(self.device, config.seed, 10):
             self.energy = JointEnergy(backbone.groups, config.energy).to(self.device, self.dtype)
-        self.training, held_out = _split(len(images), replace(config, held_out=min(config.held_out, most)))
-        self.held_out = self._held_out_latents(held_out)
+        self.draws = Draws(self.backbone, images, self.energy, config, processes)
+        self.training, held_out = self.draws.split()
+        self.held_out: HeldOut = self.draws.held_out(held_out)
         if config.energy.standardize:
-            self.energy.standardize(self._latents(self.training[:2_000], 15))
+            self.energy.standardize(self.draws.of_images(self.training[:2_000], 15))
         with torch.no_grad():
             generator = derived_generator(config.seed, 17, device=self.device)
-            observed = self._observed(self.training[: config.batch_size], generator)
+            observed = self.draws.observed(self.training[: config.batch_size], generator)
             typical = norm(backbone.infer(observed, generator=generator).eps).mean()
         self.norm_limit = NORM_LIMIT * max(1.0, float(typical)) + 4 / math.sqrt(2 * dimensions * config.batch_size)
         self.average = copy.deepcopy(self.energy).eval().requires_grad_(False)
@@ -206,10 +191,10 @@ class _Fit:
         """Draws of one part of the batch, and the gradient of its loss."""
         config, draws, chains = self.config, None, list[Tensor]()
         if groupwise:
-            positive, negative = self._own_conditionals(indices, generator)
+            positive, negative = self.draws.own_conditionals(indices, generator)
             chain_norm = torch.ones_like(positive[0][0].flatten()[0])
         else:
-            positive = self._posterior(indices, generator)
+            positive = self.draws.posterior(indices, generator)
             if self.stages is not None:
                 draws = self.stages.moved(len(indices), generator, part=part, parts=config.parts)
                 eps = draws.eps
@@ -218,7 +203,7 @@ class _Fit:
             else:
                 eps = self._langevin(len(indices), part, generator)
                 chains = eps if config.chains == "persistent" else []
-            negative, chain_norm = self._seen(eps), norm(eps).mean()
+            negative, chain_norm = self.draws.of_prior(eps), norm(eps).mean()
         self.energy.train()
         dropout = (config.seed, 12, self.iteration, *((part + 1,) if config.parts > 1 else ()))
         with seeded(self.device, *dropout), torch.enable_grad():  # dropout draws from the global generator
@@ -419,28 +404,6 @@ class _Fit:
 
     # -- its parts
 
-    def _observed(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        images = self.images.batch(indices).to(self.device, self.dtype)
-        return self.backbone.observe(images, generator=generator)
-
-    def _posterior(self, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Posterior draws of images, as the heads see them; fresh each time, since heads overfit to cached ones."""
-        with torch.no_grad():
-            observed = self._observed(indices, generator)
-            if not self.config.energy.conditional:  # where the encoder can, no top-down pass
-                return self.backbone.draw_posterior(observed, generator=generator)
-            posterior = self.backbone.infer(observed, generator=generator)
-            return self.energy.inputs(posterior.z, posterior.eps)
-
-    def _own_conditionals(self, indices: Tensor, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """Posterior draws z, and for each group a z_i' ~ p_β(z_i | z_<i) beside z_i, both as the heads see them."""
-        with torch.no_grad():
-            observed = self._observed(indices, generator)
-            noise, eps = (self.backbone.standard_normal(len(observed), generator=generator) for _ in range(2))
-            trace = self.backbone.trace(self.backbone.encode(observed, noise), len(observed))
-            redrawn = [prior.mean + prior.std * e for prior, e in zip(trace.priors, eps, strict=True)]
-            return self.energy.inputs(trace.z, trace.eps), self.energy.inputs(redrawn, eps)
-
     def _langevin(self, n: int, part: int, generator: torch.Generator) -> list[Tensor]:
         """ε of n draws of the current p_α (mle): fresh chains, or those of this part of the batch, which go on."""
         config = self.config
@@ -456,31 +419,6 @@ class _Fit:
             restart = torch.rand(n, generator=generator, device=self.device) < config.refresh
             initial = where(restart, initial, [chains.chunk(config.parts)[part] for chains in self.chains])
         return draw(current.potential, lambda: initial, config.chain, generator).eps
-
-    def _seen(self, eps: list[Tensor]) -> list[Tensor]:
-        """T_β(ε) as the heads see it."""
-        with torch.no_grad():
-            return self.energy.inputs(self.backbone.reparameterize(eps), eps)
-
-    def _held_out_latents(self, indices: Tensor) -> HeldOut:
-        def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
-            generator = derived_generator(self.config.seed, 16, batch[0], device=self.device)
-            eps = (self.backbone.standard_normal(len(batch[1]), generator=generator) for _ in range(PRIOR_DRAWS))
-            return [[seen.cpu() for seen in self._seen(e)] for e in eps]
-
-        batches = self.processes.map(drawn, list(enumerate(torch.split(indices, self.config.batch_size))))
-        prior = [latents for batch in batches for latents in batch]
-        return HeldOut(self._latents(indices, 13), [torch.cat(group) for group in zip(*prior, strict=True)])
-
-    def _latents(self, indices: Tensor, stream: int) -> list[Tensor]:
-        """A posterior draw of each image, as the heads see it, on the CPU; in batches, as the memory allows."""
-
-        def drawn(batch: tuple[int, Tensor]) -> list[Tensor]:
-            generator = derived_generator(self.config.seed, stream, batch[0], device=self.device)
-            return [z.cpu() for z in self._posterior(batch[1], generator)]
-
-        parts = self.processes.map(drawn, list(enumerate(torch.split(indices, self.config.batch_size))))
-        return [torch.cat(group) for group in zip(*parts, strict=True)]
 
     def _prior(self, *, tau: float = 1.0, record: Mapping[str, Any] | None = None) -> EBMPrior:
         config = self.config
@@ -522,12 +460,3 @@ class _Fit:
             self.stages = self._first_stage()
             self.stages.restore(state["stages"])
         self.chains, self.best = [c.to(self.device) for c in state["chains"]], state["best"]
-
-
-def _split(n: int, config: FitConfig) -> tuple[Tensor, Tensor]:
-    """Indices of training and held-out images, fixed by the seed."""
-    held_out = min(config.held_out, n // 10)
-    if held_out < 1:
-        raise ConfigurationError(f"expected at least 10 images to fit a prior, found {n}")
-    order = torch.randperm(n, generator=derived_generator(config.seed, 14))
-    return order[held_out:], order[:held_out]

@@ -99,7 +99,7 @@ def test_patience_ends_a_run_without_progress(
     backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gains = iter([0.1, 0.2, 0.15, 0.2, 0.1, 0.1, 0.1, 0.1])  # as good as the best is not better
-    monkeypatch.setattr(stage, "temper", lambda *_, **__: stage.Gain(next(gains, 0.0), 1.0, 1.0))
+    monkeypatch.setattr("ebm_prior.draws.temper", lambda *_, **__: stage.Gain(next(gains, 0.0), 1.0, 1.0))
     prior = fit(backbone, images, small(iterations=1000, patience=3))
     assert (prior.record["best_iteration"], prior.record["iterations"]) == (4, 10)
 

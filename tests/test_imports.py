@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ebm_prior"
 ROOMS = (
     {"errors", "randomness", "parallel"},
     {"backbone", "energy", "samplers", "objectives", "metrics", "detection", "batch_norm"},
-    {"scores", "prior", "training", "stages", "recipes", "fit", "pretrain", "joint_config", "joint", "gauge"},
+    {"scores", "prior", "training", "stages", "recipes", "draws", "fit", "pretrain", "joint_config", "joint", "gauge"},
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs"}
     | {"figures", "plots", "pages", "classifier", "inception"},
     {

@@ -106,7 +106,7 @@ class _Fit:
         self.rate = 1.0  # falls by half at a roll-back
         self.rollbacks = 0
         self.chains: list[Tensor] = []
-        self.saturated: dict[str, float] | None = None  # when and how one ratio alone did
+        self.saturated: dict[str, Any] | None = None  # when and how one ratio alone did
         self.stages = self._first_stage() if config.ratios == "staged" else None  # None: one ratio
         self.best = self._untrained()
         self.on_step: Callback | None = None
@@ -114,17 +114,17 @@ class _Fit:
     # -- the loop
 
     def train(self, run: Recorder | None, on_step: Callback | None, on_evaluate: Callback | None) -> EBMPrior:
-        config, self.on_step = self.config, on_step
+        self.on_step = on_step
         state = self.processes.of_first(lambda: run.load_state() if run else None)
         if state is not None:
             self._restore(state)
         good = self._state()
-        while self.iteration < config.iterations and not self._out_of_patience():
+        while self.iteration < self.config.iterations and not self._out_of_patience():
             try:
                 shown = self._step()
                 if self.stages is not None:
                     self._watch(self.stages)
-                if self.iteration % config.evaluate_every == 0 or self.iteration == config.iterations:
+                if self.iteration % self.config.evaluate_every == 0 or self.iteration == self.config.iterations:
                     metrics = self._evaluate(shown)
                     good = self._state()
                     if on_evaluate:
@@ -134,13 +134,13 @@ class _Fit:
                         run.save_state(good)
                     shown |= metrics
                 if on_step:
-                    on_step({"iterations": config.iterations, **shown})
+                    on_step({"iterations": self.config.iterations, **shown})
             except DivergenceError as reason:
                 if self.rollbacks:
                     raise DivergenceError(
                         f"training diverged again after a roll-back at half the rate: {reason}. Kept: the prior of "
-                        f"iteration {self.best['iteration']}. Lower the learning rate (now {config.learning_rate:g}) "
-                        "or the step size",
+                        f"iteration {self.best['iteration']}. Lower the learning rate (now "
+                        f"{self.config.learning_rate:g}) or the step size",
                         prior=self._finish(),
                     ) from reason
                 rate, rollbacks = self.rate * 0.5, self.rollbacks + 1
@@ -226,12 +226,12 @@ class _Fit:
 
     def _learning_rate(self) -> float:
         config, t = self.config, self.iteration
-        since = self.saturated["iteration"] if self.saturated else 0  # what came after a ratio warms up anew
+        since = self.saturated["iteration"] if self.saturated else 0  # what comes after a ratio has its own schedule
         rate = self.rate * config.learning_rate * min(1.0, (t + 1 - since) / max(1, config.warmup))
         if self.stages is not None:
             rate *= self.stages.rate
         if config.decay:
-            rate *= 0.5 * (1 + math.cos(math.pi * t / config.iterations))
+            rate *= 0.5 * (1 + math.cos(math.pi * (t - since) / (config.iterations - since)))
         return rate
 
     def _known(self, inputs: list[Tensor]) -> Tensor | float:
@@ -281,7 +281,7 @@ class _Fit:
     def _refine(self, plain: Gain) -> None:
         """Begin again with maximum likelihood by short chains, as the published second stage."""
         self.saturated = {"iteration": self.iteration, "ess_fraction": plain.ess_fraction}
-        self.config = self.asked.refining
+        self.config = self.asked.refining(self.iteration)
         self.energy.load_state_dict(self.untrained)
         self.average.load_state_dict(self.untrained)
         self.optimizer, self.best = self._new_optimizer(), self._untrained()
@@ -355,6 +355,10 @@ class _Fit:
             raise DivergenceError(f"the held-out gain fell to {plain.nats:.3g} nats at iteration {self.iteration}")
         if self._saturates(plain):
             self._refine(plain)
+            shown = {
+                **shown,
+                "remark": f"one density ratio saturates (ESS {plain.ess_fraction:.2%}): now by short chains",
+            }
         elif not calibrated or tempered.nats > self.best["gain"] + GAIN_STEP:
             self.best = {
                 "gain": tempered.nats,
@@ -455,7 +459,7 @@ class _Fit:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.saturated, self.stages = state["saturated"], None
-        self.config = self.asked.refining if self.saturated else self.asked
+        self.config = self.asked.refining(self.saturated["iteration"]) if self.saturated else self.asked
         if state["stages"]:
             self.stages = self._first_stage()
             self.stages.restore(state["stages"])

@@ -39,10 +39,10 @@ class FitConfig:
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     chains: Literal["fresh", "persistent"] = field(default="fresh", metadata={"help": "mle: where chains start"})
     chain: SamplerConfig = field(
-        default_factory=lambda: SamplerConfig(proposals=1, kernel="pcn-langevin", steps=20, step_size=0.2)
+        default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.01)
     )
     refresh: float = field(default=0.05, metadata={"help": "mle: share of persistent chains restarted each step"})
-    penalty: float = field(default=1e-3, metadata={"help": "mle: weight of E[f_q² + f_p²]"})
+    penalty: float = field(default=1e-4, metadata={"help": "mle: weight of E[f_q² + f_p²]"})
     sampler: SamplerConfig | None = None  # recorded with the prior; None: see `recorded_sampler`
     target: Target = field(default="exact", metadata={"help": "ε-target; published: to replicate only"})
     regime: Regime = field(default="calibrated", metadata={"help": "what f is meant to be"})
@@ -76,22 +76,22 @@ class FitConfig:
         if self.target == "published" and self.regime == "calibrated":
             raise ConfigurationError("the published target is not the density that f describes: regime must be refiner")
 
-    @property
-    def refining(self) -> FitConfig:
-        """These settings where one ratio saturates: maximum likelihood by short chains from p_β, a refiner of samples.
+    def refining(self, after: int) -> FitConfig:
+        """These settings where one ratio saturated `after` so many iterations: a refiner of samples, as published.
 
-        At a quarter of the learning rate, since the gradients are noisier, and with steps that follow the acceptance:
-        where chains cannot follow f, it grows without end. A refiner's f is no density by which to resample.
+        Maximum likelihood by short chains from p_β. Each of their steps costs a backbone pass and its gradient: so
+        the batch is an eighth, and what follows an eighth of the iterations; gradients are noisier: so the rate is
+        half. Such an f is no density by which to resample.
         """
-        adapts = self.chain.steps // 2 if self.chain.kernel == "pcn-langevin" else 0
-        chain = replace(self.chain, adapt_steps=max(adapts, self.chain.adapt_steps))
+        batch = max(1, self.batch_size // 8 // self.parts) * self.parts
+        iterations = after + max(1, self.iterations // 8)
         sampler = self.sampler and replace(self.sampler, proposals=1)
-        settings = replace(self, chain=chain, learning_rate=0.25 * self.learning_rate, sampler=sampler)
-        return replace(settings, objective="mle", regime="refiner", chains="fresh")
+        settings = replace(self, objective="mle", regime="refiner", chains="fresh", sampler=sampler)
+        return replace(settings, batch_size=batch, iterations=iterations, learning_rate=0.5 * self.learning_rate)
 
     @property
     def recorded_sampler(self) -> SamplerConfig:
-        """The sampler of the prior file: the exact default for a density; for a refiner the chains of training."""
+        """The sampler of the prior file: the exact default for a density; for a refiner the chain of training."""
         return self.sampler or (SamplerConfig() if self.regime == "calibrated" else self.chain)
 
 

@@ -376,21 +376,38 @@ def test_fit_gains_what_there_is_to_gain(problem: Problem, objective: str) -> No
     assert distance[1] < 0.2 * distance[0]
 
 
-@pytest.mark.parametrize(("far", "least"), [(1, 12), (2, 48)])
-def test_stages_add_up_to_a_gain_that_one_ratio_cannot_show(far: int, least: int) -> None:
-    """q lies so far from p_β that one ratio saturates; the gains of the stages sum to nearly KL(q ‖ p_β)."""
+def far_apart(far: float) -> tuple[LinearGaussian, Normal, Normal, Normal, ArrayImages]:
+    """A backbone, its p_β, the law of images, their q, and images: q lies too far from p_β for one ratio."""
     double = LinearGaussian(*SIZES).double().requires_grad_(False)
     p = latent_prior(double)
     shift = far * torch.tensor([4.8, -4.0, 4.8, -4.4, 4.0], dtype=torch.float64)
     source = Normal(p.mean + shift, 0.3 * p.covariance)
-    q = aggregate_posterior(double, source)
+    images = images_of(double, source, 20_000, derived_generator(37)).float()
+    return double, p, source, aggregate_posterior(double, source), ArrayImages(images)
+
+
+@pytest.mark.parametrize("far", [1, 2])
+def test_where_one_ratio_saturates_the_default_refines_samples(far: int) -> None:
+    """Short chains bring the mean of p_β's draws at least four fifths of the way to that of the posterior's."""
+    _, p, _, q, images = far_apart(far)
+    backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
+    prior = fit(backbone, images, FitConfig(evaluate_every=20))
+    assert prior.record["saturated"]
+    assert prior.regime == "refiner"
+    drawn = flat(prior.sample(2_000, seed=38).z).double()
+    assert (drawn.mean(0) - q.mean).norm() < 0.2 * (p.mean - q.mean).norm()
+
+
+@pytest.mark.parametrize(("far", "least"), [(1, 12), (2, 48)])
+def test_stages_add_up_to_a_gain_that_one_ratio_cannot_show(far: int, least: int) -> None:
+    """q lies so far from p_β that one ratio saturates; the gains of the stages sum to nearly KL(q ‖ p_β)."""
+    double, p, source, q, images = far_apart(far)
     possible = q.kl(p)
     assert possible > least
-    images = images_of(double, source, 20_000, derived_generator(37)).float()
     backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
     stage = StageConfig(moves=5, step_size=0.4, every=1, groupwise=0.25)
     config = replace(FITS["nce"], iterations=400, ratios="staged", stage=stage)
-    prior = fit(backbone, ArrayImages(images), config)
+    prior = fit(backbone, images, config)
 
     stages = prior.record["stages"]
     assert len(stages) > 5

@@ -53,7 +53,7 @@ def test_the_sampler_that_is_recorded(backbone: Backbone, images: ImageSource) -
     assert replace(OBJECTIVES["mle"], sampler=None).recorded_sampler == SamplerConfig()
     assert replace(OBJECTIVES["mle"], sampler=None, regime="refiner").recorded_sampler == CHAIN
     assert fit(backbone, images, small(iterations=1)).sampler == replace(SamplerConfig(), proposals=2)
-    assert paper_preset().recorded_sampler.steps == 2 * paper_preset().chain.steps
+    assert paper_preset().recorded_sampler.steps == 40
 
 
 def test_the_published_target_is_for_refiners() -> None:
@@ -85,7 +85,10 @@ def test_where_one_ratio_saturates_short_chains_take_over(
     assert saturated["iteration"] <= 6
     assert saturated["ess_fraction"] < asked.ess_floor
     assert (prior.regime, prior.record["config"]["objective"], prior.record["stages"]) == ("refiner", "mle", None)
-    assert prior.record["config"]["learning_rate"] == asked.learning_rate / 4
+    found = prior.record["config"]
+    assert found["learning_rate"] == asked.learning_rate / 2
+    assert found["batch_size"] == asked.batch_size // 8
+    assert prior.record["iterations"] == found["iterations"] == saturated["iteration"] + asked.iterations // 8
     one = fit(backbone, images, replace(asked, ratios="one"))
     assert (one.regime, one.record["saturated"]) == ("calibrated", None)
 

@@ -42,7 +42,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert [line["iteration"] for line in metrics(tmp_path / "cut")] == [2, 4, 6, 8]
 
 
-@pytest.mark.parametrize("after", [1, 5, 13])
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_so_does_one_whose_ratio_has_saturated(
     workshop: Workshop,
     backbone: Backbone,

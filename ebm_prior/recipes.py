@@ -81,11 +81,12 @@ class FitConfig:
 
         Maximum likelihood by short chains from p_β. Each of their steps costs a backbone pass and its gradient: so
         the batch is an eighth, and what follows an eighth of the iterations; gradients are noisier: so the rate is
-        half. Such an f is no density by which to resample.
+        half. Chains of sampling are twice as long as those of training, as published. Such an f is no density by which
+        to resample.
         """
         batch = max(1, self.batch_size // 8 // self.parts) * self.parts
         iterations = after + max(1, self.iterations // 8)
-        sampler = self.sampler and replace(self.sampler, proposals=1)
+        sampler = replace(self.sampler or replace(self.chain, steps=2 * self.chain.steps), proposals=1)
         settings = replace(self, objective="mle", regime="refiner", chains="fresh", sampler=sampler)
         return replace(settings, batch_size=batch, iterations=iterations, learning_rate=0.5 * self.learning_rate)
 

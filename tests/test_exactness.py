@@ -388,14 +388,19 @@ def far_apart(far: float) -> tuple[LinearGaussian, Normal, Normal, Normal, Array
 
 @pytest.mark.parametrize("far", [1, 2])
 def test_where_one_ratio_saturates_the_default_refines_samples(far: int) -> None:
-    """Short chains bring the mean of p_β's draws at least four fifths of the way to that of the posterior's."""
+    """Chains as long as those of training bring the mean of p_β's draws to that of the posterior's, nearly.
+
+    Those that are recorded are twice as long, which looks better where decoded images are; here they go beyond it.
+    """
     _, p, _, q, images = far_apart(far)
     backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
     prior = fit(backbone, images, FitConfig(evaluate_every=20))
     assert prior.record["saturated"]
     assert prior.regime == "refiner"
-    drawn = flat(prior.sample(2_000, seed=38).z).double()
-    assert (drawn.mean(0) - q.mean).norm() < 0.2 * (p.mean - q.mean).norm()
+    trained = replace(prior.sampler, steps=prior.sampler.steps // 2)
+    for sampler, share in ((trained, 0.2), (prior.sampler, 0.7)):
+        drawn = flat(prior.sample(2_000, seed=38, sampler=sampler).z).double()
+        assert (drawn.mean(0) - q.mean).norm() < share * (p.mean - q.mean).norm()
 
 
 @pytest.mark.parametrize(("far", "least"), [(1, 12), (2, 48)])

@@ -146,22 +146,26 @@ class SqueezeExcite(nn.Module):
 
 
 class PhaseSkip(nn.Module):
-    """The skip that halves the side: swish, and one 1×1 convolution for each of the four phases of the pixel grid."""
+    """The skip that halves the side: swish, and one 1×1 convolution for each of the four phases of the pixel grid.
+
+    The phases are taken apart first: with stride 2, oneDNN's AVX2 kernels write beyond their memory in 1×1 convolutions
+    of fewer than 8 channels-last channels (torch 2.14).
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         quarter = out_channels // 4
-        self.conv_1, self.conv_2, self.conv_3 = (NormedConv2d(in_channels, quarter, 1, 2) for _ in range(3))
-        self.conv_4 = NormedConv2d(in_channels, out_channels - 3 * quarter, 1, 2)
+        self.conv_1, self.conv_2, self.conv_3 = (NormedConv2d(in_channels, quarter, 1) for _ in range(3))
+        self.conv_4 = NormedConv2d(in_channels, out_channels - 3 * quarter, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H/2, W/2)."""
         y = F.silu(x)
         phases = [
-            self.conv_1(y),  # even rows, even columns
-            self.conv_2(y[:, :, 1:, 1:]),  # odd, odd
-            self.conv_3(y[:, :, :, 1:]),  # even, odd
-            self.conv_4(y[:, :, 1:, :]),  # odd, even
+            self.conv_1(y[:, :, ::2, ::2]),
+            self.conv_2(y[:, :, 1::2, 1::2]),
+            self.conv_3(y[:, :, ::2, 1::2]),
+            self.conv_4(y[:, :, 1::2, ::2]),
         ]
         return torch.cat(phases, dim=1)
 

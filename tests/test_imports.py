@@ -35,7 +35,7 @@ ROOMS = (
         "ablations",
     }
     | {"report", "web_page", "run_report", "demo", "progress", "allocator"},
-    {"cli", "__main__"},
+    {"command_line", "training_commands", "reading_commands", "cli", "__main__"},
 )
 
 
@@ -85,7 +85,7 @@ def test_the_mathematics_knows_torch_and_numpy_only(module: str) -> None:
 
 def test_click_is_the_command_lines_alone() -> None:
     users = {path.stem for path in PACKAGE.rglob("*.py") if "click" in {n.split(".")[0] for n in imports(path)}}
-    assert users == {"cli", "options"}
+    assert users == {"options", "command_line", "training_commands", "reading_commands", "cli"}
 
 
 def test_backbones_know_the_contract_and_no_energies() -> None:

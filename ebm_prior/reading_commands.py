@@ -1,0 +1,410 @@
+"""The commands that read a trained prior: sample, eval, ood, anomaly, show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ebm_prior import (
+    commands,
+    memory,
+    outliers,
+    report,
+    sources,
+)
+from ebm_prior.checkpoint import load_prior, prior_record
+from ebm_prior.command_line import (
+    CHECKPOINTING,
+    DATA_FORMS,
+    DATA_ROOT,
+    DEVICE,
+    DTYPES,
+    JSON,
+    OWN_DATA,
+    PATH,
+    SEED,
+    launched_processes,
+    preflight,
+    show_result,
+    together,
+    torch_device,
+    typed_command,
+)
+from ebm_prior.data import open_images
+from ebm_prior.evaluate import EvalConfig
+from ebm_prior.fid import amount, published
+from ebm_prior.inception import MODES, load_inception
+from ebm_prior.inception import Mode as InceptionMode
+from ebm_prior.options import config_options, resolve
+from ebm_prior.progress import Bar
+from ebm_prior.samplers import SamplerConfig
+from ebm_prior.scores import Lower, Mode
+from ebm_prior.show import LONG_RUN, PICTURES, WITH_CHAINS, WITH_IMAGES, draw_picture
+
+RECORDED = "{help}  [default: as recorded]"
+PRIOR = together(
+    click.argument("prior", type=PATH),
+    click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved"),
+    click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on"),
+)
+RESULTS = together(
+    click.option("--to", type=PATH, help="folder of the results  [default: the next free one beside PRIOR]"),
+    click.option("--overwrite", is_flag=True, help="replace the results that lie in --to"),
+)
+
+
+@click.command()
+@click.argument("prior", type=PATH, required=False)
+@click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="how many samples")
+@click.option(
+    "--out",
+    type=PATH,
+    help=".png: a grid; .npz: arrays; without suffix: a folder of PNG files  [default: the next free drawn-001.png, "
+    "drawn-002.png, … beside PRIOR]",
+)
+@click.option("--compare", is_flag=True, help="in the grid, show the backbone's own samples beside them")
+@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
+@click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
+@click.option(
+    "--chunk",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="samples at a time, rounded to blocks of 64; changes no result",
+)
+@config_options(SamplerConfig, wording={"": RECORDED})
+@SEED
+@CHECKPOINTING
+@DEVICE
+@JSON
+def sample(
+    prior: Path | None,
+    number: int,
+    out: Path | None,
+    compare: bool,
+    overwrite: bool,
+    checkpoint: str | None,
+    force: bool,
+    chunk: int,
+    seed: int,
+    device: str,
+    checkpointing: bool,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Draw images from a prior file, by the sampler recorded in it unless options say otherwise.
+
+    Without PRIOR it is the newest one under ./runs.
+    """
+    processes = launched_processes()
+    if prior is None:
+        prior = commands.newest_prior()
+        click.echo(f"prior: {prior}, the newest under ./runs", err=True)
+    out = out or commands.next_drawing(prior)
+    if out.suffix not in (".png", ".npz", ""):
+        raise click.UsageError(f"--out is a .png, an .npz or a folder (without suffix), found {out}")
+    if compare and out.suffix != ".png":
+        raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
+    commands.require_free(out, overwrite, folder=not out.suffix)
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
+    if checkpointing:
+        loaded.backbone = loaded.backbone.checkpointing()
+    sampler = resolve(loaded.sampler, given)
+    preflight(memory.for_samples(loaded, number, chunk, sampler), device)
+    with Bar("sample", number) as bar:
+        drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, on_chunk=bar.to, processes=processes)
+    if not processes.first:
+        return
+    files = commands.write_samples(loaded, drawn, out, seed=seed, compare=compare)
+    result = commands.describe_samples(drawn, sampler, seed, files)
+    show_result(result, as_json, report.sample_summary)
+
+
+@click.command("eval")
+@click.argument("priors", type=PATH, nargs=-1, required=True)
+@OWN_DATA
+@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
+@click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
+@click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
+@click.option(
+    "--inception", type=PATH, help="Inception weights, a file or a folder of both: take their features, and add FID"
+)
+@click.option("--fid", is_flag=True, help="the same with the weights in the cache (--download fetches them)")
+@click.option(
+    "--fid-mode",
+    "modes",
+    type=click.Choice(MODES),
+    multiple=True,
+    help="clean-fid's preprocessing, several times for several; legacy_pytorch is comparable with the paper  "
+    "[default: clean]",
+)
+@config_options(EvalConfig, skip=("seed", "energy"))
+@config_options(SamplerConfig, wording={"": RECORDED})
+@SEED
+@CHECKPOINTING
+@DEVICE
+@JSON
+def evaluate(
+    priors: tuple[Path, ...],
+    data: str | None,
+    data_root: Path | None,
+    download: bool,
+    checkpoint: str | None,
+    force: bool,
+    classifier: Path | None,
+    inception: Path | None,
+    fid: bool,
+    modes: tuple[InceptionMode, ...],
+    seed: int,
+    device: str,
+    checkpointing: bool,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure priors of one backbone against held-out images: FD, KID, gap closed, held-out gain, AUC.
+
+    With several PRIORS (training seeds, say) the mean and standard deviation are printed as well. On Inception's
+    features the figures that are published are added: FID, KID and Inception Score of --fid-samples draws against all
+    images of --fid-split, each with its card.
+    """
+    if sum(map(bool, (classifier, inception, fid))) > 1:
+        raise click.UsageError("--classifier, --inception and --fid each name the network of features: give one")
+    lacking = [key for key in ("fid_samples", "fid_split") if given[key] is not None] + ["fid_mode"] * bool(modes)
+    if lacking and not (inception or fid):
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
+        raise click.UsageError(f"{names}: of Inception's features; pass --fid or --inception with it")
+    config = resolve(EvalConfig(), given)
+    config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
+    first = load_prior(priors[0], checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
+    if checkpointing:
+        first.backbone = first.backbone.checkpointing()
+    loaded = [first, *(load_prior(path, first.backbone, force=force) for path in priors[1:])]
+    for prior in loaded:
+        prior.sampler = resolve(prior.sampler, given)
+    preflight(memory.for_samples(loaded[0], config.samples, config.chunk, loaded[0].sampler), device)
+    spec = data or sources.named_data(prior_record(priors[0])["record"], str(priors[0]))
+    test, train = (
+        open_images(
+            spec, split=split, data_root=data_root, download=download, image_shape=loaded[0].backbone.image_shape
+        )
+        for split in ("test", "train")
+    )
+    networks = [
+        load_inception(inception, mode=mode, download=download, device=torch_device(device))
+        for mode in (dict.fromkeys(modes or ("clean",)) if inception or fid else ())
+    ]
+    extractor = networks[0] if networks else commands.feature_classifier(test, classifier, torch_device(device))
+    processes = launched_processes()
+    with Bar("eval", 4 * len(loaded) + 1) as bar:
+        results = commands.evaluate_all(
+            loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage, processes
+        )
+    if networks:
+        compared = train if config.fid.split == "train" else test
+        with Bar("FID", amount(len(loaded), len(networks), len(compared), config.fid)) as bar:
+            cards = published(
+                loaded,
+                networks,
+                compared,
+                config.fid,
+                seed=seed,
+                chunk=config.chunk,
+                on_images=bar.advance,
+                processes=processes,
+            )
+        results = [result | {"published": card} for result, card in zip(results, cards, strict=True)]
+    show_result(results, as_json, report.evaluation_tables)
+
+
+@click.command()
+@PRIOR
+@click.option(
+    "--in", "inside", help=f"images of the known kind, {DATA_FORMS}  [default: what the prior was trained on]"
+)
+@click.option(
+    "--out",
+    "outside",
+    multiple=True,
+    required=True,
+    help=f"outliers, {DATA_FORMS}, or noise, constant; several times for several",
+)
+@DATA_ROOT
+@click.option("--k", "ks", default="all", show_default=True, help="groups not inferred, from the bottom: e.g. 0,1,2")
+@click.option(
+    "--mode",
+    "modes",
+    type=click.Choice(outliers.MODES),
+    multiple=True,
+    help="eq20: the paper's, literally; elbo: as the backbone's own bound; iw: that with L^{>0} importance-weighted  "
+    "[default: each]",
+)
+@click.option(
+    "--lower",
+    "lowers",
+    type=click.Choice(outliers.LOWERS),
+    multiple=True,
+    help="groups not inferred: drawn from the prior given the others, or means of the backbone's  [default: each]",
+)
+@RESULTS
+@config_options(outliers.OutlierConfig)
+@config_options(SamplerConfig, wording={"": RECORDED})
+@SEED
+@DEVICE
+@JSON
+def ood(
+    prior: Path,
+    checkpoint: str | None,
+    force: bool,
+    inside: str | None,
+    outside: tuple[str, ...],
+    data_root: Path | None,
+    download: bool,
+    ks: str,
+    modes: tuple[Mode, ...],
+    lowers: tuple[Lower, ...],
+    to: Path | None,
+    overwrite: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Tell outliers from images of the known kind by L^{>k} and LLR^{>k} (Eqs. 20, 21), with f and without."""
+    config = replace(resolve(outliers.OutlierConfig(), given), seed=seed)
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
+    to = to or commands.next_free(prior.parent, "ood")
+    outliers.require_folder(to, overwrite)
+    loaded.sampler = resolve(loaded.sampler, given)
+    known = inside or sources.named_data(prior_record(prior)["record"], str(prior), option="--in")
+    shape = loaded.backbone.image_shape
+    sets = [
+        outliers.open_set(spec, shape, config.samples, seed=seed, data_root=data_root, download=download)
+        for spec in (known, *outside)
+    ]
+    numbers = outliers.parsed_k(ks, len(loaded.backbone.groups))
+    forms = outliers.every_form(numbers, modes or outliers.MODES, lowers or outliers.LOWERS)
+    with Bar("ood", len(sets) * outliers.set_size(sets[0], sets[1:], config)) as bar:
+        result, columns, scored = outliers.find_outliers(
+            loaded, sets[0], sets[1:], forms, config, on_images=bar.advance
+        )
+    title = f"{scored[0].name} (in) and {', '.join(each.name for each in scored[1:])} (out)"
+    result |= {"prior": str(prior), "command": typed_command()}
+    result["files"] = outliers.write_results(to, result, columns, scored, title)
+    show_result(result, as_json, report.outlier_tables)
+
+
+@click.command()
+@PRIOR
+@click.option("--normal", required=True, help=f"normal images, {DATA_FORMS}; those with --labels are left out")
+@click.option("--test", "anomalies", required=True, help=f"anomalies, {DATA_FORMS}: the images with --labels, or all")
+@click.option("--labels", type=int, multiple=True, help="label of an anomaly; several times for several")
+@DATA_ROOT
+@RESULTS
+@config_options(outliers.OutlierConfig, skip=("seed", "samples"))
+@SEED
+@DEVICE
+@JSON
+def anomaly(
+    prior: Path,
+    checkpoint: str | None,
+    force: bool,
+    normal: str,
+    anomalies: str,
+    labels: tuple[int, ...],
+    data_root: Path | None,
+    download: bool,
+    to: Path | None,
+    overwrite: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Tell anomalies from normal images by L^{>0}, the unnormalised log-posterior (§5.4, Table 4)."""
+    config = replace(resolve(outliers.OutlierConfig(), given), seed=seed)
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
+    to = to or commands.next_free(prior.parent, "anomaly")
+    outliers.require_folder(to, overwrite)
+    shape = loaded.backbone.image_shape
+    known, strange = (
+        open_images(spec, split="test", data_root=data_root, download=download, image_shape=shape)
+        for spec in (normal, anomalies)
+    )
+    known, strange = outliers.labelled(known, labels, among=False), outliers.labelled(strange, labels, among=True)
+    with Bar("anomaly", len(known) + len(strange)) as bar:
+        result, columns, scored = outliers.find_anomalies(loaded, known, strange, config, on_images=bar.advance)
+    result |= {"prior": str(prior), "command": typed_command()}
+    result["files"] = outliers.write_results(
+        to, result, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
+    )
+    show_result(result, as_json, report.outlier_tables)
+
+
+@click.command()
+@PRIOR
+@click.argument("what", type=click.Choice(list(PICTURES)))
+@click.option("--data", help=f"images to start from, {DATA_FORMS}  [default: what the prior was trained on]")
+@DATA_ROOT
+@click.option("-n", "--number", type=click.IntRange(1), help="rows, chains or codes  [default: depends on the picture]")
+@click.option(
+    "--out", type=PATH, help="the .png; its arrays lie beside it as .npz  [default: the next free beside PRIOR]"
+)
+@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+@config_options(SamplerConfig, wording={"": RECORDED})
+@SEED
+@DEVICE
+@JSON
+def show(
+    prior: Path,
+    what: str,
+    checkpoint: str | None,
+    force: bool,
+    data: str | None,
+    data_root: Path | None,
+    download: bool,
+    number: int | None,
+    out: Path | None,
+    overwrite: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Draw what a prior does, as a PNG with the arrays behind it: WHAT is
+
+    \b
+    transitions     chains from the backbone's prior to the energy-based one (Figs. 5, 14)
+    energy          energy per group along 100 and --steps (2,500) steps (Fig. 8)
+    hierarchy       samples with their lower groups redrawn (Figs. 7, 11)
+    reconstruction  images with their lower groups redrawn (Fig. 12)
+    interpolate     from one image to another in ε-space
+    latents         posterior codes and chains, two dimensions per group (Fig. 2)
+    """
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
+    if what == "energy":
+        given["steps"] = given["steps"] or LONG_RUN
+    loaded.sampler = resolve(loaded.sampler, given)
+    out = out or commands.next_free(prior.parent, what, ".png")
+    if out.suffix != ".png":
+        raise click.UsageError(f"--out is a .png, found {out}")
+    for path in (out, out.with_suffix(".npz")):
+        commands.require_free(path, overwrite)
+    images = None
+    if what in WITH_IMAGES:
+        data = data or sources.named_data(prior_record(prior)["record"], str(prior))
+        shape = loaded.backbone.image_shape
+        images = open_images(data, split="test", data_root=data_root, download=download, image_shape=shape)
+    elif data is not None:
+        raise click.UsageError(f"{what} starts from no images: leave --data out")
+    with Bar("show", loaded.sampler.steps if what in WITH_CHAINS else 1) as bar:
+        shown = draw_picture(loaded, what, images, number, seed=seed, on_step=bar.to)
+    show_result(commands.write_page(shown.image, shown.arrays, out), as_json, report.files_written)

@@ -148,8 +148,8 @@ class SqueezeExcite(nn.Module):
 class PhaseSkip(nn.Module):
     """The skip that halves the side: swish, and one 1×1 convolution for each of the four phases of the pixel grid.
 
-    The phases are taken apart first: with stride 2, oneDNN's AVX2 kernels write beyond their memory in 1×1 convolutions
-    of fewer than 8 channels-last channels (torch 2.14).
+    The phases are taken apart first: the gradient of a 1×1 convolution with stride 2 and fewer than 8 channels-last
+    channels corrupts memory in oneDNN on CPUs with AVX2 alone (torch 2.14).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

@@ -390,7 +390,7 @@ def far_apart(far: float) -> tuple[LinearGaussian, Normal, Normal, Normal, Array
 def test_where_one_ratio_saturates_the_default_refines_samples(far: int) -> None:
     """Chains as long as those of training bring the mean of p_β's draws to that of the posterior's, nearly.
 
-    Those that are recorded are twice as long, which looks better where decoded images are; here they go beyond it.
+    Those that are recorded have the published length, twice as many steps; here they go beyond it.
     """
     _, p, _, q, images = far_apart(far)
     backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)

@@ -80,7 +80,8 @@ def test_where_one_ratio_saturates_short_chains_take_over(
 ) -> None:
     assert fit(backbone, images, SATURATING).regime == "calibrated"
     monkeypatch.setattr(stage, "SATURATED", 1.0)
-    prior, asked = fit(backbone, images, SATURATING), SATURATING
+    steps: list[dict[str, Any]] = []
+    prior, asked = fit(backbone, images, SATURATING, on_step=lambda shown: steps.append(dict(shown))), SATURATING
     saturated = prior.record["saturated"]
     assert saturated["iteration"] <= 6
     assert saturated["ess_fraction"] < asked.ess_floor
@@ -89,6 +90,10 @@ def test_where_one_ratio_saturates_short_chains_take_over(
     assert found["learning_rate"] == asked.learning_rate / 2
     assert found["batch_size"] == asked.batch_size // 8
     assert prior.record["iterations"] == found["iterations"] == saturated["iteration"] + asked.iterations // 8
+    assert [shown["iteration"] for shown in steps if "remark" in shown] == [saturated["iteration"]]
+    assert steps[-1]["iterations"] == steps[-1]["iteration"]
+    assert prior.sampler == replace(SamplerConfig(), proposals=1)
+    assert replace(asked, sampler=None).refining(0).sampler == replace(CHAIN, steps=6)
     one = fit(backbone, images, replace(asked, ratios="one"))
     assert (one.regime, one.record["saturated"]) == ("calibrated", None)
 

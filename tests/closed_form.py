@@ -5,6 +5,7 @@ Latents and ε are here flat: the groups side by side in generation order, (B, D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from toys import LinearGaussian
 
 from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.randomness import derived_generator
 
 Z_LIMIT = 4.5
 """Standard errors allowed: beyond them by chance 7 times in a million per comparison."""
+SIZES = (2, 3)
+"""Of the toy's groups."""
 P_LIMIT = 1e-4
 """Smallest p-value allowed. The seeds are fixed, so a test that passes once passes always."""
 
@@ -134,3 +138,32 @@ def images_of(backbone: LinearGaussian, source: Normal, n: int, generator: torch
     z1 = source.sample(n, generator)[:, backbone.groups[0].shape[0] :]
     xi = torch.randn(n, 4, generator=generator, dtype=z1.dtype)
     return (0.5 + z1 @ backbone.W.detach().T + backbone.sigma * xi).view(-1, *backbone.image_shape)
+
+
+class Problem(NamedTuple):
+    p: Normal  # p_β(z)
+    source: Normal  # latents of the images
+    q: Normal  # aggregate posterior
+    best: Quadratic  # f* = log q − log p_β
+
+    @classmethod
+    def of(cls, backbone: LinearGaussian) -> Problem:
+        """Images whose latents p_β does not have."""
+        p = latent_prior(backbone)
+        shift = torch.tensor([1.0, -0.8, 1.1, -1.0, 0.9], dtype=torch.float64)
+        source = Normal(p.mean + shift, 0.3 * p.covariance)
+        q = aggregate_posterior(backbone, source)
+        return cls(p, source, q, log_ratio(q, p).requires_grad_(False))
+
+
+def posterior_draws(backbone: LinearGaussian, problem: Problem, n: int, seed: int) -> list[Tensor]:
+    """Posterior draws of fresh images, as the library makes them."""
+    generator = derived_generator(25, seed)
+    return backbone.infer(images_of(backbone, problem.source, n, generator), generator=generator).z
+
+
+def gain_error(f_q: Tensor, f_p: Tensor, tau: float) -> float:
+    """Standard error of the gain of τf: of τE_q[f], and by the delta method of log E_p[e^{τf}]."""
+    weights = (tau * f_p - (tau * f_p).max()).exp()
+    relative = float(weights.var() / weights.mean() ** 2)
+    return math.sqrt(tau**2 * float(f_q.var()) / len(f_q) + relative / len(f_p))

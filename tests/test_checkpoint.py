@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -345,100 +342,6 @@ def test_names_too_long_for_the_system_are_places_where_nothing_is(workshop: Wor
     with pytest.raises(CheckpointError, match="where there is nothing"):
         load_prior(prior_file, checkpoint=long)
     assert "no backbone at x" in workshop.error("fit", "--ckpt", long, "--data", workshop.images)
-
-
-# Adapters by name and by class.
-
-
-def package(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module `name.model` with a class Net, which the package exports as Net and as Renamed; Net is returned."""
-    (folder / name).mkdir(parents=True)
-    (folder / name / "model.py").write_text("from toys import ToyConv\n\nclass Net(ToyConv):\n    pass\n")
-    (folder / name / "__init__.py").write_text(f"from {name}.model import Net\n\nRenamed = Net\n")
-    monkeypatch.syspath_prepend(folder)
-    return importlib.import_module(name).Net
-
-
-def register(folder: Path, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = folder / "third-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[ebm_prior.backbones]\n{point}\n")
-    monkeypatch.syspath_prepend(folder)
-
-
-@pytest.mark.parametrize("exported", ["model:Net", "Net", "Renamed"])
-def test_what_was_saved_before_its_class_was_registered_is_found(
-    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: str
-) -> None:
-    name = f"third_{exported.replace(':', '_').lower()}"
-    kind = package(tmp_path / "code", name, monkeypatch)
-    file, prior_file = tmp_path / "b.safetensors", tmp_path / "p.safetensors"
-    backbone = kind().eval().requires_grad_(False)
-    save_backbone(backbone, file)
-    save_prior(EBMPrior(backbone, JointEnergy(backbone.groups, SMALL)), prior_file, checkpoint=str(file))
-    with pytest.raises(UnknownBackboneError, match=f"'{name}.model:Net'.*register your class"):
-        load_backbone(None, file)
-
-    register(tmp_path / "info", f"mine = {name}{'.' if ':' in exported else ':'}{exported}", monkeypatch)
-    for adapter in (None, "mine"):
-        assert type(load_backbone(adapter, file)) is kind
-    assert type(load_prior(prior_file).backbone) is kind
-    with pytest.raises(CheckpointError, match="not 'toy'"):
-        load_backbone("toy", file)
-    save_backbone(backbone, file)
-    assert type(load_backbone("mine", file)) is kind
-    if exported != "Renamed":  # by a name that is not the class's own it is found, but not named
-        assert backbone_record(file)["adapter"] == "mine"
-
-
-def test_only_the_very_class_that_is_registered_has_the_name(workshop: Workshop, tmp_path: Path) -> None:
-    path, namesake = tmp_path / "b.safetensors", type("ToyConv", (ToyConv,), {"__module__": "elsewhere"})
-    save_backbone(namesake(), path)
-    assert backbone_record(path)["adapter"] == "elsewhere:ToyConv"
-
-
-def test_what_a_file_names_is_not_imported(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "lurking.py").write_text("from toys import ToyConv\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    path = tmp_path / "b.safetensors"
-    path.write_bytes(workshop.backbone.read_bytes())
-    rewrite(path, BACKBONE_KEY, lambda record, _: record.update(adapter="lurking:ToyConv"))
-    for name in (None, "toy"):
-        with pytest.raises(UnknownBackboneError, match="lurking"):
-            load_backbone(name, path)
-    assert "lurking" not in sys.modules
-
-
-class Attack:
-    """Unpickling this makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.mark.parametrize("name", ["evil.pt", "evil.safetensors", "folder"])
-@pytest.mark.parametrize("adapter", ["toy", "hvae", None])
-def test_no_checkpoint_runs_code(workshop: Workshop, tmp_path: Path, name: str, adapter: str | None) -> None:
-    marker, path = tmp_path / "marker", tmp_path / name
-    files = [path]
-    if name == "folder":
-        path.mkdir()
-        files = [path / f"model_{part}.pt" for part in ("class_name", "kwargs", "state_dict")]
-    for plain in (True, False):
-        for file in files:
-            if plain:
-                file.write_bytes(pickle.dumps(Attack(marker)))
-            else:
-                torch.save(Attack(marker), file)
-        with pytest.raises(CheckpointError):
-            load_backbone(adapter, path)
-        assert not marker.exists()
-    pickle.loads(pickle.dumps(Attack(marker)))
-    assert marker.exists()  # the attack would have worked
 
 
 # Writing.

@@ -8,38 +8,31 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 from closed_form import (
+    SIZES,
     Z_LIMIT,
     Normal,
+    Problem,
     Quadratic,
-    aggregate_posterior,
     flat,
-    images_of,
+    gain_error,
     latent_map,
     latent_prior,
-    log_ratio,
+    posterior_draws,
     tilt,
 )
 from scipy.stats import chi2
 from torch import Tensor
 from toys import LinearGaussian
 
-from ebm_prior.energy import EnergyConfig
-from ebm_prior.fit import fit
 from ebm_prior.objectives import gain, mle_loss, nce_loss, temper
-from ebm_prior.prior import ANCESTRAL, EBMPrior
+from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator
-from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import SamplerConfig
-from ebm_prior.stages import StageConfig
 
-SIZES = (2, 3)
 D = sum(SIZES)
 
 
@@ -147,26 +140,9 @@ def test_langevin_draws_the_tilted_gaussian_with_its_known_bias(
 # The trained optimum. Images come from latents that p_β does not have; q is their aggregate posterior.
 
 
-class Problem(NamedTuple):
-    p: Normal  # p_β(z)
-    source: Normal  # latents of the images
-    q: Normal  # aggregate posterior
-    best: Quadratic  # f* = log q − log p_β
-
-
 @pytest.fixture(scope="module")
 def problem(backbone: LinearGaussian) -> Problem:
-    p = latent_prior(backbone)
-    shift = torch.tensor([1.0, -0.8, 1.1, -1.0, 0.9], dtype=torch.float64)
-    source = Normal(p.mean + shift, 0.3 * p.covariance)
-    q = aggregate_posterior(backbone, source)
-    return Problem(p, source, q, log_ratio(q, p).requires_grad_(False))
-
-
-def posterior_draws(backbone: LinearGaussian, problem: Problem, n: int, seed: int) -> list[Tensor]:
-    """Posterior draws of fresh images, as the library makes them."""
-    generator = derived_generator(25, seed)
-    return backbone.infer(images_of(backbone, problem.source, n, generator), generator=generator).z
+    return Problem.of(backbone)
 
 
 def test_the_log_ratio_is_normalised_and_its_tilt_is_the_aggregate_posterior(
@@ -265,13 +241,6 @@ def test_mle_rests_at_the_log_density_ratio(backbone: LinearGaussian, problem: P
 # The gain, and tempering.
 
 
-def gain_error(f_q: Tensor, f_p: Tensor, tau: float) -> float:
-    """Standard error of the gain of τf: of τE_q[f], and by the delta method of log E_p[e^{τf}]."""
-    weights = (tau * f_p - (tau * f_p).max()).exp()
-    relative = float(weights.var() / weights.mean() ** 2)
-    return math.sqrt(tau**2 * float(f_q.var()) / len(f_q) + relative / len(f_p))
-
-
 @pytest.mark.parametrize("tau", [0.5, 1.0])
 @pytest.mark.parametrize("which", ["optimum", "another f"])
 def test_gain_is_a_difference_of_divergences(
@@ -310,123 +279,3 @@ def test_tempering_finds_the_right_scale(backbone: LinearGaussian, problem: Prob
     error = slope_error / float(f_q.var())
     assert error < 0.03
     assert abs(best.tau - 1 / scale) < Z_LIMIT * error
-
-
-# The whole second stage.
-
-
-class ArrayImages:
-    """Images in memory, as `fit` takes them."""
-
-    name = "closed form"
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: Any) -> Tensor:
-        return self.images[torch.as_tensor(indices)]
-
-
-HEADS = EnergyConfig(hidden=32, joint=32, dropout=0.0)
-FITS = {
-    "nce": FitConfig(iterations=300, evaluate_every=20, patience=100, ema=0.98, energy=HEADS),
-    "mle": FitConfig(
-        objective="mle",
-        iterations=200,
-        evaluate_every=20,
-        patience=100,
-        ema=0.98,
-        learning_rate=2e-3,
-        energy=HEADS,
-        chains="persistent",
-        chain=SamplerConfig(proposals=1, steps=4, step_size=0.4),
-        sampler=SamplerConfig(proposals=1, steps=20, step_size=0.4),
-    ),
-}
-
-
-@pytest.mark.parametrize("objective", FITS)
-def test_fit_gains_what_there_is_to_gain(problem: Problem, objective: str) -> None:
-    """On images of the toy a fit approaches KL(q ‖ p_β) on fresh latents, from below, and its samples approach q."""
-    backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
-    double = LinearGaussian(*SIZES).double().requires_grad_(False)
-    images = images_of(double, problem.source, 20_000, derived_generator(32)).float()
-    fresh = images_of(double, problem.source, 20_000, derived_generator(33)).float()
-    z_q = backbone.infer(fresh, generator=derived_generator(34)).z
-    z_p = backbone.sample(20_000, generator=derived_generator(35))
-    possible = problem.q.kl(problem.p)
-    course: list[float] = []
-
-    def measure(shown: Mapping[str, Any]) -> None:
-        prior = shown["prior"]
-        course.append(gain(prior.f(z_q), prior.f(z_p)).nats)
-
-    prior = fit(backbone, ArrayImages(images), FITS[objective], on_evaluate=measure)
-    f_q, f_p = prior.f(z_q), prior.f(z_p)
-    final, error = gain(f_q, f_p).nats, gain_error(f_q, f_p, 1.0)
-    assert 0.9 * possible < final < possible + Z_LIMIT * error
-    assert course[0] < 0.8 * final  # after 20 iterations there is still some way to go
-    assert abs(prior.record["held_out"]["tempered"]["nats"] - final) < 0.2  # 2,000 held-out posterior draws
-
-    draws = [flat(prior.sample(2_000, seed=36, sampler=sampler).z).double() for sampler in (ANCESTRAL, prior.sampler)]
-    distance = [float((z.mean(0) - problem.q.mean).norm()) for z in draws]
-    assert distance[1] < 0.2 * distance[0]
-
-
-def far_apart(far: float) -> tuple[LinearGaussian, Normal, Normal, Normal, ArrayImages]:
-    """A backbone, its p_β, the law of images, their q, and images: q lies too far from p_β for one ratio."""
-    double = LinearGaussian(*SIZES).double().requires_grad_(False)
-    p = latent_prior(double)
-    shift = far * torch.tensor([4.8, -4.0, 4.8, -4.4, 4.0], dtype=torch.float64)
-    source = Normal(p.mean + shift, 0.3 * p.covariance)
-    images = images_of(double, source, 20_000, derived_generator(37)).float()
-    return double, p, source, aggregate_posterior(double, source), ArrayImages(images)
-
-
-@pytest.mark.parametrize("far", [1, 2])
-def test_where_one_ratio_saturates_the_default_refines_samples(far: int) -> None:
-    """Chains as long as those of training bring the mean of p_β's draws to that of the posterior's, nearly.
-
-    Those that are recorded have the published length, twice as many steps; here they go beyond it.
-    """
-    _, p, _, q, images = far_apart(far)
-    backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
-    prior = fit(backbone, images, FitConfig(evaluate_every=20))
-    assert prior.record["saturated"]
-    assert prior.regime == "refiner"
-    trained = replace(prior.sampler, steps=prior.sampler.steps // 2)
-    for sampler, share in ((trained, 0.2), (prior.sampler, 0.7)):
-        drawn = flat(prior.sample(2_000, seed=38, sampler=sampler).z).double()
-        assert (drawn.mean(0) - q.mean).norm() < share * (p.mean - q.mean).norm()
-
-
-@pytest.mark.parametrize(("far", "least"), [(1, 12), (2, 48)])
-def test_stages_add_up_to_a_gain_that_one_ratio_cannot_show(far: int, least: int) -> None:
-    """q lies so far from p_β that one ratio saturates; the gains of the stages sum to nearly KL(q ‖ p_β)."""
-    double, p, source, q, images = far_apart(far)
-    possible = q.kl(p)
-    assert possible > least
-    backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
-    stage = StageConfig(moves=5, step_size=0.4, every=1, groupwise=0.25)
-    config = replace(FITS["nce"], iterations=400, ratios="staged", stage=stage)
-    prior = fit(backbone, images, config)
-
-    stages = prior.record["stages"]
-    assert len(stages) > 5
-    assert all(stage["gain"] > 0 and stage["ess_fraction"] > 0.2 for stage in stages)
-    claimed = prior.record["held_out"]["tempered"]["nats"]
-    assert claimed == pytest.approx(sum(stage["gain"] for stage in stages))
-    # The true gain is KL(q ‖ p_β) − KL(q ‖ p_α), and log Z = log E_q[exp(f) p_β/q] needs no draws of p_α.
-    z = flat(posterior_draws(double, Problem(p, source, q, log_ratio(q, p)), 50_000, 5))
-    f = prior.f([group.float() for group in z.split(SIZES, dim=1)]).double()
-    excess = f + p.distribution.log_prob(z) - q.distribution.log_prob(z)
-    missing = float(excess.logsumexp(0)) - math.log(len(z)) - float(excess.mean())
-    assert 0 < missing < 0.1 * possible
-    assert abs(claimed - (possible - missing)) < 0.03 * possible
-    assert abs(float(f.mean()) - claimed) < 0.05 * possible  # log Z is 0
-    longer = replace(prior.sampler, steps=200)  # from p_β, up to 49 nats away
-    drawn = flat(prior.sample(1_000, seed=38, sampler=longer).z).double()
-    assert (drawn.mean(0) - q.mean).norm() < 0.05 * (p.mean - q.mean).norm()

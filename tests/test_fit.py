@@ -98,6 +98,25 @@ def test_where_one_ratio_saturates_short_chains_take_over(
     assert (one.regime, one.record["saturated"]) == ("calibrated", None)
 
 
+def test_the_schedule_begins_anew_where_short_chains_take_over(
+    backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    rate = stage._Fit._learning_rate
+
+    def noted(self: stage._Fit) -> float:
+        rates.append(rate(self))
+        return rates[-1]
+
+    monkeypatch.setattr(stage._Fit, "_learning_rate", noted)
+    monkeypatch.setattr(stage, "SATURATED", 1.0)
+    saturated = fit(backbone, images, SATURATING).record["saturated"]["iteration"]
+    assert rates[0] == SATURATING.learning_rate
+    assert rates[saturated] == SATURATING.learning_rate / 2
+    assert rates[saturated:] == sorted(rates[saturated:], reverse=True)
+    assert rates[-1] < rates[saturated] / 2
+
+
 def test_too_few_images(backbone: Backbone, images: ImageSource) -> None:
     with pytest.raises(ConfigurationError, match="at least 10 images to fit a prior, found 9"):
         fit(backbone, images.subset(range(9)), small())

@@ -62,7 +62,6 @@ def run_page(run: Path, given: Mapping[str, Path | None]) -> str:
     commands.append(shlex.join(["ebm-prior", "report", str(run)]))
     curves = Pictures(training_curves(read_metrics(run / "metrics.jsonl")))
     diagnosed = doctor_blocks(diagnosis[0]) if diagnosis else []
-    changed = Table(["setting", "value", "default"], _changed(config))
     sections: list[tuple[str, Sequence[Part]]] = [
         ("Before and after", _before_after(run)),
         ("Training", [*fit_blocks(trained), curves]),
@@ -73,8 +72,7 @@ def run_page(run: Path, given: Mapping[str, Path | None]) -> str:
         (
             "Configuration",
             [
-                *([changed] if changed.rows else ["Every setting is the default."]),
-                Folded("All settings", Table(["setting", "value"], _rows(settings(config)))),
+                *configuration_blocks(config, trained),
                 Folded("Inputs and versions", Table(["", "value"], _rows(inputs | versions))),
             ],
         ),
@@ -88,7 +86,7 @@ def run_page(run: Path, given: Mapping[str, Path | None]) -> str:
 def fit_command(config: FitConfig, inputs: Mapping[str, Any], backbone: Mapping[str, Any], run: Path) -> str:
     """The command of a fit, by its record: whatever configuration file or options it was, these give the same bytes."""
     name, words = min(
-        ((name, as_words(config, _resolved(preset()))) for name, preset in PRESETS.items()),
+        ((name, as_words(_resolved(config), _resolved(preset()))) for name, preset in PRESETS.items()),
         key=lambda pair: len(pair[1]),
     )
     own = run / "backbone.safetensors"
@@ -139,7 +137,7 @@ def _read_run(run: Path) -> tuple[dict[str, Any], FitConfig, dict[str, Any], dic
         ) from error
     if not prior.is_file():
         raise ConfigurationError(f"{run} holds no prior.safetensors yet: finish the run with ebm-prior fit --resume")
-    return prior_record(prior), _resolved(resolve(FitConfig(), {}, path)), inputs, versions
+    return prior_record(prior), resolve(FitConfig(), {}, path), inputs, versions
 
 
 def _resolved(config: FitConfig) -> FitConfig:
@@ -212,13 +210,25 @@ def _named(data: str) -> str:
     return name if name in DATA_SET_NAMES and split in ("train", "test") else data
 
 
-def _changed(config: FitConfig) -> list[list[str]]:
-    default = settings(_resolved(FitConfig()))
-    return [
-        [name, _spelled(value), _spelled(default[name])]
-        for name, value in settings(config).items()
-        if value != default[name]
+def configuration_blocks(asked: FitConfig, trained: Mapping[str, Any]) -> list[Part]:
+    """What was asked that is not the default, what became of it where one ratio saturated, and everything."""
+    config = _resolved(asked)
+    changed = _changes(_resolved(FitConfig()), config)
+    parts: list[Part] = [
+        Table(["setting", "value", "default"], changed) if changed else "Every setting is the default."
     ]
+    if trained["saturated"]:
+        since = trained["saturated"]["iteration"]
+        parts += [
+            f"One density ratio saturated by iteration {since}; from there on, short chains with these settings:",
+            Table(["setting", "value", "as asked"], _changes(config, asked.refining(since))),
+        ]
+    return [*parts, Folded("All settings, as asked", Table(["setting", "value"], _rows(settings(config))))]
+
+
+def _changes(before: FitConfig, after: FitConfig) -> list[list[str]]:
+    old = settings(before)
+    return [[k, _spelled(v), _spelled(old[k])] for k, v in settings(after).items() if v != old[k]]
 
 
 def _rows(values: Mapping[str, Any]) -> list[list[str]]:

@@ -14,7 +14,9 @@ from test_web_page import Page, require_no_sideways_scrolling, screenshot
 
 from ebm_prior.classifier import FeatureClassifier, save_classifier
 from ebm_prior.files import with_nan, without_nan
-from ebm_prior.run_report import training_curves
+from ebm_prior.recipes import FitConfig
+from ebm_prior.report import Table
+from ebm_prior.run_report import configuration_blocks, training_curves
 from ebm_prior.runs import read_metrics
 
 
@@ -88,6 +90,14 @@ def test_settings_that_are_not_the_default_are_named(page: Page) -> None:
     place = page.cells.index("ema")
     assert page.cells[place : place + 3] == ["ema", "0.5", "0.99"]
     assert "weight_decay" in page.cells
+
+
+def test_what_became_of_the_settings_where_one_ratio_saturated() -> None:
+    parts = configuration_blocks(FitConfig(), {"saturated": {"iteration": 100, "ess_fraction": 1e-4}})
+    (became,) = [part for part in parts if isinstance(part, Table)]
+    assert ["batch_size", "32", "256"] in became.rows
+    assert ["sampler_kernel", "langevin", "pcn-langevin"] in became.rows
+    assert not any(isinstance(part, Table) for part in configuration_blocks(FitConfig(), {"saturated": None}))
 
 
 def test_it_says_how_to_make_what_is_missing(workshop: Workshop, run: Path, tmp_path: Path) -> None:

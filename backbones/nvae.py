@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -26,6 +26,7 @@ from .nvae_distributions import GaussianImage, NvaeMixture, reduce_bits
 from .nvae_folding import FoldedCell, fold
 from .nvae_network import Architecture, Context, Features, Network
 from .nvae_spectral import spectral_norms
+from .options import record
 from .safe_loading import load_file, tensors_of
 
 ALIAS = ".weight_normalized"
@@ -49,13 +50,7 @@ class NVAE(FoldableBackbone[Network]):
 
     def __init__(self, **architecture: Any) -> None:
         super().__init__()
-        try:
-            a = Architecture(**architecture)
-        except TypeError as error:
-            known = [field.name for field in fields(Architecture)]
-            raise ConfigurationError(
-                f"expected options among {known}, found {sorted(architecture)}: {error}"
-            ) from error
+        a = record(Architecture, architecture)
         channels, height, width = a.image_shape
         self.image_shape = (channels, height, width)
         self.architecture = asdict(a)

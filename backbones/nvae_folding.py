@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .nvae_cells import BatchNorm, Cell, Conv2d, InvertedResidual, NormSwishConv
@@ -108,6 +109,7 @@ class _Elu(torch.autograd.Function):
         return x.clamp(min=0).add_(slope).sub_(1)
 
     @staticmethod
+    @once_differentiable  # the slope is saved as a number: a second derivative is refused
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (slope,) = ctx.saved_tensors
         product: Tensor = gradient * slope

@@ -21,14 +21,14 @@ from ebm_prior.errors import ConfigurationError
 from .nvae_cells import Cell, NormedConv2d, decoder_cell, encoder_cell
 from .nvae_distributions import soft_gaussian
 from .nvae_flows import Flow
+from .options import LARGEST_COUNT, require_count, require_counts
 
 LIKELIHOODS = ("bernoulli", "logistic_mixture", "gaussian")
-LARGEST_COUNT = 4096  # of anything in an architecture, all cells together too: a damaged file must not hang
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What builds an NVAE; the defaults are those of the published colour models of one scale.
+    """What builds an NVAE; the defaults are those of the published colour models of one scale, but for their flows.
 
     image_shape: (C, H, H). groups_per_scale: latent groups of each scale, from the image up (the highest resolution
     first); the single-group model [1] has no towers. latent_channels: of each group. padding: zeros around the image
@@ -61,12 +61,9 @@ class Architecture:
     def __post_init__(self) -> None:
         for name in ("image_shape", "groups_per_scale"):
             object.__setattr__(self, name, _counts(name, getattr(self, name)))
-        for name in ("latent_channels", "encoder_channels", "decoder_channels", "preprocess_cells"):
-            _require_count(name, getattr(self, name))
-        for name in ("postprocess_cells", "encoder_cells", "decoder_cells", "blocks", "components", "bits"):
-            _require_count(name, getattr(self, name))
-        for name in ("flows", "padding"):
-            _require_count(name, getattr(self, name), least=0)
+        require_counts(self, "latent_channels", "encoder_channels", "decoder_channels", "components", "bits")
+        require_counts(self, "preprocess_cells", "postprocess_cells")  # one of which halves or doubles the side
+        require_counts(self, "blocks", "encoder_cells", "decoder_cells", "flows", "padding", least=0)
         for name in ("squeeze_excite", "residual_posterior"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigurationError(f"{name}: expected true or false, found {getattr(self, name)!r}")
@@ -152,13 +149,8 @@ def _counts(name: str, values: Sequence[int]) -> list[int]:
     if not isinstance(values, (list, tuple)):
         raise ConfigurationError(f"{name}: expected a list of positive integers, found {values!r}")
     for value in values:
-        _require_count(name, value)
+        require_count(name, value)
     return list(values)
-
-
-def _require_count(name: str, value: object, *, least: int = 1) -> None:
-    if type(value) is not int or not least <= value <= LARGEST_COUNT:
-        raise ConfigurationError(f"{name}: expected an integer from {least} to {LARGEST_COUNT}, found {value!r}")
 
 
 class EncoderCombiner(nn.Module):

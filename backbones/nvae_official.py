@@ -28,8 +28,10 @@ def translate(args: Mapping[str, Any]) -> dict[str, Any]:
             f"expected as many blocks for post- as for preprocessing, so that the image gets its size back, found "
             f"{postprocess} and {blocks}"
         )
-    architecture = {
-        **_image(_take(args, "dataset", str), _take(args, "num_mixture_dec", int)),
+    image = _image(_take(args, "dataset", str), _take(args, "num_mixture_dec", int))
+    bits = _take(args, "num_x_bits", int)
+    return {
+        **image,
         "groups_per_scale": _groups(args),
         "latent_channels": _take(args, "num_latent_per_group", int),
         "encoder_channels": _take(args, "num_channels_enc", int),
@@ -42,9 +44,8 @@ def translate(args: Mapping[str, Any]) -> dict[str, Any]:
         "flows": _take(args, "num_nf", int),
         "squeeze_excite": _take(args, "use_se", bool),
         "residual_posterior": _take(args, "res_dist", bool),
-        "bits": _take(args, "num_x_bits", int),
+        "bits": 8 if image["likelihood"] == "bernoulli" else bits,  # fewer leave binary pixels as they are
     }
-    return architecture
 
 
 def _image(dataset: str, components: int) -> dict[str, Any]:

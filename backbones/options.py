@@ -26,16 +26,16 @@ def record(kind: type[Record], options: Any) -> Record:
         ) from error
 
 
-def require_count(where: str, value: object) -> None:
-    """A positive integer that a network can have of something; `where` names it in the ConfigurationError."""
-    if type(value) is not int or not 1 <= value <= LARGEST_COUNT:
-        raise ConfigurationError(f"{where}: expected a positive integer up to {LARGEST_COUNT}, found {value!r}")
+def require_count(where: str, value: object, *, least: int = 1) -> None:
+    """An integer that a network can have of something; `where` names it in the ConfigurationError."""
+    if type(value) is not int or not least <= value <= LARGEST_COUNT:
+        raise ConfigurationError(f"{where}: expected an integer from {least} to {LARGEST_COUNT}, found {value!r}")
 
 
-def require_counts(options: Any, *names: str) -> None:
+def require_counts(options: Any, *names: str, least: int = 1) -> None:
     """`require_count` of the named fields of a record."""
     for name in names:
-        require_count(f"{type(options).__name__}.{name}", getattr(options, name))
+        require_count(f"{type(options).__name__}.{name}", getattr(options, name), least=least)
 
 
 _REQUIRED = object()

@@ -37,13 +37,23 @@ def load_file(path: Path, content: str, *, allow: Sequence[Callable[..., Any]] =
     format admits it the tensors are mapped from the file: what nobody reads takes no memory.
     """
     _require_file(path, content)
+    zipped = zipfile.is_zipfile(path)
     try:
+        if zipped:
+            _require_whole(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(allow)):
             # official files are older than torch's present pickle protocol
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
         raise _refusal(path, content, error) from error
+
+
+def _require_whole(path: Path) -> None:
+    """Hold what a zip file contains to its checksums, which torch does not: a flipped bit would be another weight."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(damaged)
 
 
 def _require_file(path: Path, content: str) -> None:

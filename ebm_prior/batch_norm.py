@@ -8,7 +8,7 @@ throw the images away, and keep the statistics. No weight changes. With momentum
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,12 @@ def readjust_batch_norm(
     batch_size: int = BATCH_SIZE,
     temperature: float = 1.0,
     seed: int = 0,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[str]:
     """Re-adjust to samples of p_β at `temperature`: `iterations` batches, in float32 or better, then eval mode.
 
-    Returns the names of the layers that were re-adjusted, those on the generative path. Raises ConfigurationError
+    `on_batch` gets the number of batches behind it. Returns the names of the layers that were re-adjusted, those on the
+    generative path. Raises ConfigurationError
     where there are none, DivergenceError where a statistic is not finite: the old ones are then put back.
     """
     if iterations < 1 or batch_size < 2 or temperature <= 0:
@@ -44,12 +46,15 @@ def readjust_batch_norm(
     dtype, device = like.dtype, like.device
     if torch.finfo(dtype).bits < 32:  # half precision cannot hold what 5 % of a batch changes
         backbone.float()
+
+    def draws() -> Iterator[list[Tensor]]:
+        for k in range(iterations):
+            if on_batch and k:
+                on_batch(k)
+            yield backbone.standard_normal(batch_size, generator=derived_generator(seed, _PURPOSE, k, device=device))
+
     try:
-        draws = (
-            backbone.standard_normal(batch_size, generator=derived_generator(seed, _PURPOSE, k, device=device))
-            for k in range(iterations)
-        )
-        return readjust_to(backbone, draws, temperature=temperature)
+        return readjust_to(backbone, draws(), temperature=temperature)
     finally:
         backbone.to(dtype)
 

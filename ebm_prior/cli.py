@@ -137,7 +137,8 @@ def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, a
         show_result(prior_record(prior) | {"heads": commands.head_parameters(prior)}, as_json, report.prior_card)
         return
     backbone = load_backbone(adapter_name, str(checkpoint))
-    show_result(commands.describe_backbone(backbone), as_json, report.backbone_card)
+    described = commands.describe_backbone(backbone, sources.own_record(str(checkpoint), backbone))
+    show_result(described, as_json, report.backbone_card)
 
 
 @main.command()

@@ -15,9 +15,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from ebm_prior import (
-    memory,
-)
+from ebm_prior import commands, memory
 from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError
 from ebm_prior.files import without_nan
 from ebm_prior.parallel import ALONE, Processes, own_device
@@ -131,6 +129,13 @@ def refuse_unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool,
     names = [f"--{key.replace('_', '-')}" for key, v in given.items() if key.startswith(starts) and v is not None]
     if names and not used:
         raise click.UsageError(f"{why}: leave out {', '.join(names)}")
+
+
+def run_directory(out: Path | None, command: str, resume: bool) -> Path:
+    """`commands.run_directory`, named before the work begins: a run that is killed can then be resumed."""
+    directory = commands.run_directory(out, command, resume=resume)
+    click.echo(f"run: {directory}", err=True)
+    return directory
 
 
 def launched_processes() -> Processes:

@@ -167,7 +167,10 @@ def fit_into(
 
     def show(shown: Mapping[str, Any]) -> None:
         if shown["iteration"] % (5 * config.evaluate_every) == 0:
-            drawn = shown["prior"].sample(32, seed=config.seed)
+            try:
+                drawn = shown["prior"].sample(32, seed=config.seed)
+            except DivergenceError as error:  # of a picture's chains: training watches its own
+                return on_stage(f"no picture of iteration {shown['iteration']}: {error}") if on_stage else None
             save_png(grid(drawn.images, columns=8), directory / f"samples-{shown['iteration']:06d}.png")
 
     began = time.process_time()
@@ -177,9 +180,9 @@ def fit_into(
         else:
             prior = fit(backbone, images, config, processes=processes)
     except DivergenceError as error:
-        if isinstance(error.prior, EBMPrior):
-            keep(error.prior)
-            raise DivergenceError(f"{error} It was written to {path}", prior=error.prior) from error
+        if isinstance(error.kept, EBMPrior):
+            keep(error.kept)
+            raise DivergenceError(f"{error} It was written to {path}", kept=error.kept) from error
         raise
     seconds = time.process_time() - began
     keep(prior)
@@ -327,8 +330,11 @@ def _trained_on(prior: EBMPrior, name: str, images: str) -> bool:
     return bool(known["fingerprint"] == images if "fingerprint" in known else known.get("name") == name)
 
 
-def describe_backbone(backbone: Backbone) -> dict[str, Any]:
-    """A backbone's groups and parameter counts, with those of the default heads and of the paper's (Table 9)."""
+def describe_backbone(backbone: Backbone, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's groups and parameter counts, with those of the default heads and of the paper's (Table 9).
+
+    `record`: what its checkpoint says of itself.
+    """
     return {
         "class": type(backbone).__name__,
         "image_shape": list(backbone.image_shape),
@@ -336,6 +342,8 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
         "fingerprint": fingerprint(backbone),
         "parameters": parameters(backbone, FitConfig().energy),
         "parameters_paper": parameters(backbone, paper_preset().energy),
+        "architecture": dict(backbone.architecture),
+        "record": dict(record),
     }
 
 
@@ -384,13 +392,19 @@ def pretrain_into(
         elbo = shown["elbo"]
         write_progress(shown["backbone"], test, directory / f"samples-{shown['iteration']:06d}.png", config.seed)
 
-    began = time.process_time()
-    trained = pretrain(backbone, train, config, run=run, validation=held_out, on_step=on_step, on_checkpoint=show)
+    path, began = directory / "backbone.safetensors", time.process_time()
+    start = {} if checkpoint is None else {"start": source_record(checkpoint, backbone)}
+    try:
+        trained = pretrain(backbone, train, config, run=run, validation=held_out, on_step=on_step, on_checkpoint=show)
+    except DivergenceError as error:
+        if isinstance(error.kept, Backbone):
+            record = {**training_record(config, train, elbo), **start, "diverged": str(error)}
+            save_backbone(error.kept, path, record=record)
+            raise DivergenceError(f"{error} It was written to {path}", kept=error.kept) from error
+        raise
     seconds = time.process_time() - began
     if elbo is None and held_out is not None:  # a finished run, resumed
         elbo = evaluate_elbo(trained, held_out, seed=config.seed)
-    path = directory / "backbone.safetensors"
-    start = {} if checkpoint is None else {"start": source_record(checkpoint, backbone)}
     save_backbone(trained, path, record={**training_record(config, train, elbo), **start})
     return {
         "backbone": str(path),

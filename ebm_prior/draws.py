@@ -7,6 +7,7 @@ functions of the seed, whoever of the processes makes them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -96,16 +97,29 @@ class Draws:
             eps = (self.backbone.standard_normal(len(batch[1]), generator=generator) for _ in range(PRIOR_DRAWS))
             return [[seen.cpu() for seen in self.of_prior(e)] for e in eps]
 
-        batches = self.processes.map(drawn, list(enumerate(torch.split(indices, self.config.batch_size))))
+        batches = self.processes.map(drawn, self._batches(indices))
         prior = [latents for batch in batches for latents in batch]
-        return HeldOut(self.of_images(indices, 13), [torch.cat(group) for group in zip(*prior, strict=True)])
+        posterior = self._of_images(indices, 13, lambda seen: [z.cpu() for z in seen])
+        joined = ([torch.cat(group) for group in zip(*kind, strict=True)] for kind in (posterior, prior))
+        return HeldOut(*joined)
 
-    def of_images(self, indices: Tensor, stream: int) -> list[Tensor]:
-        """A posterior draw of each image, as the heads see it, on the CPU; in batches, as the memory allows."""
+    def moments(self, indices: Tensor) -> list[Tensor]:
+        """`JointEnergy.moments` of a posterior draw of each image."""
+        return [
+            torch.stack(group).sum(0) for group in zip(*self._of_images(indices, 15, self.energy.moments), strict=True)
+        ]
+
+    def _of_images(
+        self, indices: Tensor, stream: int, read: Callable[[list[Tensor]], list[Tensor]]
+    ) -> list[list[Tensor]]:
+        """What `read` makes of a posterior draw of each image, as the heads see it, batch by batch."""
 
         def drawn(batch: tuple[int, Tensor]) -> list[Tensor]:
             generator = derived_generator(self.config.seed, stream, batch[0], device=self.like.device)
-            return [z.cpu() for z in self.posterior(batch[1], generator)]
+            return read(self.posterior(batch[1], generator))
 
-        parts = self.processes.map(drawn, list(enumerate(torch.split(indices, self.config.batch_size))))
-        return [torch.cat(group) for group in zip(*parts, strict=True)]
+        return self.processes.map(drawn, self._batches(indices))
+
+    def _batches(self, indices: Tensor) -> list[tuple[int, Tensor]]:
+        """Numbered, and as large as a part of training's."""
+        return list(enumerate(torch.split(indices, self.config.batch_size // self.config.parts)))

@@ -145,12 +145,25 @@ class JointEnergy(nn.Module):
         return self.terms(inputs).sum(1)
 
     @torch.no_grad()
-    def standardize(self, inputs: Sequence[Tensor]) -> None:
-        """Fit the heads' input scaling to posterior latents: per dimension (vectors) or per channel (maps)."""
-        for head, seen in zip(self._heads(), inputs, strict=True):
-            axes = [axis for axis in range(seen.dim()) if axis != 1]
-            head.shift.copy_(seen.mean(axes).reshape(head.shift.shape))
-            head.scale.copy_(seen.std(axes, unbiased=False).clamp(min=1e-6).reshape(head.scale.shape))
+    def moments(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Sums of 1, x and x² over what each head sees, (3, C) in float64, per dimension (vectors) or channel (maps).
+
+        Those of several batches add up.
+        """
+        found = []
+        for seen in inputs:
+            x, axes = seen.double(), [axis for axis in range(seen.dim()) if axis != 1]
+            found.append(torch.stack([torch.ones_like(x).sum(axes), x.sum(axes), x.square().sum(axes)]))
+        return found
+
+    @torch.no_grad()
+    def standardize(self, moments: Sequence[Tensor]) -> None:
+        """Fit the heads' input scaling to the `moments` of posterior latents."""
+        for head, (count, total, squares) in zip(self._heads(), moments, strict=True):
+            mean = total / count
+            std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+            head.shift.copy_(mean.reshape(head.shift.shape))
+            head.scale.copy_(std.reshape(head.scale.shape))
 
     @torch.no_grad()
     def add(self, nats: float) -> None:

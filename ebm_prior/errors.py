@@ -48,9 +48,9 @@ class ProcessError(EbmPriorError):
 class DivergenceError(EbmPriorError):
     """Training or sampling diverged; the command line turns it into exit code 3.
 
-    `prior`: the best prior before that, where there is one.
+    `kept`: the best prior, or the last good backbone, before that; None where there is none.
     """
 
-    def __init__(self, message: str, *, prior: object = None) -> None:
+    def __init__(self, message: str, *, kept: object = None) -> None:
         super().__init__(message)
-        self.prior = prior
+        self.kept = kept

@@ -35,6 +35,7 @@ GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy (a real one is
 ANNEAL_LEAST = 1.0  # nats that a stage along a known f must bring; learning brings as many, and sees where f is wrong
 PROBATION = 0.25  # of the iterations: where one ratio saturates so early, short chains take over
 SATURATED = 0.1  # times the ESS floor: below it a few draws hold all the weight, and tempering gives most of f away
+FEW = 4.0  # draws: an ESS of no more says the same, however few draws there are in all
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, where tempering does not mend it
 
 
@@ -61,7 +62,7 @@ def fit(
     With a `run`, state and metrics are written every `evaluate_every` iterations and the run goes on from its last
     state. `on_evaluate` gets {"iteration", "prior"}: the moving average as a prior. When a loss or chain is not finite,
     chains leave the typical set, or the held-out gain collapses, training returns to the last good state at half the
-    rate; the second time it raises DivergenceError, whose `prior` is the best one so far.
+    rate; the second time it raises DivergenceError, whose `kept` is the best one so far.
 
     A batch is drawn and differentiated in `config.parts`, which the `processes` share: the result depends on the parts
     and not on how many processes there are. Only the first one is given a `run` and callbacks.
@@ -93,11 +94,11 @@ class _Fit:
         self.training, held_out = self.draws.split()
         self.held_out: HeldOut = self.draws.held_out(held_out)
         if config.energy.standardize:
-            self.energy.standardize(self.draws.of_images(self.training[:2_000], 15))
+            self.energy.standardize(self.draws.moments(self.training[:2_000]))
         with torch.no_grad():
             generator = derived_generator(config.seed, 17, device=self.device)
-            observed = self.draws.observed(self.training[: config.batch_size], generator)
-            typical = norm(backbone.infer(observed, generator=generator).eps).mean()
+            observed = self.draws.observed(self.training[: config.batch_size // config.parts], generator)
+            typical = norm(self.backbone.infer(observed, generator=generator).eps).mean()
         self.norm_limit = NORM_LIMIT * max(1.0, float(typical)) + 4 / math.sqrt(2 * dimensions * config.batch_size)
         self.average = copy.deepcopy(self.energy).eval().requires_grad_(False)
         self.untrained = copy.deepcopy(self.average.state_dict())  # f = 0
@@ -127,11 +128,11 @@ class _Fit:
                 if self.iteration % self.config.evaluate_every == 0 or self.iteration == self.config.iterations:
                     metrics = self._evaluate(shown)
                     good = self._state()
-                    if on_evaluate:
-                        on_evaluate({"iteration": self.iteration, "prior": self._prior()})
                     if run:
                         run.log(metrics)
                         run.save_state(good)
+                    if on_evaluate:
+                        on_evaluate({"iteration": self.iteration, "prior": self._prior()})
                     shown |= metrics
                 if on_step:
                     on_step({"iterations": self.config.iterations, **shown})
@@ -141,7 +142,7 @@ class _Fit:
                         f"training diverged again after a roll-back at half the rate: {reason}. Kept: the prior of "
                         f"iteration {self.best['iteration']}. Lower the learning rate (now "
                         f"{self.config.learning_rate:g}) or the step size",
-                        prior=self._finish(),
+                        kept=self._finish(),
                     ) from reason
                 rate, rollbacks = self.rate * 0.5, self.rollbacks + 1
                 self._restore(good)
@@ -272,11 +273,12 @@ class _Fit:
             self._end_stage(stages)
 
     def _saturates(self, plain: Gain) -> bool:
-        """Whether one ratio cannot bridge the hole, early on."""
-        config = self.config
-        auto = config.objective == "nce" and config.ratios == "auto" and config.regime == "calibrated"
+        """Whether one ratio cannot bridge the hole: seen early on, while there is time for what takes over."""
+        config, draws = self.config, len(self.held_out.prior[0])
         early = self.iteration <= max(PROBATION * config.iterations, config.evaluate_every)
-        return auto and early and plain.ess_fraction < SATURATED * config.ess_floor
+        left = self.iteration < config.iterations and config.iterations // 8 >= config.warmup
+        few = max(SATURATED * config.ess_floor * draws, FEW)
+        return config.may_refine and early and left and plain.ess_fraction * draws < few
 
     def _refine(self, plain: Gain) -> None:
         """Begin again with maximum likelihood by short chains, as the published second stage."""
@@ -285,6 +287,7 @@ class _Fit:
         self.energy.load_state_dict(self.untrained)
         self.average.load_state_dict(self.untrained)
         self.optimizer, self.best = self._new_optimizer(), self._untrained()
+        self.rate, self.rollbacks = 1.0, 0
 
     def _anneal(self, stages: Stages) -> None:
         """From p_β to the product of the groups' own ratios in stages along τ f, as far as the held-out gain rises."""
@@ -432,7 +435,7 @@ class _Fit:
             tau=tau,
             regime=config.regime,
             target=config.target,
-            sampler=config.sampler or (self.stages.sampler if self.stages else config.recorded_sampler),
+            sampler=config.sampler.of(self.stages.sampler) if self.stages else config.recorded_sampler,
             record=record,
         )
 

@@ -136,7 +136,7 @@ def _networks(
         alone = []
         for index, group in enumerate(groups):
             network = JointEnergy([group], config.energy).to(posterior[index].dtype)
-            network.standardize([posterior[index]])
+            network.standardize(network.moments([posterior[index]]))
             network.to(device)
             alone.append(_train(network, [posterior[index]], [prior[index]], config, device, 1.0, (fold, index)))
         if len(groups) == 1:

@@ -144,7 +144,7 @@ def train_jointly(
         raise DivergenceError(
             f"{error}. Lower the learning rates (now {training.config.learning_rate:g}, "
             f"{training.config.energy_learning_rate:g} of the energy) or the step sizes",
-            prior=training.result(),
+            kept=training.result(),
         ) from error
     return training.result()
 

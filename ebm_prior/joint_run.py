@@ -75,9 +75,9 @@ def train_into(
     try:
         prior = train_jointly(backbone, train, config, validation=test, run=run, on_step=on_step, on_evaluate=show)
     except DivergenceError as error:
-        if isinstance(error.prior, EBMPrior):
-            keep(error.prior)
-            raise DivergenceError(f"{error} Written: {path}", prior=error.prior) from error
+        if isinstance(error.kept, EBMPrior):
+            keep(error.kept)
+            raise DivergenceError(f"{error} Written: {path}", kept=error.kept) from error
         raise
     seconds = time.process_time() - began
     keep(prior)

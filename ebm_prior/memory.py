@@ -55,11 +55,11 @@ def for_fit(backbone: Backbone, config: FitConfig) -> Need:
     rows = config.batch_size // config.parts
     smaller = (f"--parts above {config.parts}", f"--batch-size below {config.batch_size}")
     heads = Need(2 * rows * _head_bytes(prior), f"the heads at {2 * rows} latents", _one_of(*smaller))
-    staged = config.objective == "nce" and config.ratios != "one" and config.regime == "calibrated"
-    if config.objective == "nce" and not staged:
+    staged, chained = config.ratios == "staged", config.refining(0) if config.may_refine else config
+    if chained.objective == "nce" and not staged:
         return heads
-    chains = min(rows, BLOCK) if staged else rows  # stages move draws in blocks
-    remedy = _one_of(*smaller, *(["--ratios one"] if staged else []), *_cells(backbone))
+    chains = min(rows, BLOCK) if staged else chained.batch_size // chained.parts  # stages move draws in blocks
+    remedy = _one_of(*smaller, *(["--ratios one"] if config.objective == "nce" else []), *_cells(backbone))
     return max(heads, Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy))
 
 

@@ -159,10 +159,14 @@ class _Pretraining:
                 good = self._state() if due else good
             except DivergenceError as reason:
                 if self.rollbacks:
+                    self._restore(good)
+                    trained = self.iteration > 0
                     raise DivergenceError(
                         f"training diverged again after a roll-back at half the rate: {reason}. A resume would repeat "
                         "it: start anew (--overwrite, or another --out) with a lower learning rate (now "
-                        f"{config.learning_rate:g}) or a longer kl_warmup (now {config.kl_warmup:g})"
+                        f"{config.learning_rate:g}) or a longer kl_warmup (now {config.kl_warmup:g}). "
+                        f"Kept: {f'the backbone of iteration {self.iteration}.' if trained else 'nothing.'}",
+                        kept=_frozen(self.average).requires_grad_(False) if trained else None,
                     ) from reason
                 self._restore(good | {"rate": self.rate * 0.5, "rollbacks": self.rollbacks + 1})
                 good = self._state()

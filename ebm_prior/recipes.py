@@ -9,7 +9,7 @@ from typing import Literal
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.prior import Regime, Target
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.samplers import SamplerChanges, SamplerConfig
 from ebm_prior.stages import StageConfig
 from ebm_prior.training import require_choices, require_positive, require_seed
 
@@ -43,7 +43,7 @@ class FitConfig:
     )
     refresh: float = field(default=0.05, metadata={"help": "mle: share of persistent chains restarted each step"})
     penalty: float = field(default=1e-4, metadata={"help": "mle: weight of E[f_q² + f_p²]"})
-    sampler: SamplerConfig | None = None  # recorded with the prior; None: see `recorded_sampler`
+    sampler: SamplerChanges = field(default_factory=SamplerChanges)  # of the one recorded: `recorded_sampler`
     target: Target = field(default="exact", metadata={"help": "ε-target; published: to replicate only"})
     regime: Regime = field(default="calibrated", metadata={"help": "what f is meant to be"})
     held_out: int = field(default=5_000, metadata={"help": "images kept for held-out latents, at most a tenth"})
@@ -73,27 +73,37 @@ class FitConfig:
             raise ConfigurationError(f"refresh must be in [0, 1], found {self.refresh}")
         require_choices(self)
         require_seed(self)
+        _ = self.recorded_sampler  # refuses what does not fit together
         if self.target == "published" and self.regime == "calibrated":
             raise ConfigurationError("the published target is not the density that f describes: regime must be refiner")
+
+    @property
+    def may_refine(self) -> bool:
+        """Whether `refining` takes over where one ratio saturates."""
+        return self.objective == "nce" and self.ratios == "auto" and self.regime == "calibrated"
 
     def refining(self, after: int) -> FitConfig:
         """These settings where one ratio saturated `after` so many iterations: a refiner of samples, as published.
 
         Maximum likelihood by short chains from p_β. Each of their steps costs a backbone pass and its gradient: so
         the batch is an eighth, and what follows an eighth of the iterations; gradients are noisier: so the rate is
-        half. Chains of sampling are twice as long as those of training, as published. Such an f is no density by which
-        to resample.
+        half. Such an f is no density by which to resample; and of the sampler that was asked for, what holds for any
+        kernel is its steps.
         """
         batch = max(1, self.batch_size // 8 // self.parts) * self.parts
-        iterations = after + max(1, self.iterations // 8)
-        sampler = replace(self.sampler or replace(self.chain, steps=2 * self.chain.steps), proposals=1)
+        iterations = min(self.iterations, after + max(1, self.iterations // 8))
+        asked = self.sampler
+        sampler = replace(asked, proposals=1) if asked.kernel else SamplerChanges(steps=asked.steps)
         settings = replace(self, objective="mle", regime="refiner", chains="fresh", sampler=sampler)
         return replace(settings, batch_size=batch, iterations=iterations, learning_rate=0.5 * self.learning_rate)
 
     @property
     def recorded_sampler(self) -> SamplerConfig:
-        """The sampler of the prior file: the exact default for a density; for a refiner the chain of training."""
-        return self.sampler or (SamplerConfig() if self.regime == "calibrated" else self.chain)
+        """The sampler of the prior file: the exact default for a density; for a refiner, as published, the chain of
+        training with twice its steps. What is asked for is put in.
+        """
+        longer = replace(self.chain, steps=2 * self.chain.steps)
+        return self.sampler.of(SamplerConfig() if self.regime == "calibrated" else longer)
 
 
 def paper_preset() -> FitConfig:
@@ -104,7 +114,6 @@ def paper_preset() -> FitConfig:
     not as published: the heads' last layer starts at zero, some images are held out to measure the gain (no result
     depends on it), and divergence is noticed earlier than at |mean f| > 1e9.
     """
-    chain = SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=2e-5)
     return FitConfig(
         objective="mle",
         iterations=5_000,
@@ -117,9 +126,8 @@ def paper_preset() -> FitConfig:
         weight_decay=3e-5,
         ema=0.0,
         energy=EnergyConfig(channels=64, hidden=200, joint=0, activation="leaky_relu", standardize=False),
-        chain=chain,
+        chain=SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=2e-5),
         penalty=0.0,
-        sampler=replace(chain, steps=40),
         target="published",
         regime="refiner",
     )

@@ -364,7 +364,7 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
 
 
 def backbone_card(described: Mapping[str, Any]) -> str:
-    """A backbone's groups and parameter counts."""
+    """A backbone's groups, parameter counts, the plain values of its architecture, and what is known of its making."""
     count, paper = described["parameters"], described["parameters_paper"]
     rows = [[name, "×".join(map(str, shape))] for name, shape in described["groups"]]
     return "\n".join(
@@ -373,9 +373,35 @@ def backbone_card(described: Mapping[str, Any]) -> str:
             f"{described['fingerprint'][:12]}",
             f"parameters: backbone {count['backbone']:,}, default heads {count['heads']:,} ({count['ratio']:.1%}), "
             f"heads of --preset paper {paper['heads']:,} ({paper['ratio']:.1%})",
+            *_architecture(described["architecture"]),
+            *_making(described["record"]),
             table(["group (top first)", "shape"], rows),
         ]
     )
+
+
+def _architecture(options: Mapping[str, Any]) -> list[str]:
+    plain = {
+        name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        for name, value in options.items()
+        if isinstance(value, (str, int, float)) or (name != "image_shape" and _plain_list(value))
+    }
+    return [f"architecture: {', '.join(f'{name} {value}' for name, value in plain.items())}"] if plain else []
+
+
+def _plain_list(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in value)
+
+
+def _making(record: Mapping[str, Any]) -> list[str]:
+    data, config, elbo = (record.get(key) or {} for key in ("data", "config", "test_elbo"))
+    said = [
+        *([f"trained on {data['name']}"] if "name" in data else []),
+        *([f"{config['iterations']:,} steps of batch {config['batch_size']}"] if "batch_size" in config else []),
+        *([f"test ELBO {elbo['elbo']:.2f} nats"] if elbo else []),
+        *(["batch norms re-adjusted"] if "bn_readjust" in record else []),
+    ]
+    return [", ".join(said)] if said else []
 
 
 def backbone_list(listed: Mapping[str, Any]) -> str:

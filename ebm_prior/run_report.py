@@ -86,7 +86,7 @@ def run_page(run: Path, given: Mapping[str, Path | None]) -> str:
 def fit_command(config: FitConfig, inputs: Mapping[str, Any], backbone: Mapping[str, Any], run: Path) -> str:
     """The command of a fit, by its record: whatever configuration file or options it was, these give the same bytes."""
     name, words = min(
-        ((name, as_words(_resolved(config), _resolved(preset()))) for name, preset in PRESETS.items()),
+        ((name, as_words(config, preset())) for name, preset in PRESETS.items()),
         key=lambda pair: len(pair[1]),
     )
     own = run / "backbone.safetensors"
@@ -221,7 +221,7 @@ def configuration_blocks(asked: FitConfig, trained: Mapping[str, Any]) -> list[P
         since = trained["saturated"]["iteration"]
         parts += [
             f"One density ratio saturated by iteration {since}; from there on, short chains with these settings:",
-            Table(["setting", "value", "as asked"], _changes(config, asked.refining(since))),
+            Table(["setting", "value", "as asked"], _changes(config, _resolved(asked.refining(since)))),
         ]
     return [*parts, Folded("All settings, as asked", Table(["setting", "value"], _rows(settings(config))))]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -71,6 +71,26 @@ class SamplerConfig:
             raise ConfigurationError("temperature acts on steps of the Langevin kernel alone: nothing else has one")
         if self.kernel == "langevin" and self.adapt_steps:
             raise ConfigurationError("Langevin (Eq. 12) accepts every step: there is no acceptance to adapt to")
+
+
+def _unless_asked(name: str) -> Any:
+    return field(default=None, metadata=SamplerConfig.__dataclass_fields__[name].metadata)
+
+
+@dataclass(frozen=True)
+class SamplerChanges:
+    """What is asked of a sampler whose other settings are found elsewhere; None: not asked."""
+
+    proposals: int | None = _unless_asked("proposals")
+    kernel: Literal["langevin", "pcn-langevin"] | None = _unless_asked("kernel")
+    steps: int | None = _unless_asked("steps")
+    step_size: float | None = _unless_asked("step_size")
+    adapt_steps: int | None = _unless_asked("adapt_steps")
+    temperature: float | None = _unless_asked("temperature")
+
+    def of(self, sampler: SamplerConfig) -> SamplerConfig:
+        """`sampler` with these settings put in. Raises ConfigurationError where they do not fit together."""
+        return replace(sampler, **{name: value for name, value in asdict(self).items() if value is not None})
 
 
 class Sampled(NamedTuple):

@@ -19,7 +19,7 @@ from ebm_prior.registry import adapter
 
 def own_data(checkpoint: str, backbone: Backbone) -> str:
     """The data set that a checkpoint says it was trained on. Raises ConfigurationError."""
-    return named_data(_own_record(checkpoint, backbone), checkpoint)
+    return named_data(own_record(checkpoint, backbone), checkpoint)
 
 
 def named_data(record: Mapping[str, Any], what: str, *, option: str = "--data") -> str:
@@ -48,12 +48,15 @@ def source_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return {**_own_record(checkpoint, backbone), "source": path.name, "source_sha256": digest.hexdigest()}
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as content:
+                while piece := content.read(2**20):
+                    digest.update(piece)
+    return {**own_record(checkpoint, backbone), "source": path.name, "source_sha256": digest.hexdigest()}
 
 
-def _own_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
-    """The record of an own form; of an official one the data set, where it names that."""
+def own_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
+    """What a checkpoint says of itself: an own form's record; an official one's data set, where it names that."""
     path = bundled().get(checkpoint, Path(checkpoint))
     if path.suffix == ".safetensors":
         return dict(backbone_record(path)["record"])
@@ -77,12 +80,17 @@ def readjusted(
     `settings`: the keyword arguments of `readjust_batch_norm`, which changes `backbone` in place. `checkpoint`: where
     it comes from, for the record. With `resume` a file that is there already is the one.
     """
+
+    def progress(done: int) -> None:
+        if on_stage and done % 100 == 0:
+            on_stage(f"batch norms: {done} of {settings['iterations']} batches")
+
     if not resume:
         path.unlink(missing_ok=True)  # of an earlier run; a kill while this one works must not leave it to a resume
     if not path.exists():
         if on_stage:
             on_stage("re-adjusting batch norms to {iterations} batches of {batch_size} samples".format(**settings))
-        readjust_batch_norm(backbone, **settings)
+        readjust_batch_norm(backbone, **settings, on_batch=progress)
         record = {**source_record(checkpoint, backbone), "stage": "bn-readjust", "bn_readjust": dict(settings)}
         save_backbone(backbone, path, record=record)
     like = next(backbone.parameters())

@@ -41,6 +41,7 @@ from ebm_prior.command_line import (
     new_or_resumed,
     preflight,
     refuse_unused,
+    run_directory,
     show_result,
     torch_device,
 )
@@ -102,16 +103,16 @@ def fit(
 ) -> None:
     """Train an energy-based prior on a frozen backbone (second stage)."""
     new_or_resumed(resume, overwrite)
-    sampler = {key.removeprefix("sampler_"): given.pop(key) for key in list(given) if key.startswith("sampler_")}
     config, processes = resolve(PRESETS[preset](), given | {"seed": seed}, config_file), launched_processes()
     if given["parts"] is None and config.parts == 1:
         config = replace(config, parts=processes.count)
-    chains = config.objective == "mle" or config.ratios == "auto"  # which turns to them where one ratio saturates
-    refuse_unused(given, ("chain", "refresh", "penalty"), chains, "only mle has chains and a penalty (--objective mle)")
+    chains = config.objective == "mle" or config.may_refine
+    refuse_unused(given, ("chain_", "penalty"), chains, "only mle has chains and a penalty (--objective mle)")
+    mle, density = config.objective == "mle", config.regime == "calibrated"
+    refuse_unused(given, ("chains", "refresh"), mle, "only --objective mle has persistent chains")
+    refuse_unused(given, ("patience", "ess_floor"), density, "a refiner is no density: it has no gain to wait for")
     refuse_unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
     refuse_unused(given, ("stage_",), config.ratios == "staged", "only --ratios staged has stages")
-    if any(value is not None for value in sampler.values()):
-        config = replace(config, sampler=resolve(config.recorded_sampler, sampler))
     if bn_readjust and dtype == "bf16":
         raise click.UsageError("batch norms are re-adjusted in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])
@@ -120,7 +121,7 @@ def fit(
         click.echo(f"images: {data}, which {checkpoint} was trained on (--data takes others)", err=True)
     images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
     preflight(memory.for_fit(backbone.checkpointing() if checkpointing else backbone, config), device)
-    directory = processes.of_first(lambda: commands.run_directory(out, "fit", resume=resume))
+    directory = processes.of_first(lambda: run_directory(out, "fit", resume))
     with Bar("fit", config.iterations) as bar:
         result = commands.fit_into(
             directory,
@@ -183,7 +184,7 @@ def pretrain(
         open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
         for split in ("train", "test")
     )
-    directory = commands.run_directory(out, "pretrain", resume=resume)
+    directory = run_directory(out, "pretrain", resume)
     with Bar("pretrain", config.iterations) as bar:
         result = commands.pretrain_into(
             directory,
@@ -253,9 +254,10 @@ def train(
         backbone = backbone.to(torch_device(device), DTYPES[dtype])
     if images.shape != backbone.image_shape:
         raise ConfigurationError(f"the network is of images {backbone.image_shape}, found {data} with {images.shape}")
+    directory = run_directory(out, "train", resume)
     with Bar("train", config.iterations) as bar:
         result = joint_run.train_into(
-            commands.run_directory(out, "train", resume=resume),
+            directory,
             backbone,
             images,
             test,

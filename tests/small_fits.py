@@ -13,14 +13,14 @@ from ebm_prior.commands import fit_into
 from ebm_prior.data import ImageSource
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.samplers import SamplerChanges, SamplerConfig
 from ebm_prior.stages import StageConfig
 
 CHAIN = SamplerConfig(proposals=1, kernel="langevin", steps=3, step_size=0.02)
 
 
 def small(**changes: Any) -> FitConfig:
-    energy, sampler = EnergyConfig(**SMALL_FIT["energy"]), SamplerConfig(**SMALL_FIT["sampler"])
+    energy, sampler = EnergyConfig(**SMALL_FIT["energy"]), SamplerChanges(**SMALL_FIT["sampler"])
     return FitConfig(**(SMALL_FIT | {"energy": energy, "sampler": sampler} | changes))
 
 

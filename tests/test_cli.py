@@ -51,8 +51,9 @@ def test_options_that_would_be_ignored_are_refused(workshop: Workshop, fit_words
         (["eval", "p", "--fid-mode", "clean"], "pass --fid or --inception"),
         (["eval", "p", "--fid", "--classifier", "c"], "give one"),
         (["eval", "p", "--inception", "i", "--classifier", "c"], "give one"),
-        ([*fit_words, "--ratios", "one", "--chain-steps", 3, "--refresh", 0.1], "leave out --chain-steps, --refresh"),
-        ([*fit_words, "--ratios", "one", "--chains", "fresh"], "leave out --chains"),
+        ([*fit_words, "--ratios", "one", "--chain-steps", 3, "--penalty", 0], "leave out --chain-steps, --penalty"),
+        ([*fit_words, "--chains", "fresh", "--refresh", 0.1], "leave out --chains, --refresh"),
+        ([*fit_words, "--preset", "paper", "--patience", 3], "leave out --patience"),
         ([*fit_words, "--ratios", "staged", "--penalty", 0], "leave out --penalty"),
         ([*fit_words, "--stage-moves", 3], "leave out --stage-moves"),
         ([*fit_words, "--objective", "mle", "--ratios", "one"], "leave out --ratios"),
@@ -143,6 +144,9 @@ def test_info_tells_both_parameter_counts(workshop: Workshop, prior: Path) -> No
     assert described["parameters"]["backbone"] == backbone
     assert described["groups"] == [["dense", [4]], ["point", [2, 1, 1]], ["conv", [3, 4, 4]]]
     assert described["fingerprint"] == record["backbone"]["fingerprint"]
+    assert described["architecture"] == dict(loaded.backbone.architecture)
+    bundled = workshop.run("info", "--ckpt", "hvae_fashion_mnist").stdout
+    assert "trained on fashion-mnist/train, 4,000 steps of batch 128, test ELBO -240.4" in bundled
     text = workshop.run("info", "--ckpt", workshop.backbone).stdout
     for key, preset, said in (
         ("parameters", FitConfig(), "default heads"),

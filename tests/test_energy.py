@@ -159,7 +159,7 @@ def test_inputs_are_standardised_per_dimension_of_a_vector_and_per_channel_of_a_
     vector, image = latents(groups, 500)
     vector = vector * torch.tensor([0.1, 1.0, 10.0]) + torch.tensor([5.0, 0.0, -5.0])
     image = image * torch.tensor([2.0, 0.5])[:, None, None] + torch.linspace(-1, 1, 8)
-    energy.standardize([vector, image])
+    energy.standardize(energy.moments([vector, image]))
     for z, head, axes in zip((vector, image), energy.heads.values(), ([0], [0, 2, 3]), strict=True):
         seen: list[Tensor] = []
         head.body.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
@@ -172,7 +172,7 @@ def test_inputs_are_standardised_per_dimension_of_a_vector_and_per_channel_of_a_
 def test_a_dimension_that_never_varies_stays_finite_and_scaling_travels_with_the_state() -> None:
     energy, other = (JointEnergy([LatentGroup("z", (2,))], SMALL) for _ in range(2))
     z = torch.cat([torch.randn(50, 1), torch.full((50, 1), 3.0)], dim=1)
-    energy.standardize([z])
+    energy.standardize(energy.moments([z]))
     assert torch.isfinite(energy.heads["z"].features(z)).all()
     other.load_state_dict(energy.state_dict())
     assert torch.equal(energy.heads["z"].features(z), other.heads["z"].features(z))

@@ -31,7 +31,7 @@ from ebm_prior.objectives import gain
 from ebm_prior.prior import ANCESTRAL
 from ebm_prior.randomness import derived_generator
 from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.samplers import SamplerChanges, SamplerConfig
 from ebm_prior.stages import StageConfig
 
 
@@ -68,7 +68,7 @@ FITS = {
         energy=HEADS,
         chains="persistent",
         chain=SamplerConfig(proposals=1, steps=4, step_size=0.4),
-        sampler=SamplerConfig(proposals=1, steps=20, step_size=0.4),
+        sampler=SamplerChanges(proposals=1, steps=20, step_size=0.4),
     ),
 }
 
@@ -126,6 +126,23 @@ def test_where_one_ratio_saturates_the_default_refines_samples(far: int) -> None
     for sampler, share in ((trained, 0.2), (prior.sampler, 0.7)):
         drawn = flat(prior.sample(2_000, seed=38, sampler=sampler).z).double()
         assert (drawn.mean(0) - q.mean).norm() < share * (p.mean - q.mean).norm()
+
+
+def test_few_held_out_draws_show_that_a_ratio_saturates() -> None:
+    """160 draws of p_β: an ESS of one of them is no less than 0.6 %, and says the same."""
+    images = ArrayImages(far_apart(2)[-1].images[:400])
+    backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
+    saturated = fit(backbone, images, FitConfig(iterations=160, warmup=20, evaluate_every=20)).record["saturated"]
+    assert saturated
+    assert saturated["ess_fraction"] > 1 / 160
+
+
+def test_a_short_fit_keeps_its_ratio_where_there_is_no_time_for_chains() -> None:
+    backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
+    prior = fit(backbone, far_apart(2)[-1], FitConfig(iterations=80))
+    assert (prior.record["saturated"], prior.record["iterations"], prior.regime) == (None, 80, "calibrated")
+    assert prior.record["held_out"]["plain"]["ess_fraction"] < 1e-3  # it has saturated
+    assert prior.tau < 1
 
 
 @pytest.mark.parametrize(("far", "least"), [(1, 12), (2, 48)])

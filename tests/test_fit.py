@@ -23,7 +23,7 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.fit import fit
 from ebm_prior.randomness import derived_generator
 from ebm_prior.recipes import FitConfig, paper_preset
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.samplers import SamplerChanges, SamplerConfig
 
 
 def test_it_learns_a_prior_that_explains_held_out_latents(backbone: Backbone, images: ImageSource) -> None:
@@ -49,11 +49,16 @@ def test_the_global_random_state_is_left_as_it_was(backbone: Backbone, images: I
 
 
 def test_the_sampler_that_is_recorded(backbone: Backbone, images: ImageSource) -> None:
-    assert small(iterations=1, sampler=None).recorded_sampler == SamplerConfig()
-    assert replace(OBJECTIVES["mle"], sampler=None).recorded_sampler == SamplerConfig()
-    assert replace(OBJECTIVES["mle"], sampler=None, regime="refiner").recorded_sampler == CHAIN
+    as_found = SamplerChanges()
+    assert small(iterations=1, sampler=as_found).recorded_sampler == SamplerConfig()
+    assert replace(OBJECTIVES["mle"], sampler=as_found).recorded_sampler == SamplerConfig()
+    refiner = replace(OBJECTIVES["mle"], sampler=as_found, regime="refiner")
+    assert refiner.recorded_sampler == replace(CHAIN, steps=6)
+    assert replace(refiner, sampler=SamplerChanges(steps=9)).recorded_sampler == replace(CHAIN, steps=9)
     assert fit(backbone, images, small(iterations=1)).sampler == replace(SamplerConfig(), proposals=2)
     assert paper_preset().recorded_sampler.steps == 40
+    with pytest.raises(ConfigurationError, match="accepts every step"):
+        replace(refiner, sampler=SamplerChanges(adapt_steps=1))
 
 
 def test_the_published_target_is_for_refiners() -> None:
@@ -92,8 +97,11 @@ def test_where_one_ratio_saturates_short_chains_take_over(
     assert prior.record["iterations"] == found["iterations"] == saturated["iteration"] + asked.iterations // 8
     assert [shown["iteration"] for shown in steps if "remark" in shown] == [saturated["iteration"]]
     assert steps[-1]["iterations"] == steps[-1]["iteration"]
-    assert prior.sampler == replace(SamplerConfig(), proposals=1)
-    assert replace(asked, sampler=None).refining(0).sampler == replace(CHAIN, steps=6)
+    assert prior.sampler == replace(CHAIN, steps=6)
+    of_density = SamplerChanges(proposals=8, steps=9, step_size=0.15)
+    assert replace(asked, sampler=of_density).refining(0).recorded_sampler == replace(CHAIN, steps=9)
+    of_kernel = replace(of_density, kernel="pcn-langevin")
+    assert replace(asked, sampler=of_kernel).refining(0).recorded_sampler == SamplerConfig(proposals=1, steps=9)
     one = fit(backbone, images, replace(asked, ratios="one"))
     assert (one.regime, one.record["saturated"]) == ("calibrated", None)
 

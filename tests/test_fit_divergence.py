@@ -125,4 +125,4 @@ def test_a_gain_that_collapses_is_noticed(
     monkeypatch.setattr(stage.HeldOut, "gains", falling)
     with pytest.raises(DivergenceError, match=r"the held-out gain fell to -30 nats at iteration 4") as caught:
         fit(backbone, images, small())
-    assert caught.value.prior is not None
+    assert caught.value.kept is not None

@@ -325,8 +325,8 @@ def test_a_fall_is_rolled_back_and_a_second_one_ends_the_run(pictures: ImageSour
     assert [line["rate"] for line in memory.lines if "rolled_back" in line] == [0.5]
     with pytest.raises(DivergenceError, match="not finite") as caught:
         train_jointly(small_backbone(), Poisoned(pictures, 99), SMALL, validation=pictures)
-    assert isinstance(caught.value.prior, EBMPrior)
-    assert caught.value.prior.record["iterations"] % SMALL.evaluate_every == 0  # the last good state
+    assert isinstance(caught.value.kept, EBMPrior)
+    assert caught.value.kept.record["iterations"] % SMALL.evaluate_every == 0  # the last good state
 
 
 @pytest.mark.long

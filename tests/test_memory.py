@@ -15,6 +15,7 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.energy import EnergyConfig, JointEnergy
 from ebm_prior.errors import MemoryLimitError
 from ebm_prior.prior import ANCESTRAL, EBMPrior
+from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import SamplerConfig
 
 CPU = torch.device("cpu")
@@ -52,6 +53,16 @@ def test_parts_of_a_batch_take_less(backbone: Backbone) -> None:
         whole, parts = (memory.for_fit(backbone, replace(config, parts=parts)) for parts in (1, 4))
         assert whole.bytes == pytest.approx(4 * parts.bytes)
         assert "--parts above 1 or --batch-size below 64" in whole.remedy
+
+
+def test_of_one_ratio_or_chains_what_counts_is_the_chains_that_may_take_over(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FitConfig(parts=2)
+    monkeypatch.setattr(memory, "_head_bytes", lambda prior: 0)
+    refining = config.refining(0)
+    assert memory.for_fit(backbone, config).of == f"{refining.batch_size // 2} chains at a time"
+    assert "--ratios one" in memory.for_fit(backbone, config).remedy
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from ebm_prior.options import as_words, config_options, resolve
 from ebm_prior.options import settings as named
 from ebm_prior.pretrain import PretrainConfig
 from ebm_prior.recipes import FitConfig, paper_preset
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.samplers import SamplerChanges, SamplerConfig
 from ebm_prior.stages import StageConfig
 
 
@@ -145,7 +145,9 @@ def settings(kind: type[Any], prefix: str = "") -> list[str]:
     found: list[str] = []
     for entry in dataclasses.fields(kind):
         hint = str(get_type_hints(kind)[entry.name])
-        nested = next((k for k in (EnergyConfig, SamplerConfig, StageConfig) if k.__name__ in hint), None)
+        nested = next(
+            (k for k in (EnergyConfig, SamplerConfig, SamplerChanges, StageConfig) if k.__name__ in hint), None
+        )
         if nested is not None:
             found += settings(nested, f"{prefix}{entry.name}-")
         elif entry.name != "seed":
@@ -223,7 +225,7 @@ def fit_command(**given: Any) -> None:
     [
         FitConfig(),
         FitConfig(seed=3, decay=False, betas=(0.5, 0.9), energy=EnergyConfig(channels=7, conditional=True)),
-        FitConfig(stage=StageConfig(particles=99), sampler=SamplerConfig(steps=3, step_size=1e-5)),
+        FitConfig(stage=StageConfig(particles=99), sampler=SamplerChanges(steps=3, step_size=1e-5)),
         paper_preset(),
     ],
 )

@@ -240,7 +240,9 @@ def test_the_second_divergence_ends_the_run_with_advice_that_works(
         spoiled({6, 8}, patch)
         with pytest.raises(DivergenceError, match=r"again.*iteration 5\. .*start anew \(--overwrite.*lower learning"):
             into(tmp_path / "run", images, config)
-    assert not (tmp_path / "run" / "backbone.safetensors").exists()
+    kept = backbone_record(tmp_path / "run" / "backbone.safetensors")["record"]
+    assert "Kept: the backbone of iteration 4" in kept["diverged"]
+    assert load_backbone(None, tmp_path / "run" / "backbone.safetensors")
     assert into(tmp_path / "run", images, replace(config, learning_rate=1e-3), overwrite=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ebm_prior.checkpoint import (
 from ebm_prior.errors import CheckpointError, UnknownBackboneError
 
 
+@pytest.mark.usefixtures("workshop")
 def test_what_a_file_names_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lurking.py").write_text("from toys import ToyConv\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -40,22 +42,26 @@ class Attack:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.parametrize("name", ["evil.pt", "evil.safetensors", "folder"])
-@pytest.mark.parametrize("adapter", ["toy", "hvae", None])
-def test_no_checkpoint_runs_code(tmp_path: Path, name: str, adapter: str | None) -> None:
+LAYOUTS = {
+    "nvae": ("nvae", "evil.pt", [""]),
+    "hvae": ("hvae", "run", ["model_class_name.pt", "model_kwargs.pt", "model_state_dict.pt"]),
+    "biva": ("biva", "run", ["hyperparameters.p", "config.json", "model.pth"]),
+    "own form": (None, "evil.safetensors", [""]),
+    "unknown": (None, "evil.pt", [""]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("write", [lambda attack, file: file.write_bytes(pickle.dumps(attack)), torch.save])
+def test_no_checkpoint_runs_code(tmp_path: Path, layout: str, write: Callable[[Attack, Path], object]) -> None:
+    adapter, name, parts = LAYOUTS[layout]
     marker, path = tmp_path / "marker", tmp_path / name
-    files = [path]
-    if name == "folder":
-        path.mkdir()
-        files = [path / f"model_{part}.pt" for part in ("class_name", "kwargs", "state_dict")]
-    for plain in (True, False):
-        for file in files:
-            if plain:
-                file.write_bytes(pickle.dumps(Attack(marker)))
-            else:
-                torch.save(Attack(marker), file)
-        with pytest.raises(CheckpointError):
-            load_backbone(adapter, path)
-        assert not marker.exists()
+    for part in parts:
+        file = path / part if part else path
+        file.parent.mkdir(exist_ok=True)
+        write(Attack(marker), file)
+    with pytest.raises(CheckpointError, match="could run code|found a damaged file" if adapter else None):
+        load_backbone(adapter, path)
+    assert not marker.exists()
     pickle.loads(pickle.dumps(Attack(marker)))
     assert marker.exists()  # the attack would have worked

@@ -262,7 +262,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "stage": (("Stage",), DENSE, "that agree, found 'biva' and 'dense'"),
     "no image": (("tensor_shp",), (1, 8, 8), r"tensor_shp: expected \(batch, C, H, W\)"),
     "not square": (("tensor_shp",), (-1, 1, 8, 4), "square"),
-    "huge image": (("tensor_shp",), (-1, 1, 10**9, 10**9), "image_shape: expected a positive integer up to"),
+    "huge image": (("tensor_shp",), (-1, 1, 10**9, 10**9), "image_shape: expected an integer from 1 to"),
     "latents": (("latents",), [], "as many stages as latents"),
     "nonlinearity": (("nonlinearity",), "gelu", "nonlinearity: expected one of .*found 'gelu'"),
     "log variance": (("log_var_act",), CONV, "log_variance: expected one of"),
@@ -279,9 +279,9 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "block options": (("stages", 0, 0), [4, 3], "expected a list of blocks"),
     "no blocks": (("stages", 0), [], "at least one block"),
     "many blocks": (("stages", 0), [[4, 3, 1]] * 5000, "number of blocks in all: expected"),
-    "negative": (("stages", 0, 0, 0), -4, "Block.filters: expected a positive integer"),
-    "huge": (("stages", 0, 0, 0), 10**15, "Block.filters: expected a positive integer up to"),
-    "fraction": (("stages", 0, 0, 1), 3.0, "Block.kernel: expected a positive integer"),
+    "negative": (("stages", 0, 0, 0), -4, "Block.filters: expected an integer from 1"),
+    "huge": (("stages", 0, 0, 0), 10**15, "Block.filters: expected an integer from 1 to"),
+    "fraction": (("stages", 0, 0, 1), 3.0, "Block.kernel: expected an integer from 1"),
     "wide": (("stages", 0, 0, 0), 4096, "as many filters"),
 }
 

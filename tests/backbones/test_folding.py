@@ -32,6 +32,9 @@ TINY: dict[str, Callable[[], Backbone]] = {
     "nvae of one group": lambda: tiny_nvae.trained(
         tiny_nvae.tiny(groups_per_scale=[1], encoder_channels=4, squeeze_excite=False)
     ),
+    "nvae of combiners": lambda: tiny_nvae.trained(
+        tiny_nvae.tiny(blocks=0, encoder_cells=0, decoder_cells=0, image_shape=[3, 4, 4])
+    ),
     "hvae": lambda: tiny_hvae.initialised(tiny_hvae.tiny()),
     "biva": lambda: tiny_biva.initialised(tiny_biva.tiny()),
 }

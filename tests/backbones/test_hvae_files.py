@@ -180,7 +180,7 @@ UNSUPPORTED = {
     "absurd size": (change((*BLOCK, "kernel_size"), [3, 3]), "kernel_size"),
     "negative size": (change((*BLOCK, "out_channels"), -4), "filters"),
     "no stages": (change(("config_stochastic",), []), "as many stages as latents"),
-    "huge": (change((*BLOCK, "out_channels"), 10**6), "filters: expected a positive integer up to 4096"),
+    "huge": (change((*BLOCK, "out_channels"), 10**6), "filters: expected an integer from 1 to 4096"),
     "wide": (change((*BLOCK, "out_channels"), 4096), "first block must have as many filters"),
 }
 

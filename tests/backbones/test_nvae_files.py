@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import Workshop
 from ebm_prior.backbones.nvae import NVAE
+from ebm_prior.backbones.nvae_official import translate
 from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, tiny_args, trained, weights, write
 
 from ebm_prior.checkpoint import backbone_record, load_backbone, save_backbone
@@ -99,6 +100,20 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
     path.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(CheckpointError, match=r"checkpoint.pt, found a damaged file"):
         NVAE.load_official(path)
+
+
+def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    state = weights(trained(tiny()))
+    path = write(tmp_path, state=state)
+    content = bytearray(path.read_bytes())
+    content[content.index(state["stem.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt, found a damaged file"):
+        NVAE.load_official(path)
+
+
+def test_bits_mean_nothing_to_binary_images(tmp_path: Path) -> None:
+    assert translate(vars(tiny_args(dataset="mnist", num_x_bits=5)))["bits"] == 8
 
 
 def test_what_is_no_file_is_told_the_format(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "single group": {"groups_per_scale": [1], "encoder_channels": 4},
     "three scales": {"groups_per_scale": [1, 1, 1], "image_shape": [3, 16, 16], "latent_channels": 1},
     "two blocks": {"blocks": 2, "groups_per_scale": [2], "image_shape": [3, 16, 16], "postprocess_cells": 2},
+    "no blocks": {"blocks": 0, "image_shape": [3, 4, 4]},
+    "no cells in the towers": {"encoder_cells": 0, "decoder_cells": 0},
     "Bernoulli with a border": {"likelihood": "bernoulli", "image_shape": [1, 6, 6], "padding": 1},
     "Gaussian as in VAEBM, 5 bits": {"likelihood": "gaussian", "log_std_floor": -2.0, "bits": 5},
 }

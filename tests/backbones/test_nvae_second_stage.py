@@ -181,7 +181,7 @@ def test_fit_and_sample_on_official_models(
     channels, side, _ = NVAE.load_official(checkpoint).image_shape
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, side, side, channels), np.uint8))
     data = ["--data-root", data_root] if name in ("mnist", "cifar10-logistic") else ["--data", tmp_path / "images.npy"]
-    quick = ("--iterations", 2, "--sampler-steps", 1)
+    quick = ("--max-steps", 2, "--sampler-steps", 1)
     run = tmp_path / "run"
     workshop.run("fit", "--backbone", "nvae", "--ckpt", checkpoint, *data, *small_options, *quick, "--out", run)
     workshop.run("sample", run / "prior.safetensors", "-n", 2, "--out", run / "drawn.npz")

@@ -40,7 +40,12 @@ SIZES: dict[str, dict[str, Any] | None] = {
         "encoder_channels": 32,
         "decoder_channels": 32,
     },
-    "published": {"image_shape": [3, 32, 32], "groups_per_scale": [30], "likelihood": "gaussian"},  # CIFAR-10
+    "published": {  # CIFAR-10
+        "image_shape": [3, 32, 32],
+        "groups_per_scale": [30],
+        "likelihood": "gaussian",
+        "flows": 1,
+    },
     "bundled": None,  # nvae_cifar10
 }
 BATCH = {"small": 8, "published": 4, "bundled": 64}

@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebm_prior.data import ImageSource, from_array
+from ebm_prior.detection import Detection, detection
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.joint import train_jointly
 from ebm_prior.joint_config import JointConfig
 from ebm_prior.pretrain import build
-from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator
 from ebm_prior.registry import adapter
 from ebm_prior.report import table
 from ebm_prior.samplers import SamplerConfig
-from ebm_prior.training import Images
+from ebm_prior.scores import Form
 
 DIGITS = (1, 4, 5, 7, 9)
 PAPER = {1: 0.470, 4: 0.941, 5: 0.964, 7: 0.815, 9: 0.796}  # AUPRC, Table 4
@@ -49,14 +49,6 @@ class Split(NamedTuple):
     anomalous: NDArray[np.bool_]  # of each test image
 
 
-class Detection(NamedTuple):
-    """How well a score tells anomalies (the positive class) from normal images."""
-
-    auprc: float  # area under precision-recall by the trapezoid rule, as published
-    average_precision: float  # the same as a step function, which does not interpolate
-    auroc: float
-
-
 def split_by_digit(labels: Tensor, digit: int, *, seed: int = 0) -> Split:
     """The protocol's split for labels (N,) with one digit held out. Raises ConfigurationError where it is absent."""
     held_out = labels == digit
@@ -67,42 +59,6 @@ def split_by_digit(labels: Tensor, digit: int, *, seed: int = 0) -> Split:
     cut = int(0.8 * len(normal))
     test = torch.cat([normal[cut:], held_out.nonzero()[:, 0]])
     return Split(normal[:cut], test, held_out[test].numpy())
-
-
-def detection(score: NDArray[np.float64], anomalous: NDArray[np.bool_]) -> Detection:
-    """Of scores (N,), larger = more anomalous; equal scores are one threshold."""
-    order = np.argsort(-score, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # of each group of equal scores
-    found = np.cumsum(anomalous[order])[last].astype(float)  # true positives at each threshold
-    precision, recall = found / (last + 1), found / anomalous.sum()
-    false_rate = (last + 1 - found) / (~anomalous).sum()
-    steps = np.diff(recall, prepend=0.0)
-    curve = np.append(1.0, precision)  # at recall 0, as is usual
-    trapezoid = float((steps * (curve[1:] + curve[:-1]) / 2).sum())
-    up = np.append(0.0, recall)
-    area = float((np.diff(false_rate, prepend=0.0) * (up[1:] + up[:-1]) / 2).sum())
-    return Detection(trapezoid, float((steps * precision).sum()), area)
-
-
-@torch.no_grad()
-def log_posterior(
-    prior: EBMPrior, images: Images, indices: Tensor, *, draws: int = 8, seed: int = 0
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """L^{>0} = E_q[log p(x|z) + log p_β(z) + f(z)] (Eq. 20) of the images at `indices`, and E_q[f], (N,) nats each."""
-    backbone = prior.backbone
-    like = next(backbone.parameters())
-    rows = []
-    for number, part in enumerate(torch.split(indices, 500)):
-        generator = derived_generator(seed, 41, number, device=like.device)
-        found = torch.zeros(2, len(part), dtype=torch.float64)
-        for _ in range(draws):
-            x = backbone.observe(images.batch(part).to(like.device, like.dtype), generator=generator)
-            z = backbone.infer(x, generator=generator)
-            f = prior.f(z.z)
-            found += torch.stack([backbone.likelihood(z.features).log_prob(x) + z.log_p.sum(1) + f, f]).double().cpu()
-        rows.append(found / draws)
-    total, energy = torch.cat(rows, dim=1).numpy()
-    return total, energy
 
 
 def pooled(parts: Sequence[ImageSource]) -> ImageSource:
@@ -150,7 +106,7 @@ def run_digit(
     if pool.labels is None:
         raise ConfigurationError(f"{pool.name} has no labels, by which a digit could be held out")
     split = split_by_digit(pool.labels, digit, seed=seed)
-    train, chance = pool.subset(split.train), float(split.anomalous.mean())
+    train, test, chance = pool.subset(split.train), pool.batch(split.test), float(split.anomalous.mean())
     rows = []
     for name in models:
         prior, layers = MODELS[name]["prior"], MODELS[name]["layers"]
@@ -159,7 +115,7 @@ def run_digit(
         config = detector_config(len(train), epochs=epochs, prior=prior, seed=seed)
         network = {"image_shape": list(pool.shape), "latents": list(latents)[:layers], "width": width, "sigma": sigma}
         backbone = build(adapter("shallow"), network, seed=seed)
-        course: dict[str, list[Detection]] = {name: []}
+        course: dict[str, list[Detection]] = {}
         scoring = 0.0
 
         def score(
@@ -172,10 +128,11 @@ def run_digit(
             if shown["iteration"] <= config.iterations - LAST * config.evaluate_every:
                 return
             began = time.process_time()
-            total, f = log_posterior(shown["prior"], pool, split.test, draws=draws, seed=seed)
-            course[name].append(detection(-total, split.anomalous))
-            if config.prior == "ebm":
-                course.setdefault(f"{name}, f = 0", []).append(detection(f - total, split.anomalous))
+            forms = {name: Form(0)} | ({f"{name}, f = 0": Form(0, energy=False)} if config.prior == "ebm" else {})
+            found = shown["prior"].scores(test, forms.values(), draws=draws, seed=seed)
+            for row, form in forms.items():
+                values = -found[form].double().cpu().numpy()
+                course.setdefault(row, []).append(detection(values[split.anomalous], values[~split.anomalous]))
             scoring += time.process_time() - began
 
         began = time.process_time()
@@ -189,7 +146,7 @@ def run_digit(
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """AUPRC by model and digit: mean ± sd over the last epochs, seeds averaged; below, the paper's and chance."""
+    """AUPRC (trapezoid) by model and digit: mean ± sd over the last epochs, seeds averaged; the paper's, chance."""
     digits = sorted({row["digit"] for row in rows})
     names = list(dict.fromkeys(row["model"] for row in rows))
 
@@ -197,7 +154,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
         found = [row for row in rows if row["model"] == name and row["digit"] == digit]
         if not found:
             return "–"
-        mean, sd = (np.mean([row[key] for row in found]) for key in ("auprc", "auprc_sd"))
+        mean, sd = (np.mean([row[f"auprc_trapezoid{key}"] for row in found]) for key in ("", "_sd"))
         return f"{mean:.3f} ± {sd:.3f}"
 
     lines = [[name, *(cell(name, digit) for digit in digits)] for name in names]

@@ -24,6 +24,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,15 +58,16 @@ class StageConfig:
 
     particles: int = field(default=1024, metadata={"help": "draws of the prior so far, the negatives"})
     held_out: int = field(default=256, metadata={"help": "more of them, never trained on, by which stages end"})
-    moves: int = field(default=3, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
-    settle: int = field(default=15, metadata={"help": "steps of all draws between two stages, to forget the first"})
+    moves: int = field(default=1, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
+    leapfrogs: int = field(default=4, metadata={"help": "of each of these steps"})
+    settle: int = field(default=5, metadata={"help": "steps of all draws between two stages, to forget the first"})
     step_size: float = field(default=0.15, metadata={"help": "δ of these steps at the start; it follows acceptance"})
     ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
     every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
     groupwise: float = field(default=0.4, metadata={"help": "share of the iterations for each group's own ratio first"})
 
     def __post_init__(self) -> None:
-        if min(self.particles, self.held_out, self.moves, self.settle, self.every) < 1:
+        if min(self.particles, self.held_out, self.moves, self.leapfrogs, self.settle, self.every) < 1:
             raise ConfigurationError(f"expected positive numbers of draws, steps and iterations, found {self}")
         if not (0 < self.step_size <= 2 and 0 < self.ess < 1 and 0 <= self.groupwise <= 1):
             raise ConfigurationError(f"expected step_size in (0, 2], ess in (0, 1), groupwise in [0, 1], found {self}")
@@ -114,7 +116,7 @@ class Stages:
     @property
     def sampler(self) -> SamplerConfig:
         """What draws from p_k anew: importance weights do not reach that far, so chains alone, at the step found."""
-        return SamplerConfig(proposals=1, steps=COLD_STEPS, step_size=self.step_size)
+        return SamplerConfig(proposals=1, steps=COLD_STEPS, step_size=self.step_size, leapfrogs=self.config.leapfrogs)
 
     def moved(self, n: int, generator: torch.Generator, *, part: int = 0, parts: int = 1) -> Moved:
         """At most n draws of p_k of part `part` of the pool, moved before they are shown; `put_back` keeps them."""
@@ -224,7 +226,7 @@ class Stages:
         eps, accepted = [], []
         for chunk in torch.split(rows, BLOCK):
             state, acceptance, _ = run_chain(
-                pcn_langevin_step,
+                partial(pcn_langevin_step, leapfrogs=self.config.leapfrogs),
                 start(prior.potential, [e[chunk] for e in self.eps]),
                 prior.potential,
                 steps,

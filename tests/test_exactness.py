@@ -103,6 +103,7 @@ CONVERGED = {
     # The law of SIR is off by about (1/ESS fraction − 1)/proposals < 1 % of a standard deviation.
     "sir": (SamplerConfig(proposals=800, steps=0), 4_000),
     "pcn-langevin": (SamplerConfig(proposals=1, steps=60, step_size=0.5), 20_000),
+    "hamiltonian": (SamplerConfig(proposals=1, steps=20, step_size=0.25, leapfrogs=3), 20_000),
     "pcn-langevin, warmed up": (SamplerConfig(proposals=1, steps=60, step_size=0.1, adapt_steps=30), 20_000),
     "sir then pcn-langevin": (SamplerConfig(proposals=8, steps=30, step_size=0.5), 20_000),
 }

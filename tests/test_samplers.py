@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.randomness import Generator, derived_generator
 from ebm_prior.samplers import (
+    JITTER,
     TARGET_ACCEPTANCE,
     ChainInfo,
     ChainState,
@@ -77,6 +79,7 @@ EXACT = {
     "pcn-langevin 2": SamplerConfig(proposals=1, steps=5, step_size=2.0),
     "pcn-langevin adapting": SamplerConfig(proposals=1, steps=20, step_size=0.3, adapt_steps=10),
     "sir then pcn-langevin": SamplerConfig(proposals=4, steps=3, step_size=0.15),
+    "hamiltonian": SamplerConfig(proposals=1, steps=3, step_size=0.15, leapfrogs=4),
 }
 UNADJUSTED = {
     "langevin .02": SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.02),
@@ -101,14 +104,23 @@ def test_without_an_energy_every_sampler_returns_the_reference(name: str) -> Non
 
 @pytest.mark.parametrize("dimensions", [1, 30, 3_000])
 @pytest.mark.parametrize("delta", [0.05, 0.5, 2.0])
-def test_pcn_langevin_accepts_every_step_without_an_energy_and_forgets_its_start(dimensions: int, delta: float) -> None:
-    """From ε = 3 the law after K steps is N(3aᴷ, 1 − a²ᴷ), a = (2−δ)/(2+δ), in any dimension and at any step size."""
+@pytest.mark.parametrize("leapfrogs", [1, 3])
+def test_pcn_langevin_accepts_every_step_without_an_energy_and_forgets_its_start(
+    dimensions: int, delta: float, leapfrogs: int
+) -> None:
+    """From ε = 3 the law after K steps of one leapfrog is N(3aᴷ, 1 − a²ᴷ), a = (2−δ)/(2+δ).
+
+    In any dimension and at any step size.
+    """
     generator, chains, steps = derived_generator(2), 30_000 // dimensions, 4
     state = start(zero, [torch.full((chains, dimensions), 3.0)])
+    kernel = partial(pcn_langevin_step, leapfrogs=leapfrogs)
     state, acceptance, _ = run_chain(
-        pcn_langevin_step, state, zero, steps, step_size=torch.full((chains,), delta), generator=generator
+        kernel, state, zero, steps, step_size=torch.full((chains,), delta), generator=generator
     )
     assert (acceptance == 1).all()
+    if leapfrogs > 1:
+        return
     a = (2 - delta) / (2 + delta)
     check_law(state.eps[0].flatten().double(), 3 * a**steps, 1 - a ** (2 * steps))
 
@@ -193,8 +205,50 @@ def test_pcn_langevin_is_in_detailed_balance(
     torch.testing.assert_close(kept.gradient, again.gradient)
 
 
+def test_a_trajectory_is_accepted_by_its_energy_and_leads_back() -> None:
+    """Acceptance is min(1, e^(H − H′)), H = ½‖ε‖² + ½‖v‖² − g, of leapfrogs that from −v′ return to the start."""
+    g, n, leapfrogs = make_potential(0.2, 0.8, 1.3), 16, 5
+    delta = torch.linspace(0.02, 0.3, n, dtype=torch.float64)
+    u, v = normal(n, derived_generator(4)), normal(n, derived_generator(5))
+    twin = derived_generator(5)
+    normal(n, twin)
+    jitter = 1 + JITTER * (2 * torch.rand(n, generator=twin, dtype=torch.float64) - 1)
+    angle = 2 * ((0.5 * delta).sqrt() * jitter).atan()
+
+    def rows(x: Tensor, e: Tensor) -> Tensor:
+        return x.reshape(-1, *[1] * (e.dim() - 1))
+
+    def flow(eps: list[Tensor], velocity: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        for _ in range(leapfrogs):
+            velocity = [
+                a + rows((0.5 * angle).tan(), a) * d for a, d in zip(velocity, start(g, eps).gradient, strict=True)
+            ]
+            pairs = list(zip(eps, velocity, strict=True))
+            eps = [rows(angle.cos(), e) * e + rows(angle.sin(), e) * a for e, a in pairs]
+            velocity = [rows(angle.cos(), e) * a - rows(angle.sin(), e) * e for e, a in pairs]
+            velocity = [
+                a + rows((0.5 * angle).tan(), a) * d for a, d in zip(velocity, start(g, eps).gradient, strict=True)
+            ]
+        return eps, velocity
+
+    def energy(eps: Sequence[Tensor], velocity: Sequence[Tensor]) -> Tensor:
+        return 0.5 * torch.stack([e.square().flatten(1).sum(1) for e in [*eps, *velocity]]).sum(0) - g(eps)
+
+    end, at_end = flow(u, v)
+    back, _ = flow(end, [-a for a in at_end])
+    torch.testing.assert_close(back, u)
+    expected = (energy(u, v) - energy(end, at_end)).clamp(max=0).exp()
+    assert expected.min() < 0.9
+    kept, info = pcn_langevin_step(start(g, u), g, delta, derived_generator(5), leapfrogs=leapfrogs)
+    torch.testing.assert_close(info.acceptance, expected, rtol=1e-7, atol=1e-9)
+    accepted = (kept.eps[0] != u[0]).flatten(1).any(1)
+    for new, old, there in zip(kept.eps, u, end, strict=True):
+        torch.testing.assert_close(new, torch.where(rows(accepted, new), there, old))
+
+
+@pytest.mark.parametrize("leapfrogs", [1, 3])
 @pytest.mark.parametrize("delta", [0.05, 0.4])
-def test_one_step_of_pcn_langevin_leaves_its_target_invariant(delta: float) -> None:
+def test_one_step_of_pcn_langevin_leaves_its_target_invariant(delta: float, leapfrogs: int) -> None:
     """Started in N(m, 1/λ), the target of g = ½ε²(1−λ) + λmε, one step leaves it there, rejections and all."""
     generator, n, mean, precision = derived_generator(6), 40_000, 0.8, 3.0
 
@@ -202,9 +256,8 @@ def test_one_step_of_pcn_langevin_leaves_its_target_invariant(delta: float) -> N
         return (0.5 * (1 - precision) * eps[0] ** 2 + precision * mean * eps[0]).sum(1)
 
     first = mean + torch.randn(n, 2, generator=generator, dtype=torch.float64) / math.sqrt(precision)
-    state, acceptance, _ = run_chain(
-        pcn_langevin_step, start(g, [first]), g, 1, step_size=steps_of(n, delta), generator=generator
-    )
+    kernel = partial(pcn_langevin_step, leapfrogs=leapfrogs)
+    state, acceptance, _ = run_chain(kernel, start(g, [first]), g, 1, step_size=steps_of(n, delta), generator=generator)
     assert acceptance.mean() < 0.999  # the test is about rejections too
     check_law(state.eps[0].flatten(), mean, 1 / precision)
 
@@ -397,6 +450,8 @@ def test_a_chain_that_ends_where_g_is_not_finite_is_an_error(kernel: Any) -> Non
         ({"steps": -1}, "steps"),
         ({"steps": 5, "adapt_steps": 6}, "adapt_steps <= steps"),
         ({"kernel": "hmc"}, "langevin or pcn-langevin, found 'hmc'"),
+        ({"leapfrogs": 0}, "1 leapfrog or more"),
+        ({"leapfrogs": 2, "kernel": "langevin"}, "more with pcn-langevin alone"),
         ({"step_size": 0.0}, "step size"),
         ({"step_size": 2.1}, "step size"),
         ({"step_size": math.nan}, "step size"),

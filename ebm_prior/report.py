@@ -418,5 +418,7 @@ def _sampler(sampler: Mapping[str, Any]) -> str:
     if sampler["proposals"] > 1:
         parts.append(f"resampling among {sampler['proposals']} draws")
     if sampler["steps"]:
-        parts.append(f"{sampler['steps']} steps of {sampler['kernel']} at step size {sampler['step_size']:g}")
+        leapfrogs = sampler.get("leapfrogs", 1)  # older priors do not know several
+        each = f" of {leapfrogs} leapfrogs" if leapfrogs > 1 else ""
+        parts.append(f"{sampler['steps']} steps{each} of {sampler['kernel']} at step size {sampler['step_size']:g}")
     return ", then ".join(parts) or "ancestral draws"

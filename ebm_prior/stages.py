@@ -4,7 +4,8 @@ With tens of groups a classifier tells posterior from prior latents at sight: it
 weight is left to calibrate it. Here the ratio is learned in stages. The negatives of stage k are draws of the prior so
 far, p_k ∝ exp(f_k) p_β with f_0 = 0, and the logit is f − f_k, whose optimum is log q − log p_k (Rhodes et al. 2020);
 the heads go on learning. When the weights exp(f − f_k) of the draws have fallen to half their effective sample size,
-f becomes f_{k+1}: the draws are resampled by these weights and go on moving by pCN-Langevin, which keeps p_{k+1}. That
+f becomes f_{k+1}: the draws are resampled by these weights and go on moving by Hamiltonian Monte Carlo, which keeps
+p_{k+1} and takes them far enough to find where f is too high (a single leapfrog at a time does not). That
 is a sequential Monte Carlo sampler (Del Moral et al. 2006) whose target is learned on the way, and the gain of the
 whole is the sum of the stages', Σ_k E_q[f_{k+1} − f_k] − log E_{p_k}[exp(f_{k+1} − f_k)], each estimated at a large
 effective sample size.
@@ -46,7 +47,7 @@ from ebm_prior.samplers import (
     start,
 )
 
-COLD_STEPS = 80  # pCN-Langevin steps from p_β to p_k: 40 leave f visibly below its mean where p_k is 13 nats away
+COLD_STEPS = 32  # from p_β to p_k, each of `leapfrogs`: on the bundled NVAE samples go on getting better up to there
 HALVINGS = 10  # of a stage's step, at most
 DRAW_BYTES = 2**31  # of device memory for the draws; beyond it there are fewer, in the same proportion
 ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains
@@ -60,8 +61,8 @@ class StageConfig:
     held_out: int = field(default=256, metadata={"help": "more of them, never trained on, by which stages end"})
     moves: int = field(default=1, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
     leapfrogs: int = field(default=4, metadata={"help": "of each of these steps"})
-    settle: int = field(default=5, metadata={"help": "steps of all draws between two stages, to forget the first"})
-    step_size: float = field(default=0.15, metadata={"help": "δ of these steps at the start; it follows acceptance"})
+    settle: int = field(default=2, metadata={"help": "steps of all draws between two stages, to forget the first"})
+    step_size: float = field(default=0.1, metadata={"help": "δ of these steps at the start; it follows acceptance"})
     ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
     every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
     groupwise: float = field(default=0.4, metadata={"help": "share of the iterations for each group's own ratio first"})

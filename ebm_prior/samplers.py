@@ -21,6 +21,10 @@ from torch import Tensor
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.randomness import Generator, standard_normal, uniform
 
+JITTER = 0.3  # of the step size of a trajectory, relative
+# Optimal are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013).
+TARGET_ACCEPTANCE = 0.6
+
 Potential = Callable[[Sequence[Tensor]], Tensor]
 """g: ε, a list of (B, *group.shape) -> (B,) nats, differentiable."""
 
@@ -174,11 +178,7 @@ def pcn_langevin_step(
     return kept, ChainInfo(acceptance, norm(kept.eps))
 
 
-JITTER = 0.3
 KERNELS: dict[str, Any] = {"langevin": langevin_step, "pcn-langevin": pcn_langevin_step}
-TARGET_ACCEPTANCE = (
-    0.6  # optimal are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013)
-)
 
 
 def run_chain(

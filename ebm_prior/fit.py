@@ -27,7 +27,7 @@ from ebm_prior.randomness import derived_generator, seeded
 from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import draw, norm, where
 from ebm_prior.stages import Moved, Stages
-from ebm_prior.training import Callback, Images, Recorder, batch_indices, update_average
+from ebm_prior.training import Callback, Images, Recorder, Training, batch_indices, update_average
 
 NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies
 GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as better
@@ -76,7 +76,7 @@ def fit(
     return _Fit(backbone, images, config, processes).train(run, on_step, on_evaluate)
 
 
-class _Fit:
+class _Fit(Training):
     """One second stage under way: everything that changes is in `state`, so that it can be saved and rolled back."""
 
     def __init__(self, backbone: Backbone, images: Images, config: FitConfig, processes: Processes) -> None:
@@ -103,57 +103,43 @@ class _Fit:
         self.average = copy.deepcopy(self.energy).eval().requires_grad_(False)
         self.untrained = copy.deepcopy(self.average.state_dict())  # f = 0
         self.optimizer = self._new_optimizer()
-        self.iteration = 0
-        self.rate = 1.0  # falls by half at a roll-back
-        self.rollbacks = 0
         self.chains: list[Tensor] = []
         self.saturated: dict[str, Any] | None = None  # when and how one ratio alone did
         self.stages = self._first_stage() if config.ratios == "staged" else None  # None: one ratio
         self.best = self._untrained()
         self.on_step: Callback | None = None
+        self.on_evaluate: Callback | None = None
 
     # -- the loop
 
     def train(self, run: Recorder | None, on_step: Callback | None, on_evaluate: Callback | None) -> EBMPrior:
-        self.on_step = on_step
-        state = self.processes.of_first(lambda: run.load_state() if run else None)
-        if state is not None:
-            self._restore(state)
-        good = self._state()
-        while self.iteration < self.config.iterations and not self._out_of_patience():
-            try:
-                shown = self._step()
-                if self.stages is not None:
-                    self._watch(self.stages)
-                if self.iteration % self.config.evaluate_every == 0 or self.iteration == self.config.iterations:
-                    metrics = self._evaluate(shown)
-                    good = self._state()
-                    if run:
-                        run.log(metrics)
-                        run.save_state(good)
-                    if on_evaluate:
-                        on_evaluate({"iteration": self.iteration, "prior": self._prior()})
-                    shown |= metrics
-                if on_step:
-                    on_step({"iterations": self.config.iterations, **shown})
-            except DivergenceError as reason:
-                if self.rollbacks:
-                    raise DivergenceError(
-                        f"training diverged again after a roll-back at half the rate: {reason}. Kept: the prior of "
-                        f"iteration {self.best['iteration']}. Lower the learning rate (now "
-                        f"{self.config.learning_rate:g}) or the step size",
-                        kept=self._finish(),
-                    ) from reason
-                rate, rollbacks = self.rate * 0.5, self.rollbacks + 1
-                self._restore(good)
-                self.rate, self.rollbacks = rate, rollbacks
-                good = self._state()
-                if run:
-                    run.save_state(good)
-                    run.log({"iteration": self.iteration, "rolled_back": str(reason), "rate": rate})
+        self.on_step, self.on_evaluate = on_step, on_evaluate
+        self.run(run, on_step, self.processes)
         return self._finish()
 
-    def _step(self) -> dict[str, Any]:
+    @property
+    def iterations(self) -> int:
+        return self.config.iterations
+
+    @property
+    def every(self) -> int:
+        return self.config.evaluate_every
+
+    def finished(self) -> bool:
+        return super().finished() or self._out_of_patience()
+
+    def evaluated(self) -> None:
+        if self.on_evaluate:
+            self.on_evaluate({"iteration": self.iteration, "prior": self._prior()})
+
+    def given_up(self, reason: DivergenceError) -> DivergenceError:
+        return DivergenceError(
+            f"training diverged again after a roll-back at half the rate: {reason}. Kept: the prior of iteration "
+            f"{self.best['iteration']}. Lower the learning rate (now {self.config.learning_rate:g}) or the step size",
+            kept=self._finish(),
+        )
+
+    def step(self) -> dict[str, Any]:
         config, t = self.config, self.iteration
         indices = self.training[batch_indices(len(self.training), config.batch_size, t, config.seed)]
         groupwise = self.stages is not None and t < self.together
@@ -186,6 +172,8 @@ class _Fit:
         update_average(self.average, self.energy, config.ema, t)
         if abs(gap) > GAP_LIMIT:
             raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
+        if self.stages is not None:
+            self._watch(self.stages)
         return {"iteration": self.iteration, "loss": loss, "f_gap": gap, "chain_norm": chain_norm}
 
     def _part(self, indices: Tensor, part: int, generator: torch.Generator, groupwise: bool) -> Part:
@@ -339,7 +327,7 @@ class _Fit:
 
     # -- how good it is
 
-    def _evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
+    def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         if self.stages is not None:
             if self.iteration == self.config.iterations and self.iteration > self.together:
                 self._end_stage(self.stages)
@@ -439,7 +427,7 @@ class _Fit:
             record=record,
         )
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return copy.deepcopy(
             {
                 "iteration": self.iteration,
@@ -455,7 +443,7 @@ class _Fit:
             }
         )
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         state = copy.deepcopy(dict(state))
         self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
         self.energy.load_state_dict(state["energy"])

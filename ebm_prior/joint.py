@@ -138,14 +138,7 @@ def train_jointly(
     half the rate; the second time it raises DivergenceError, whose `prior` is that of the last state.
     """
     training = _Joint(backbone, images, config or JointConfig(), validation or images, on_evaluate)
-    try:
-        training.run(training.config.iterations, training.config.evaluate_every, run, on_step)
-    except DivergenceError as error:
-        raise DivergenceError(
-            f"{error}. Lower the learning rates (now {training.config.learning_rate:g}, "
-            f"{training.config.energy_learning_rate:g} of the energy) or the step sizes",
-            kept=training.result(),
-        ) from error
+    training.run(run, on_step)
     return training.result()
 
 
@@ -192,6 +185,14 @@ class _Joint(Training):
         """The energy once it has joined; None: f = 0."""
         joined = self.config.prior == "ebm" and self.iteration >= self.config.energy_from * self.config.iterations
         return self.model.energy if joined else None
+
+    @property
+    def iterations(self) -> int:
+        return self.config.iterations
+
+    @property
+    def every(self) -> int:
+        return self.config.evaluate_every
 
     def step(self) -> dict[str, Any]:
         config, t, energy = self.config, self.iteration, self.energy
@@ -283,13 +284,21 @@ class _Joint(Training):
 
     def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         """On validation images, by the inference network: ELBO with f and log Z, its parts, and the gain of f."""
-        prior = self.result()
-        metrics = {**shown, **validate(prior, self.validation, seed=self.config.seed), "rate": self.rate}
+        metrics = {**shown, **validate(self.result(), self.validation, seed=self.config.seed), "rate": self.rate}
         if not math.isfinite(metrics["elbo"]):
             raise DivergenceError(f"the validation ELBO is {metrics['elbo']} at iteration {self.iteration}")
-        if self.on_evaluate:
-            self.on_evaluate({"iteration": self.iteration, "prior": prior})
         return metrics
+
+    def evaluated(self) -> None:
+        if self.on_evaluate:
+            self.on_evaluate({"iteration": self.iteration, "prior": self.result()})
+
+    def given_up(self, reason: DivergenceError) -> DivergenceError:
+        return DivergenceError(
+            f"training diverged again after a roll-back: {reason}. Lower the learning rates (now "
+            f"{self.config.learning_rate:g}, {self.config.energy_learning_rate:g} of the energy) or the step sizes",
+            kept=self.result(),
+        )
 
     def result(self) -> EBMPrior:
         """The moving averages as a prior on its backbone, frozen."""

@@ -27,6 +27,7 @@ from ebm_prior.training import (
     Callback,
     Images,
     Recorder,
+    Training,
     batch_indices,
     require_choices,
     require_positive,
@@ -114,13 +115,22 @@ def pretrain(
     Elbo (else None). When the loss is not finite, training returns to the last state at half the rate; the second time
     it raises DivergenceError.
     """
-    return _Pretraining(backbone, images, config).train(run, validation, on_step, on_checkpoint)
+    training = _Pretraining(backbone, images, config, validation if run or on_checkpoint else None, on_checkpoint)
+    training.run(run, on_step)
+    return training.kept()
 
 
-class _Pretraining:
+class _Pretraining(Training):
     """One first stage under way: everything that changes is in `state`, so that it can be saved and rolled back."""
 
-    def __init__(self, backbone: Backbone, images: Images, config: PretrainConfig) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: Images,
+        config: PretrainConfig,
+        validation: Images | None,
+        on_checkpoint: Callback | None,
+    ) -> None:
         if config.regularization and type(backbone).regularization is Backbone.regularization:
             raise ConfigurationError(
                 f"regularization: {type(backbone).__name__} has nothing to regularise, expected 0, found "
@@ -136,58 +146,41 @@ class _Pretraining:
         decay = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
         self.average = AveragedModel(backbone, multi_avg_fn=decay, use_buffers=True)
         self.optimizer = _optimizer(backbone, config)
-        self.iteration = 0
-        self.rate = 1.0  # falls by half at a roll-back
-        self.rollbacks = 0
+        self.validation, self.on_checkpoint = validation, on_checkpoint
+        self.elbo: Elbo | None = None  # of the average, when last evaluated
 
-    def train(
-        self,
-        run: Recorder | None,
-        validation: Images | None,
-        on_step: Callback | None,
-        on_checkpoint: Callback | None,
-    ) -> Backbone:
-        config = self.config
-        state = run.load_state() if run else None
-        if state is not None:
-            self._restore(state)
-        good = self._state()
-        while self.iteration < config.iterations:
-            try:
-                shown = self._step()
-                due = self.iteration % config.checkpoint_every == 0 or self.iteration == config.iterations
-                good = self._state() if due else good
-            except DivergenceError as reason:
-                if self.rollbacks:
-                    self._restore(good)
-                    trained = self.iteration > 0
-                    raise DivergenceError(
-                        f"training diverged again after a roll-back at half the rate: {reason}. A resume would repeat "
-                        "it: start anew (--overwrite, or another --out) with a lower learning rate (now "
-                        f"{config.learning_rate:g}) or a longer kl_warmup (now {config.kl_warmup:g}). "
-                        f"Kept: {f'the backbone of iteration {self.iteration}.' if trained else 'nothing.'}",
-                        kept=_frozen(self.average).requires_grad_(False) if trained else None,
-                    ) from reason
-                self._restore(good | {"rate": self.rate * 0.5, "rollbacks": self.rollbacks + 1})
-                good = self._state()
-                if run:
-                    run.log({"iteration": self.iteration, "rolled_back": str(reason), "rate": self.rate})
-                    run.save_state(good)
-                continue
-            if on_step:
-                on_step({"iteration": self.iteration, "iterations": config.iterations, "elbo": shown["train_elbo"]})
-            if due and (run or on_checkpoint):
-                kept = _frozen(self.average)
-                elbo = evaluate_elbo(kept, validation, seed=config.seed) if validation is not None else None
-                if run:
-                    run.log({"iteration": self.iteration, **shown, **(elbo._asdict() if elbo else {})})
-                if on_checkpoint:
-                    on_checkpoint({"iteration": self.iteration, "backbone": kept, "elbo": elbo})
-                if run:
-                    run.save_state(good)
+    @property
+    def iterations(self) -> int:
+        return self.config.iterations
+
+    @property
+    def every(self) -> int:
+        return self.config.checkpoint_every
+
+    def kept(self) -> Backbone:
+        """The moving average, frozen and in eval mode."""
         return _frozen(self.average).requires_grad_(False)
 
-    def _step(self) -> dict[str, float]:
+    def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
+        if self.validation is not None:
+            self.elbo = evaluate_elbo(_frozen(self.average), self.validation, seed=self.config.seed)
+        return {**shown, **(self.elbo._asdict() if self.elbo else {})}
+
+    def evaluated(self) -> None:
+        if self.on_checkpoint:
+            self.on_checkpoint({"iteration": self.iteration, "backbone": _frozen(self.average), "elbo": self.elbo})
+
+    def given_up(self, reason: DivergenceError) -> DivergenceError:
+        config, trained = self.config, self.iteration > 0
+        return DivergenceError(
+            f"training diverged again after a roll-back at half the rate: {reason}. A resume would repeat it: start "
+            f"anew (--overwrite, or another --out) with a lower learning rate (now {config.learning_rate:g}) or a "
+            f"longer kl_warmup (now {config.kl_warmup:g}). Kept: "
+            f"{f'the backbone of iteration {self.iteration}' if trained else 'nothing'}.",
+            kept=self.kept() if trained else None,
+        )
+
+    def step(self) -> dict[str, Any]:
         config, t = self.config, self.iteration
         rise = min(1.0, (t + 1) / max(1.0, config.rate_warmup * config.iterations))
         for group in self.optimizer.param_groups:
@@ -214,7 +207,11 @@ class _Pretraining:
         if self.iteration <= config.iterations * config.kl_warmup:
             self.average.n_averaged.zero_()  # averaging begins when the objective has settled
         self.average.update_parameters(self.backbone)
-        return {"train_elbo": float((log_likelihood - kl.sum(1)).mean().detach()), "beta": beta}
+        return {
+            "iteration": self.iteration,
+            "train_elbo": float((log_likelihood - kl.sum(1)).mean().detach()),
+            "beta": beta,
+        }
 
     def _batch(self, iteration: int) -> tuple[Tensor, Generator]:
         config = self.config
@@ -222,7 +219,7 @@ class _Pretraining:
         indices = batch_indices(len(self.images), config.batch_size, iteration, config.seed)
         return _observed(self.backbone, self.images, indices, generator, flip=config.flip), generator
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         if not bool(torch.nn.utils.get_total_norm(self.backbone.parameters()).isfinite()):
             raise DivergenceError(f"the norm of the weights is not finite at iteration {self.iteration}")
         return copy.deepcopy(
@@ -236,7 +233,7 @@ class _Pretraining:
             }
         )
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
         self.backbone.load_state_dict(state["backbone"])
         self.average.load_state_dict(state["average"])

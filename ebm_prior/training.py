@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.randomness import derived_generator
 
 Callback = Callable[[Mapping[str, Any]], None]
@@ -97,6 +98,16 @@ class Training(ABC):
     rate = 1.0  # factor on every learning rate; falls by half at a roll-back
     rollbacks = 0
 
+    @property
+    @abstractmethod
+    def iterations(self) -> int:
+        """How many there are to be."""
+
+    @property
+    @abstractmethod
+    def every(self) -> int:
+        """Iterations between evaluations, after which the state is good."""
+
     @abstractmethod
     def step(self) -> dict[str, Any]:
         """One gradient step, which adds 1 to `iteration`; numbers to show. Raises DivergenceError."""
@@ -113,28 +124,42 @@ class Training(ABC):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned."""
 
-    def run(self, iterations: int, every: int, recorder: Recorder | None, on_step: Callback | None) -> None:
-        """Step to `iterations`; state and metrics every `every`. Goes on from the recorder's last state.
+    @abstractmethod
+    def given_up(self, reason: DivergenceError) -> DivergenceError:
+        """What to raise at the second divergence, with advice; what changes is as in the last good state."""
 
-        At a DivergenceError training returns to the last state at half the rate; the second one is raised, again at
-        the last state.
+    def finished(self) -> bool:
+        """Whether to stop."""
+        return self.iteration >= self.iterations
+
+    @abstractmethod
+    def evaluated(self) -> None:
+        """After the metrics and the state of an evaluation have been recorded."""
+
+    def run(self, recorder: Recorder | None, on_step: Callback | None, processes: Processes = ALONE) -> None:
+        """Step until `finished`; state and metrics `every` so often. Goes on from the recorder's last state.
+
+        At a DivergenceError training returns to the last good state at half the rate; the second one is raised, as
+        `given_up` has it. `on_step` gets "iterations" beside what a step and an evaluation show.
         """
-        if recorder and (saved := recorder.load_state()) is not None:
+        saved = processes.of_first(lambda: recorder.load_state() if recorder else None)
+        if saved is not None:
             self.restore(saved)
         good = self.state()
-        while self.iteration < iterations:
+        while not self.finished():
             try:
                 shown = self.step()
-                if self.iteration % every == 0 or self.iteration == iterations:
+                if self.iteration % self.every == 0 or self.iteration == self.iterations:
                     shown = self.evaluate(shown)
                     good = self.state()
                     if recorder:
                         recorder.log(shown)
                         recorder.save_state(good)
+                    self.evaluated()
             except DivergenceError as reason:
                 if self.rollbacks:
                     self.restore(good)
-                    raise DivergenceError(f"training diverged again after a roll-back: {reason}") from reason
+                    raise self.given_up(reason) from reason
                 self.restore(good | {"rate": self.rate * 0.5, "rollbacks": self.rollbacks + 1})
                 good = self.state()
                 if recorder:
@@ -142,4 +167,4 @@ class Training(ABC):
                     recorder.log({"iteration": self.iteration, "rolled_back": str(reason), "rate": self.rate})
                 continue
             if on_step:
-                on_step({"iterations": iterations, **shown})
+                on_step({"iterations": self.iterations, **shown})

@@ -142,8 +142,7 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
     else:
         text = (
             f"A wide prior hole: with AUC {auc:.3f} posterior codes and draws of the prior hardly overlap, and one "
-            "density ratio saturates. `ebm-prior fit` then refines samples by short chains, which takes "
-            "longer; --ratios staged learns a density."
+            "density ratio saturates. `ebm-prior fit` then goes on in stages, which takes longer."
         )
     if not worth and auc >= HOLE:
         text += " No group shows it alone: it lies in relations between groups, which the joint head sees."

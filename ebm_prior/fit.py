@@ -33,7 +33,7 @@ NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_
 GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as better
 GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy (a real one is KL(q‖p) + KL(p‖q) of the latents)
 ANNEAL_LEAST = 1.0  # nats that a stage along a known f must bring; learning brings as many, and sees where f is wrong
-PROBATION = 0.25  # of the iterations: where one ratio saturates so early, short chains take over
+PROBATION = 0.25  # of the iterations: where one ratio saturates so early, stages take over
 SATURATED = 0.1  # times the ESS floor: below it a few draws hold all the weight, and tempering gives most of f away
 FEW = 4.0  # draws: an ESS of no more says the same, however few draws there are in all
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, where tempering does not mend it
@@ -215,7 +215,7 @@ class _Fit(Training):
 
     def _learning_rate(self) -> float:
         config, t = self.config, self.iteration
-        since = self.saturated["iteration"] if self.saturated else 0  # what comes after a ratio has its own schedule
+        since = self.since
         rate = self.rate * config.learning_rate * min(1.0, (t + 1 - since) / max(1, config.warmup))
         if self.stages is not None:
             rate *= self.stages.rate
@@ -240,9 +240,14 @@ class _Fit(Training):
         return Stages(self.backbone, energy, self.config.stage, generator)
 
     @property
+    def since(self) -> int:
+        """Where the schedule begins: what comes after one ratio has its own."""
+        return int(self.saturated["iteration"]) if self.saturated else 0
+
+    @property
     def together(self) -> int:
         """The iteration from which on stages learn all groups together: before it, each group's own ratio."""
-        return int(self.config.stage.groupwise * self.config.iterations)
+        return self.since + int(self.config.stage.groupwise * (self.config.iterations - self.since))
 
     def _untrained(self) -> dict[str, Any]:
         """The best prior while there is none: the backbone's."""
@@ -264,18 +269,19 @@ class _Fit(Training):
         """Whether one ratio cannot bridge the hole: seen early on, while there is time for what takes over."""
         config, draws = self.config, len(self.held_out.prior[0])
         early = self.iteration <= max(PROBATION * config.iterations, config.evaluate_every)
-        left = self.iteration < config.iterations and config.iterations // 8 >= config.warmup
+        left = self.iteration < config.iterations and config.iterations // 3 >= config.warmup
         few = max(SATURATED * config.ess_floor * draws, FEW)
-        return config.may_refine and early and left and plain.ess_fraction * draws < few
+        return config.may_stage and early and left and plain.ess_fraction * draws < few
 
-    def _refine(self, plain: Gain) -> None:
-        """Begin again with maximum likelihood by short chains, as the published second stage."""
+    def _begin_stages(self, plain: Gain) -> None:
+        """Begin again in stages."""
         self.saturated = {"iteration": self.iteration, "ess_fraction": plain.ess_fraction}
-        self.config = self.asked.refining(self.iteration)
+        self.config = self.asked.staging(self.iteration)
         self.energy.load_state_dict(self.untrained)
         self.average.load_state_dict(self.untrained)
         self.optimizer, self.best = self._new_optimizer(), self._untrained()
         self.rate, self.rollbacks = 1.0, 0
+        self.stages = self._first_stage()
 
     def _anneal(self, stages: Stages) -> None:
         """From p_β to the product of the groups' own ratios in stages along τ f, as far as the held-out gain rises."""
@@ -345,10 +351,10 @@ class _Fit(Training):
         ):
             raise DivergenceError(f"the held-out gain fell to {plain.nats:.3g} nats at iteration {self.iteration}")
         if self._saturates(plain):
-            self._refine(plain)
+            self._begin_stages(plain)
             shown = {
                 **shown,
-                "remark": f"one density ratio saturates (ESS {plain.ess_fraction:.2%}): now by short chains",
+                "remark": f"one density ratio saturates (ESS {plain.ess_fraction:.2%}): now in stages",
             }
         elif not calibrated or tempered.nats > self.best["gain"] + GAIN_STEP:
             self.best = {
@@ -450,7 +456,7 @@ class _Fit(Training):
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.saturated, self.stages = state["saturated"], None
-        self.config = self.asked.refining(self.saturated["iteration"]) if self.saturated else self.asked
+        self.config = self.asked.staging(self.saturated["iteration"]) if self.saturated else self.asked
         if state["stages"]:
             self.stages = self._first_stage()
             self.stages.restore(state["stages"])

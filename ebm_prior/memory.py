@@ -55,12 +55,17 @@ def for_fit(backbone: Backbone, config: FitConfig) -> Need:
     rows = config.batch_size // config.parts
     smaller = (f"--parts above {config.parts}", f"--batch-size below {config.batch_size}")
     heads = Need(2 * rows * _head_bytes(prior), f"the heads at {2 * rows} latents", _one_of(*smaller))
-    staged, chained = config.ratios == "staged", config.refining(0) if config.may_refine else config
-    if chained.objective == "nce" and not staged:
+    staged = config.ratios == "staged" or config.may_stage
+    if config.objective == "nce" and not staged:
         return heads
-    chains = min(rows, BLOCK) if staged else chained.batch_size // chained.parts  # stages move draws in blocks
-    remedy = _one_of(*smaller, *(["--ratios one"] if config.objective == "nce" else []), *_cells(backbone))
+    chains = min(BLOCK, max(rows, _draws(config))) if staged else rows  # stages move draws in blocks
+    remedy = _one_of(*smaller, *(["--ratios one"] if staged else []), *_cells(backbone))
     return max(heads, Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy))
+
+
+def _draws(config: FitConfig) -> int:
+    """Those of stages that one part of a batch moves."""
+    return (config.stage.particles + config.stage.held_out) // config.parts
 
 
 def require(need: Need, device: torch.device) -> str:

@@ -228,7 +228,7 @@ class EBMPrior:
         if self.regime != "calibrated":
             raise RegimeError(
                 f"{what} needs a calibrated prior, found a refiner: its f is shaped by short-run dynamics and is no "
-                "log density ratio. Fit with --objective nce (where one ratio saturates, --ratios staged), or use "
+                "log density ratio. Fit with --objective nce, or use "
                 "this prior for samples only"
             )
 

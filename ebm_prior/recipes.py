@@ -22,7 +22,7 @@ class FitConfig:
     iterations: int = field(default=2_400, metadata={"help": "gradient steps"})
     ratios: Literal["auto", "one", "staged"] = field(
         default="auto",
-        metadata={"help": "nce: one density ratio, or stages of them; auto: one, or mle where it saturates"},
+        metadata={"help": "nce: one density ratio, or stages of them; auto: one, and stages where it saturates"},
     )
     stage: StageConfig = field(default_factory=StageConfig)
     batch_size: int = field(default=256, metadata={"help": "posterior draws, and as many prior draws, per step"})
@@ -78,24 +78,19 @@ class FitConfig:
             raise ConfigurationError("the published target is not the density that f describes: regime must be refiner")
 
     @property
-    def may_refine(self) -> bool:
-        """Whether `refining` takes over where one ratio saturates."""
+    def may_stage(self) -> bool:
+        """Whether `staging` takes over where one ratio saturates."""
         return self.objective == "nce" and self.ratios == "auto" and self.regime == "calibrated"
 
-    def refining(self, after: int) -> FitConfig:
-        """These settings where one ratio saturated `after` so many iterations: a refiner of samples, as published.
+    def staging(self, after: int) -> FitConfig:
+        """These settings where one ratio saturated `after` so many iterations: density ratios in stages.
 
-        Maximum likelihood by short chains from p_β. Each of their steps costs a backbone pass and its gradient: so
-        the batch is an eighth, and what follows an eighth of the iterations; gradients are noisier: so the rate is
-        half. Such an f is no density by which to resample; and of the sampler that was asked for, what holds for any
-        kernel is its steps.
+        The draws that are their negatives move at each iteration, which takes longer than all else in it: so half the
+        batch, and what follows a third of the iterations.
         """
-        batch = max(1, self.batch_size // 8 // self.parts) * self.parts
-        iterations = min(self.iterations, after + max(1, self.iterations // 8))
-        asked = self.sampler
-        sampler = replace(asked, proposals=1) if asked.kernel else SamplerChanges(steps=asked.steps)
-        settings = replace(self, objective="mle", regime="refiner", chains="fresh", sampler=sampler)
-        return replace(settings, batch_size=batch, iterations=iterations, learning_rate=0.5 * self.learning_rate)
+        batch = max(1, self.batch_size // 2 // self.parts) * self.parts
+        iterations = min(self.iterations, after + max(1, self.iterations // 3))
+        return replace(self, ratios="staged", batch_size=batch, iterations=iterations)
 
     @property
     def recorded_sampler(self) -> SamplerConfig:

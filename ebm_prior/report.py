@@ -278,16 +278,15 @@ def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
 
 def _ratios(stages: Sequence[Mapping[str, float]] | None, saturated: Mapping[str, float] | None) -> str:
     """What the heads were trained on, and why."""
-    if saturated:
-        return (
-            "maximum likelihood by short chains, a refiner of samples: one density ratio saturates (ESS "
-            "{ess_fraction:.1%} after {iteration} iterations). --ratios staged gives a calibrated f".format(**saturated)
-        )
     if stages is None:
         return "maximum likelihood by chains, as asked"
     if not stages:
         return "one density ratio, which does not saturate"
-    return f"{len(stages)} staged density ratios, as asked; their gains add up, and their least ESS is the one above"
+    why = "one saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated) if saturated else ""
+    return (
+        f"{len(stages)} staged density ratios, {why or 'as asked'}; their gains add up, and their least ESS is the one "
+        "above"
+    )
 
 
 def sample_summary(result: Mapping[str, Any]) -> str:

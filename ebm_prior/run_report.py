@@ -220,8 +220,8 @@ def configuration_blocks(asked: FitConfig, trained: Mapping[str, Any]) -> list[P
     if trained["saturated"]:
         since = trained["saturated"]["iteration"]
         parts += [
-            f"One density ratio saturated by iteration {since}; from there on, short chains with these settings:",
-            Table(["setting", "value", "as asked"], _changes(config, _resolved(asked.refining(since)))),
+            f"One density ratio saturated by iteration {since}; from there on, stages with these settings:",
+            Table(["setting", "value", "as asked"], _changes(config, _resolved(asked.staging(since)))),
         ]
     return [*parts, Folded("All settings, as asked", Table(["setting", "value"], _rows(settings(config))))]
 

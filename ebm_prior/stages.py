@@ -47,7 +47,7 @@ from ebm_prior.samplers import (
     start,
 )
 
-COLD_STEPS = 32  # from p_β to p_k, each of `leapfrogs`: on the bundled NVAE samples go on getting better up to there
+COLD_STEPS = 16  # from p_β to p_k, each of `leapfrogs`: on the bundled NVAE, 36 nats away, more change little
 HALVINGS = 10  # of a stage's step, at most
 DRAW_BYTES = 2**31  # of device memory for the draws; beyond it there are fewer, in the same proportion
 ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains
@@ -57,12 +57,12 @@ ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow besid
 class StageConfig:
     """The draws of the prior so far, and when it becomes the next one."""
 
-    particles: int = field(default=1024, metadata={"help": "draws of the prior so far, the negatives"})
+    particles: int = field(default=512, metadata={"help": "draws of the prior so far, the negatives"})
     held_out: int = field(default=256, metadata={"help": "more of them, never trained on, by which stages end"})
     moves: int = field(default=1, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
-    leapfrogs: int = field(default=4, metadata={"help": "of each of these steps"})
+    leapfrogs: int = field(default=5, metadata={"help": "of each of these steps"})
     settle: int = field(default=2, metadata={"help": "steps of all draws between two stages, to forget the first"})
-    step_size: float = field(default=0.1, metadata={"help": "δ of these steps at the start; it follows acceptance"})
+    step_size: float = field(default=0.06, metadata={"help": "δ of these steps at the start; it follows acceptance"})
     ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
     every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
     groupwise: float = field(default=0.4, metadata={"help": "share of the iterations for each group's own ratio first"})

@@ -106,13 +106,12 @@ def fit(
     config, processes = resolve(PRESETS[preset](), given | {"seed": seed}, config_file), launched_processes()
     if given["parts"] is None and config.parts == 1:
         config = replace(config, parts=processes.count)
-    chains = config.objective == "mle" or config.may_refine
-    refuse_unused(given, ("chain_", "penalty"), chains, "only mle has chains and a penalty (--objective mle)")
     mle, density = config.objective == "mle", config.regime == "calibrated"
-    refuse_unused(given, ("chains", "refresh"), mle, "only --objective mle has persistent chains")
+    refuse_unused(given, ("chain", "refresh", "penalty"), mle, "only mle has chains and a penalty (--objective mle)")
     refuse_unused(given, ("patience", "ess_floor"), density, "a refiner is no density: it has no gain to wait for")
     refuse_unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
-    refuse_unused(given, ("stage_",), config.ratios == "staged", "only --ratios staged has stages")
+    staged = config.ratios == "staged" or config.may_stage
+    refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
     if bn_readjust and dtype == "bf16":
         raise click.UsageError("batch norms are re-adjusted in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])

@@ -24,12 +24,13 @@ def small(**changes: Any) -> FitConfig:
     return FitConfig(**(SMALL_FIT | {"energy": energy, "sampler": sampler} | changes))
 
 
+STAGE = StageConfig(particles=12, held_out=8, every=1, ess=0.99)
 OBJECTIVES = {
     "nce": small(iterations=8),
-    "staged": small(iterations=8, ratios="staged", stage=StageConfig(particles=12, held_out=8, every=1, ess=0.99)),
+    "staged": small(iterations=8, ratios="staged", stage=STAGE),
     "mle": replace(small(iterations=8), objective="mle", chains="persistent", chain=CHAIN, refresh=0.3),
 }
-SATURATING = small(iterations=24, ess_floor=0.9999, learning_rate=2e-2, ema=0.0, chain=CHAIN)  # with fit.SATURATED = 1
+SATURATING = small(iterations=24, ess_floor=0.9999, learning_rate=2e-2, ema=0.0, stage=STAGE)  # with fit.SATURATED = 1
 
 
 def into(

@@ -55,7 +55,7 @@ def test_options_that_would_be_ignored_are_refused(workshop: Workshop, fit_words
         ([*fit_words, "--chains", "fresh", "--refresh", 0.1], "leave out --chains, --refresh"),
         ([*fit_words, "--preset", "paper", "--patience", 3], "leave out --patience"),
         ([*fit_words, "--ratios", "staged", "--penalty", 0], "leave out --penalty"),
-        ([*fit_words, "--stage-moves", 3], "leave out --stage-moves"),
+        ([*fit_words, "--ratios", "one", "--stage-moves", 3], "leave out --stage-moves"),
         ([*fit_words, "--objective", "mle", "--ratios", "one"], "leave out --ratios"),
         ([*fit_words, "--bn-readjust", "--precision", "bf16"], "leave out --precision bf16"),
     ):

@@ -127,7 +127,7 @@ def test_what_is_said_follows_the_auc() -> None:
 
     assert "an energy can fill" in said(0.7, 0.6, 0.5)
     assert "Worth a head: g0." in said(0.7, 0.6, 0.5)
-    assert "by short chains" in said(0.99, 0.98)
+    assert "goes on in stages" in said(0.99, 0.98)
     assert "which the joint head sees" in said(0.6, 0.5, 0.5)
     assert "No prior hole" in said(0.51, 0.5)
 

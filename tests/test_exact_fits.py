@@ -111,21 +111,17 @@ def far_apart(far: float) -> tuple[LinearGaussian, Normal, Normal, Normal, Array
     return double, p, source, aggregate_posterior(double, source), ArrayImages(images)
 
 
-@pytest.mark.parametrize("far", [1, 2])
-def test_where_one_ratio_saturates_the_default_refines_samples(far: int) -> None:
-    """Chains as long as those of training bring the mean of p_β's draws to that of the posterior's, nearly.
-
-    Those that are recorded have the published length, twice as many steps; here they go beyond it.
-    """
-    _, p, _, q, images = far_apart(far)
+def test_where_one_ratio_saturates_the_default_goes_on_in_stages() -> None:
+    """The gains add up to most of KL(q ‖ p_β), of which one ratio finds little, and samples come near to q."""
+    _, p, _, q, images = far_apart(1)
     backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
-    prior = fit(backbone, images, FitConfig(evaluate_every=20))
+    stage = StageConfig(step_size=0.2, leapfrogs=3, every=1)
+    prior = fit(backbone, images, FitConfig(iterations=600, evaluate_every=20, stage=stage))
     assert prior.record["saturated"]
-    assert prior.regime == "refiner"
-    trained = replace(prior.sampler, steps=prior.sampler.steps // 2)
-    for sampler, share in ((trained, 0.2), (prior.sampler, 0.7)):
-        drawn = flat(prior.sample(2_000, seed=38, sampler=sampler).z).double()
-        assert (drawn.mean(0) - q.mean).norm() < share * (p.mean - q.mean).norm()
+    assert prior.regime == "calibrated"
+    assert prior.record["held_out"]["tempered"]["nats"] > 0.8 * q.kl(p)
+    drawn = flat(prior.sample(2_000, seed=38, sampler=replace(prior.sampler, steps=60)).z).double()
+    assert (drawn.mean(0) - q.mean).norm() < 0.1 * (p.mean - q.mean).norm()
 
 
 def test_few_held_out_draws_show_that_a_ratio_saturates() -> None:

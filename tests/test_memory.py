@@ -55,14 +55,14 @@ def test_parts_of_a_batch_take_less(backbone: Backbone) -> None:
         assert "--parts above 1 or --batch-size below 64" in whole.remedy
 
 
-def test_of_one_ratio_or_chains_what_counts_is_the_chains_that_may_take_over(
+def test_of_one_ratio_or_stages_what_counts_is_the_stages_that_may_take_over(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = FitConfig(parts=2)
     monkeypatch.setattr(memory, "_head_bytes", lambda prior: 0)
-    refining = config.refining(0)
-    assert memory.for_fit(backbone, config).of == f"{refining.batch_size // 2} chains at a time"
-    assert "--ratios one" in memory.for_fit(backbone, config).remedy
+    for parts, chains in ((1, 64), (4, 64), (16, 48)):  # 512 + 256 draws, in blocks of at most 64
+        need = memory.for_fit(backbone, FitConfig(parts=parts))
+        assert need.of == f"{chains} chains at a time"
+        assert "--ratios one" in need.remedy
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from ebm_prior.progress import Bar
 
 def test_a_remark_is_printed_and_the_total_follows(capsys: pytest.CaptureFixture[str]) -> None:
     with Bar("fit", 2_400) as bar:
-        bar.step({"iteration": 100, "iterations": 400, "loss": 0.5, "remark": "now by short chains"})
+        bar.step({"iteration": 100, "iterations": 400, "loss": 0.5, "remark": "now in stages"})
     shown = capsys.readouterr().err
-    assert "now by short chains\n" in shown
+    assert "now in stages\n" in shown
     assert "100/400" in shown

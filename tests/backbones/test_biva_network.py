@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "block": ({"stages": stages(0, blocks=[{"filter": 4}])}, "Block: expected options among"),
     "huge block": ({"stages": stages(0, blocks=[{"filters": 10**9}])}, "Block.filters: expected an integer from 1"),
     "many blocks": ({"stages": stages(0, blocks=[{"filters": 4}] * 5000)}, "blocks in all: expected"),
-    "latent": ({"stages": stages(0, latent={"features": 2, "kernel": 0})}, "Latent.kernel: expected a positive"),
+    "latent": ({"stages": stages(0, latent={"features": 2, "kernel": 0})}, "Latent.kernel: expected an integer from 1"),
     "widths that do not meet": ({"stages": stages(1, blocks=[{"filters": 5}])}, "as many filters as the last block"),
     "widths that merge cannot join": (
         {"stages": stages(1, blocks=[{"filters": 4}, {"filters": 5}])},

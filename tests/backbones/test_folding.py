@@ -22,7 +22,7 @@ from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.fit import fit
 from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.samplers import SamplerChanges, SamplerConfig
 from ebm_prior.testing import check_backbone
 from ebm_prior.weights import count_parameters, fingerprint
 
@@ -220,7 +220,7 @@ def test_fits_and_samples_agree_to_rounding(
         held_out=6,
         warmup=0,
         energy=EnergyConfig(channels=4, hidden=8, joint=8),
-        sampler=SamplerConfig(proposals=2, steps=3),
+        sampler=SamplerChanges(proposals=2, steps=3),
         chain=chain,
     )
     losses: dict[str, list[float]] = {"folded": [], "plain": []}

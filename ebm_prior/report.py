@@ -282,11 +282,10 @@ def _ratios(stages: Sequence[Mapping[str, float]] | None, saturated: Mapping[str
         return "maximum likelihood by chains, as asked"
     if not stages:
         return "one density ratio, which does not saturate"
-    why = "one saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated) if saturated else ""
-    return (
-        f"{len(stages)} staged density ratios, {why or 'as asked'}; their gains add up, and their least ESS is the one "
-        "above"
-    )
+    why = "as asked"
+    if saturated:
+        why = "one saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated)
+    return f"{len(stages)} staged density ratios, {why}; their gains add up, and their least ESS is the one above"
 
 
 def sample_summary(result: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ from ebm_prior.samplers import (
     start,
 )
 
-COLD_STEPS = 16  # from p_β to p_k, each of `leapfrogs`: on the bundled NVAE, 36 nats away, more change little
+COLD_STEPS = 16  # pCN-Langevin steps from p_β to p_k, each of `leapfrogs`
 HALVINGS = 10  # of a stage's step, at most
 DRAW_BYTES = 2**31  # of device memory for the draws; beyond it there are fewer, in the same proportion
 ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains

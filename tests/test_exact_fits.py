@@ -133,7 +133,7 @@ def test_few_held_out_draws_show_that_a_ratio_saturates() -> None:
     assert saturated["ess_fraction"] > 1 / 160
 
 
-def test_a_short_fit_keeps_its_ratio_where_there_is_no_time_for_chains() -> None:
+def test_a_short_fit_keeps_its_ratio_where_there_is_no_time_for_stages() -> None:
     backbone = LinearGaussian(*SIZES).eval().requires_grad_(False)
     prior = fit(backbone, far_apart(2)[-1], FitConfig(iterations=80))
     assert (prior.record["saturated"], prior.record["iterations"], prior.regime) == (None, 80, "calibrated")

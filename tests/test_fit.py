@@ -95,6 +95,7 @@ def test_where_one_ratio_saturates_stages_take_over(
     assert prior.record["iterations"] == found["iterations"] == saturated["iteration"] + asked.iterations // 3
     assert [shown["iteration"] for shown in steps if "remark" in shown] == [saturated["iteration"]]
     assert steps[-1]["iterations"] == steps[-1]["iteration"]
+    assert "stage" in steps[-1]
     one = fit(backbone, images, replace(asked, ratios="one"))
     assert (one.record["stages"], one.record["saturated"]) == ([], None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,8 @@ def test_convert_then_fit(workshop: Workshop, fit_words: list[object], fitted: P
     record = backbone_record(own)["record"]
     assert record["stage"] == "convert"
     assert record["source"] == "toy.safetensors"
-    assert len(record["source_sha256"]) == 64
+    content = b"toy.safetensors\0" + workshop.backbone.read_bytes()
+    assert record["source_sha256"] == hashlib.sha256(content).hexdigest()
     assert record["data"]["name"] == "mnist/train"  # what the source said of itself stays known
     workshop.run(*fit_words, "--ckpt", own, "--out", tmp_path / "run")
     runs = (tmp_path / "run", fitted)

@@ -21,6 +21,7 @@ from ebm_prior.commands import fit_into
 from ebm_prior.data import ImageSource
 from ebm_prior.errors import DivergenceError
 from ebm_prior.fit import fit
+from ebm_prior.prior import EBMPrior
 from ebm_prior.samplers import SamplerConfig
 
 
@@ -41,6 +42,22 @@ def spoiled(at: set[int], monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(stage, "nce_loss", loss)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     return rates
+
+
+def test_a_picture_whose_chains_diverge_is_left_out_and_training_goes_on(
+    workshop: Workshop, backbone: Backbone, images: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, drawn, said = small(iterations=10), EBMPrior.sample, list[str]()
+
+    def sample(self: EBMPrior, n: int, **how: Any) -> Any:
+        if n == 32:
+            raise DivergenceError("3 of 32 chains left")
+        return drawn(self, n, **how)
+
+    monkeypatch.setattr(EBMPrior, "sample", sample)
+    into(tmp_path / "run", workshop, backbone, images, config, on_stage=said.append)
+    assert said == ["no picture of iteration 10: 3 of 32 chains left"]
+    assert load_prior(tmp_path / "run" / "prior.safetensors").record["rollbacks"] == 0
 
 
 def test_one_divergence_is_rolled_back_at_half_the_rate(

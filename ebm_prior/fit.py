@@ -25,7 +25,7 @@ from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, seeded
 from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import draw, norm, where
+from ebm_prior.samplers import draw, graphed, norm, where
 from ebm_prior.stages import Moved, Stages
 from ebm_prior.training import Callback, Images, Recorder, Training, batch_indices, update_average
 
@@ -102,6 +102,9 @@ class _Fit(Training):
         self.norm_limit = NORM_LIMIT * max(1.0, float(typical)) + 4 / math.sqrt(2 * dimensions * config.batch_size)
         self.average = copy.deepcopy(self.energy).eval().requires_grad_(False)
         self.untrained = copy.deepcopy(self.average.state_dict())  # f = 0
+        self.sampled = copy.deepcopy(self.average)  # mle: f of the chains, whose weights change in place
+        current = EBMPrior(self.backbone, self.sampled, regime=config.regime, target=config.target)
+        self.potential = graphed(current.potential, self.device)
         self.optimizer = self._new_optimizer()
         self.chains: list[Tensor] = []
         self.saturated: dict[str, Any] | None = None  # when and how one ratio alone did
@@ -237,7 +240,8 @@ class _Fit(Training):
         generator = derived_generator(self.config.seed, 18, device=self.device)
         energy = copy.deepcopy(self.average)
         energy.load_state_dict(self.untrained)
-        return Stages(self.backbone, energy, self.config.stage, generator)
+        rows = self.config.batch_size // self.config.parts
+        return Stages(self.backbone, energy, self.config.stage, generator, at_once=rows)
 
     @property
     def since(self) -> int:
@@ -412,14 +416,14 @@ class _Fit(Training):
         def propose() -> list[Tensor]:
             return self.backbone.standard_normal(n, generator=generator)
 
-        current = EBMPrior(self.backbone, copy.deepcopy(self.energy), regime=config.regime, target=config.target)
+        self.sampled.load_state_dict(self.energy.state_dict())
         if config.chains == "fresh":
-            return draw(current.potential, propose, config.chain, generator).eps
+            return draw(self.potential, propose, config.chain, generator).eps
         initial = propose()
         if self.chains:  # go on from the last step, but for a share of them
             restart = torch.rand(n, generator=generator, device=self.device) < config.refresh
             initial = where(restart, initial, [chains.chunk(config.parts)[part] for chains in self.chains])
-        return draw(current.potential, lambda: initial, config.chain, generator).eps
+        return draw(self.potential, lambda: initial, config.chain, generator).eps
 
     def _prior(self, *, tau: float = 1.0, record: Mapping[str, Any] | None = None) -> EBMPrior:
         config = self.config

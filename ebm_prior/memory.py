@@ -58,14 +58,9 @@ def for_fit(backbone: Backbone, config: FitConfig) -> Need:
     staged = config.ratios == "staged" or config.may_stage
     if config.objective == "nce" and not staged:
         return heads
-    chains = min(BLOCK, max(rows, _draws(config))) if staged else rows  # stages move draws in blocks
+    chains = config.staging(0).batch_size // config.parts if config.may_stage else rows
     remedy = _one_of(*smaller, *(["--ratios one"] if staged else []), *_cells(backbone))
     return max(heads, Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy))
-
-
-def _draws(config: FitConfig) -> int:
-    """Those of stages that one part of a batch moves."""
-    return (config.stage.particles + config.stage.held_out) // config.parts
 
 
 def require(need: Need, device: torch.device) -> str:

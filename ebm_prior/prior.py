@@ -14,7 +14,7 @@ from ebm_prior.energy import JointEnergy
 from ebm_prior.errors import RegimeError
 from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.randomness import BLOCK, BlockGenerator
-from ebm_prior.samplers import SamplerConfig, draw, effective_sample_size
+from ebm_prior.samplers import SamplerConfig, draw, effective_sample_size, graphed
 from ebm_prior.scores import Form, Lower, Mode, score
 
 Regime = Literal["calibrated", "refiner"]
@@ -126,12 +126,13 @@ class EBMPrior:
         """
         sampler = sampler or self.sampler
         device = next(self.backbone.parameters()).device
+        potential = graphed(self.potential, device)
 
         def drawn(part: tuple[int, int]) -> Seen:
             first, count = part
             generator = BlockGenerator(seed, first, count, device)
             found = draw(
-                self.potential, lambda: self.backbone.standard_normal(count, generator=generator), sampler, generator
+                potential, lambda: self.backbone.standard_normal(count, generator=generator), sampler, generator
             )
             trace = self.backbone.transform(found.eps)
             images = self.backbone.likelihood(trace.features).mean

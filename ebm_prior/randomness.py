@@ -7,6 +7,7 @@ blocks of `BLOCK`, each with its own torch.Generator derived from (seed, block n
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,8 +18,20 @@ BLOCK = 64
 _PURPOSE = 0xB10C  # keeps blocks apart from every other (seed, small number): see `derived_seed`
 
 
-class BlockGenerator:
-    """Stands where a torch.Generator does, for a chunk of samples made of several blocks.
+class Source(ABC):
+    """What stands where a torch.Generator does."""
+
+    @abstractmethod
+    def normal(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Standard normal of `shape`."""
+
+    @abstractmethod
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uniform on [0, 1) of `shape`."""
+
+
+class BlockGenerator(Source):
+    """The source of a chunk of samples made of several blocks.
 
     Block b's rows come from b's own generator, derived from (seed, b): `first` is the index of the chunk's first
     sample in the run, a multiple of `BLOCK`; `count` its number of samples.
@@ -48,20 +61,20 @@ class BlockGenerator:
         return self.rows([torch.rand(block, generator=g, dtype=dtype, device=device) for g in self._generators])
 
 
-Generator = torch.Generator | BlockGenerator | None
-"""Where randomness comes from: one generator, one per block of samples, or torch's global one (None)."""
+Generator = torch.Generator | Source | None
+"""Where randomness comes from: one generator, another source, or torch's global generator (None)."""
 
 
 def standard_normal(shape: Sequence[int], generator: Generator, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """N(0, 1) of `shape`; axis 0 is the batch."""
-    if isinstance(generator, BlockGenerator):
+    if isinstance(generator, Source):
         return generator.normal(shape, dtype, device)
     return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
 
 
 def uniform(shape: Sequence[int], generator: Generator, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """U[0, 1) of `shape`; axis 0 is the batch."""
-    if isinstance(generator, BlockGenerator):
+    if isinstance(generator, Source):
         return generator.uniform(shape, dtype, device)
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=device)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ebm_prior.cuda_graphs import Graphs
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.randomness import Generator, standard_normal, uniform
 
@@ -113,8 +114,46 @@ class Sampled(NamedTuple):
     step_size: Tensor
 
 
+class GraphedPotential:
+    """A potential on a GPU: its values, its gradients, and whole steps of a kernel on it run as CUDA graphs.
+
+    Weights that it reads may change in place.
+    """
+
+    def __init__(self, potential: Potential) -> None:
+        self._potential, self._graphs = potential, Graphs()
+
+    def __call__(self, eps: Sequence[Tensor]) -> Tensor:
+        """g(ε), (B,)."""
+        if torch.is_grad_enabled():  # a caller differentiates it, which a graph of values alone is not for
+            return self._potential(eps)
+        value: Tensor = self._graphs.run("value", lambda e, _: self._potential(e), list(eps))
+        return value
+
+    def start(self, eps: Sequence[Tensor]) -> ChainState:
+        """See `start`."""
+        state: ChainState = self._graphs.run("start", lambda e, _: start(self._potential, e), list(eps))
+        return state
+
+    def steps(self, kernel: Kernel) -> Kernel:
+        """`kernel` on this potential."""
+        name = getattr(kernel, "func", kernel), tuple(sorted(getattr(kernel, "keywords", {}).items()))
+
+        def stepped(inputs: Any, generator: Generator) -> Any:
+            return kernel(inputs[0], self._potential, inputs[1], generator)
+
+        return lambda state, _, step_size, generator: self._graphs.run(name, stepped, (state, step_size), generator)
+
+
+def graphed(potential: Potential, device: torch.device) -> Potential:
+    """The potential as chains on `device` run it fastest, for as long as the caller keeps it."""
+    return GraphedPotential(potential) if device.type == "cuda" else potential
+
+
 def start(potential: Potential, eps: Sequence[Tensor]) -> ChainState:
     """The state at ε: g and its gradient there."""
+    if isinstance(potential, GraphedPotential):
+        return potential.start(eps)
     leaves = [e.detach().requires_grad_(True) for e in eps]
     with torch.enable_grad():
         value = potential(leaves)
@@ -198,6 +237,8 @@ def run_chain(
     them it is fixed, so that the chain's target is exact. Raises DivergenceError when a chain, or g there, is no longer
     finite.
     """
+    if isinstance(potential, GraphedPotential):
+        kernel = potential.steps(kernel)
     acceptance = torch.zeros_like(state.value)
     for step in range(steps):
         state, info = kernel(state, potential, step_size, generator)

@@ -21,7 +21,7 @@ from ebm_prior.pages import matrix, page
 from ebm_prior.plots import COLOURS, Series, plot
 from ebm_prior.prior import ANCESTRAL, EBMPrior
 from ebm_prior.randomness import BlockGenerator, derived_generator, derived_seed
-from ebm_prior.samplers import KERNELS, ChainInfo, ChainState, langevin_step, run_chain, start
+from ebm_prior.samplers import KERNELS, ChainInfo, ChainState, graphed, langevin_step, run_chain, start
 from ebm_prior.scores import FreeGroups
 from ebm_prior.training import Images
 
@@ -301,13 +301,14 @@ def chain(
         terms.append(prior.tau * prior.energy.terms(prior.energy.inputs(z, state.eps)).double().cpu())
         on_step(step + 1)
 
-    state = start(prior.potential, backbone.standard_normal(n, generator=generator))
+    potential = graphed(prior.potential, device)
+    state = start(potential, backbone.standard_normal(n, generator=generator))
     keep(-1, state)
     kernel = KERNELS[sampler.kernel]
     if sampler.kernel == "langevin":
         kernel = partial(langevin_step, temperature=sampler.temperature)
     step_size = torch.full_like(state.value, sampler.step_size)
-    run_chain(kernel, state, prior.potential, steps, step_size=step_size, generator=generator, callback=keep)
+    run_chain(kernel, state, potential, steps, step_size=step_size, generator=generator, callback=keep)
     return Walked(kept, torch.stack(terms).numpy())
 
 

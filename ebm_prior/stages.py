@@ -37,11 +37,11 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.objectives import Gain, gain
 from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.prior import EBMPrior
-from ebm_prior.randomness import BLOCK
 from ebm_prior.samplers import (
     TARGET_ACCEPTANCE,
     SamplerConfig,
     effective_sample_size,
+    graphed,
     pcn_langevin_step,
     run_chain,
     start,
@@ -91,14 +91,22 @@ class Stages:
     """Draws of p_k in ε-space that follow f from stage to stage; the last `held_out` of them are never trained on."""
 
     def __init__(
-        self, backbone: Backbone, energy: JointEnergy, config: StageConfig, generator: torch.Generator
+        self,
+        backbone: Backbone,
+        energy: JointEnergy,
+        config: StageConfig,
+        generator: torch.Generator,
+        *,
+        at_once: int,
     ) -> None:
-        """`energy`: f_0, which is 0 before training, so that draws of p_0 are draws of p_β."""
+        """`energy`: f_0, which is 0 before training: draws of p_0 are draws of p_β. `at_once`: how many move."""
         dimensions = sum(math.prod(group.shape) for group in backbone.groups)
         width = next(backbone.parameters()).dtype.itemsize
         self.backbone, self.config = backbone, config.within(DRAW_BYTES // (dimensions * width))
         self.eps = backbone.standard_normal(self.config.particles + self.config.held_out, generator=generator)
-        self.reference = copy.deepcopy(energy).eval().requires_grad_(False)
+        self.reference = copy.deepcopy(energy).eval().requires_grad_(False)  # f_k, whose weights change in place
+        self.at_once = at_once
+        self._potential = graphed(EBMPrior(backbone, self.reference).potential, self.eps[0].device)
         self.step_size = config.step_size
         self.rate = 1.0  # of learning: half as fast after a stage that was rejected, twice after one that was accepted
         self.done: list[dict[str, float]] = []  # of each stage: last iteration, gain and log Z in nats, ESS
@@ -222,14 +230,13 @@ class Stages:
         self._show_held_out()
 
     def _move(self, rows: Tensor, steps: int, generator: torch.Generator) -> Moved:
-        """Steps of the draws `rows` under p_k, by blocks."""
-        prior = EBMPrior(self.backbone, self.reference)
+        """Steps of the draws `rows` under p_k."""
         eps, accepted = [], []
-        for chunk in torch.split(rows, BLOCK):
+        for chunk in torch.split(rows, self.at_once):
             state, acceptance, _ = run_chain(
                 partial(pcn_langevin_step, leapfrogs=self.config.leapfrogs),
-                start(prior.potential, [e[chunk] for e in self.eps]),
-                prior.potential,
+                start(self._potential, [e[chunk] for e in self.eps]),
+                self._potential,
                 steps,
                 step_size=torch.full((len(chunk),), self.step_size, dtype=self.eps[0].dtype, device=rows.device),
                 generator=generator,
@@ -248,7 +255,7 @@ class Stages:
     def _seen(self, eps: Sequence[Tensor]) -> list[Tensor]:
         """T_β(ε) as the heads see it."""
         parts = []
-        for chunk in zip(*(torch.split(e, BLOCK) for e in eps), strict=True):
+        for chunk in zip(*(torch.split(e, self.at_once) for e in eps), strict=True):
             parts.append(self.reference.inputs(self.backbone.reparameterize(chunk), chunk))
         return [torch.cat(group) for group in zip(*parts, strict=True)]
 

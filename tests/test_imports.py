@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ebm_prior"
 
 # From the mathematics to the command line; a module imports from its own room and those before it.
 ROOMS = (
-    {"errors", "randomness", "parallel"},
+    {"errors", "randomness", "parallel", "cuda_graphs"},
     {"backbone", "energy", "samplers", "objectives", "metrics", "detection", "batch_norm"},
     {"scores", "prior", "training", "stages", "recipes", "draws", "fit", "pretrain", "joint_config", "joint", "gauge"},
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs"}

@@ -59,7 +59,7 @@ def test_of_one_ratio_or_stages_what_counts_is_the_stages_that_may_take_over(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_head_bytes", lambda prior: 0)
-    for parts, chains in ((1, 64), (4, 64), (16, 48)):  # 512 + 256 draws, in blocks of at most 64
+    for parts, chains in ((1, 128), (4, 32), (16, 8)):  # of half the batch of 256
         need = memory.for_fit(backbone, FitConfig(parts=parts))
         assert need.of == f"{chains} chains at a time"
         assert "--ratios one" in need.remedy

@@ -28,7 +28,7 @@ def stages() -> Stages:
         torch.manual_seed(0)
         energy = JointEnergy(backbone.groups, EnergyConfig(hidden=8, joint=0)).requires_grad_(False)
     config = StageConfig(particles=400, held_out=200, moves=2, settle=4)
-    return Stages(backbone, energy, config, derived_generator(1))
+    return Stages(backbone, energy, config, derived_generator(1), at_once=64)
 
 
 def sloped(energy: JointEnergy, slope: float) -> JointEnergy:
@@ -48,7 +48,7 @@ def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypa
     backbone = LinearGaussian(2, 3).eval().requires_grad_(False)
     monkeypatch.setattr("ebm_prior.stages.DRAW_BYTES", 60 * sum(g.shape[0] for g in backbone.groups) * 4)
     energy = JointEnergy(backbone.groups, EnergyConfig(hidden=8, joint=0)).requires_grad_(False)
-    few = Stages(backbone, energy, StageConfig(particles=400, held_out=200), derived_generator(1))
+    few = Stages(backbone, energy, StageConfig(particles=400, held_out=200), derived_generator(1), at_once=64)
     assert [len(e) for e in few.eps] == [60, 60]
     assert few.config.particles == 2 * few.config.held_out == 40
 

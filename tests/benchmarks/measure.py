@@ -1,7 +1,7 @@
 """What the benchmarks share: networks, the plain path, interleaved timing, memory, and the report.
 
-Times are CPU seconds of this process on one thread, which other load on the machine disturbs least. Alternatives run in
-turn, and what is shown is the median over the rounds.
+Times are CPU seconds of this process on one thread, which other load on the machine disturbs least; on a GPU they are
+seconds by the clock. Alternatives run in turn, and what is shown is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, standard_normal
 from ebm_prior.recipes import paper_preset
 from ebm_prior.report import table
-from ebm_prior.samplers import ChainState, langevin_step, start
+from ebm_prior.samplers import ChainState, graphed, langevin_step, run_chain, start
 
 SIZES: dict[str, dict[str, Any] | None] = {
     "small": {
@@ -46,19 +46,28 @@ SIZES: dict[str, dict[str, Any] | None] = {
         "likelihood": "gaussian",
         "flows": 1,
     },
+    "hq-256": {  # CelebA-HQ-256, 375 million parameters
+        "image_shape": [3, 256, 256],
+        "groups_per_scale": [16, 8, 4, 4, 4],
+        "likelihood": "logistic_mixture",
+        "encoder_channels": 32,
+        "decoder_channels": 32,
+        "flows": 2,
+        "bits": 5,
+    },
     "bundled": None,  # nvae_cifar10
 }
-BATCH = {"small": 8, "published": 4, "bundled": 64}
+BATCH = {"small": 8, "published": 4, "hq-256": 1, "bundled": 64}
 STEP_SIZE = 2e-5  # s of Eq. 12, as published for CIFAR-10: the published code's 4e-5 is 2s
 
 
-def network(size: str, **changes: Any) -> Backbone:
+def network(size: str, device: str = "cpu", **changes: Any) -> Backbone:
     """An NVAE of a size, frozen: random weights but for the bundled one."""
     architecture = SIZES[size]
     if architecture is None:
-        return load_backbone(None, "nvae_cifar10")
+        return load_backbone(None, "nvae_cifar10", device=torch.device(device))
     torch.manual_seed(0)
-    return NVAE(**{**architecture, **changes}).eval().requires_grad_(False)
+    return NVAE(**{**architecture, **changes}).eval().requires_grad_(False).to(device)
 
 
 def paper_heads(backbone: Backbone, config: EnergyConfig | None = None) -> JointEnergy:
@@ -68,7 +77,8 @@ def paper_heads(backbone: Backbone, config: EnergyConfig | None = None) -> Joint
     for name, parameter in energy.named_parameters():
         if name.endswith("last.weight"):
             torch.nn.init.normal_(parameter, std=0.1)
-    return energy.eval().requires_grad_(False)
+    like = next(backbone.parameters())
+    return energy.eval().requires_grad_(False).to(like.device)
 
 
 def unfolded(backbone: Backbone) -> Backbone:
@@ -109,12 +119,16 @@ class Plain:
 class Chain:
     """A batch of chains on a backbone, stepped as published or by `samplers.langevin_step` (the ε-target, folded)."""
 
-    def __init__(self, backbone: Backbone, energy: JointEnergy, batch: int, *, plain: bool) -> None:
-        self.generator = derived_generator(0)
+    def __init__(
+        self, backbone: Backbone, energy: JointEnergy, batch: int, *, plain: bool, graphs: bool = True
+    ) -> None:
+        device = next(backbone.parameters()).device
+        self.generator = derived_generator(0, device=device)
         self.eps = backbone.standard_normal(batch, generator=self.generator)
         self.plain = Plain(backbone, energy) if plain else None
         self.prior = EBMPrior(unfolded(backbone) if plain else backbone, energy)
-        self.step_size = torch.full((batch,), STEP_SIZE)
+        self.potential = graphed(self.prior.potential, device) if graphs else self.prior.potential
+        self.step_size = torch.full((batch,), STEP_SIZE, device=device)
         self.state: ChainState | None = None
 
     def value(self, eps: Sequence[Tensor]) -> Tensor:
@@ -127,20 +141,31 @@ class Chain:
             self.eps = self.plain.step(self.eps, self.generator)
             return
         if self.state is None:
-            self.state = start(self.prior.potential, self.eps)
-        self.state, _ = langevin_step(self.state, self.prior.potential, self.step_size, self.generator)
+            self.state = start(self.potential, self.eps)
+        self.state, _, _ = run_chain(
+            langevin_step, self.state, self.potential, 1, step_size=self.step_size, generator=self.generator
+        )
 
 
-def interleaved(alternatives: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each, run in turn `rounds` times after one round that does not count."""
+def interleaved(
+    alternatives: Mapping[str, Callable[[], object]], rounds: int, *, device: str = "cpu", warm_up: int = 1
+) -> dict[str, float]:
+    """Median seconds of each, run in turn `rounds` times after some that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
-    for number in range(rounds + 1):
+    for number in range(warm_up + rounds):
         for name, run in alternatives.items():
-            began = time.process_time()
+            began = _clock(device)
             run()
-            if number:
-                seconds[name].append(time.process_time() - began)
+            if number >= warm_up:
+                seconds[name].append(_clock(device) - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _clock(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def saved_bytes(chain: Chain) -> int:
@@ -162,9 +187,14 @@ def saved_bytes(chain: Chain) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """How far the resident memory of this process rises above where it is now while `run` runs (Linux, glibc)."""
+def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
+    """How far memory in use rises above where it is now while `run` runs: resident (Linux, glibc), or a GPU's."""
     gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -181,6 +211,7 @@ def arguments(description: str, **defaults: Any) -> argparse.Namespace:
     """The options of a benchmark: --json, and for each keyword one with this default (a list takes several values)."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
     for name, default in defaults.items():
         many = isinstance(default, list)
         kind = type(default[0] if many else default)
@@ -199,7 +230,8 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], path: Path | None) -> 
     print(title)
     print(table(head, [[_shown(row[key]) for key in head] for row in rows]), flush=True)
     if path:
-        machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+        machine = {"machine": name, "torch": torch.__version__, "threads": 1}
         path.write_text(json.dumps({"title": title, **machine, "rows": list(rows)}, indent=1) + "\n")
 
 

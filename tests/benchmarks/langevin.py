@@ -9,6 +9,7 @@ take at the rate of a large matrix product, or moving what is saved for the back
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -41,8 +42,10 @@ def main() -> None:
                     saved[name] = saved_bytes(chain) / 2**20 / batch
                     peaks[name] = peak_bytes(chain.step, options.device) / 2**30
                 except torch.OutOfMemoryError:
-                    print(f"{size}, batch {batch}, {name}: does not fit")
+                    print(f"{size}, batch {batch}, {name}: does not fit", flush=True)
                     del chains[name]
+                    gc.collect()
+                    torch.cuda.empty_cache()
             steps = {name: chain.step for name, chain in chains.items()}
             seconds = interleaved(steps, options.pairs, device=options.device, warm_up=3 if cuda else 1)
             for name, chain in chains.items():

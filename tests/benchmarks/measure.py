@@ -179,7 +179,7 @@ def saved_bytes(chain: Chain) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in constants:
             kept[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # itself it would be kept by its own graph, which would then never end
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         value = chain.value(leaves)

@@ -91,6 +91,7 @@ def mean_and_sd(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, 
     return {key: (statistics.fmean(c), statistics.stdev(c) if len(c) > 1 else 0.0) for key, c in columns.items()}
 
 
+_NARROW = 0.005  # an ESS, as a share of the draws, at which `fit` takes one ratio to saturate
 _LABELS = {
     "fd_backbone": "FD, backbone prior",
     "fd_prior": "FD, energy-based prior",
@@ -271,17 +272,20 @@ def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
     ]
     return [
         Table(["held-out", "gain (nats)", "ESS / draws", "τ"], rows),
-        *([_ratios(record["stages"], record["saturated"])] if "stages" in record else []),
+        *([_ratios(record["stages"], record["saturated"], plain["ess_fraction"])] if "stages" in record else []),
         f"iteration {record['best_iteration']} of {record['iterations']} kept, {record['rollbacks']} roll-backs",
     ]
 
 
-def _ratios(stages: Sequence[Mapping[str, float]] | None, saturated: Mapping[str, float] | None) -> str:
+def _ratios(
+    stages: Sequence[Mapping[str, float]] | None, saturated: Mapping[str, float] | None, ess_fraction: float
+) -> str:
     """What the heads were trained on, and why."""
     if stages is None:
         return "maximum likelihood by chains, as asked"
     if not stages:
-        return "one density ratio, which does not saturate"
+        kept = "which does not saturate" if ess_fraction >= _NARROW else "saturated: --ratios staged goes further"
+        return f"one density ratio, {kept}"
     why = "as asked"
     if saturated:
         why = "one saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from conftest import Workshop
 from test_web_page import Page, require_no_sideways_scrolling, screenshot
 
+from ebm_prior import report
 from ebm_prior.classifier import FeatureClassifier, save_classifier
 from ebm_prior.files import with_nan, without_nan
 from ebm_prior.recipes import FitConfig
@@ -155,3 +157,20 @@ def test_it_looks_right_in_a_browser(run: Path, page: Page, tmp_path: Path) -> N
     assert (shot[:, :10] > 240).all()
     assert 0.05 < (shot.mean(2) < 128).mean() < 0.8
     require_no_sideways_scrolling(text, 360, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stages", "saturated", "ess_fraction", "said"),
+    [
+        (None, None, 0.9, "maximum likelihood by chains"),
+        ([], None, 0.2, "one density ratio, which does not saturate"),
+        ([], None, 0.001, "one density ratio, saturated: --ratios staged goes further"),
+        ([{}], None, 0.3, "1 staged density ratios, as asked"),
+        ([{}, {}], {"ess_fraction": 0.001, "iteration": 7}, 0.3, "2 staged .* one saturates .ESS 0.1% after 7 iter"),
+    ],
+)
+def test_a_fit_says_what_its_heads_were_trained_on(stages: Any, saturated: Any, ess_fraction: float, said: str) -> None:
+    gain = {"nats": 1.0, "ess_fraction": ess_fraction, "tau": 1.0}
+    record = {"held_out": {"plain": gain, "tempered": gain}, "stages": stages, "saturated": saturated}
+    lines = report.fit_blocks(record | {"iterations": 9, "best_iteration": 9, "rollbacks": 0})
+    assert any(isinstance(line, str) and re.match(said, line) for line in lines)

@@ -18,6 +18,7 @@ from ebm_prior import (
     joint_run,
     latents_2d,
     memory,
+    pretrain_run,
     report,
     sources,
 )
@@ -185,7 +186,7 @@ def pretrain(
     )
     directory = run_directory(out, "pretrain", resume)
     with Bar("pretrain", config.iterations) as bar:
-        result = commands.pretrain_into(
+        result = pretrain_run.pretrain_into(
             directory,
             backbone,
             train,

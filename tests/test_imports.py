@@ -30,6 +30,7 @@ ROOMS = (
         "memory",
         "commands",
         "joint_run",
+        "pretrain_run",
         "anomaly_table",
         "latents_2d",
         "ablations",

@@ -17,10 +17,10 @@ from toys import LinearGaussian, ToyConv
 
 import ebm_prior.pretrain as stage
 from ebm_prior.checkpoint import backbone_record, load_backbone
-from ebm_prior.commands import pretrain_into
 from ebm_prior.data import ImageSource, from_array, open_images
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.pretrain import PretrainConfig, build, evaluate_elbo, pretrain
+from ebm_prior.pretrain_run import pretrain_into
 from ebm_prior.runs import Run
 from ebm_prior.weights import fingerprint
 

@@ -14,9 +14,9 @@ from ebm_prior.backbones.nvae_spectral import largest_singular_values
 from run_folders import check_an_interruption
 from tiny_nvae import tiny, trained
 
-from ebm_prior.commands import pretrain_into
 from ebm_prior.data import ImageSource, from_array
 from ebm_prior.pretrain import PretrainConfig, build, pretrain
+from ebm_prior.pretrain_run import pretrain_into
 
 # As NVAE is trained, in few steps.
 RECIPE: dict[str, Any] = {

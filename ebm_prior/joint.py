@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.backbone import Backbone, Posterior
+from ebm_prior.draws import PRIOR_DRAWS
 from ebm_prior.energy import JointEnergy, values
 from ebm_prior.errors import DivergenceError
 from ebm_prior.joint_config import JointConfig, Space
@@ -37,7 +38,6 @@ from ebm_prior.training import Callback, Images, Recorder, Training, batch_indic
 GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy
 NORM_LIMIT = 3.0  # times the posterior's ‖ε‖/√D, at least 1: chains beyond it have left where data lies
 EVALUATED = 1_000  # validation images, and PRIOR_DRAWS as many draws of p_β, for the metrics
-PRIOR_DRAWS = 4
 
 
 def potential(

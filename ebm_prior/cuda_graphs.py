@@ -1,15 +1,16 @@
 """CUDA graphs: what a GPU does for one step of its chains, recorded once and replayed without the host in between.
 
 A step is thousands of small kernels, which a host launches more slowly than a GPU runs them unless batches are large. A
-function is recorded at the second call with inputs of the same shapes: the first one warms the libraries up, and the
-noise that it draws is kept, as the memory into which later calls draw theirs. Weights are read where they are, so that
-a replay follows changes in place.
+function is recorded at the second call with inputs of one kind: the noise that the first one draws is kept, as the
+memory into which later calls draw theirs. Weights are read where they are, so that a replay follows changes in place,
+and no others. What a function takes of memory at its peak stays reserved while its graph lives.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,15 +59,19 @@ class Tape(Source):
 
 
 class Graph:
-    """A function recorded for inputs of one form, with the noise of a tape."""
+    """A function recorded for inputs of one kind, with the noise of a tape."""
 
-    def __init__(self, function: Function, inputs: Any, tape: Tape, pool: Any) -> None:
-        """`pool`: of memory, which graphs share that are replayed one after another."""
+    def __init__(self, function: Function, inputs: Any, tape: Tape, where: Place) -> None:
+        """Raises RuntimeError where the function cannot be recorded: it waits for the device, say."""
         self._tape, self._inputs = tape, tree_map(torch.clone, inputs)
-        tape.rewind()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._results = function(self._inputs, tape)
+        with where.aside():
+            tape.rewind()
+            with _refusing_to_wait():  # tried first: a recording that is broken off leaves torch's state in disorder
+                function(self._inputs, tape)
+            tape.rewind()
+            with torch.cuda.graph(self._graph, pool=where.pool, stream=where.stream):
+                self._results = function(self._inputs, tape)
 
     def __call__(self, inputs: Any, generator: Generator) -> Any:
         """What the function makes of other inputs and noise."""
@@ -77,29 +82,71 @@ class Graph:
         return tree_map(torch.clone, self._results)  # before the next replay overwrites them
 
 
+class Place:
+    """Where graphs are recorded that are replayed one after another: a stream of a device, and memory that they share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """On the stream, after all that was asked of the device before and before all that is asked after."""
+        before = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(before)
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+                yield
+        finally:
+            torch.cuda.set_stream(before)  # which a recording that is broken off does not do
+            before.wait_stream(self.stream)
+
+
 class Graphs:
-    """The graphs of functions of one owner, by name and shapes. Where one cannot be recorded all run without."""
+    """The graphs of functions of one owner, by name and kind of inputs. Where one cannot be recorded all run without."""
 
     def __init__(self) -> None:
         self._met: dict[Hashable, Tape | Graph] = {}  # a tape: met once
-        self._pool: Any = None
+        self._places: dict[torch.device, Place] = {}
         self._broken = False
 
     def run(self, name: Hashable, function: Function, inputs: Any, generator: Generator = None) -> Any:
-        """`function(inputs, generator)`, by replay from the second call of this name with these shapes on."""
-        if self._broken:
-            return function(inputs, generator)
-        key = name, tuple(tensor.shape for tensor in tree_leaves(inputs))
+        """`function(inputs, generator)`, by replay from the second call of this name with inputs of this kind on."""
+        leaves = tree_leaves(inputs)
+        key = name, tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in leaves)
         met = self._met.get(key)
-        if met is None:
-            met = self._met[key] = Tape(generator)
-            return function(inputs, met)
+        if met is None and not self._broken:
+            tape = Tape(generator)
+            found = function(inputs, tape)
+            self._met[key] = tape
+            return found
         if isinstance(met, Tape):
-            try:
-                self._pool = self._pool or torch.cuda.graph_pool_handle()
-                met = self._met[key] = Graph(function, inputs, met, self._pool)
-            except RuntimeError as error:
-                self._broken = True
-                warnings.warn(f"runs without CUDA graphs, slower: {str(error).splitlines()[0]}", stacklevel=2)
-                return function(inputs, generator)
-        return met(inputs, generator)
+            met = self._recorded(key, function, inputs, met, leaves[0].device)
+        return function(inputs, generator) if met is None else met(inputs, generator)
+
+    def _recorded(
+        self, key: Hashable, function: Function, inputs: Any, tape: Tape, device: torch.device
+    ) -> Graph | None:
+        """The graph of what was met once; None where there can be none."""
+        try:
+            if device not in self._places:
+                self._places[device] = Place(device)
+            self._met[key] = graph = Graph(function, inputs, tape, self._places[device])
+            return graph
+        except RuntimeError as error:  # out of memory, too
+            reason = str(error).splitlines()[0]
+        self._broken = True
+        self._met.clear()  # with all the memory that graphs keep
+        self._places.clear()
+        warnings.warn(f"runs without CUDA graphs, slower: {reason}", stacklevel=3)
+        return None
+
+
+@contextlib.contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -26,7 +26,7 @@ from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, seeded
 from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import draw, graphed, norm, where
-from ebm_prior.stages import Moved, Stages
+from ebm_prior.stages import Moved, Stages, draws_at_once
 from ebm_prior.training import Callback, Images, Recorder, Training, batch_indices, update_average
 
 NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies
@@ -88,6 +88,8 @@ class _Fit(Training):
         if backbone.training:
             raise ConfigurationError("expected a backbone in eval mode, found it in train mode: call .eval() first")
         dimensions = sum(math.prod(group.shape) for group in backbone.groups)
+        if config.may_stage:
+            config.stage.suited(backbone, config.parts)  # refused now, not when stages take over
         with seeded(self.device, config.seed, 10):
             self.energy = JointEnergy(backbone.groups, config.energy).to(self.device, self.dtype)
         self.draws = Draws(self.backbone, images, self.energy, config, processes)
@@ -240,8 +242,9 @@ class _Fit(Training):
         generator = derived_generator(self.config.seed, 18, device=self.device)
         energy = copy.deepcopy(self.average)
         energy.load_state_dict(self.untrained)
-        rows = self.config.batch_size // self.config.parts
-        return Stages(self.backbone, energy, self.config.stage, generator, at_once=rows)
+        at_once = draws_at_once(self.config.batch_size // self.config.parts, self.device)
+        stage = self.config.stage.suited(self.backbone, self.config.parts)
+        return Stages(self.backbone, energy, stage, generator, at_once=at_once)
 
     @property
     def since(self) -> int:
@@ -271,11 +274,15 @@ class _Fit(Training):
 
     def _saturates(self, plain: Gain) -> bool:
         """Whether one ratio cannot bridge the hole: seen early on, while there is time for what takes over."""
-        config, draws = self.config, len(self.held_out.prior[0])
+        config = self.config
         early = self.iteration <= max(PROBATION * config.iterations, config.evaluate_every)
         left = self.iteration < config.iterations and config.iterations // 3 >= config.warmup
-        few = max(SATURATED * config.ess_floor * draws, FEW)
-        return config.may_stage and early and left and plain.ess_fraction * draws < few
+        return config.may_stage and early and left and self._narrow(plain)
+
+    def _narrow(self, plain: Gain) -> bool:
+        """Whether few held-out draws hold all the weight."""
+        draws = len(self.held_out.prior[0])
+        return plain.ess_fraction * draws < max(SATURATED * self.config.ess_floor * draws, FEW)
 
     def _begin_stages(self, plain: Gain) -> None:
         """Begin again in stages."""
@@ -403,6 +410,7 @@ class _Fit(Training):
             "rollbacks": self.rollbacks,
             "held_out": {"plain": plain._asdict(), "tempered": tempered._asdict()},
             "saturated": self.saturated,
+            "narrow": calibrated and self.stages is None and self._narrow(plain),
             "stages": None if self.config.objective == "mle" else self.stages.done if self.stages else [],
         }
         return self._prior(tau=tempered.tau if calibrated else 1.0, record=record)

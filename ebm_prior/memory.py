@@ -25,6 +25,7 @@ from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import BLOCK, derived_generator
 from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import SamplerConfig, start
+from ebm_prior.stages import draws_at_once
 
 UNITS = {"KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
 MEASURED = 2  # chains
@@ -58,9 +59,17 @@ def for_fit(backbone: Backbone, config: FitConfig) -> Need:
     staged = config.ratios == "staged" or config.may_stage
     if config.objective == "nce" and not staged:
         return heads
-    chains = config.staging(0).batch_size // config.parts if config.may_stage else rows
+    device = next(backbone.parameters()).device
+    chains = rows
+    if staged:
+        rows = config.staging(0).batch_size // config.parts if config.may_stage else rows
+        stage = config.stage.suited(backbone, config.parts)
+        chains = min(draws_at_once(rows, device), -(-(stage.particles + stage.held_out) // config.parts))
     remedy = _one_of(*smaller, *(["--ratios one"] if staged else []), *_cells(backbone))
-    return max(heads, Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy))
+    moving = Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy)
+    if device.type == "cuda":  # whose graphs keep the memory of the chains
+        return moving._replace(bytes=moving.bytes + heads.bytes, of=f"{moving.of} and {heads.of}")
+    return max(heads, moving)
 
 
 def require(need: Need, device: torch.device) -> str:

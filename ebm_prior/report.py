@@ -91,7 +91,6 @@ def mean_and_sd(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, 
     return {key: (statistics.fmean(c), statistics.stdev(c) if len(c) > 1 else 0.0) for key, c in columns.items()}
 
 
-_NARROW = 0.005  # an ESS, as a share of the draws, at which `fit` takes one ratio to saturate
 _LABELS = {
     "fd_backbone": "FD, backbone prior",
     "fd_prior": "FD, energy-based prior",
@@ -272,20 +271,19 @@ def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
     ]
     return [
         Table(["held-out", "gain (nats)", "ESS / draws", "τ"], rows),
-        *([_ratios(record["stages"], record["saturated"], plain["ess_fraction"])] if "stages" in record else []),
+        *([_ratios(record)] if "stages" in record else []),
         f"iteration {record['best_iteration']} of {record['iterations']} kept, {record['rollbacks']} roll-backs",
     ]
 
 
-def _ratios(
-    stages: Sequence[Mapping[str, float]] | None, saturated: Mapping[str, float] | None, ess_fraction: float
-) -> str:
+def _ratios(record: Mapping[str, Any]) -> str:
     """What the heads were trained on, and why."""
+    stages, saturated = record["stages"], record["saturated"]
     if stages is None:
         return "maximum likelihood by chains, as asked"
     if not stages:
-        kept = "which does not saturate" if ess_fraction >= _NARROW else "saturated: --ratios staged goes further"
-        return f"one density ratio, {kept}"
+        narrow = record.get("narrow", False)  # files from before 26 November 2026 do not say
+        return "one density ratio, " + ("saturated: stages go further" if narrow else "which does not saturate")
     why = "as asked"
     if saturated:
         why = "one saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated)

@@ -220,6 +220,13 @@ def pcn_langevin_step(
 KERNELS: dict[str, Any] = {"langevin": langevin_step, "pcn-langevin": pcn_langevin_step}
 
 
+def kernel_of(config: SamplerConfig) -> Kernel:
+    """The kernel of a sampler with its settings, but for the step size."""
+    if config.kernel == "langevin":
+        return partial(langevin_step, temperature=config.temperature)
+    return partial(pcn_langevin_step, leapfrogs=config.leapfrogs)
+
+
 def run_chain(
     kernel: Kernel,
     state: ChainState,
@@ -296,10 +303,8 @@ def draw(
     step_size = torch.full_like(ess, config.step_size)
     acceptance = torch.ones_like(ess)
     if config.steps:
-        kernel = KERNELS[config.kernel]
-        only = {"temperature": config.temperature} if config.kernel == "langevin" else {"leapfrogs": config.leapfrogs}
         state, acceptance, step_size = run_chain(
-            partial(kernel, **only),
+            kernel_of(config),
             start(potential, eps),
             potential,
             config.steps,

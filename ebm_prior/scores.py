@@ -22,7 +22,7 @@ from torch import Tensor
 from ebm_prior.backbone import Backbone, Gaussian, Posterior, Trace
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.randomness import BlockGenerator, Generator, derived_seed, standard_normal
-from ebm_prior.samplers import Potential, SamplerConfig, draw, graphed
+from ebm_prior.samplers import Potential, SamplerConfig, draw
 
 Mode = Literal["eq20", "elbo", "iw"]
 Lower = Literal["sample", "mean"]
@@ -202,9 +202,7 @@ class FreeGroups:
         def propose() -> list[Tensor]:
             return [standard_normal(shape, generator, dtype=like.dtype, device=like.device) for shape in shapes]
 
-        if sampler is None:
-            return propose()
-        return draw(graphed(self.potential, like.device), propose, sampler, generator).eps
+        return propose() if sampler is None else draw(self.potential, propose, sampler, generator).eps
 
     @property
     def potential(self) -> Potential:

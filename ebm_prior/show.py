@@ -7,7 +7,6 @@ from the bottom, as the paper does. Everything random comes from (seed, row).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from ebm_prior.pages import matrix, page
 from ebm_prior.plots import COLOURS, Series, plot
 from ebm_prior.prior import ANCESTRAL, EBMPrior
 from ebm_prior.randomness import BlockGenerator, derived_generator, derived_seed
-from ebm_prior.samplers import KERNELS, ChainInfo, ChainState, graphed, langevin_step, run_chain, start
+from ebm_prior.samplers import ChainInfo, ChainState, graphed, kernel_of, run_chain, start
 from ebm_prior.scores import FreeGroups
 from ebm_prior.training import Images
 
@@ -304,11 +303,8 @@ def chain(
     potential = graphed(prior.potential, device)
     state = start(potential, backbone.standard_normal(n, generator=generator))
     keep(-1, state)
-    kernel = KERNELS[sampler.kernel]
-    if sampler.kernel == "langevin":
-        kernel = partial(langevin_step, temperature=sampler.temperature)
     step_size = torch.full_like(state.value, sampler.step_size)
-    run_chain(kernel, state, potential, steps, step_size=step_size, generator=generator, callback=keep)
+    run_chain(kernel_of(sampler), state, potential, steps, step_size=step_size, generator=generator, callback=keep)
     return Walked(kept, torch.stack(terms).numpy())
 
 

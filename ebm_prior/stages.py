@@ -37,6 +37,7 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.objectives import Gain, gain
 from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.prior import EBMPrior
+from ebm_prior.randomness import BLOCK
 from ebm_prior.samplers import (
     TARGET_ACCEPTANCE,
     SamplerConfig,
@@ -73,10 +74,25 @@ class StageConfig:
         if not (0 < self.step_size <= 2 and 0 < self.ess < 1 and 0 <= self.groupwise <= 1):
             raise ConfigurationError(f"expected step_size in (0, 2], ess in (0, 1), groupwise in [0, 1], found {self}")
 
+    def suited(self, backbone: Backbone, parts: int) -> StageConfig:
+        """The same with no more draws than `DRAW_BYTES` hold. Raises ConfigurationError for more parts than those."""
+        dimensions = sum(math.prod(group.shape) for group in backbone.groups)
+        suited = self.within(DRAW_BYTES // (dimensions * next(backbone.parameters()).dtype.itemsize))
+        if suited.particles < parts:
+            raise ConfigurationError(
+                f"stages have {suited.particles} draws of so large latents: expected no more parts, found {parts}"
+            )
+        return suited
+
     def within(self, draws: int) -> StageConfig:
         """The same with at most so many draws: as they are, or fewer of both kinds, one of each at least."""
         share = min(1.0, draws / (self.particles + self.held_out))
         return replace(self, particles=max(1, int(share * self.particles)), held_out=max(1, int(share * self.held_out)))
+
+
+def draws_at_once(rows: int, device: torch.device) -> int:
+    """How many of them move together where a part of the batch has `rows`: all on a GPU, else a block, for its memory."""
+    return rows if device.type == "cuda" else min(rows, BLOCK)
 
 
 class Moved(NamedTuple):
@@ -100,9 +116,7 @@ class Stages:
         at_once: int,
     ) -> None:
         """`energy`: f_0, which is 0 before training: draws of p_0 are draws of p_β. `at_once`: how many move."""
-        dimensions = sum(math.prod(group.shape) for group in backbone.groups)
-        width = next(backbone.parameters()).dtype.itemsize
-        self.backbone, self.config = backbone, config.within(DRAW_BYTES // (dimensions * width))
+        self.backbone, self.config = backbone, config
         self.eps = backbone.standard_normal(self.config.particles + self.config.held_out, generator=generator)
         self.reference = copy.deepcopy(energy).eval().requires_grad_(False)  # f_k, whose weights change in place
         self.at_once = at_once
@@ -255,7 +269,7 @@ class Stages:
     def _seen(self, eps: Sequence[Tensor]) -> list[Tensor]:
         """T_β(ε) as the heads see it."""
         parts = []
-        for chunk in zip(*(torch.split(e, self.at_once) for e in eps), strict=True):
+        for chunk in zip(*(torch.split(e, BLOCK) for e in eps), strict=True):
             parts.append(self.reference.inputs(self.backbone.reparameterize(chunk), chunk))
         return [torch.cat(group) for group in zip(*parts, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ebm_prior import cuda_graphs
 from ebm_prior.checkpoint import load_backbone
-from ebm_prior.cuda_graphs import Function, Graph, Graphs, Tape
+from ebm_prior.cuda_graphs import Function, Graph, Graphs, Place, Tape
 from ebm_prior.energy import EnergyConfig, JointEnergy
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import BlockGenerator, derived_generator, standard_normal, uniform
@@ -27,7 +28,7 @@ class Played(Graph):
 
     recorded = 0
 
-    def __init__(self, function: Function, inputs: Any, tape: Tape, pool: Any) -> None:
+    def __init__(self, function: Function, inputs: Any, tape: Tape, where: Place) -> None:
         self._tape, self._inputs, self._function = tape, tree_map(torch.clone, inputs), function
         self._graph: Any = self
         tape.rewind()
@@ -46,7 +47,7 @@ class Played(Graph):
 def played(monkeypatch: pytest.MonkeyPatch) -> None:
     Played.recorded = 0
     monkeypatch.setattr(cuda_graphs, "Graph", Played)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(cuda_graphs, "Place", lambda device: None)
 
 
 def quartic(eps: Sequence[Tensor]) -> Tensor:
@@ -126,18 +127,29 @@ def test_noise_is_fresh_at_every_replay(played: None) -> None:
             assert torch.equal(replayed, drawn)
 
 
-def test_weights_that_change_in_place_are_followed(played: None) -> None:
-    backbone = load_backbone(None, "hvae_fashion_mnist")
-    energy = JointEnergy(backbone.groups, EnergyConfig(channels=4, hidden=8, joint=4))
-    prior = EBMPrior(backbone, energy)
-    potential, eps = GraphedPotential(prior.potential), backbone.standard_normal(3, generator=derived_generator(0))
-    for slope in (0.0, 0.5, -1.0):
-        for head in energy.heads.values():
-            head.last.weight.fill_(slope)  # type: ignore[union-attr]
-        with torch.no_grad():
-            assert torch.equal(potential(eps), prior.potential(eps))
+def test_kinds_of_inputs_have_graphs_of_their_own(played: None) -> None:
+    graphs = Graphs()
+    for dtype in (torch.float32, torch.float64) * 2:
+        assert graphs.run("double", lambda x, _: 2 * x, torch.ones(2, dtype=dtype)).dtype == dtype
+    assert Played.recorded == 2
+
+
+def test_a_first_call_that_fails_is_not_met(played: None) -> None:
+    graphs, generator, failures = Graphs(), derived_generator(0), [True]
+
+    def noise(like: Tensor, source: Any) -> Tensor:
+        first = standard_normal((2,), source, dtype=like.dtype, device=like.device)
+        if failures:
+            failures.pop()
+            raise torch.OutOfMemoryError("once")
+        return first + standard_normal((2,), source, dtype=like.dtype, device=like.device)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.run("noise", noise, torch.ones(1), generator)
+    for _ in range(3):
+        twin = torch.Generator().set_state(generator.get_state())
+        assert torch.equal(graphs.run("noise", noise, torch.ones(1), generator), noise(torch.ones(1), twin))
     assert Played.recorded == 1
-    assert float(prior.potential(eps).abs().max()) > 0
 
 
 def test_a_value_to_be_differentiated_is_no_replay(played: None) -> None:
@@ -149,15 +161,22 @@ def test_a_value_to_be_differentiated_is_no_replay(played: None) -> None:
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = weakref.WeakSet[Tensor]()
+
     def refuse(*_: Any) -> Graph:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        memory = torch.ones(9)
+        large.add(memory)
+        raise RuntimeError("called a synchronizing CUDA operation\nmore")
 
     monkeypatch.setattr(cuda_graphs, "Graph", refuse)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    potential, config = GraphedPotential(quartic), SamplerConfig(proposals=1, steps=4, step_size=0.2)
-    with pytest.warns(
-        UserWarning, match="without CUDA graphs, slower: operation not permitted when stream is capturing$"
-    ):
+    monkeypatch.setattr(cuda_graphs, "Place", lambda device: None)
+
+    def watched(eps: Sequence[Tensor]) -> Tensor:
+        assert not large, "what the recording held is free again before anything else runs"
+        return quartic(eps)
+
+    potential, config = GraphedPotential(watched), SamplerConfig(proposals=1, steps=4, step_size=0.2)
+    with pytest.warns(UserWarning, match="without CUDA graphs, slower: called a synchronizing CUDA operation$"):
         found = chain(potential, config, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, chain(quartic, config, 0), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(chain(potential, config, 1), chain(quartic, config, 1), strict=True))
@@ -176,9 +195,35 @@ def test_on_a_gpu_graphs_change_rounding_alone(
             torch.nn.init.normal_(head.last.weight, std=0.1)  # type: ignore[union-attr, arg-type]
     prior = EBMPrior(backbone, energy)
     sampler = SamplerConfig(proposals=4, steps=5, step_size=0.05, leapfrogs=leapfrogs)
+    record, recorded = Graph.__init__, list[str]()
+
+    def noted(self: Graph, *given: Any) -> None:
+        record(self, *given)
+        recorded.append("a graph")
+
+    monkeypatch.setattr(Graph, "__init__", noted)
     replayed = prior.sample(150, seed=1, sampler=sampler, chunk=64)
     assert not [w for w in recwarn if "CUDA graphs" in str(w.message)]
+    assert len(recorded) >= 2, "values and a step, of 64 chains"
     monkeypatch.setattr(Graphs, "run", lambda self, name, function, inputs, generator=None: function(inputs, generator))
     plain = prior.sample(150, seed=1, sampler=sampler, chunk=64)
     close = (replayed.images - plain.images).abs().flatten(1).amax(1) < 1e-3
     assert close.float().mean() > 0.97  # a proposal near even odds may fall the other way
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_weights_are_followed_and_a_waiting_potential_is_left_as_it_is() -> None:
+    device = torch.device("cuda")
+    weight, eps = torch.ones(1, device=device), [torch.ones(2, 3, device=device)]
+    potential = GraphedPotential(lambda e: weight * e[0].flatten(1).sum(1))
+    for value in (1.0, 2.0, -3.0):
+        weight.fill_(value)
+        state = potential.start(eps)
+        assert torch.allclose(state.gradient[0], torch.full((2, 3), value, device=device))
+    waiting = GraphedPotential(lambda e: e[0].flatten(1).sum(1) * float(weight.item()))
+    stream = torch.cuda.current_stream()
+    assert torch.allclose(waiting.start(eps).value, torch.full((2,), -9.0, device=device))
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        assert torch.allclose(waiting.start(eps).value, torch.full((2,), -9.0, device=device))
+    assert torch.cuda.current_stream() == stream
+    torch.nn.functional.dropout(torch.ones(9, device=device), 0.2)  # the global generator is in order

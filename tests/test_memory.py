@@ -17,6 +17,7 @@ from ebm_prior.errors import MemoryLimitError
 from ebm_prior.prior import ANCESTRAL, EBMPrior
 from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import SamplerConfig
+from ebm_prior.stages import StageConfig, draws_at_once
 
 CPU = torch.device("cpu")
 
@@ -59,10 +60,18 @@ def test_of_one_ratio_or_stages_what_counts_is_the_stages_that_may_take_over(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_head_bytes", lambda prior: 0)
-    for parts, chains in ((1, 128), (4, 32), (16, 8)):  # of half the batch of 256
-        need = memory.for_fit(backbone, FitConfig(parts=parts))
+    few = StageConfig(particles=20, held_out=10)
+    for parts, stage, chains in ((1, StageConfig(), 64), (4, StageConfig(), 32), (1, few, 30), (4, few, 8)):
+        need = memory.for_fit(
+            backbone, FitConfig(parts=parts, stage=stage)
+        )  # half the batch of 256, a block, the draws
         assert need.of == f"{chains} chains at a time"
         assert "--ratios one" in need.remedy
+
+
+def test_on_a_gpu_the_draws_of_a_part_move_together() -> None:
+    assert draws_at_once(512, torch.device("cuda")) == 512
+    assert [draws_at_once(rows, CPU) for rows in (512, 16)] == [64, 16]
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,9 +48,23 @@ def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypa
     backbone = LinearGaussian(2, 3).eval().requires_grad_(False)
     monkeypatch.setattr("ebm_prior.stages.DRAW_BYTES", 60 * sum(g.shape[0] for g in backbone.groups) * 4)
     energy = JointEnergy(backbone.groups, EnergyConfig(hidden=8, joint=0)).requires_grad_(False)
-    few = Stages(backbone, energy, StageConfig(particles=400, held_out=200), derived_generator(1), at_once=64)
+    suited = StageConfig(particles=400, held_out=200).suited(backbone, 40)
+    few = Stages(backbone, energy, suited, derived_generator(1), at_once=64)
     assert [len(e) for e in few.eps] == [60, 60]
     assert few.config.particles == 2 * few.config.held_out == 40
+    with pytest.raises(ConfigurationError, match="40 draws of so large latents: expected no more parts, found 41"):
+        StageConfig(particles=400, held_out=200).suited(backbone, 41)
+
+
+def test_a_stage_changes_its_weights_in_place(stages: Stages) -> None:
+    """As graphs need it, which read them where they were when they were recorded."""
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in stages.reference.state_dict().items()}
+    found = Gain(1.0, 0.5, 1.0)
+    stages.advance(sloped(stages.reference, 0.3), found, 1, [derived_generator(3)])
+    stages.restore(stages.state())
+    after = stages.reference.state_dict()
+    assert all(after[name].data_ptr() == place for name, (place, _) in before.items())
+    assert any(not torch.equal(after[name], value) for name, (_, value) in before.items())
 
 
 def test_negatives_move_and_held_out_draws_stay(stages: Stages) -> None:

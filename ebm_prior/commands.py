@@ -40,15 +40,8 @@ from ebm_prior.sources import readjusted
 from ebm_prior.training import Callback
 from ebm_prior.weights import count_parameters, fingerprint, read_tensors
 
-RESULTS = (
-    "iterations",
-    "best_iteration",
-    "rollbacks",
-    "held_out",
-    "stages",
-    "saturated",
-    "narrow",
-)  # of a prior's record
+# Of a prior's record:
+RESULTS = ("iterations", "best_iteration", "rollbacks", "held_out", "stages", "saturated", "narrow")
 
 
 def run_directory(out: Path | None, stage: str, *, resume: bool) -> Path:

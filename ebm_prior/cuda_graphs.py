@@ -83,10 +83,11 @@ class Graph:
 
 
 class Place:
-    """Where graphs are recorded that are replayed one after another: a stream of a device, and memory that they share."""
+    """Where graphs are recorded that are replayed one after another: a stream of a device, and shared memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -102,7 +103,7 @@ class Place:
 
 
 class Graphs:
-    """The graphs of functions of one owner, by name and kind of inputs. Where one cannot be recorded all run without."""
+    """The graphs of one owner's functions, by name and kind of inputs. Where one cannot be recorded all run without."""
 
     def __init__(self) -> None:
         self._met: dict[Hashable, Tape | Graph] = {}  # a tape: met once

@@ -91,7 +91,7 @@ class StageConfig:
 
 
 def draws_at_once(rows: int, device: torch.device) -> int:
-    """How many of them move together where a part of the batch has `rows`: all on a GPU, else a block, for its memory."""
+    """How many move together where a part of the batch has `rows`: all on a GPU, else a block, which takes less memory."""
     return rows if device.type == "cuda" else min(rows, BLOCK)
 
 

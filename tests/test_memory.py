@@ -62,9 +62,7 @@ def test_of_one_ratio_or_stages_what_counts_is_the_stages_that_may_take_over(
     monkeypatch.setattr(memory, "_head_bytes", lambda prior: 0)
     few = StageConfig(particles=20, held_out=10)
     for parts, stage, chains in ((1, StageConfig(), 64), (4, StageConfig(), 32), (1, few, 30), (4, few, 8)):
-        need = memory.for_fit(
-            backbone, FitConfig(parts=parts, stage=stage)
-        )  # half the batch of 256, a block, the draws
+        need = memory.for_fit(backbone, FitConfig(parts=parts, stage=stage))  # 128 rows, a block, all draws
         assert need.of == f"{chains} chains at a time"
         assert "--ratios one" in need.remedy
 

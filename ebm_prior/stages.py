@@ -91,7 +91,7 @@ class StageConfig:
 
 
 def draws_at_once(rows: int, device: torch.device) -> int:
-    """How many move together where a part of the batch has `rows`: all on a GPU, else a block, which takes less memory."""
+    """How many move together where a part of the batch has `rows`: all on a GPU, else a block, for its memory."""
     return rows if device.type == "cuda" else min(rows, BLOCK)
 
 

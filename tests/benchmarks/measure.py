@@ -188,13 +188,13 @@ def saved_bytes(chain: Chain) -> int:
 
 
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
-    """How far memory in use rises above where it is now while `run` runs: resident (Linux, glibc), or a GPU's."""
+    """How far memory rises above where it is now while `run` runs: what is resident (Linux, glibc), or a GPU's reserved."""
     gc.collect()
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_reserved() - before  # with what graphs keep
     ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

@@ -188,7 +188,7 @@ def saved_bytes(chain: Chain) -> int:
 
 
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
-    """How far memory rises above where it is now while `run` runs: what is resident (Linux, glibc), or a GPU's reserved."""
+    """How far memory rises above where it is now while `run` runs: resident (Linux, glibc), or a GPU's reserved."""
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()

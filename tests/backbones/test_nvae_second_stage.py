@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, tiny_args, tra
 
 from ebm_prior import commands
 from ebm_prior.batch_norm import readjust_batch_norm
-from ebm_prior.checkpoint import backbone_record, load_backbone, prior_record, save_backbone
+from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record, save_backbone
+from ebm_prior.randomness import derived_generator
 from ebm_prior.weights import fingerprint
 
 # The data set that the file names.
@@ -187,3 +190,18 @@ def test_fit_and_sample_on_official_models(
     workshop.run("sample", run / "prior.safetensors", "-n", 2, "--out", run / "drawn.npz")
     with np.load(run / "drawn.npz") as drawn:
         assert drawn["images"].shape == (2, side, side, channels)
+
+
+def test_chains_of_the_bundled_prior_climb_from_the_backbones() -> None:
+    """Its f rises by tens of nats from draws of p_β to short chains, at the step size that it records."""
+    path = Path(str(resources.files("ebm_prior.checkpoints"))) / "nvae_cifar10_prior.safetensors"
+    assert prior_record(path)["backbone"]["checkpoint"] == "nvae_cifar10"
+    prior = load_prior(path)
+    assert prior.record["stages"]
+    assert prior.sampler.leapfrogs == 5
+    drawn = prior.sample(8, seed=0, sampler=replace(prior.sampler, steps=4))
+    assert drawn.acceptance.mean() > 0.5
+    f_drawn, f_backbone = (
+        prior.f(z).mean() for z in (drawn.z, prior.backbone.sample(8, generator=derived_generator(0)))
+    )
+    assert f_drawn > f_backbone + 20  # nats

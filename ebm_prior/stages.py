@@ -16,7 +16,8 @@ it. The sum f of these ratios is the goal of the first stages, which go along τ
 enough; then learning goes on with all groups together.
 
 The estimates share what the held-out draws have not yet forgotten, so that the sum is optimistic by a few per cent
-where stages are many.
+where stages are many; and f is known where draws have been. Chains that go on for much longer than these have can find
+where it is too high, and stay there.
 """
 
 from __future__ import annotations

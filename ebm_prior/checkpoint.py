@@ -138,6 +138,7 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
         },
         "energy": asdict(prior.energy.config),
         "tau": prior.tau,
+        "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
         "regime": prior.regime,
         "target": prior.target,
         "sampler": asdict(prior.sampler),
@@ -185,10 +186,13 @@ def load_prior(
     path = Path(path)
     tensors, record = _read_prior(path)
     trained_on, tau, regime, target = (record[key] for key in ("backbone", "tau", "regime", "target"))
+    ceiling = math.inf if record.get("ceiling") is None else record["ceiling"]  # not in files of before there was one
     try:
         config, sampler = EnergyConfig(**record["energy"]), SamplerConfig(**record["sampler"])
-        if not (math.isfinite(tau) and regime in get_args(Regime) and target in get_args(Target)):
-            raise ValueError(f"tau {tau}, regime {regime!r}, target {target!r}")
+        if not (
+            math.isfinite(tau) and ceiling > -math.inf and regime in get_args(Regime) and target in get_args(Target)
+        ):
+            raise ValueError(f"tau {tau}, ceiling {ceiling}, regime {regime!r}, target {target!r}")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
     if backbone is None:
@@ -217,7 +221,16 @@ def load_prior(
     except RuntimeError as error:  # sizes that no memory holds
         raise CheckpointError(f"{path} describes heads that cannot be built: {error}") from error
     _load_widened(energy, tensors, path)
-    return EBMPrior(backbone, energy, tau=tau, regime=regime, target=target, sampler=sampler, record=record["record"])
+    return EBMPrior(
+        backbone,
+        energy,
+        tau=tau,
+        ceiling=ceiling,
+        regime=regime,
+        target=target,
+        sampler=sampler,
+        record=record["record"],
+    )
 
 
 def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -193,6 +194,7 @@ def fit_into(
         "picture": str(before_after),
         "parameters": parameters(backbone, config.energy),
         "tau": prior.tau,
+        "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
         "regime": prior.regime,
         "sampler": asdict(prior.sampler),
         "cpu_seconds": seconds,

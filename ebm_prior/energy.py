@@ -36,6 +36,7 @@ class EnergyConfig:
     activation: Literal["silu", "leaky_relu"] = field(default="silu", metadata={"help": "leaky_relu: slope 0.2"})
     conditional: bool = field(default=False, metadata={"help": "heads see z_i in units of p(z_i | z_<i), too"})
     standardize: bool = field(default=True, metadata={"help": "heads see latents in units of posterior mean and std"})
+    bound: float = field(default=0.0, metadata={"help": "heads see these units within ±bound (tanh); 0: unbounded"})
     dropout: float = field(default=0.0, metadata={"help": "dropout in the joint head"})
 
     def __post_init__(self) -> None:
@@ -43,6 +44,8 @@ class EnergyConfig:
             raise ConfigurationError(
                 f"expected positive channels, hidden, vector_layers; joint >= 0; dropout in [0, 1); found {self}"
             )
+        if not 0 <= self.bound < math.inf:
+            raise ConfigurationError(f"expected a bound of 0 (none) or more, found {self.bound}")
         if self.activation not in ACTIVATIONS:
             raise ConfigurationError(f"expected activation {' or '.join(ACTIVATIONS)}, found {self.activation!r}")
 
@@ -80,10 +83,12 @@ class Head(nn.Module):
             features = config.hidden
         self.body = nn.Sequential(*layers)
         self.last = zero_linear(features)
+        self.bound = config.bound
 
     def features(self, z: Tensor) -> Tensor:
         """The last hidden layer, (B, hidden)."""
-        hidden: Tensor = self.body((z - self.shift) / self.scale)
+        x = (z - self.shift) / self.scale
+        hidden: Tensor = self.body(self.bound * torch.tanh(x / self.bound) if self.bound else x)
         return hidden
 
     def forward(self, z: Tensor) -> Tensor:

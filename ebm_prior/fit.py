@@ -389,11 +389,14 @@ class _Fit(Training):
     def _finish(self) -> EBMPrior:
         """The best prior so far, tempered on the held-out latents."""
         self.average.load_state_dict(self.best["energy"])
-        calibrated = self.config.regime == "calibrated"
+        calibrated, ceiling = self.config.regime == "calibrated", math.inf
         if self.stages is not None:  # each was accepted by its own gain: nothing is left to temper
             least = min((stage["ess_fraction"] for stage in self.stages.done), default=1.0)
-            plain = tempered = Gain(self.stages.gain, least, 1.0)
-            self.average.add(-self.stages.log_z)  # log Z of the whole is then 0, as that of one ratio
+            clipped = self.stages.clipped(self.held_out.posterior)
+            plain = tempered = Gain(self.stages.gain + clipped.gain, least, 1.0)
+            log_z = self.stages.log_z + clipped.log_z
+            self.average.add(-log_z)  # log Z of the whole is then 0, as that of one ratio
+            ceiling = clipped.ceiling - log_z
         else:
             plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
             tempered = tempered if calibrated else plain  # a refiner is kept as it is
@@ -413,7 +416,7 @@ class _Fit(Training):
             "narrow": calibrated and self.stages is None and self._narrow(plain),
             "stages": None if self.config.objective == "mle" else self.stages.done if self.stages else [],
         }
-        return self._prior(tau=tempered.tau if calibrated else 1.0, record=record)
+        return self._prior(tau=tempered.tau if calibrated else 1.0, ceiling=ceiling, record=record)
 
     # -- its parts
 
@@ -433,12 +436,15 @@ class _Fit(Training):
             initial = where(restart, initial, [chains.chunk(config.parts)[part] for chains in self.chains])
         return draw(self.potential, lambda: initial, config.chain, generator).eps
 
-    def _prior(self, *, tau: float = 1.0, record: Mapping[str, Any] | None = None) -> EBMPrior:
+    def _prior(
+        self, *, tau: float = 1.0, ceiling: float = math.inf, record: Mapping[str, Any] | None = None
+    ) -> EBMPrior:
         config = self.config
         return EBMPrior(
             self.backbone,
             copy.deepcopy(self.average),
             tau=tau,
+            ceiling=ceiling,
             regime=config.regime,
             target=config.target,
             sampler=config.sampler.of(self.stages.sampler) if self.stages else config.recorded_sampler,

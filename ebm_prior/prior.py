@@ -39,9 +39,10 @@ class Samples(NamedTuple):
 class EBMPrior:
     """A trained (or, with f = 0, untrained) energy-based prior.
 
-    `tau` multiplies f (tempering after training). `regime`: "calibrated" (f is a log density ratio: scores and log Z
-    mean something) or "refiner" (short-run dynamics as published: samples only). `target`: "exact", the density of
-    Appendix A.3, or "published", which differentiates log p_β(T(ε)) where that has log N(ε); for replication only.
+    `tau` multiplies f (tempering after training), and no τ f is above `ceiling`, in nats: where the heads see what no
+    latents had in training, f is no ratio of anything. `regime`: "calibrated" (f is a log density ratio: scores and
+    log Z mean something) or "refiner" (short-run dynamics as published: samples only). `target`: "exact", the density
+    of Appendix A.3, or "published", which differentiates log p_β(T(ε)) where that has log N(ε); for replication only.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class EBMPrior:
         energy: JointEnergy,
         *,
         tau: float = 1.0,
+        ceiling: float = math.inf,
         regime: Regime = "calibrated",
         target: Target = "exact",
         sampler: SamplerConfig | None = None,
@@ -60,20 +62,20 @@ class EBMPrior:
         like = next(backbone.parameters())
         self.backbone = backbone.for_inference()
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
-        self.tau = tau
+        self.tau, self.ceiling = tau, ceiling
         self.regime = regime
         self.target = target
         self.sampler = sampler or SamplerConfig()
         self.record = dict(record or {})
 
     def f(self, z: Sequence[Tensor]) -> Tensor:
-        """The negative energy τ f(z) in nats, (B,), for z a list of (B, *group.shape)."""
+        """The negative energy min(τ f(z), ceiling) in nats, (B,), for z a list of (B, *group.shape)."""
         return self.negative_energy(z, self.backbone.standardize(z) if self.energy.config.conditional else z)
 
     def negative_energy(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> Tensor:
         """`f` of z where ε = T_β⁻¹(z) is known already, (B,)."""
         value: Tensor = self.tau * self.energy(self.energy.inputs(z, eps))
-        return value
+        return value if self.ceiling == math.inf else value.clamp(max=self.ceiling)
 
     def potential(self, eps: Sequence[Tensor]) -> Tensor:
         """g(ε), (B,): the target's log density is g(ε) − ½‖ε‖² + const (Appendix A.3)."""

@@ -341,8 +341,10 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
     ]
     if "joint" in record["heads"]:
         rows.append(["joint head", "all groups", f"{record['heads']['joint']:,}"])
+    ceiling = f", at most {record['ceiling']:.4g} nats" if record.get("ceiling") is not None else ""
     lines: list[Block] = [
-        f"energy-based prior, {record['regime']}, τ = {record['tau']:.4g}, written by ebm-prior {record['library']}",
+        f"energy-based prior, {record['regime']}, τ = {record['tau']:.4g}{ceiling}, written by ebm-prior "
+        f"{record['library']}",
         f"backbone: {backbone['adapter']}, {backbone['checkpoint']}, fingerprint {backbone['fingerprint'][:12]}",
         f"parameters: backbone {backbone['parameters']:,}, heads {heads:,} ({heads / backbone['parameters']:.1%})",
         Table(["group (top first)", "shape", "head parameters"], rows),

@@ -15,9 +15,10 @@ group's own ratio, of a posterior z_i against a draw of p_β(z_i | z_<i) below t
 it. The sum f of these ratios is the goal of the first stages, which go along τ f from τ = 0 as far as each brings
 enough; then learning goes on with all groups together.
 
-The estimates share what the held-out draws have not yet forgotten, so that the sum is optimistic by a few per cent
-where stages are many; and f is known where draws have been. Chains that go on for much longer than these have can find
-where it is too high, and stay there.
+f is known where latents have been. Beyond, heads extrapolate, and chains that go on for longer than these draws have
+find where that is too high, and stay. Two things keep them: heads see their inputs within bounds, and f is clipped at
+what nearly all posterior latents have, so that no place draws chains more than these do. The estimates share what the
+held-out draws have not yet forgotten: the sum is optimistic by a few per cent where stages are many.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ COLD_STEPS = 16  # pCN-Langevin steps from p_β to p_k, each of `leapfrogs`
 HALVINGS = 10  # of a stage's step, at most
 DRAW_BYTES = 2**31  # of device memory for the draws; beyond it there are fewer, in the same proportion
 ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains
+UNCLIPPED = 0.99  # of the held-out posterior latents: f of the finished prior is no higher anywhere
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,14 @@ class Moved(NamedTuple):
     rows: Tensor  # (n,): which
     eps: list[Tensor]  # (n, *group.shape)
     acceptance: Tensor  # (n,), the mean over their steps
+
+
+class Clipped(NamedTuple):
+    """min(f_k, ceiling), and what the clipping adds to the sums over the stages."""
+
+    ceiling: float  # nats
+    gain: float
+    log_z: float
 
 
 class Stages:
@@ -191,6 +201,14 @@ class Stages:
         found = gain(r_q, r_p)
         relative = (1 / found.ess_fraction - 1) / len(r_p)  # variance of the mean weight / its square
         return found, math.sqrt(float(r_q.var(correction=0)) / len(r_q) + relative)
+
+    def clipped(self, positive: Sequence[Tensor]) -> Clipped:
+        """f_k, no higher than at `UNCLIPPED` of `positive`: held-out posterior latents as the heads see them."""
+        device = self.eps[0].device
+        f_q, f_p = (values(self.reference, seen, device).double() for seen in (positive, self._held_out))
+        ceiling = float(f_q.quantile(UNCLIPPED))
+        r_q, r_p = (f.clamp(max=ceiling) - f for f in (f_q, f_p))
+        return Clipped(ceiling, gain(r_q, r_p).nats, float(r_p.logsumexp(0)) - math.log(len(r_p)))
 
     def advance(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def some_prior(workshop: Workshop, seed: int = 0) -> EBMPrior:
         for tensor in energy.state_dict().values():
             tensor.copy_(1 + 0.1 * torch.randn(tensor.shape, generator=generator))
     sampler = SamplerConfig(proposals=3, kernel="langevin", steps=2, step_size=0.01)
-    return EBMPrior(backbone, energy, tau=0.7, regime="refiner", target="published", sampler=sampler, record={"a": [1]})
+    rest: dict[str, Any] = {"sampler": sampler, "record": {"a": [1]}}
+    return EBMPrior(backbone, energy, tau=0.7, ceiling=2.5, regime="refiner", target="published", **rest)
 
 
 @pytest.fixture
@@ -63,13 +65,27 @@ def rewrite(path: Path, key: str, change: Any) -> None:
 
 def test_a_prior_comes_back(workshop: Workshop, prior_file: Path) -> None:
     prior, again = some_prior(workshop), load_prior(prior_file)
-    for name in ("tau", "regime", "target", "sampler", "record"):
+    for name in ("tau", "ceiling", "regime", "target", "sampler", "record"):
         assert getattr(again, name) == getattr(prior, name)
     assert again.energy.config == SMALL
     first, second = (p.sample(5, seed=3) for p in (prior, again))
     assert torch.equal(first.images, second.images)
     assert not any(p.requires_grad for p in [*again.energy.parameters(), *again.backbone.parameters()])
     assert fingerprint(again.backbone) == prior_record(prior_file)["backbone"]["fingerprint"]
+
+
+def test_files_of_before_there_were_bounds_and_ceilings_have_none(prior_file: Path) -> None:
+    rewrite(prior_file, PRIOR_KEY, lambda record, _: (record.pop("ceiling"), record["energy"].pop("bound")))
+    prior = load_prior(prior_file)
+    assert prior.ceiling == math.inf
+    assert prior.energy.config.bound == 0
+
+
+def test_a_prior_without_a_ceiling_comes_back(workshop: Workshop, tmp_path: Path) -> None:
+    prior = some_prior(workshop)
+    prior.ceiling = math.inf
+    save_prior(prior, tmp_path / "prior.safetensors", checkpoint=str(workshop.backbone))
+    assert load_prior(tmp_path / "prior.safetensors").ceiling == math.inf
 
 
 def test_equal_priors_give_equal_bytes(workshop: Workshop, tmp_path: Path) -> None:
@@ -169,7 +185,10 @@ def test_a_record_without_a_part_of_its_backbone_is_refused(prior_file: Path, ke
     [
         lambda record, _: record.update(tau="much"),
         lambda record, _: record.update(tau=float("nan")),
+        lambda record, _: record.update(ceiling="high"),
+        lambda record, _: record.update(ceiling=float("nan")),
         lambda record, _: record.update(regime="perfect"),
+        lambda record, _: record["energy"].update(bound=-1.0),
         lambda record, _: record.update(target="other"),
         lambda record, _: record["energy"].update(channels="4"),
         lambda record, _: record["energy"].update(channels=-4),

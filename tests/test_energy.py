@@ -185,3 +185,40 @@ def test_a_dimension_that_never_varies_stays_finite_and_scaling_travels_with_the
 def test_sizes_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="expected positive channels"):
         EnergyConfig(**settings)
+
+
+def some_energy(bound: float) -> JointEnergy:
+    """Heads with random weights everywhere, the same for any bound."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        energy = JointEnergy(GROUPS, replace(SMALL, bound=bound))
+        for parameter in energy.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return energy
+
+
+def test_far_out_a_bounded_energy_is_constant() -> None:
+    """An unbounded one goes on growing: that is what chains find."""
+    z = latents(GROUPS)
+    for bound, grows in ((2.0, False), (0.0, True)):
+        far, farther = (some_energy(bound)([factor * group for group in z]) for factor in (1e5, 1e6))
+        assert (bool((farther - far).abs().max() > 1e3), torch.equal(farther, far)) == (grows, not grows)
+
+
+def test_near_zero_bounds_change_nothing() -> None:
+    z = [1e-3 * group for group in latents(GROUPS)]
+    torch.testing.assert_close(some_energy(2.0)(z), some_energy(0.0)(z), rtol=1e-5, atol=1e-5)
+
+
+def test_bounds_are_in_units_of_the_posterior() -> None:
+    z = latents(GROUPS)
+    energy, scaled = some_energy(2.0), some_energy(2.0)
+    for head in scaled._heads():
+        head.scale.fill_(50.0)
+    torch.testing.assert_close(scaled([50.0 * group for group in z]), energy(z), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", [-1.0, float("inf"), float("nan")])
+def test_impossible_bounds(bound: float) -> None:
+    with pytest.raises(ConfigurationError, match="bound"):
+        EnergyConfig(bound=bound)

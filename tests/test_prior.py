@@ -210,3 +210,20 @@ def test_sampling_leaves_no_gradient_and_no_trace_of_itself() -> None:
     assert not any(column.requires_grad for column in columns(first))
     again = prior.sample(64, sampler=SAMPLERS["pcn-langevin"])
     assert all(torch.equal(a, b) for a, b in zip(columns(first), columns(again), strict=True))  # dropout is off
+
+
+def test_no_f_is_above_the_ceiling() -> None:
+    """The density is clipped with it: f, log Z and the gradient that chains follow."""
+    backbone = LinearGaussian().eval()
+    free = EBMPrior(backbone, trained(backbone, 3.0), tau=0.5)
+    eps = backbone.standard_normal(400, generator=derived_generator(7))
+    z = backbone.reparameterize(eps)
+    ceiling = float(free.f(z).detach().mean())
+    clipped = EBMPrior(backbone, free.energy, tau=0.5, ceiling=ceiling)
+    torch.testing.assert_close(clipped.f(z), free.f(z).clamp(max=ceiling))
+    torch.testing.assert_close(clipped.log_prior(z) - clipped.f(z), free.log_prior(z) - free.f(z))
+    assert clipped.log_normalizer(n=2_000)[0] < free.log_normalizer(n=2_000)[0]
+    above = free.f(z) > ceiling
+    gradient = start(clipped.potential, eps).gradient[0]
+    assert bool((gradient[above] == 0).all())
+    torch.testing.assert_close(gradient[~above], start(free.potential, eps).gradient[0][~above])

@@ -119,6 +119,27 @@ def test_the_draws_of_the_next_stage_have_a_higher_f(stages: Stages) -> None:
     assert stage["log_z"] == pytest.approx(float(expected), abs=1e-5)
 
 
+def test_clipping_is_one_more_ratio(stages: Stages) -> None:
+    """What it adds to the gain and to log Z is that of min(f, ceiling) − f, on draws of p_k."""
+    stages.advance(sloped(stages.reference, 4.0), Gain(0.3, 0.7, 1.0), 7, [derived_generator(4)])
+    positive = stages._seen(stages.backbone.standard_normal(1_000, generator=derived_generator(5)))
+    clipped = stages.clipped(positive)
+    f_q, f_p = stages.reference(positive).double(), stages.reference(stages._held_out).double()
+    assert (f_q > clipped.ceiling).double().mean() == pytest.approx(0.01, abs=2e-3)
+    assert (f_p > clipped.ceiling).any(), "else there is nothing to clip"
+    change = (f_p.clamp(max=clipped.ceiling) - f_p).exp().mean().log()
+    assert clipped.log_z == pytest.approx(float(change), abs=1e-6)
+    assert clipped.gain == pytest.approx(float((f_q.clamp(max=clipped.ceiling) - f_q).mean() - change), abs=1e-6)
+
+
+def test_a_staged_prior_has_a_ceiling_and_one_ratio_none(backbone: Backbone, images: ImageSource) -> None:
+    stage = StageConfig(particles=100, held_out=100)
+    staged = fit(backbone, images, small(iterations=20, ratios="staged", batch_size=64, stage=stage))
+    assert staged.record["stages"]
+    assert 0 < staged.ceiling < 1e3
+    assert fit(backbone, images, small(iterations=4, ratios="one")).ceiling == float("inf")
+
+
 def test_a_fit_takes_batches_larger_than_the_draws(backbone: Backbone, images: ImageSource) -> None:
     """Positives and negatives are then unequal in number, and are not mistaken for one another."""
     config = small(iterations=4, ratios="staged", batch_size=32, stage=StageConfig(particles=8, held_out=8, every=1))

@@ -65,13 +65,14 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, on_step: OnStep = lambda s
     at = sorted({step for run in columns.values() for step in run})
     walked = chain(prior, n, steps, at, seed=seed, on_step=on_step)
     energies = -walked.terms  # (steps + 1, n, heads)
+    totals = energies.sum(2).clip(min=-prior.ceiling)
     names = [*prior.energy.names, *(["joint head"] if prior.energy.joint is not None else [])]
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(names))]
     frames = {step: _decoded(prior, eps) for step, eps in walked.eps.items()}
     pictures = []
     for run in (short, steps):
         x, shown = np.arange(run + 1), energies[: run + 1].mean(1)
-        total = Series("total", x, shown.sum(1), "line", "#222222")
+        total = Series("total", x, totals[: run + 1].mean(1), "line", "#222222")
         parts = [Series(name, x, shown[:, i], "line", colours[i]) for i, name in enumerate(names)]
         plotted = plot(
             [total, *parts],
@@ -89,7 +90,7 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, on_step: OnStep = lambda s
     arrays = {"energy": energies, "heads": np.array(names), "steps": np.array(at)}
     arrays["images"] = torch.stack([frames[step] for step in at]).cpu().numpy()
     if steps > SETTLED + 1:
-        slope, error = trend(energies[SETTLED:].sum(2))
+        slope, error = trend(totals[SETTLED:])
         arrays["trend"] = np.array([slope, error])
         caption.append(
             f"Total energy after step {SETTLED}: {1000 * slope:+.3f} ± {1000 * error:.3f} nats per 1,000 steps (mean "

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from measure import BATCH, Chain, arguments, interleaved, network, paper_heads, peak_bytes, report, saved_bytes
@@ -30,37 +29,64 @@ def main() -> None:
         energy = paper_heads(backbone)
         half = backbone.for_inference(cells=torch.bfloat16)
         for batch in (given or BATCH[size] for given in options.batch):
-            chains = {
-                "plain": Chain(backbone, energy, batch, plain=True),
-                "ours": Chain(backbone, energy, batch, plain=False),
-                "ours, bf16": Chain(half, energy, batch, plain=False),
+            paths = {
+                "plain": partial(Chain, backbone, energy, batch, plain=True),
+                "ours": partial(Chain, backbone, energy, batch, plain=False),
+                "ours, bf16": partial(Chain, half, energy, batch, plain=False),
             }
             if cuda:
-                chains["ours, no graphs"] = Chain(backbone, energy, batch, plain=False, graphs=False)
-            saved, peaks = {}, {}
-            for name, chain in list(chains.items()):
+                paths["ours, no graphs"] = partial(Chain, backbone, energy, batch, plain=False, graphs=False)
+            found: dict[str, dict[str, float]] = {}
+            for name, made in paths.items():
                 try:
-                    saved[name] = saved_bytes(chain) / 2**20 / batch
-                    few = partial(steps_of, chain, 3 if cuda else 1)  # a graph is recorded at the second
-                    peaks[name] = peak_bytes(few, options.device) / 2**30
+                    found[name] = of_one(name, made(), batch, options.device)
                 except torch.OutOfMemoryError:
                     print(f"{size}, batch {batch}, {name}: does not fit", flush=True)
-                    del chains[name]
-                    gc.collect()
-                    torch.cuda.empty_cache()
-            steps = {name: chain.step for name, chain in chains.items()}
-            seconds = interleaved(steps, options.pairs, device=options.device, warm_up=3 if cuda else 1)
-            for name, chain in chains.items():
-                row: dict[str, Any] = {"size": size, "batch": batch, "path": name, "s": seconds[name]}
-                row |= {"saved MiB/sample": saved[name], "peak GiB": peaks[name]}
-                row["faster"] = seconds.get("plain", math.nan) / seconds[name]
-                row["less saved"] = saved.get("plain", math.nan) / saved[name]
+                free()
+            seconds = timed({name: paths[name] for name in found}, options.pairs, options.device)
+            for name, row in found.items():
+                row |= {"s": seconds[name], "faster": seconds.get("plain", math.nan) / seconds[name]}
+                row["less saved"] = found.get("plain", {}).get("saved MiB/sample", math.nan) / row["saved MiB/sample"]
                 if cuda:
-                    products, moved = floors(chain, saved[name] * batch, torch.bfloat16 if "bf16" in name else None)
-                    row |= {"products s": products, "moved s": moved, "floor / s": max(products, moved) / seconds[name]}
-                rows.append(row)
-            del chains, chain, steps
+                    row["floor / s"] = max(row["products s"], row["moved s"]) / seconds[name]
+                rows.append({"size": size, "batch": batch, "path": name, **row})
     report(f"One Langevin step, medians of {options.pairs} rounds", rows, options.json)
+
+
+def of_one(name: str, chain: Chain, batch: int, device: str) -> dict[str, float]:
+    """What a step keeps and its peak, and on a GPU the two floors of its time."""
+    cuda, saved = device != "cpu", saved_bytes(chain) / 2**20
+    few = partial(steps_of, chain, 3 if cuda else 1)  # a graph is recorded at the second
+    row = {"saved MiB/sample": saved / batch, "peak GiB": peak_bytes(few, device) / 2**30}
+    if cuda:
+        row["products s"], row["moved s"] = floors(chain, saved, torch.bfloat16 if "bf16" in name else None)
+    return row
+
+
+def timed(paths: Mapping[str, Callable[[], Chain]], pairs: int, device: str) -> dict[str, float]:
+    """Median seconds of a step of each: interleaved, or one after another where a GPU does not hold all at once."""
+    warm_up = 3 if device != "cpu" else 1
+    chains = []
+    try:
+        chains = [made() for made in paths.values()]
+        steps = {name: chain.step for name, chain in zip(paths, chains, strict=True)}
+        return interleaved(steps, pairs, device=device, warm_up=warm_up)
+    except torch.OutOfMemoryError:
+        print("together the paths do not fit: one after another", flush=True)
+    steps, seconds = {}, {}
+    for name, made in paths.items():
+        chains.clear()
+        free()
+        chains.append(made())
+        seconds |= interleaved({name: chains[0].step}, pairs, device=device, warm_up=warm_up)
+    return seconds
+
+
+def free() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def steps_of(chain: Chain, count: int) -> None:

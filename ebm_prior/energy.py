@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -36,8 +36,11 @@ class EnergyConfig:
     activation: Literal["silu", "leaky_relu"] = field(default="silu", metadata={"help": "leaky_relu: slope 0.2"})
     conditional: bool = field(default=False, metadata={"help": "heads see z_i in units of p(z_i | z_<i), too"})
     standardize: bool = field(default=True, metadata={"help": "heads see latents in units of posterior mean and std"})
-    bound: float = field(default=0.0, metadata={"help": "heads see these units within ±bound (tanh); 0: unbounded"})
     dropout: float = field(default=0.0, metadata={"help": "dropout in the joint head"})
+    bound: float = field(
+        default=0.0,
+        metadata={"help": "heads see their inputs within ± this (tanh); 0: as they are. Stages have their own"},
+    )
 
     def __post_init__(self) -> None:
         if min(self.channels, self.hidden, self.vector_layers) < 1 or self.joint < 0 or not 0 <= self.dropout < 1:
@@ -169,6 +172,22 @@ class JointEnergy(nn.Module):
             std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
             head.shift.copy_(mean.reshape(head.shift.shape))
             head.scale.copy_(std.reshape(head.scale.shape))
+
+    def squash(self, bound: float) -> None:
+        """Let the heads see their inputs x, in their own units, as bound · tanh(x / bound). 0: as they are."""
+        self.config = replace(self.config, bound=bound)
+        for head in self._heads():
+            head.bound = bound
+
+    @torch.no_grad()
+    def spread(self, inputs: Sequence[Tensor]) -> float:
+        """The largest RMS of a channel or dimension that a head sees, in its units: 1 for posterior latents."""
+        found = []
+        for head, (count, total, squares) in zip(self._heads(), self.moments(inputs), strict=True):
+            shift, scale = head.shift.flatten().to(total), head.scale.flatten().to(total)
+            mean = total / count
+            found.append(((squares / count - 2 * shift * mean + shift.square()).clamp(min=0).sqrt() / scale).max())
+        return float(torch.stack(found).max())
 
     @torch.no_grad()
     def add(self, nats: float) -> None:

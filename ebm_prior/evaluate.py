@@ -195,7 +195,7 @@ def evaluate(prior: EBMPrior, reference: Reference, *, on_stage: Callable[[str],
     f_q, f_p, f_drawn = (values(prior.f, z, device) for z in (reference.posterior, reference.backbone_latents, latents))
     stages = prior.record.get("stages")
     if stages:  # whose normaliser, 0, is known from the fit: weights of p_β's draws alone do not reach that far
-        held_out = Gain(float(f_q.mean()), min(stage["ess_fraction"] for stage in stages), 1.0)
+        held_out = Gain(float(f_q.mean()), prior.record["held_out"]["tempered"]["ess_fraction"], 1.0)
     else:
         held_out = gain(f_q, f_p)
     result |= {"gain_nats": held_out.nats, "ess_fraction": held_out.ess_fraction, "tau": prior.tau}

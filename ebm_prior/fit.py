@@ -26,7 +26,7 @@ from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, seeded
 from ebm_prior.recipes import FitConfig
 from ebm_prior.samplers import draw, graphed, norm, where
-from ebm_prior.stages import Moved, Stages, draws_at_once
+from ebm_prior.stages import BEYOND, Moved, Stages, draws_at_once
 from ebm_prior.training import Callback, Images, Recorder, Training, batch_indices, update_average
 
 NORM_LIMIT = 1.2  # times the posterior's ‖ε‖/√D (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies
@@ -240,11 +240,17 @@ class _Fit(Training):
 
     def _first_stage(self) -> Stages:
         generator = derived_generator(self.config.seed, 18, device=self.device)
+        spread = max(self.average.spread(seen) for seen in self.held_out)
+        self._squash(max(self.config.stage.bound, BEYOND * spread) if self.config.stage.bound else 0.0)
         energy = copy.deepcopy(self.average)
         energy.load_state_dict(self.untrained)
         at_once = draws_at_once(self.config.batch_size // self.config.parts, self.device)
         stage = self.config.stage.suited(self.backbone, self.config.parts)
         return Stages(self.backbone, energy, stage, generator, at_once=at_once)
+
+    def _squash(self, bound: float) -> None:
+        for energy in (self.energy, self.average):
+            energy.squash(bound)
 
     @property
     def since(self) -> int:
@@ -389,14 +395,17 @@ class _Fit(Training):
     def _finish(self) -> EBMPrior:
         """The best prior so far, tempered on the held-out latents."""
         self.average.load_state_dict(self.best["energy"])
-        calibrated, ceiling = self.config.regime == "calibrated", math.inf
+        calibrated, ceiling, clipped = self.config.regime == "calibrated", math.inf, dict[str, float]()
         if self.stages is not None:  # each was accepted by its own gain: nothing is left to temper
             least = min((stage["ess_fraction"] for stage in self.stages.done), default=1.0)
-            clipped = self.stages.clipped(self.held_out.posterior)
-            plain = tempered = Gain(self.stages.gain + clipped.gain, least, 1.0)
-            log_z = self.stages.log_z + clipped.log_z
+            nats, log_z = self.stages.gain, self.stages.log_z
+            if self.stages.done:
+                top, change, log_z_change = self.stages.clipped(self.held_out.posterior)
+                nats, least, log_z = nats + change.nats, min(least, change.ess_fraction), log_z + log_z_change
+                clipped = {"gain": change.nats, "log_z": log_z_change, "ess_fraction": change.ess_fraction}
+                ceiling = top - log_z
+            plain = tempered = Gain(nats, least, 1.0)
             self.average.add(-log_z)  # log Z of the whole is then 0, as that of one ratio
-            ceiling = clipped.ceiling - log_z
         else:
             plain, tempered = self.held_out.gains(self.average, self.config.ess_floor)
             tempered = tempered if calibrated else plain  # a refiner is kept as it is
@@ -414,6 +423,7 @@ class _Fit(Training):
             "held_out": {"plain": plain._asdict(), "tempered": tempered._asdict()},
             "saturated": self.saturated,
             "narrow": calibrated and self.stages is None and self._narrow(plain),
+            "clipped": clipped,
             "stages": None if self.config.objective == "mle" else self.stages.done if self.stages else [],
         }
         return self._prior(tau=tempered.tau if calibrated else 1.0, ceiling=ceiling, record=record)
@@ -478,4 +488,6 @@ class _Fit(Training):
         if state["stages"]:
             self.stages = self._first_stage()
             self.stages.restore(state["stages"])
+        else:
+            self._squash(self.config.energy.bound)
         self.chains, self.best = [c.to(self.device) for c in state["chains"]], state["best"]

@@ -1,4 +1,7 @@
-"""The joint energy-based prior p_α(z) ∝ exp(τ f(z)) p_β(z) on a frozen backbone (Eq. 6): density, samples, log Z."""
+"""The joint energy-based prior p_α(z) ∝ exp(τ f(z)) p_β(z) on a frozen backbone (Eq. 6): density, samples, log Z.
+
+Wherever τ f stands, min(τ f, ceiling) is meant: a prior without a ceiling has inf.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from ebm_prior.backbone import Backbone
 from ebm_prior.energy import JointEnergy
-from ebm_prior.errors import RegimeError
+from ebm_prior.errors import ConfigurationError, RegimeError
 from ebm_prior.parallel import ALONE, Processes
 from ebm_prior.randomness import BLOCK, BlockGenerator
 from ebm_prior.samplers import SamplerConfig, draw, effective_sample_size, graphed
@@ -57,6 +60,8 @@ class EBMPrior:
         sampler: SamplerConfig | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
+        if math.isnan(ceiling):
+            raise ConfigurationError("expected a ceiling in nats, or inf for none; found nan")
         if target == "published" and regime == "calibrated":
             raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
         like = next(backbone.parameters())

@@ -36,7 +36,7 @@ class FitConfig:
     betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "moment decays of the optimizer"})
     weight_decay: float = field(default=1e-2, metadata={"help": "weight decay"})
     ema: float = field(default=0.99, metadata={"help": "decay of the weights' moving average; 0: none"})
-    energy: EnergyConfig = field(default_factory=lambda: EnergyConfig(bound=3.0))
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
     chains: Literal["fresh", "persistent"] = field(default="fresh", metadata={"help": "mle: where chains start"})
     chain: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.01)

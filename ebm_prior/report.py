@@ -281,13 +281,16 @@ def _ratios(record: Mapping[str, Any]) -> str:
     stages, saturated = record["stages"], record["saturated"]
     if stages is None:
         return "maximum likelihood by chains, as asked"
+    if not stages and record["config"]["ratios"] == "staged":
+        return "staged density ratios, as asked: none has brought a gain"
     if not stages:
         narrow = record.get("narrow", False)  # files from before 26 November 2026 do not say
         return "one density ratio, " + ("saturated: stages go further" if narrow else "which does not saturate")
     why = "as asked"
     if saturated:
         why = "one saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated)
-    return f"{len(stages)} staged density ratios, {why}; their gains add up, and their least ESS is the one above"
+    sums = "their gains add up, less what the ceiling costs, and their least ESS is the one above"
+    return f"{len(stages)} staged density ratios, {why}; {sums}"
 
 
 def sample_summary(result: Mapping[str, Any]) -> str:
@@ -341,7 +344,7 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
     ]
     if "joint" in record["heads"]:
         rows.append(["joint head", "all groups", f"{record['heads']['joint']:,}"])
-    ceiling = f", at most {record['ceiling']:.4g} nats" if record.get("ceiling") is not None else ""
+    ceiling = f", f at most {record['ceiling']:.4g} nats" if record.get("ceiling") is not None else ""
     lines: list[Block] = [
         f"energy-based prior, {record['regime']}, τ = {record['tau']:.4g}{ceiling}, written by ebm-prior "
         f"{record['library']}",

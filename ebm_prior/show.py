@@ -6,6 +6,7 @@ from the bottom, as the paper does. Everything random comes from (seed, row).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -87,7 +88,10 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, on_step: OnStep = lambda s
         f"{_kernel(prior).capitalize()}, from draws of the backbone's prior. Energies are relative to that prior: "
         "where f is 0 nothing is changed. Their level is arbitrary; that they settle is not."
     ]
-    arrays = {"energy": energies, "heads": np.array(names), "steps": np.array(at)}
+    if prior.ceiling < math.inf:
+        held = int((totals[-1] <= -prior.ceiling).sum())
+        caption.append(f"f is clipped at {prior.ceiling:.4g} nats, where {held} of {n} chains are at the end.")
+    arrays = {"energy": energies, "total": totals, "heads": np.array(names), "steps": np.array(at)}
     arrays["images"] = torch.stack([frames[step] for step in at]).cpu().numpy()
     if steps > SETTLED + 1:
         slope, error = trend(totals[SETTLED:])

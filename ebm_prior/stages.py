@@ -17,7 +17,7 @@ enough; then learning goes on with all groups together.
 
 f is known where latents have been. Beyond, heads extrapolate, and chains that go on for longer than these draws have
 find where that is too high, and stay. Two things keep them: heads see their inputs within bounds, and f is clipped at
-what nearly all posterior latents have, so that no place draws chains more than these do. The estimates share what the
+the 99th percentile of f over held-out posterior latents. The estimates share what the
 held-out draws have not yet forgotten: the sum is optimistic by a few per cent where stages are many.
 """
 
@@ -54,7 +54,8 @@ COLD_STEPS = 16  # pCN-Langevin steps from p_β to p_k, each of `leapfrogs`
 HALVINGS = 10  # of a stage's step, at most
 DRAW_BYTES = 2**31  # of device memory for the draws; beyond it there are fewer, in the same proportion
 ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains
-UNCLIPPED = 0.99  # of the held-out posterior latents: f of the finished prior is no higher anywhere
+CEILING_QUANTILE = 0.99  # of f over held-out posterior latents: f of the finished prior is no higher anywhere
+BEYOND = 2.0  # times the RMS of p_β's draws, in posterior stds: as far heads see at least, or f has no slope there
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class StageConfig:
     step_size: float = field(default=0.06, metadata={"help": "δ of these steps at the start; it follows acceptance"})
     ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
     every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
+    bound: float = field(
+        default=3.0,
+        metadata={"help": "heads see latents within ± so many posterior stds (tanh), or more; 0: as they are"},
+    )
     groupwise: float = field(default=0.4, metadata={"help": "share of the iterations for each group's own ratio first"})
 
     def __post_init__(self) -> None:
@@ -76,6 +81,8 @@ class StageConfig:
             raise ConfigurationError(f"expected positive numbers of draws, steps and iterations, found {self}")
         if not (0 < self.step_size <= 2 and 0 < self.ess < 1 and 0 <= self.groupwise <= 1):
             raise ConfigurationError(f"expected step_size in (0, 2], ess in (0, 1), groupwise in [0, 1], found {self}")
+        if not 0 <= self.bound < math.inf:
+            raise ConfigurationError(f"expected a bound of 0 (none) or more, found {self.bound}")
 
     def suited(self, backbone: Backbone, parts: int) -> StageConfig:
         """The same with no more draws than `DRAW_BYTES` hold. Raises ConfigurationError for more parts than those."""
@@ -107,11 +114,11 @@ class Moved(NamedTuple):
 
 
 class Clipped(NamedTuple):
-    """min(f_k, ceiling), and what the clipping adds to the sums over the stages."""
+    """min(f_k, ceiling), and what the clipping adds to the sums over the stages: it is one more ratio."""
 
     ceiling: float  # nats
-    gain: float
-    log_z: float
+    gain: Gain
+    log_z: float  # nats
 
 
 class Stages:
@@ -203,12 +210,12 @@ class Stages:
         return found, math.sqrt(float(r_q.var(correction=0)) / len(r_q) + relative)
 
     def clipped(self, positive: Sequence[Tensor]) -> Clipped:
-        """f_k, no higher than at `UNCLIPPED` of `positive`: held-out posterior latents as the heads see them."""
+        """f_k, no higher than that quantile of it over `positive`, held-out posterior latents as the heads see them."""
         device = self.eps[0].device
         f_q, f_p = (values(self.reference, seen, device).double() for seen in (positive, self._held_out))
-        ceiling = float(f_q.quantile(UNCLIPPED))
+        ceiling = float(f_q.quantile(CEILING_QUANTILE))
         r_q, r_p = (f.clamp(max=ceiling) - f for f in (f_q, f_p))
-        return Clipped(ceiling, gain(r_q, r_p).nats, float(r_p.logsumexp(0)) - math.log(len(r_p)))
+        return Clipped(ceiling, gain(r_q, r_p), float(r_p.logsumexp(0)) - math.log(len(r_p)))
 
     def advance(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -129,15 +130,34 @@ def test_clipping_is_one_more_ratio(stages: Stages) -> None:
     assert (f_p > clipped.ceiling).any(), "else there is nothing to clip"
     change = (f_p.clamp(max=clipped.ceiling) - f_p).exp().mean().log()
     assert clipped.log_z == pytest.approx(float(change), abs=1e-6)
-    assert clipped.gain == pytest.approx(float((f_q.clamp(max=clipped.ceiling) - f_q).mean() - change), abs=1e-6)
+    assert clipped.gain.nats == pytest.approx(float((f_q.clamp(max=clipped.ceiling) - f_q).mean() - change), abs=1e-6)
 
 
 def test_a_staged_prior_has_a_ceiling_and_one_ratio_none(backbone: Backbone, images: ImageSource) -> None:
     stage = StageConfig(particles=100, held_out=100)
     staged = fit(backbone, images, small(iterations=20, ratios="staged", batch_size=64, stage=stage))
     assert staged.record["stages"]
-    assert 0 < staged.ceiling < 1e3
-    assert fit(backbone, images, small(iterations=4, ratios="one")).ceiling == float("inf")
+    assert staged.energy.config.bound >= 3
+    z = staged.backbone.infer(staged.backbone.observe(images.batch(range(len(images))))).z
+    assert 0 < (staged.f(z) == staged.ceiling).double().mean() < 0.2  # 1 % of the held-out ones
+    gains = math.fsum(stage["gain"] for stage in staged.record["stages"])
+    assert staged.record["held_out"]["plain"]["nats"] == pytest.approx(gains + staged.record["clipped"]["gain"])
+    one = fit(backbone, images, small(iterations=4, ratios="one"))
+    assert (one.ceiling, one.energy.config.bound) == (math.inf, 0)
+
+
+def test_stages_of_which_none_is_accepted_leave_no_ceiling(backbone: Backbone, images: ImageSource) -> None:
+    prior = fit(backbone, images, small(iterations=4, ratios="staged", learning_rate=1e-12))
+    assert (prior.record["stages"], prior.ceiling) == ([], math.inf)
+
+
+def test_heads_see_as_far_as_draws_of_the_backbone_lie() -> None:
+    """Where p_β is ten posterior standard deviations away f has to tell how far."""
+    energy = JointEnergy(LinearGaussian(2, 3).groups, EnergyConfig(hidden=8, joint=0))
+    near = [torch.randn(500, *group.shape, generator=derived_generator(6)) for group in LinearGaussian(2, 3).groups]
+    energy.standardize(energy.moments([5 + 2 * z for z in near]))
+    assert energy.spread([5 + 2 * z for z in near]) == pytest.approx(1, abs=1e-4)
+    assert energy.spread([25 + 2 * z for z in near]) == pytest.approx(10, rel=0.1)
 
 
 def test_a_fit_takes_batches_larger_than_the_draws(backbone: Backbone, images: ImageSource) -> None:
@@ -160,7 +180,7 @@ def test_a_refiner_is_not_staged(backbone: Backbone, images: ImageSource) -> Non
         small(ratios="staged", regime="refiner")
 
 
-@pytest.mark.parametrize("change", [{"particles": 0}, {"moves": 0}, {"ess": 1.0}, {"step_size": 3.0}])
+@pytest.mark.parametrize("change", [{"particles": 0}, {"moves": 0}, {"ess": 1.0}, {"step_size": 3.0}, {"bound": -1.0}])
 def test_impossible_stages(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="expected"):
         StageConfig(**change)

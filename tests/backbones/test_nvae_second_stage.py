@@ -200,7 +200,7 @@ def test_chains_of_the_bundled_prior_climb_from_the_backbones() -> None:
     assert prior.record["stages"]
     assert prior.sampler.leapfrogs == 5
     assert prior.energy.config.bound == 3
-    assert 50 < prior.ceiling < 150  # nats: what nearly all posterior latents have
+    assert 50 < prior.ceiling < 150  # nats: the 99th percentile of posterior latents
     drawn = prior.sample(8, seed=0, sampler=replace(prior.sampler, steps=4))
     assert drawn.acceptance.mean() > 0.5
     f_drawn, f_backbone = (

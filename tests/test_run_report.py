@@ -160,17 +160,21 @@ def test_it_looks_right_in_a_browser(run: Path, page: Page, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("stages", "saturated", "narrow", "said"),
+    ("ratios", "stages", "saturated", "narrow", "said"),
     [
-        (None, None, False, "maximum likelihood by chains"),
-        ([], None, False, "one density ratio, which does not saturate"),
-        ([], None, True, "one density ratio, saturated: stages go further"),
-        ([{}], None, False, "1 staged density ratios, as asked"),
-        ([{}, {}], {"ess_fraction": 0.001, "iteration": 7}, False, "2 staged .* one saturates .ESS 0.1% after 7 iter"),
+        ("auto", None, None, False, "maximum likelihood by chains"),
+        ("auto", [], None, False, "one density ratio, which does not saturate"),
+        ("one", [], None, True, "one density ratio, saturated: stages go further"),
+        ("staged", [], None, False, "staged density ratios, as asked: none has brought a gain"),
+        ("staged", [{}], None, False, "1 staged density ratios, as asked"),
+        ("staged", [{}] * 2, {"ess_fraction": 0.001, "iteration": 7}, False, "2 staged .* one saturates .ESS 0.1%"),
     ],
 )
-def test_a_fit_says_what_its_heads_were_trained_on(stages: Any, saturated: Any, narrow: bool, said: str) -> None:
+def test_a_fit_says_what_its_heads_were_trained_on(
+    ratios: str, stages: Any, saturated: Any, narrow: bool, said: str
+) -> None:
     gain = {"nats": 1.0, "ess_fraction": 0.5, "tau": 1.0}
     record = {"held_out": {"plain": gain, "tempered": gain}, "stages": stages, "saturated": saturated, "narrow": narrow}
+    record["config"] = {"ratios": ratios}
     lines = report.fit_blocks(record | {"iterations": 9, "best_iteration": 9, "rollbacks": 0})
     assert any(isinstance(line, str) and re.match(said, line) for line in lines)

@@ -43,9 +43,10 @@ def main() -> None:
                 except torch.OutOfMemoryError:
                     print(f"{size}, batch {batch}, {name}: does not fit", flush=True)
                 free()
-            seconds = timed({name: paths[name] for name in found}, options.pairs, options.device)
+            seconds, together = timed({name: paths[name] for name in found}, options.pairs, options.device)
             for name, row in found.items():
-                row |= {"s": seconds[name], "faster": seconds.get("plain", math.nan) / seconds[name]}
+                row |= {"interleaved": together, "s": seconds[name]}
+                row["faster"] = seconds.get("plain", math.nan) / seconds[name]
                 row["less saved"] = found.get("plain", {}).get("saved MiB/sample", math.nan) / row["saved MiB/sample"]
                 if cuda:
                     row["floor / s"] = max(row["products s"], row["moved s"]) / seconds[name]
@@ -63,14 +64,14 @@ def of_one(name: str, chain: Chain, batch: int, device: str) -> dict[str, float]
     return row
 
 
-def timed(paths: Mapping[str, Callable[[], Chain]], pairs: int, device: str) -> dict[str, float]:
-    """Median seconds of a step of each: interleaved, or one after another where a GPU does not hold all at once."""
+def timed(paths: Mapping[str, Callable[[], Chain]], pairs: int, device: str) -> tuple[dict[str, float], bool]:
+    """Median seconds of a step of each, and whether interleaved: not where a GPU does not hold all at once."""
     warm_up = 3 if device != "cpu" else 1
     chains = []
     try:
         chains = [made() for made in paths.values()]
         steps = {name: chain.step for name, chain in zip(paths, chains, strict=True)}
-        return interleaved(steps, pairs, device=device, warm_up=warm_up)
+        return interleaved(steps, pairs, device=device, warm_up=warm_up), True
     except torch.OutOfMemoryError:
         print("together the paths do not fit: one after another", flush=True)
     steps, seconds = {}, {}
@@ -79,7 +80,7 @@ def timed(paths: Mapping[str, Callable[[], Chain]], pairs: int, device: str) -> 
         free()
         chains.append(made())
         seconds |= interleaved({name: chains[0].step}, pairs, device=device, warm_up=warm_up)
-    return seconds
+    return seconds, False
 
 
 def free() -> None:

@@ -17,8 +17,8 @@ enough; then learning goes on with all groups together.
 
 f is known where latents have been. Beyond, heads extrapolate, and chains that go on for longer than these draws have
 find where that is too high, and stay. Two things keep them: heads see their inputs within bounds, and f is clipped at
-the 99th percentile of f over held-out posterior latents. The estimates share what the
-held-out draws have not yet forgotten: the sum is optimistic by a few per cent where stages are many.
+its 99th percentile over held-out posterior latents. The estimates share what the held-out draws have not yet
+forgotten: the sum is optimistic by a few per cent where stages are many.
 """
 
 from __future__ import annotations

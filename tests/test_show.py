@@ -66,6 +66,14 @@ def test_energies_along_a_chain_are_the_heads(toy: EBMPrior) -> None:
     assert list(shown.arrays["heads"]) == ["dense", "point", "conv", "joint head"]
 
 
+def test_the_total_is_what_is_clipped(toy: EBMPrior, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms = energy(toy, 4, seed=1).arrays["energy"]
+    monkeypatch.setattr(toy, "ceiling", float(np.median(-terms.sum(2))))
+    arrays = energy(toy, 4, seed=1).arrays
+    assert arrays["total"].min() == -toy.ceiling
+    np.testing.assert_allclose(arrays["total"], np.maximum(arrays["energy"].sum(2), -toy.ceiling))
+
+
 def test_a_long_chain_settles_and_a_trend_is_found() -> None:
     """f = a·z on a linear-Gaussian model: from p_β, the energy falls to its mean under p_α, and stays there."""
     backbone = LinearGaussian().double().eval()

@@ -15,8 +15,9 @@ from ebm_prior.backbone import Backbone
 from ebm_prior.data import ImageSource
 from ebm_prior.energy import EnergyConfig, JointEnergy
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.fit import fit
+from ebm_prior.fit import _Fit, fit
 from ebm_prior.objectives import Gain
+from ebm_prior.parallel import ALONE
 from ebm_prior.randomness import derived_generator
 from ebm_prior.samplers import norm
 from ebm_prior.stages import StageConfig, Stages
@@ -149,6 +150,16 @@ def test_a_staged_prior_has_a_ceiling_and_one_ratio_none(backbone: Backbone, ima
 def test_stages_of_which_none_is_accepted_leave_no_ceiling(backbone: Backbone, images: ImageSource) -> None:
     prior = fit(backbone, images, small(iterations=4, ratios="staged", learning_rate=1e-12))
     assert (prior.record["stages"], prior.ceiling) == ([], math.inf)
+
+
+def test_a_return_to_one_ratio_takes_the_bounds_off(backbone: Backbone, images: ImageSource) -> None:
+    """As where stages diverge at once: the last good state is then one from before them."""
+    running = _Fit(backbone, images, small(), ALONE)
+    before = running.state()
+    running._begin_stages(Gain(0.0, 0.0, 1.0))
+    assert running.energy.config.bound >= 3
+    running.restore(before)
+    assert [head.bound for energy in (running.energy, running.average) for head in energy._heads()] == [0] * 6
 
 
 def test_heads_see_as_far_as_draws_of_the_backbone_lie() -> None:

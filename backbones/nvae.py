@@ -110,10 +110,17 @@ class NVAE(FoldableBackbone[Network]):
 
     def checkpointing(self) -> NVAE:
         """Folded, with cells that keep their input alone for the backward pass."""
+        return self._folded_cells(recomputed=True)
+
+    def compiled(self) -> NVAE:
+        """Folded, with cells that torch.compile has fused."""
+        return self._folded_cells(compiled=True)
+
+    def _folded_cells(self, **settings: bool) -> NVAE:
         folded = cast(NVAE, self.for_inference())
         for module in folded.running.modules():
             if isinstance(module, FoldedCell):
-                module.recomputed = True
+                vars(module).update(settings)
         return folded
 
     def regularization(self) -> Tensor:

@@ -126,6 +126,7 @@ def fit_into(
     checkpoint: str,
     bn_readjust: bool = False,
     checkpointing: bool = False,
+    compiled: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     on_step: Callback | None = None,
@@ -135,7 +136,7 @@ def fit_into(
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
 
     `bn_readjust`: first re-adjust the batch norms of `backbone`, which is then another one: it is written to
-    backbone.safetensors, and this is the backbone of the prior. `checkpointing`: of the backbone's cells. Where
+    backbone.safetensors, and this is the backbone of the prior. `checkpointing`, `compiled`: of its cells. Where
     training diverges for good, the best prior so far is written before DivergenceError goes on. The first of the
     `processes` writes, and none of the others.
     """
@@ -157,6 +158,8 @@ def fit_into(
         where = own.name  # beside the prior: wherever the run is, equal runs give equal bytes
     if checkpointing:
         backbone = backbone.checkpointing()
+    if compiled:
+        backbone = backbone.compiled()
 
     def keep(prior: EBMPrior) -> None:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again

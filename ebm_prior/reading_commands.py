@@ -17,13 +17,13 @@ from ebm_prior import (
 )
 from ebm_prior.checkpoint import load_prior, prior_record
 from ebm_prior.command_line import (
-    CHECKPOINTING,
     DATA_FORMS,
     DATA_ROOT,
     DEVICE,
     DTYPES,
     JSON,
     OWN_DATA,
+    PASSES,
     PATH,
     SEED,
     launched_processes,
@@ -78,7 +78,7 @@ RESULTS = together(
 )
 @config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
-@CHECKPOINTING
+@PASSES
 @DEVICE
 @JSON
 def sample(
@@ -93,6 +93,7 @@ def sample(
     seed: int,
     device: str,
     checkpointing: bool,
+    compiled: bool,
     dtype: str,
     as_json: bool,
     **given: Any,
@@ -116,6 +117,8 @@ def sample(
         loaded.backbone = loaded.backbone.checkpointing()
     sampler = resolve(loaded.sampler, given)
     preflight(memory.for_samples(loaded, number, chunk, sampler), device)
+    if compiled:  # for the batches to come, not for those of the measurement
+        loaded.backbone = loaded.backbone.compiled()
     with Bar("sample", number) as bar:
         drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, on_chunk=bar.to, processes=processes)
     if not processes.first:
@@ -146,7 +149,7 @@ def sample(
 @config_options(EvalConfig, skip=("seed", "energy"))
 @config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
-@CHECKPOINTING
+@PASSES
 @DEVICE
 @JSON
 def evaluate(
@@ -163,6 +166,7 @@ def evaluate(
     seed: int,
     device: str,
     checkpointing: bool,
+    compiled: bool,
     dtype: str,
     as_json: bool,
     **given: Any,
@@ -188,6 +192,9 @@ def evaluate(
     for prior in loaded:
         prior.sampler = resolve(prior.sampler, given)
     preflight(memory.for_samples(loaded[0], config.samples, config.chunk, loaded[0].sampler), device)
+    if compiled:
+        for prior in loaded:
+            prior.backbone = prior.backbone.compiled()
     spec = data or sources.named_data(prior_record(priors[0])["record"], str(priors[0]))
     test, train = (
         open_images(

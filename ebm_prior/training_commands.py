@@ -26,13 +26,13 @@ from ebm_prior.checkpoint import load_backbone
 from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.command_line import (
     BACKBONE,
-    CHECKPOINTING,
     DATA,
     DATA_ROOT,
     DEVICE,
     DTYPES,
     JSON,
     OWN_DATA,
+    PASSES,
     PATH,
     RUN,
     RUN_SEED,
@@ -80,7 +80,7 @@ SUITED = {
     also={"iterations": ["--max-steps"]},
 )
 @RUN_SEED
-@CHECKPOINTING
+@PASSES
 @DEVICE
 @JSON
 def fit(
@@ -98,6 +98,7 @@ def fit(
     seed: int | None,
     device: str,
     checkpointing: bool,
+    compiled: bool,
     dtype: str,
     as_json: bool,
     **given: Any,
@@ -131,6 +132,7 @@ def fit(
             checkpoint=checkpoint,
             bn_readjust=bn_readjust,
             checkpointing=checkpointing,
+            compiled=compiled,
             resume=resume,
             overwrite=overwrite,
             on_step=bar.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from functools import partial
 
@@ -16,6 +17,7 @@ from ebm_prior.backbones.folding import FoldableBackbone
 from ebm_prior.backbones.hvae import HVAE
 from ebm_prior.backbones.nvae import NVAE
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from ebm_prior.backbone import Backbone
 from ebm_prior.energy import EnergyConfig
@@ -150,6 +152,26 @@ def test_checkpointing_keeps_less_and_changes_nothing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(last(less), leaves), found, strict=True))
     with pytest.raises(ConfigurationError, match="no checkpointing"):
         tiny_hvae.tiny().eval().checkpointing()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("cells", [None, torch.bfloat16], ids=["float32", "bf16"])
+def test_compiled_cells_compute_the_same(cells: torch.dtype | None) -> None:
+    """To the rounding of the cells' precision; that they are compiled at all shows in what dynamo counts."""
+    backbone = tiny_nvae.trained_tiny()
+    before = counters["stats"]["unique_graphs"]
+    eps = backbone.standard_normal(2, generator=torch.Generator().manual_seed(1))
+    found = []
+    for which in (backbone.for_inference(cells=cells), backbone.for_inference(cells=cells).compiled()):
+        leaves = [e.clone().requires_grad_() for e in eps]
+        z = which.reparameterize(leaves)
+        found.append([*z, *torch.autograd.grad(z[-1].sum(), leaves)])
+    assert counters["stats"]["unique_graphs"] > before
+    tolerance = 1e-5 if cells is None else 0.02
+    pairs = [(a.detach(), b.detach()) for a, b in zip(*found, strict=True) if b.any()]
+    assert all(float((a - b).norm() / b.norm()) < tolerance for a, b in pairs)
+    with pytest.raises(ConfigurationError, match="nothing to compile"):
+        tiny_hvae.tiny().eval().compiled()
 
 
 def test_cells_in_half_precision_agree_to_its_rounding() -> None:

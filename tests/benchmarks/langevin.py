@@ -28,6 +28,7 @@ def main() -> None:
         backbone = network(size, options.device)
         energy = paper_heads(backbone)
         half = backbone.for_inference(cells=torch.bfloat16)
+        compiled, compiled_half = (backbone.for_inference(cells=c).compiled() for c in (None, torch.bfloat16))
         for batch in (given or BATCH[size] for given in options.batch):
             paths = {
                 "plain": partial(Chain, backbone, energy, batch, plain=True),
@@ -36,6 +37,8 @@ def main() -> None:
             }
             if cuda:
                 paths["ours, no graphs"] = partial(Chain, backbone, energy, batch, plain=False, graphs=False)
+                paths["ours, compiled"] = partial(Chain, compiled, energy, batch, plain=False)
+                paths["ours, bf16, compiled"] = partial(Chain, compiled_half, energy, batch, plain=False)
             found: dict[str, dict[str, float]] = {}
             for name, made in paths.items():
                 try:

@@ -175,6 +175,7 @@ def saved_bytes(chain: Chain) -> int:
     constants = {t.untyped_storage().data_ptr() for m in modules for t in [*m.parameters(), *m.buffers(), *leaves]}
     kept: dict[int, torch.UntypedStorage] = {}
 
+    @torch.compiler.disable
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in constants:

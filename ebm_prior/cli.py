@@ -16,6 +16,7 @@ import torch
 import ebm_prior
 from ebm_prior import (
     commands,
+    findings,
     reading_commands,
     report,
     run_report,
@@ -121,7 +122,7 @@ def doctor(
     images = open_images(data, split="test", data_root=data_root, download=download, image_shape=backbone.image_shape)
     with Bar("doctor", 3) as bar:
         result = examine(backbone, images, config, on_stage=bar.stage)
-    show_result(result, as_json, report.doctor_card)
+    show_result(result, as_json, findings.doctor_card)
 
 
 @main.command()
@@ -187,7 +188,7 @@ def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:
     require_demo_folder(out, overwrite)
     with Bar("demo", demo_config().iterations) as bar:
         result = run_demo(out, seed=seed, overwrite=overwrite, on_step=bar.step, on_stage=bar.remark)
-    show_result(result, as_json, report.demo_summary)
+    show_result(result, as_json, findings.demo_summary)
 
 
 @main.command()

@@ -10,6 +10,7 @@ import click
 
 from ebm_prior import (
     commands,
+    findings,
     memory,
     outliers,
     report,
@@ -226,7 +227,7 @@ def evaluate(
                 processes=processes,
             )
         results = [result | {"published": card} for result, card in zip(results, cards, strict=True)]
-    show_result(results, as_json, report.evaluation_tables)
+    show_result(results, as_json, findings.evaluation_tables)
 
 
 @click.command()
@@ -304,7 +305,7 @@ def ood(
     title = f"{scored[0].name} (in) and {', '.join(each.name for each in scored[1:])} (out)"
     result |= {"prior": str(prior), "command": typed_command()}
     result["files"] = outliers.write_results(to, result, columns, scored, title)
-    show_result(result, as_json, report.outlier_tables)
+    show_result(result, as_json, findings.outlier_tables)
 
 
 @click.command()
@@ -352,7 +353,7 @@ def anomaly(
     result["files"] = outliers.write_results(
         to, result, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
     )
-    show_result(result, as_json, report.outlier_tables)
+    show_result(result, as_json, findings.outlier_tables)
 
 
 @click.command()

@@ -16,10 +16,11 @@ from ebm_prior.commands import head_parameters
 from ebm_prior.data import DATA_SET_NAMES
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.files import with_nan
+from ebm_prior.findings import doctor_blocks, evaluation_blocks, outlier_blocks
 from ebm_prior.options import as_words, resolve, settings
 from ebm_prior.plots import COLOURS, Series, plot
 from ebm_prior.recipes import PRESETS, FitConfig
-from ebm_prior.report import Table, doctor_blocks, evaluation_blocks, fit_blocks, outlier_blocks, prior_blocks
+from ebm_prior.report import Table, fit_blocks, prior_blocks
 from ebm_prior.runs import read_metrics
 from ebm_prior.web_page import Code, Figure, Figures, Folded, Part, Picture, Pictures, Statement, web_page
 

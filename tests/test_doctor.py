@@ -18,8 +18,8 @@ from ebm_prior.data import ImageSource, from_array
 from ebm_prior.doctor import DoctorConfig, examine, verdict
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.findings import doctor_card
 from ebm_prior.gauge import GaugeConfig
-from ebm_prior.report import doctor_card
 
 GAUGE = GaugeConfig(
     energy=EnergyConfig(channels=4, hidden=16, joint=8, conditional=False), iterations=30, batch_size=64

@@ -35,7 +35,7 @@ ROOMS = (
         "latents_2d",
         "ablations",
     }
-    | {"report", "web_page", "run_report", "demo", "progress", "allocator"},
+    | {"report", "findings", "web_page", "run_report", "demo", "progress", "allocator"},
     {"command_line", "training_commands", "reading_commands", "cli", "__main__"},
 )
 

@@ -93,7 +93,7 @@ def run_digit(
     seed: int = 0,
     models: Sequence[str] = tuple(MODELS),
     latents: Sequence[int] = (16, 8),
-    width: int = 12,
+    width: int = 32,
     sigma: float = 0.3,
     draws: int = 8,
     epochs: int = 16,

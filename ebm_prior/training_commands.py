@@ -290,7 +290,7 @@ def train(
     help="several times for several  [default: all]",
 )
 @click.option("--latents", type=(int, int), default=(16, 8), show_default=True, help="dimensions of z_1 and z_2")
-@click.option("--width", type=click.IntRange(1), default=12, show_default=True, help="of the generator")
+@click.option("--width", type=click.IntRange(1), default=32, show_default=True, help="of the generator")
 @click.option("--sigma", type=float, default=0.3, show_default=True, help="standard deviation of a pixel on [-1, 1]")
 @click.option("--epochs", type=click.IntRange(1), default=16, show_default=True, help="of each training")
 @click.option("--draws", type=click.IntRange(1), default=8, show_default=True, help="posterior draws of a score")

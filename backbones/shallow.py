@@ -94,7 +94,7 @@ class GaussianPixels:
     """N(mean, σ²) per pixel: a density on y = 2x − 1, from the mean of y (B, C, H, W) in [−1, 1]."""
 
     def __init__(self, mean: Tensor, sigma: float) -> None:
-        self.pixels = Gaussian(mean, mean.new_tensor(sigma))
+        self.pixels = Gaussian(mean, mean.new_full((), sigma))
 
     @property
     def mean(self) -> Tensor:

@@ -6,19 +6,22 @@ images at equal N. The paper's numbers are FID on other data: its trend is to be
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import stdev
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
 from ebm_prior.commands import parameters
 from ebm_prior.data import ImageSource
 from ebm_prior.energy import EnergyConfig
+from ebm_prior.jobs import clock
 from ebm_prior.joint import train_jointly
 from ebm_prior.joint_config import JointConfig
 from ebm_prior.metrics import FeatureExtractor, FeatureStatistics, extract, frechet_distance
+from ebm_prior.plots import COLOURS, Series, plot
 from ebm_prior.pretrain import build
 from ebm_prior.prior import ANCESTRAL
 from ebm_prior.registry import adapter
@@ -27,46 +30,90 @@ from ebm_prior.report import table
 HIDDEN = 200  # of the MLP conditionals (Table 12)
 
 
+class Paper(NamedTuple):
+    """What the paper measured."""
+
+    fid: float
+    seconds: float | None = None  # per iteration
+
+
 class Variant(NamedTuple):
-    """One row of a table: what differs in the training and in the network, and what the paper measured."""
+    """One row of a table, one point of a plot: what differs in training and network, and what the paper measured."""
 
     name: str
-    paper: str
+    at: float  # on the plot's horizontal axis
+    paper: Paper
     training: Mapping[str, Any] = {}  # changes of JointConfig; "energy_hidden", "prior_steps" of what is inside
     layers: int = 2
     capacity: float = 1.0  # times the parameters, by the widths, whose square they go with
+    line: str = "EBM, L=2"  # what joins points on the plot
 
 
-ABLATIONS: dict[str, tuple[Variant, ...]] = {
-    "nef": tuple(  # Table 6, CIFAR-10
-        Variant(f"nef {n}", fid, {"energy_hidden": n})
-        for n, fid in ((10, "69.73"), (20, "68.45"), (50, "67.88"), (100, "66.32"))
-    ),
-    "steps": tuple(  # Table 8, CIFAR-10: FID, seconds per iteration
-        Variant(f"K {n}", said, {"prior_steps": n})
-        for n, said in (
-            (10, "69.42, .312 s"),
-            (20, "67.58, .480 s"),
-            (40, "66.32, .568 s"),
-            (80, "66.03, .741 s"),
-            (100, "65.86, .837 s"),
-        )
-    ),
-    "posterior": (  # Table 7, SVHN
-        Variant("Langevin", "26.81, .478 s", {"posterior": "langevin"}),
-        Variant("inference network", "28.60, .232 s", {"posterior": "inference"}),
-    ),
-    "capacity": (  # Table 5, SVHN
-        Variant("EBM prior", "28.60"),
-        *(
-            Variant(f"Gaussian prior, {n} x parameters", fid, {"prior": "gaussian"}, capacity=n)
-            for n, fid in ((1, "42.03"), (2, "39.82"), (4, "37.75"), (8, "36.10"))
+class Ablation(NamedTuple):
+    """A table of the paper."""
+
+    axis: str
+    published: str  # where: data and table
+    variants: tuple[Variant, ...]
+
+
+ABLATIONS = {
+    "nef": Ablation(
+        "width of the heads (nef)",
+        "CIFAR-10, Table 6",
+        tuple(
+            Variant(f"nef {n}", n, Paper(fid), {"energy_hidden": n})
+            for n, fid in ((10, 69.73), (20, 68.45), (50, 67.88), (100, 66.32))
         ),
     ),
-    "layers": (  # Table 1, SVHN; the Gaussian one is Table 5's
-        Variant("EBM, L=2", "26.81"),
-        Variant("Gaussian, L=2", "42.03", {"prior": "gaussian"}),
-        Variant("LEBM, L=1", "29.44", layers=1),
+    "steps": Ablation(
+        "Langevin steps K of the prior",
+        "CIFAR-10, Table 8",
+        tuple(
+            Variant(f"K {n}", n, Paper(fid, seconds), {"prior_steps": n})
+            for n, fid, seconds in (
+                (10, 69.42, 0.312),
+                (20, 67.58, 0.480),
+                (40, 66.32, 0.568),
+                (80, 66.03, 0.741),
+                (100, 65.86, 0.837),
+            )
+        ),
+    ),
+    "posterior": Ablation(
+        "posterior: 1 Langevin, 2 inference network",
+        "SVHN, Table 7",
+        (
+            Variant("Langevin", 1, Paper(26.81, 0.478), {"posterior": "langevin"}, line="Langevin"),
+            Variant("inference network", 2, Paper(28.60, 0.232), {"posterior": "inference"}, line="inference network"),
+        ),
+    ),
+    "capacity": Ablation(
+        "parameters of the generator, multiples",
+        "SVHN, Table 5",
+        (
+            Variant("EBM prior", 1, Paper(28.60)),
+            *(
+                Variant(
+                    f"Gaussian prior, {n} x parameters",
+                    n,
+                    Paper(fid),
+                    {"prior": "gaussian"},
+                    capacity=n,
+                    line="Gaussian, L=2",
+                )
+                for n, fid in ((1, 42.03), (2, 39.82), (4, 37.75), (8, 36.10))
+            ),
+        ),
+    ),
+    "layers": Ablation(
+        "layers",
+        "SVHN, Tables 1 and 5",
+        (
+            Variant("EBM, L=2", 2, Paper(26.81)),
+            Variant("Gaussian, L=2", 2, Paper(42.03), {"prior": "gaussian"}, line="Gaussian, L=2"),
+            Variant("LEBM, L=1", 1, Paper(29.44), layers=1, line="LEBM, L=1"),
+        ),
     ),
 }
 
@@ -93,8 +140,8 @@ def base_config(iterations: int, seed: int) -> JointConfig:
     )
 
 
-def ablate(
-    variants: Sequence[Variant],
+def measure(
+    variant: Variant,
     train: ImageSource,
     test: ImageSource,
     extractor: FeatureExtractor,
@@ -104,61 +151,102 @@ def ablate(
     width: int = 12,
     samples: int = 2_000,
     seed: int = 0,
-    on_stage: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Train every variant and score it: a row each, with FD, FD of its f = 0, CPU-seconds per iteration, parameters."""
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Train a variant and score it: a row with FD, FD of its f = 0, seconds per iteration, parameters."""
     n = min(samples, len(test))
-    real = FeatureStatistics.of(extract(extractor, test.batch(range(n))))
-    rows = []
-    for variant in variants:
-        if on_stage:
-            on_stage(variant.name)
-        network = {
-            "image_shape": list(train.shape),
-            "latents": list(latents)[: variant.layers],
-            "width": round(width * variant.capacity**0.5),
-            "hidden": round(HIDDEN * variant.capacity**0.5),
+    network = {
+        "image_shape": list(train.shape),
+        "latents": list(latents)[: variant.layers],
+        "width": round(width * variant.capacity**0.5),
+        "hidden": round(HIDDEN * variant.capacity**0.5),
+    }
+    config = variant_config(variant, base_config(iterations, seed))
+    backbone = build(adapter("shallow"), network, seed=seed).to(device)
+    began = clock(torch.device(device))
+    prior = train_jointly(backbone, train, config, validation=test)
+    seconds = clock(torch.device(device)) - began
+    count = parameters(prior.backbone, config.energy)
+    with torch.no_grad():
+        drawn = {
+            "fd": prior.sample(n, seed=seed).images,
+            "fd_gaussian": prior.sample(n, seed=seed, sampler=ANCESTRAL).images,
         }
-        config = variant_config(variant, base_config(iterations, seed))
-        backbone = build(adapter("shallow"), network, seed=seed)
-        began = time.process_time()
-        prior = train_jointly(backbone, train, config, validation=test)
-        seconds = time.process_time() - began
-        count = parameters(prior.backbone, config.energy)
-        with torch.no_grad():
-            drawn = {
-                "fd": prior.sample(n, seed=seed).images,
-                "fd_gaussian": prior.sample(n, seed=seed, sampler=ANCESTRAL).images,
-            }
-        distances = {k: frechet_distance(FeatureStatistics.of(extract(extractor, x)), real) for k, x in drawn.items()}
-        rows.append(
-            {
-                "variant": variant.name,
-                **distances,
-                "seconds_per_iteration": seconds / iterations,
-                "parameters": count["backbone"],
-                "heads": count["heads"],
-                "paper": variant.paper,
-                "seed": seed,
-                "samples": n,
-            }
-        )
-    return rows
+    real = FeatureStatistics.of(extract(extractor, test.batch(range(n))))
+    return {
+        "variant": variant.name,
+        **{k: frechet_distance(FeatureStatistics.of(extract(extractor, x.cpu())), real) for k, x in drawn.items()},
+        "seconds_per_iteration": seconds / iterations,
+        "parameters": count["backbone"],
+        "heads": count["heads"],
+        "seed": seed,
+        "samples": n,
+        "data": train.name,
+        "distance": extractor.distance_name,
+        "device": torch.device(device).type,
+    }
 
 
-def as_table(rows: Sequence[Mapping[str, Any]], extractor: FeatureExtractor, data: str) -> str:
-    """The rows beside the paper's numbers."""
-    head = ["", f"{extractor.distance_name}", "f = 0", "s/iteration", "parameters", "heads", "paper: FID"]
-    lines = [
-        [
-            row["variant"],
-            f"{row['fd']:.2f}",
-            f"{row['fd_gaussian']:.2f}",
-            f"{row['seconds_per_iteration']:.3f}",
-            f"{row['parameters']:,}",
-            f"{row['heads']:,}",
-            row["paper"],
-        ]
-        for row in rows
+def as_table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of an ablation beside the paper's numbers; mean ± sd over the seeds, where there are several."""
+    lines = []
+    for variant in ABLATIONS[name].variants:
+        found = [row for row in rows if row["variant"] == variant.name]
+        if found:
+            paper = f"{variant.paper.fid:.2f}" + (f", {variant.paper.seconds:g} s" if variant.paper.seconds else "")
+            lines.append(
+                [
+                    variant.name,
+                    *(_spread(found, key, 2) for key in ("fd", "fd_gaussian")),
+                    _spread(found, "seconds_per_iteration", 3),
+                    f"{found[0]['parameters']:,}",
+                    f"{found[0]['heads']:,}",
+                    paper,
+                ]
+            )
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    first = rows[0]
+    head = ["", first["distance"], "f = 0", "s/iteration", "parameters", "heads", "paper: FID"]
+    title = f"{first['data']}, N = {first['samples']}, seed {seeds}; the paper's of {ABLATIONS[name].published}"
+    return f"{title}\n{table(head, lines)}"
+
+
+def as_picture(name: str, rows: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """The trend of an ablation beside the paper's: Fréchet distances, and seconds where the paper has them too."""
+    shown = ABLATIONS[name]
+
+    def panel(title: str, label: str, of: Callable[[Variant], Sequence[float | None]]) -> Image.Image:
+        """A line through the means of what `of` a variant was found, and a point for each."""
+        series: list[Series] = []
+        for line, colour in zip(dict.fromkeys(v.line for v in shown.variants), COLOURS, strict=False):
+            points = {v.at: [y for y in of(v) if y is not None] for v in shown.variants if v.line == line}
+            points = {at: found for at, found in points.items() if found}
+            if points:
+                means = [sum(found) / len(found) for found in points.values()]
+                x, y = zip(*((at, value) for at, found in points.items() for value in found), strict=True)
+                series += [Series("", list(points), means, "line", colour), Series(line, x, y, "points", colour)]
+        return plot(series, title=title, x_label=shown.axis, y_label=label)
+
+    def ours(key: str) -> Callable[[Variant], Sequence[float | None]]:
+        return lambda variant: [row[key] for row in rows if row["variant"] == variant.name]
+
+    panels = [
+        panel(f"ours, {rows[0]['data']}", rows[0]["distance"], ours("fd")),
+        panel(f"paper, {shown.published}", "FID", lambda v: [v.paper.fid]),
     ]
-    return f"{data}, N = {rows[0]['samples']}, seed {rows[0]['seed']}\n" + table(head, lines)
+    if any(v.paper.seconds for v in shown.variants):
+        panels += [
+            panel("ours", "seconds per iteration", ours("seconds_per_iteration")),
+            panel("paper", "seconds per iteration", lambda v: [v.paper.seconds]),
+        ]
+    width, height = panels[0].size
+    page = Image.new("RGB", (2 * width, height * (len(panels) // 2)), "white")
+    for index, image in enumerate(panels):
+        page.paste(image, (index % 2 * width, index // 2 * height))
+    return page
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
+    values = [row[key] for row in rows]
+    sd = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{sd}"

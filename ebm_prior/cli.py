@@ -1,4 +1,5 @@
-"""The command line: `ebm-prior COMMAND`. The commands that train and that read a prior have a module each.
+"""The command line: `ebm-prior COMMAND`. The commands that train, that read a prior,
+and that remake experiments have a module each.
 
 Results go to stdout (`--json` for machines), progress and remarks to stderr.
 Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged.
@@ -16,6 +17,7 @@ import torch
 import ebm_prior
 from ebm_prior import (
     commands,
+    experiment_commands,
     findings,
     reading_commands,
     report,
@@ -207,9 +209,9 @@ for command in (
     reading_commands.show,
     training_commands.pretrain,
     training_commands.train,
-    training_commands.anomalies,
-    training_commands.ablation,
-    training_commands.two_dimensions,
+    experiment_commands.anomalies,
+    experiment_commands.ablation,
+    experiment_commands.two_dimensions,
     training_commands.classifier,
 ):
     main.add_command(command)

@@ -38,10 +38,13 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return decorate
 
 
+DEVICE_NAME = click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda")
+
+
 def _device_options(*dtypes: str) -> Callable[[Command], Command]:
     half = "; bf16: in the cells of an NVAE, all else in float32" if "bf16" in dtypes else ""
     return together(
-        click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda"),
+        DEVICE_NAME,
         click.option(
             "--precision",
             "dtype",

@@ -32,7 +32,7 @@ from ebm_prior.joint_config import JointConfig, Space
 from ebm_prior.objectives import gain
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, seeded
-from ebm_prior.samplers import Potential, SamplerConfig, draw, norm, where
+from ebm_prior.samplers import Potential, SamplerConfig, draw, graphed, norm, where
 from ebm_prior.training import Callback, Images, Recorder, Training, batch_indices, update_average
 
 GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy
@@ -179,6 +179,8 @@ class _Joint(Training):
             betas=config.betas,
         )
         self.persistent: list[Tensor] = []
+        self._observed: Tensor | None = None  # images of the iteration, in memory that graphs can read again
+        self._potentials: dict[tuple[bool, bool], Potential] = {}
 
     @property
     def energy(self) -> JointEnergy | None:
@@ -255,13 +257,22 @@ class _Joint(Training):
     # -- chains
 
     def _posterior_draws(self, x: Tensor, generator: torch.Generator) -> list[Tensor]:
-        g = potential(self.backbone, self.energy, self.config.space, x, bfloat16=self.config.bfloat16)
-        return self._chain(g, len(x), generator, False)
+        self._observed = x.clone() if self._observed is None else self._observed.copy_(x)
+        return self._chain(len(x), generator, of_prior=False)
 
     def _prior_draws(self, n: int, generator: torch.Generator) -> list[Tensor]:
-        return self._chain(potential(self.backbone, self.energy, self.config.space), n, generator, True)
+        return self._chain(n, generator, of_prior=True)
 
-    def _chain(self, g: Potential, n: int, generator: torch.Generator, of_prior: bool) -> list[Tensor]:
+    def _potential(self, of_prior: bool) -> Potential:
+        """What the chains climb: made once, before and after the energy joins, for a GPU records graphs of it."""
+        key = of_prior, self.energy is not None
+        if key not in self._potentials:
+            images = None if of_prior else self._observed
+            g = potential(self.backbone, self.energy, self.config.space, images, bfloat16=self.config.bfloat16)
+            self._potentials[key] = graphed(g, self.device)
+        return self._potentials[key]
+
+    def _chain(self, n: int, generator: torch.Generator, *, of_prior: bool) -> list[Tensor]:
         """z at the ends of n chains, which start from the Gaussian prior or, persistent ones, from their last ends."""
         config = self.config
         persistent = of_prior and config.chains == "persistent"
@@ -275,7 +286,8 @@ class _Joint(Training):
                 start = where(restart, start, self.persistent)
             return start
 
-        ends = draw(g, propose, config.prior_chain if of_prior else config.posterior_chain, generator).eps
+        sampler = config.prior_chain if of_prior else config.posterior_chain
+        ends = draw(self._potential(of_prior), propose, sampler, generator).eps
         if persistent:
             self.persistent = ends
         return ends if config.space == "z" else self.backbone.reparameterize(ends)

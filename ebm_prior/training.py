@@ -10,10 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.parallel import ALONE, Processes
@@ -77,8 +79,8 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
     Buffers are copied.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    for kept, new in zip(average.parameters(), network.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)
+    fused = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    fused(list(average.parameters()), list(network.parameters()), step)
     for held, found in zip(average.buffers(), network.buffers(), strict=True):
         held.copy_(found)
 
@@ -87,8 +89,13 @@ def batch_indices(n: int, batch_size: int, iteration: int, seed: int) -> Tensor:
     """The images of iteration t: entries [t·B, (t+1)·B) of an endless row of shuffled epochs, (batch_size,) int64."""
     first, last = iteration * batch_size, (iteration + 1) * batch_size
     epochs = range(first // n, -(-last // n))
-    order = torch.cat([torch.randperm(n, generator=derived_generator(seed, 0xE90C4, epoch)) for epoch in epochs])
+    order = torch.cat([_order(n, seed, epoch) for epoch in epochs])
     return order[first - epochs[0] * n : last - epochs[0] * n]
+
+
+@lru_cache(maxsize=2)  # the epoch is the same for many iterations
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=derived_generator(seed, 0xE90C4, epoch))
 
 
 class Training(ABC):

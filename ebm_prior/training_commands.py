@@ -1,22 +1,17 @@
-"""The commands that train: fit, pretrain, train and what is built of it, classifier."""
+"""The commands that train: fit, pretrain, train, classifier."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from click.core import ParameterSource
 
 from ebm_prior import (
-    ablations,
-    anomaly_table,
     commands,
     joint_run,
-    latents_2d,
     memory,
     pretrain_run,
     report,
@@ -27,7 +22,6 @@ from ebm_prior.classifier import ClassifierConfig, save_classifier, train_classi
 from ebm_prior.command_line import (
     BACKBONE,
     DATA,
-    DATA_ROOT,
     DEVICE,
     DTYPES,
     JSON,
@@ -48,8 +42,6 @@ from ebm_prior.command_line import (
 )
 from ebm_prior.data import open_images
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.figures import save_png
-from ebm_prior.files import without_nan, write_atomically
 from ebm_prior.joint_config import JOINT_PRESETS, JointConfig
 from ebm_prior.options import config_options, resolve
 from ebm_prior.pretrain import PretrainConfig
@@ -270,117 +262,6 @@ def train(
             on_step=bar.step,
         )
     show_result(result, as_json, report.train_summary)
-
-
-@click.command("anomaly-table")
-@click.option("--data", default="mnist", show_default=True, help="labelled data set: both splits are the pool")
-@DATA_ROOT
-@click.option(
-    "--digit",
-    "digits",
-    type=int,
-    multiple=True,
-    help=f"held-out label, several times for several  [default: {' '.join(map(str, anomaly_table.DIGITS))}]",
-)
-@click.option(
-    "--model",
-    "models",
-    type=click.Choice(list(anomaly_table.MODELS)),
-    multiple=True,
-    help="several times for several  [default: all]",
-)
-@click.option("--latents", type=(int, int), default=(16, 8), show_default=True, help="dimensions of z_1 and z_2")
-@click.option("--width", type=click.IntRange(1), default=32, show_default=True, help="of the generator")
-@click.option("--sigma", type=float, default=0.3, show_default=True, help="standard deviation of a pixel on [-1, 1]")
-@click.option("--epochs", type=click.IntRange(1), default=16, show_default=True, help="of each training")
-@click.option("--draws", type=click.IntRange(1), default=8, show_default=True, help="posterior draws of a score")
-@click.option("--out", type=PATH, required=True, help="the .json file of rows to write")
-@click.option("--overwrite", is_flag=True, help="replace --out")
-@SEED
-def anomalies(
-    data: str,
-    data_root: Path | None,
-    download: bool,
-    digits: tuple[int, ...],
-    models: tuple[str, ...],
-    out: Path,
-    overwrite: bool,
-    **settings: Any,
-) -> None:
-    """Remake the paper's Table 4: train with one digit held out, and find it again by the un-normalised posterior."""
-    commands.require_free(out, overwrite)
-    pool = anomaly_table.pooled(
-        [open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test")]
-    )
-    digits, models = digits or anomaly_table.DIGITS, models or tuple(anomaly_table.MODELS)
-    rows: list[dict[str, Any]] = []
-    with Bar("anomaly-table", len(digits) * len(models)) as bar:
-        for digit in digits:
-            rows += anomaly_table.run_digit(pool, digit, models=models, on_stage=bar.stage, **settings)
-            write_atomically(out, json.dumps(without_nan(rows), indent=2).encode())
-    click.echo(anomaly_table.as_table(rows))
-
-
-@click.command()
-@click.argument("name", type=click.Choice(list(ablations.ABLATIONS)))
-@DATA
-@click.option("--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="of each training")
-@click.option("--latents", type=(int, int), default=(32, 16), show_default=True, help="dimensions of z_1 and z_2")
-@click.option("--width", type=click.IntRange(1), default=12, show_default=True, help="of the generator")
-@click.option("--samples", type=click.IntRange(2), default=2_000, show_default=True, help="N of every distance")
-@click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
-@click.option("--out", type=PATH, required=True, help="the .json file of rows to write")
-@click.option("--overwrite", is_flag=True, help="replace --out")
-@SEED
-def ablation(
-    name: str,
-    data: str,
-    data_root: Path | None,
-    download: bool,
-    classifier: Path | None,
-    out: Path,
-    overwrite: bool,
-    **settings: Any,
-) -> None:
-    """Remake an ablation of the paper by joint training: FD(classifier), seconds and parameters beside its numbers."""
-    commands.require_free(out, overwrite)
-    images, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
-    extractor = commands.feature_classifier(test, classifier, torch.device("cpu"))
-    variants = ablations.ABLATIONS[name]
-    with Bar(name, len(variants)) as bar:
-        rows = ablations.ablate(variants, images, test, extractor, on_stage=bar.stage, **settings)
-    write_atomically(out, json.dumps(without_nan(rows), indent=2).encode())
-    click.echo(ablations.as_table(rows, extractor, images.name))
-
-
-@click.command("latents-2d")
-@click.option("--data", default="mnist", show_default=True, help="labelled data set")
-@DATA_ROOT
-@click.option(
-    "--digit", "digits", type=int, multiple=True, default=(0, 1), show_default=True, help="labels, several times"
-)
-@click.option("--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="gradient steps")
-@click.option("--out", type=PATH, required=True, help="the .png to write")
-@click.option("--overwrite", is_flag=True, help="replace --out")
-@SEED
-def two_dimensions(
-    data: str,
-    data_root: Path | None,
-    download: bool,
-    digits: tuple[int, ...],
-    iterations: int,
-    out: Path,
-    overwrite: bool,
-    seed: int,
-) -> None:
-    """Remake the paper's Fig. 2: two latents in each of two layers, posterior codes and the prior's chain."""
-    commands.require_free(out, overwrite)
-    images = latents_2d.with_labels(open_images(data, data_root=data_root, download=download), digits)
-    config = latents_2d.config_2d(iterations=iterations, seed=seed)
-    with Bar("latents-2d", iterations) as bar:
-        prior = latents_2d.train_2d(images, config, on_step=bar.step)
-    save_png(latents_2d.picture_2d(latents_2d.transition(prior, images, config.prior_chain, seed=seed)), out)
-    click.echo(f"wrote {out}")
 
 
 @click.command()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from ebm_prior.anomaly_table import as_table, pooled, run_digit, split_by_digit
+from ebm_prior.anomaly_table import MODELS, as_table, pooled, run_digit, split_by_digit
 from ebm_prior.data import from_array
 from ebm_prior.errors import ConfigurationError
+from ebm_prior.jobs import run_all
 
 
 def test_split() -> None:
@@ -35,7 +38,15 @@ def test_pool() -> None:
 def test_a_small_run() -> None:
     random = np.random.default_rng(0)
     pool = from_array(random.random((120, 8, 8)).astype(np.float32), np.arange(120) % 4)
-    rows = run_digit(pool, 3, latents=(3, 2), width=4, draws=2, epochs=2)
+    calls: list[dict[str, Any]] = [
+        {"pool": pool, "digit": 3, "model": model, "latents": (3, 2), "width": 4, "draws": 2, "epochs": 2}
+        for model in MODELS
+    ]
+    done: list[int] = []
+    found = run_all(run_digit, calls, jobs=2, on_done=lambda found: done.append(len(found)))
+    rows = [row for part in found for row in part]
+    assert done == [1, 2, 3]
+    assert rows[0]["auroc"] == pytest.approx(run_digit(**calls[0])[0]["auroc"], abs=0.02)  # of one thread or several
     assert [row["model"] for row in rows] == [
         "EBM, L=2",
         "EBM, L=2, f = 0",

@@ -31,12 +31,13 @@ ROOMS = (
         "commands",
         "joint_run",
         "pretrain_run",
+        "jobs",
         "anomaly_table",
         "latents_2d",
         "ablations",
     }
     | {"report", "findings", "web_page", "run_report", "demo", "progress", "allocator"},
-    {"command_line", "training_commands", "reading_commands", "cli", "__main__"},
+    {"command_line", "training_commands", "reading_commands", "experiment_commands", "cli", "__main__"},
 )
 
 
@@ -86,7 +87,7 @@ def test_the_mathematics_knows_torch_and_numpy_only(module: str) -> None:
 
 def test_click_is_the_command_lines_alone() -> None:
     users = {path.stem for path in PACKAGE.rglob("*.py") if "click" in {n.split(".")[0] for n in imports(path)}}
-    assert users == {"options", "command_line", "training_commands", "reading_commands", "cli"}
+    assert users == {"options", "command_line", "training_commands", "reading_commands", "experiment_commands", "cli"}
 
 
 def test_backbones_know_the_contract_and_no_energies() -> None:

@@ -322,7 +322,16 @@ class _Joint(Training):
             "iterations": self.iteration,
             "rollbacks": self.rollbacks,
         }
-        return EBMPrior(kept.backbone, kept.energy, sampler=SamplerConfig(), record=record)
+        return EBMPrior(kept.backbone, kept.energy, sampler=self._sampler(), record=record)
+
+    def _sampler(self) -> SamplerConfig:
+        """How to draw: f that learned against short chains from the Gaussian prior is right for just those (§3.2).
+
+        Persistent chains have come to where long ones go, and chains in z are none of ε-space: there the exact default.
+        """
+        config = self.config
+        short_run = config.prior == "ebm" and config.chains == "fresh" and config.space == "eps"
+        return config.prior_chain if short_run else SamplerConfig()
 
     # -- its parts
 

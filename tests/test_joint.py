@@ -277,6 +277,16 @@ def test_f_stays_zero_until_the_energy_joins(pictures: ImageSource) -> None:
     assert [abs(line["f_gap"]) > 0 for line in memory.lines] == [False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("changes", "shorts"), [({}, True), ({"chains": "persistent"}, False), ({"space": "z"}, False)]
+)
+def test_samples_are_of_the_chains_that_f_learned_against(
+    changes: dict[str, Any], shorts: bool, pictures: ImageSource
+) -> None:
+    prior = train_jointly(small_backbone(), pictures, replace(SMALL, iterations=1, **changes))
+    assert prior.sampler == (CHAIN if shorts else SamplerConfig())
+
+
 def test_one_layer(pictures: ImageSource) -> None:
     prior = train_jointly(small_backbone((3,)), pictures, replace(SMALL, posterior="langevin"))
     assert prior.sample(4, seed=0).images.shape == (4, 1, 8, 8)

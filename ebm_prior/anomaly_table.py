@@ -82,6 +82,7 @@ def detector_config(train: int, **changes: Any) -> JointConfig:
         energy_from=0.4,
         chains="persistent",
         prior_chain=SamplerConfig(proposals=1, kernel="pcn-langevin", steps=4, step_size=0.15),
+        channels_last=True,
     )
     return replace(base, **changes)
 

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.backbone import Backbone, Posterior
+from ebm_prior.cuda_graphs import runner
 from ebm_prior.draws import PRIOR_DRAWS
 from ebm_prior.energy import JointEnergy, values
 from ebm_prior.errors import DivergenceError
 from ebm_prior.joint_config import JointConfig, Space
 from ebm_prior.objectives import gain
 from ebm_prior.prior import EBMPrior
-from ebm_prior.randomness import derived_generator, seeded
+from ebm_prior.randomness import Generator, derived_generator, seeded
 from ebm_prior.samplers import Potential, SamplerConfig, draw, graphed, norm, where
 from ebm_prior.training import Callback, Images, Recorder, Training, batch_indices, update_average
 
@@ -150,6 +151,15 @@ class _Model(nn.Module):
         self.backbone, self.energy = backbone, energy
 
 
+class _Found(NamedTuple):
+    """What one batch says."""
+
+    terms: Terms
+    positive: list[Tensor]  # z⁺
+    loss: Tensor
+    gradients: dict[int, Tensor]  # of the model's parameters, by their number; not of those that play no part
+
+
 class _Joint(Training):
     def __init__(
         self,
@@ -177,8 +187,10 @@ class _Joint(Training):
                 {"params": list(energy.parameters()), "peak": config.energy_learning_rate},
             ],
             betas=config.betas,
+            fused=self.device.type == "cuda",
         )
         self.persistent: list[Tensor] = []
+        self._run = runner(self.device)
         self._observed: Tensor | None = None  # images of the iteration, in memory that graphs can read again
         self._potentials: dict[tuple[bool, bool], Potential] = {}
 
@@ -197,29 +209,38 @@ class _Joint(Training):
         return self.config.evaluate_every
 
     def step(self) -> dict[str, Any]:
-        config, t, energy = self.config, self.iteration, self.energy
+        t, energy = self.iteration, self.energy
         x, generator = self._batch(t)
         with _frozen(self.model):
-            drawn = self._posterior_draws(x, generator) if config.posterior == "langevin" else None
-            negative = self._prior_draws(len(x), generator) if energy is not None else None
-        self.optimizer.zero_grad(set_to_none=True)
-        with seeded(self.device, config.seed, 33, t):  # dropout draws from the global generator
-            inferred = self.backbone.infer(x, generator=generator)
-            if drawn is None:
-                found = terms(self.backbone, energy, x, inferred, negative)
-                loss = found.loss(config.penalty)
-                loss.backward()  # type: ignore[no-untyped-call]
-            else:
-                found = terms(self.backbone, energy, x, drawn, negative)
-                loss = found.loss(config.penalty)
-                loss.backward()  # type: ignore[no-untyped-call]
-                # ω is what the generative side has no gradient for; it alone learns from the network's own draws.
-                omega = [p for p in self.backbone.parameters() if p.grad is None]
-                if omega:
-                    companion = terms(self.backbone, energy, x, inferred, negative).loss()
-                    torch.autograd.backward(companion, inputs=omega)
-        self._update(loss)
-        return {"iteration": self.iteration, **self._watch(found, drawn or inferred.z, negative)}
+            drawn = self._posterior_draws(x, generator) if self.config.posterior == "langevin" else []
+            negative = self._prior_draws(len(x), generator) if energy is not None else []
+        inputs = x, drawn, negative
+        with seeded(self.device, self.config.seed, 33, t):  # dropout draws from the global generator
+            found: _Found = self._run(energy is not None, self._differentiate, inputs, generator)
+        for index, parameter in enumerate(self.model.parameters()):
+            parameter.grad = found.gradients.get(index)
+        self._update(found.loss)
+        return {"iteration": self.iteration, **self._watch(found.terms, found.positive, negative)}
+
+    def _differentiate(self, inputs: tuple[Tensor, list[Tensor], list[Tensor]], generator: Generator) -> _Found:
+        """The loss for images, z⁺ that chains drew (none: the network's own draws) and z⁻ (none: f = 0).
+
+        Pure, as graphs want it, but for what a network counts in training.
+        """
+        x, drawn, negative = inputs
+        energy, parameters = self.energy, list(self.model.parameters())
+        inferred = self.backbone.infer(x, generator=generator)
+        found = terms(self.backbone, energy, x, drawn or inferred, negative or None)
+        loss = found.loss(self.config.penalty)
+        gradients = _gradients(loss, dict(enumerate(parameters)))
+        if drawn:
+            # ω is what the generative side has no gradient for; it alone learns from the network's own draws.
+            own = range(len(list(self.backbone.parameters())))
+            omega = {index: parameters[index] for index in own if index not in gradients}
+            if omega:
+                gradients |= _gradients(terms(self.backbone, energy, x, inferred, negative or None).loss(), omega)
+        detached = Terms(*(term.detach() for term in found))
+        return _Found(detached, drawn or [z.detach() for z in inferred.z], loss.detach(), gradients)
 
     def _update(self, loss: Tensor) -> None:
         config, t = self.config, self.iteration
@@ -238,13 +259,13 @@ class _Joint(Training):
         update_average(self.average, self.model, config.ema, t)
 
     @torch.no_grad()
-    def _watch(self, found: Terms, positive: Sequence[Tensor], negative: Sequence[Tensor] | None) -> dict[str, float]:
+    def _watch(self, found: Terms, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> dict[str, float]:
         """Numbers to show; DivergenceError where the energy explodes or chains have left."""
         gap = float((found.f_q - found.f_p).mean())
         shown = {"log_likelihood": float(found.log_likelihood.mean()), "f_gap": gap}
         if abs(gap) > GAP_LIMIT:
             raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
-        if negative is not None:
+        if negative:
             shown["chain_norm"] = float(norm(self.backbone.standardize(negative)).mean())
             typical = float(norm(self.backbone.standardize(positive)).mean())
             if not shown["chain_norm"] <= NORM_LIMIT * max(1.0, typical):
@@ -403,6 +424,12 @@ def _frozen(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training).requires_grad_(True)
+
+
+def _gradients(loss: Tensor, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Of the parameters that the loss depends on."""
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {index: g for index, g in zip(parameters, found, strict=True) if g is not None}
 
 
 def _squares(u: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from ebm_prior.figures import spelled, wrap
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
 _FINE = 3
+_FEW = 20  # points that are drawn large
 _TITLE, _LABEL, _TICK = 17, 14, 12  # font sizes
 _INK, _GRID, _PAPER = (40, 40, 40), (226, 226, 226), (255, 255, 255)
 
@@ -160,7 +161,7 @@ def _draw(
     pen = ImageDraw.Draw(mask)
     fine = [(x * _FINE, y * _FINE) for x, y in points]
     if entry.kind == "points":
-        radius = 1.6 * _FINE
+        radius = (3.0 if len(fine) <= _FEW else 1.6) * _FINE
         for x, y in fine:
             pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
     elif entry.kind == "area" and fine:

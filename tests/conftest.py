@@ -13,8 +13,10 @@ import click.testing
 import numpy as np
 import pytest
 import torch
+from played_graphs import Played
 from toys import LinearGaussian, ToyConv
 
+from ebm_prior import cuda_graphs
 from ebm_prior.backbone import Backbone
 from ebm_prior.checkpoint import load_backbone, save_backbone
 from ebm_prior.cli import main
@@ -129,3 +131,11 @@ def prior(fitted: Path) -> Path:
 def fit_words(workshop: Workshop, small_options: list[str]) -> list[object]:
     """A small second stage as words of `ebm-prior`, to which a test adds its own."""
     return ["fit", "--ckpt", workshop.backbone, "--data", workshop.images, *small_options]
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs without a GPU."""
+    Played.recorded = 0
+    monkeypatch.setattr(cuda_graphs, "Graph", Played)
+    monkeypatch.setattr(cuda_graphs, "Place", lambda device: None)

@@ -9,45 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from played_graphs import Played
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ebm_prior import cuda_graphs
 from ebm_prior.checkpoint import load_backbone
-from ebm_prior.cuda_graphs import Function, Graph, Graphs, Place, Tape
+from ebm_prior.cuda_graphs import Graph, Graphs
 from ebm_prior.energy import EnergyConfig, JointEnergy
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import BlockGenerator, derived_generator, standard_normal, uniform
 from ebm_prior.samplers import GraphedPotential, Kernel, SamplerConfig, draw, langevin_step, pcn_langevin_step
 
 KERNELS = (langevin_step, pcn_langevin_step, partial(pcn_langevin_step, leapfrogs=3))
-
-
-class Played(Graph):
-    """A graph whose replay calls the function on the memory that a GPU's would read, and writes where it would."""
-
-    recorded = 0
-
-    def __init__(self, function: Function, inputs: Any, tape: Tape, where: Place) -> None:
-        self._tape, self._inputs, self._function = tape, tree_map(torch.clone, inputs), function
-        self._graph: Any = self
-        tape.rewind()
-        self._results = tree_map(torch.clone, function(self._inputs, tape))
-        Played.recorded += 1
-
-    def replay(self) -> None:
-        self._tape.rewind()
-        for memory, new in zip(
-            tree_leaves(self._results), tree_leaves(self._function(self._inputs, self._tape)), strict=True
-        ):
-            memory.copy_(new)
-
-
-@pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> None:
-    Played.recorded = 0
-    monkeypatch.setattr(cuda_graphs, "Graph", Played)
-    monkeypatch.setattr(cuda_graphs, "Place", lambda device: None)
 
 
 def quartic(eps: Sequence[Tensor]) -> Tensor:

@@ -11,17 +11,20 @@ import pytest
 import torch
 from closed_form import Normal, Quadratic, flat, latent_prior, tilt
 from ebm_prior.backbones.shallow import ShallowGenerator
+from played_graphs import Played
 from torch import Tensor, nn
 from toys import LinearGaussian
 
+from ebm_prior import joint
 from ebm_prior.backbone import Gaussian, PosteriorDraw
+from ebm_prior.cuda_graphs import Graphs
 from ebm_prior.data import ImageSource, from_array
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.joint import potential, terms, train_jointly, validate
 from ebm_prior.joint_config import JointConfig, paper_joint
 from ebm_prior.prior import EBMPrior
-from ebm_prior.samplers import SamplerConfig, draw
+from ebm_prior.samplers import GraphedPotential, SamplerConfig, draw
 from ebm_prior.weights import fingerprint
 
 TOP, BOTTOM = 2, 3
@@ -264,6 +267,22 @@ def test_a_killed_run_goes_on_to_the_same_bytes(product: str, pictures: ImageSou
     assert fingerprint(whole.backbone) != untrained
     z = whole.backbone.sample(5)
     assert bool((whole.f(z) == 0).all()) == (config.prior == "gaussian")
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_replayed_graphs_train_the_same(
+    product: str, played: None, pictures: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SMALL, energy_from=0.5, **PRODUCTS[product])
+    plain = train_jointly(small_backbone(), pictures, config)
+    monkeypatch.setattr(joint, "runner", lambda device: Graphs().run)
+    monkeypatch.setattr(joint, "graphed", lambda potential, device: GraphedPotential(potential))
+    replayed = train_jointly(small_backbone(), pictures, config)
+    assert Played.recorded
+    for one, other in zip(replayed.backbone.parameters(), plain.backbone.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(replayed.energy.parameters(), plain.energy.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_f_stays_zero_until_the_energy_joins(pictures: ImageSource) -> None:

@@ -427,9 +427,13 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _gradients(loss: Tensor, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Of the parameters that the loss depends on."""
+    """Of the parameters that the loss depends on, laid out in memory as these are: a fused optimizer wants it so."""
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {index: g for index, g in zip(parameters, found, strict=True) if g is not None}
+    return {
+        index: g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+        for (index, p), g in zip(parameters.items(), found, strict=True)
+        if g is not None
+    }
 
 
 def _squares(u: Sequence[Tensor]) -> Tensor:

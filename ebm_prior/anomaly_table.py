@@ -132,7 +132,7 @@ def run_digit(
     train_jointly(backbone, train, config, validation=train, on_evaluate=score)
     seconds = clock(test.device) - began - scoring
     shared = {"digit": digit, "seed": seed, "chance": chance, "seconds": seconds, "device": test.device.type}
-    return [{**shared, "model": row, **_summary(found)} for row, found in course.items()]
+    return [{**shared, "model": row, **summary(found)} for row, found in course.items()]
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -157,7 +157,8 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(["AUPRC", *(f"digit {digit}" for digit in digits)], lines)
 
 
-def _summary(course: Sequence[Detection]) -> dict[str, float]:
+def summary(course: Sequence[Detection]) -> dict[str, float]:
+    """Mean and standard deviation over epochs, the latter with the suffix _sd."""
     columns = np.array(course)
     mean, sd = columns.mean(0), columns.std(0, ddof=min(1, len(columns) - 1))
     return {

@@ -6,6 +6,7 @@ images at equal N. The paper's numbers are FID on other data: its trend is to be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import stdev
@@ -17,7 +18,7 @@ from PIL import Image
 from ebm_prior.commands import parameters
 from ebm_prior.data import ImageSource
 from ebm_prior.energy import EnergyConfig
-from ebm_prior.jobs import clock
+from ebm_prior.jobs import clock, named
 from ebm_prior.joint import train_jointly
 from ebm_prior.joint_config import JointConfig
 from ebm_prior.metrics import FeatureExtractor, FeatureStatistics, extract, frechet_distance
@@ -26,6 +27,7 @@ from ebm_prior.pretrain import build
 from ebm_prior.prior import ANCESTRAL
 from ebm_prior.registry import adapter
 from ebm_prior.report import table
+from ebm_prior.weights import count_parameters
 
 HIDDEN = 200  # of the MLP conditionals (Table 12)
 
@@ -45,7 +47,7 @@ class Variant(NamedTuple):
     paper: Paper
     training: Mapping[str, Any] = {}  # changes of JointConfig; "energy_hidden", "prior_steps" of what is inside
     layers: int = 2
-    capacity: float = 1.0  # times the parameters, by the widths, whose square they go with
+    capacity: float = 1.0  # times the parameters, by the widths
     line: str = "EBM, L=2"  # what joins points on the plot
 
 
@@ -140,6 +142,25 @@ def base_config(iterations: int, seed: int) -> JointConfig:
     )
 
 
+def widened(network: Mapping[str, Any], times: float) -> Mapping[str, Any]:
+    """The shallow generator's arguments with widths such that it has `times` the parameters, as nearly as one width is.
+
+    Parameters of width and hidden units go with something between their first and second power.
+    """
+    width, hidden = network["width"], network["hidden"]
+    choices = [
+        {**network, "width": wider, "hidden": round(hidden * wider / width)}
+        for wider in range(width, math.ceil(width * times) + 1)
+    ]
+
+    def size(arguments: Mapping[str, Any]) -> int:
+        with torch.device("meta"):
+            return count_parameters(build(adapter("shallow"), arguments))
+
+    target = times * size(network)
+    return min(choices, key=lambda arguments: abs(size(arguments) - target))
+
+
 def measure(
     variant: Variant,
     train: ImageSource,
@@ -155,16 +176,20 @@ def measure(
 ) -> dict[str, Any]:
     """Train a variant and score it: a row with FD, FD of its f = 0, seconds per iteration, parameters."""
     n = min(samples, len(test))
-    network = {
-        "image_shape": list(train.shape),
-        "latents": list(latents)[: variant.layers],
-        "width": round(width * variant.capacity**0.5),
-        "hidden": round(HIDDEN * variant.capacity**0.5),
-    }
+    network = widened(
+        {
+            "image_shape": list(train.shape),
+            "latents": list(latents)[: variant.layers],
+            "width": width,
+            "hidden": HIDDEN,
+        },
+        variant.capacity,
+    )
     config = variant_config(variant, base_config(iterations, seed))
     backbone = build(adapter("shallow"), network, seed=seed).to(device)
     began = clock(torch.device(device))
-    prior = train_jointly(backbone, train, config, validation=test)
+    with named(f"{variant.name}, seed {seed}"):
+        prior = train_jointly(backbone, train, config, validation=test)
     seconds = clock(torch.device(device)) - began
     count = parameters(prior.backbone, config.energy)
     with torch.no_grad():
@@ -178,7 +203,7 @@ def measure(
         **{k: frechet_distance(FeatureStatistics.of(extract(extractor, x.cpu())), real) for k, x in drawn.items()},
         "seconds_per_iteration": seconds / iterations,
         "parameters": count["backbone"],
-        "heads": count["heads"],
+        "heads": count["heads"] if config.prior == "ebm" else 0,
         "seed": seed,
         "samples": n,
         "data": train.name,
@@ -200,7 +225,7 @@ def as_table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
                     *(_spread(found, key, 2) for key in ("fd", "fd_gaussian")),
                     _spread(found, "seconds_per_iteration", 3),
                     f"{found[0]['parameters']:,}",
-                    f"{found[0]['heads']:,}",
+                    f"{found[0]['heads']:,}" if found[0]["heads"] else "–",
                     paper,
                 ]
             )

@@ -8,6 +8,7 @@ throw the images away, and keep the statistics. No weight changes. With momentum
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -82,6 +83,19 @@ def readjust_to(backbone: Backbone, draws: Iterable[Sequence[Tensor]], *, temper
     if not met:
         raise _nothing(backbone)
     return met
+
+
+@contextlib.contextmanager
+def keeping_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norms in training use, inside the block, the running statistics that they have, and keep them."""
+    moving = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    for module in moving:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in moving:
+            module.train()
 
 
 def adjustable(backbone: Backbone) -> dict[str, _BatchNorm]:

@@ -36,7 +36,7 @@ REPEATED = together(
         type=click.IntRange(1),
         default=1,
         show_default=True,
-        help="trainings at a time, each on one thread; a GPU too is better used by several",
+        help="trainings at a time, each on one thread; a GPU, too, is better used by several",
     ),
     DEVICE_NAME,
 )
@@ -44,6 +44,11 @@ REPEATED = together(
 
 def _write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     write_atomically(out, json.dumps(without_nan(rows), indent=2).encode())
+
+
+def _require_json(out: Path) -> None:
+    if out.suffix != ".json":
+        raise click.UsageError(f"--out is a .json, found {out}")
 
 
 def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -94,14 +99,18 @@ def anomalies(
 
     Rows are written as they come, so that what was found before a failure is there.
     """
+    _require_json(out)
     commands.require_free(out, overwrite)
     torch_device(device)
     pool = anomaly_table.pooled(
         [open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test")]
     )
+    assert pool.labels is not None  # or it had been no pool
+    for digit in digits:  # now, not when its turn comes
+        anomaly_table.split_by_digit(pool.labels, digit)
     calls = [
         {"pool": pool, "digit": digit, "model": model, "seed": seed, "device": device, **settings}
-        for seed, digit, model in product(seeds, digits, models)
+        for seed, digit, model in product(*map(dict.fromkeys, (seeds, digits, models)))
     ]
     with Bar("anomaly-table", len(calls)) as bar:
 
@@ -139,6 +148,7 @@ def ablation(
 
     Beside --out lies a plot of the same name, .png.
     """
+    _require_json(out)
     picture = out.with_suffix(".png")
     for path in (out, picture):
         commands.require_free(path, overwrite)
@@ -148,7 +158,7 @@ def ablation(
     shared = {"train": images, "test": test, "extractor": extractor, "device": device, **settings}
     calls = [
         {"variant": variant, "seed": seed, **shared}
-        for seed, variant in product(seeds, ablations.ABLATIONS[name].variants)
+        for seed, variant in product(dict.fromkeys(seeds), ablations.ABLATIONS[name].variants)
     ]
     with Bar(name, len(calls)) as bar:
 
@@ -182,6 +192,8 @@ def two_dimensions(
     seed: int,
 ) -> None:
     """Remake the paper's Fig. 2: two latents in each of two layers, posterior codes and the prior's chain."""
+    if out.suffix != ".png":
+        raise click.UsageError(f"--out is a .png, found {out}")
     commands.require_free(out, overwrite)
     images = latents_2d.with_labels(open_images(data, data_root=data_root, download=download), digits)
     config = latents_2d.config_2d(iterations=iterations, seed=seed)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
+
+from ebm_prior.errors import DivergenceError, ProcessError
 
 Result = TypeVar("Result")
 
@@ -20,11 +24,10 @@ def run_all(
     jobs: int = 1,
     on_done: Callable[[Sequence[Result]], None] | None = None,
 ) -> list[Result]:
-    """`[function(**call) for call in calls]`, `jobs` of them at a time; what one raises ends all.
+    """`[function(**call) for call in calls]`, `jobs` of them at a time; what one raises ends all, at once.
 
     With one job they run in this process; with more, the function and all arguments are pickled. `on_done` gets the
-    results so far, in the order of the calls, after each. Several jobs on a GPU fill the time in which a host prepares
-    the small kernels of one.
+    results so far, in the order of the calls, after each. Raises ProcessError where a process was killed.
     """
     found: dict[int, Result] = {}
 
@@ -36,19 +39,36 @@ def run_all(
     if jobs == 1:
         for index, call in enumerate(calls):
             keep(index, function(**call))
-    else:
-        # Threads that wait for work by spinning take the processors from those that have some: one each.
-        with ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            running = {pool.submit(function, **call): index for index, call in enumerate(calls)}
-            try:
-                for future in as_completed(running):
-                    keep(running[future], future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        return [found[index] for index in range(len(calls))]
+    others = set(multiprocessing.active_children())
+    # Threads that wait for work by spinning take the processors from those that have some: one each.
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    try:
+        running = {pool.submit(function, **call): index for index, call in enumerate(calls)}
+        for future in as_completed(running):
+            keep(running[future], future.result())
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise ProcessError(
+                f"one of {jobs} jobs was killed, for want of memory most often: give fewer --jobs"
+            ) from error
+        raise
+    pool.shutdown()
     return [found[index] for index in range(len(calls))]
+
+
+@contextlib.contextmanager
+def named(what: str) -> Iterator[None]:
+    """A DivergenceError inside the block says of what; without the model, which need not come from a process."""
+    try:
+        yield
+    except DivergenceError as error:
+        raise DivergenceError(f"{what}: {error}") from error
 
 
 def clock(device: torch.device) -> float:

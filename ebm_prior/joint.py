@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.backbone import Backbone, Posterior
+from ebm_prior.batch_norm import keeping_statistics
 from ebm_prior.cuda_graphs import runner
 from ebm_prior.draws import PRIOR_DRAWS
 from ebm_prior.energy import JointEnergy, values
 from ebm_prior.errors import DivergenceError
 from ebm_prior.joint_config import JointConfig, Space
 from ebm_prior.objectives import gain
-from ebm_prior.prior import EBMPrior
+from ebm_prior.prior import ANCESTRAL, EBMPrior
 from ebm_prior.randomness import Generator, derived_generator, seeded
 from ebm_prior.samplers import Potential, SamplerConfig, draw, graphed, norm, where
 from ebm_prior.training import Callback, Images, Recorder, Training, batch_indices, update_average
@@ -72,7 +73,7 @@ def potential(
 
 
 class Terms(NamedTuple):
-    """What the loss is made of, per image or per prior draw, (B,), nats."""
+    """What the loss is made of, per image or per prior draw, (B,), nats; and how far out the draws lie."""
 
     log_likelihood: Tensor
     log_p: Tensor  # log p_β>0(z⁺)
@@ -80,12 +81,13 @@ class Terms(NamedTuple):
     f_q: Tensor
     prior: Tensor  # log p_β>0(z⁻)
     f_p: Tensor
+    norm_q: Tensor  # ‖ε‖/√D of z⁺
+    norm_p: Tensor  # of z⁻
 
-    def loss(self, penalty: float = 0.0) -> Tensor:
+    def loss(self) -> Tensor:
         """Eqs. 9-11, 16-19, of which the expectations are means over the batch."""
         positive = self.log_likelihood + self.log_p + self.f_q - self.log_q
-        squares = self.f_q.square().mean() + self.f_p.square().mean()
-        return (self.prior + self.f_p).mean() - positive.mean() + penalty * squares
+        return (self.prior + self.f_p).mean() - positive.mean()
 
 
 def terms(
@@ -98,7 +100,7 @@ def terms(
     """The terms of the loss for images (B, C, H, W).
 
     `posterior`: of `Backbone.infer`, or latents z⁺ that chains have drawn. `prior`: latents z⁻ of p_α,β, or None with
-    f = 0, where log Z is 0 whatever β.
+    f = 0, where log Z is 0 whatever β. Batch norms meet z⁻ as chains do, with the statistics that they have.
     """
     if isinstance(posterior, Posterior):
         z, eps, features, log_p, log_q = (
@@ -115,10 +117,11 @@ def terms(
     log_likelihood = backbone.likelihood(features).log_prob(images)
     zero = torch.zeros_like(log_p)
     if energy is None or prior is None:
-        return Terms(log_likelihood, log_p, log_q, zero, zero, zero)
-    below = backbone.given(prior)
+        return Terms(log_likelihood, log_p, log_q, zero, zero, zero, norm(eps), zero)
+    with keeping_statistics(backbone):
+        below = backbone.given(prior)
     f_q, f_p = (energy(energy.inputs(*pair)) for pair in ((z, eps), (below.z, below.eps)))  # type: ignore[operator]
-    return Terms(log_likelihood, log_p, log_q, f_q, below.log_prior.sum(1), f_p)
+    return Terms(log_likelihood, log_p, log_q, f_q, below.log_prior.sum(1), f_p, norm(eps), norm(below.eps))
 
 
 def train_jointly(
@@ -136,7 +139,7 @@ def train_jointly(
     With a `run`, state and metrics are written every `evaluate_every` iterations, and the run goes on from its last
     state. `on_evaluate` gets {"iteration", "prior"} then. The metrics are on `validation` images (default: `images`).
     Where a loss or gradient is not finite, chains leave, or the energy explodes, training returns to the last state at
-    half the rate; the second time it raises DivergenceError, whose `prior` is that of the last state.
+    half the rate; the second time it raises DivergenceError, which has `kept` the prior of the last state.
     """
     training = _Joint(backbone, images, config or JointConfig(), validation or images, on_evaluate)
     training.run(run, on_step)
@@ -155,9 +158,9 @@ class _Found(NamedTuple):
     """What one batch says."""
 
     terms: Terms
-    positive: list[Tensor]  # z⁺
     loss: Tensor
     gradients: dict[int, Tensor]  # of the model's parameters, by their number; not of those that play no part
+    omega: dict[int, Tensor]  # of the inference network's, where it learns beside the chains
 
 
 class _Joint(Training):
@@ -217,10 +220,8 @@ class _Joint(Training):
         inputs = x, drawn, negative
         with seeded(self.device, self.config.seed, 33, t):  # dropout draws from the global generator
             found: _Found = self._run(energy is not None, self._differentiate, inputs, generator)
-        for index, parameter in enumerate(self.model.parameters()):
-            parameter.grad = found.gradients.get(index)
-        self._update(found.loss)
-        return {"iteration": self.iteration, **self._watch(found.terms, found.positive, negative)}
+        self._update(found)
+        return {"iteration": self.iteration, **self._watch(found.terms, of_prior=bool(negative))}
 
     def _differentiate(self, inputs: tuple[Tensor, list[Tensor], list[Tensor]], generator: Generator) -> _Found:
         """The loss for images, z⁺ that chains drew (none: the network's own draws) and z⁻ (none: f = 0).
@@ -231,23 +232,44 @@ class _Joint(Training):
         energy, parameters = self.energy, list(self.model.parameters())
         inferred = self.backbone.infer(x, generator=generator)
         found = terms(self.backbone, energy, x, drawn or inferred, negative or None)
-        loss = found.loss(self.config.penalty)
-        gradients = _gradients(loss, dict(enumerate(parameters)))
+        loss = found.loss()
+        if self.config.penalty and energy is not None:
+            loss = loss + self.config.penalty * self._squares(drawn or inferred.z, negative)
+        gradients, omega = _gradients(loss, dict(enumerate(parameters))), dict[int, Tensor]()
         if drawn:
             # ω is what the generative side has no gradient for; it alone learns from the network's own draws.
             own = range(len(list(self.backbone.parameters())))
-            omega = {index: parameters[index] for index in own if index not in gradients}
-            if omega:
-                gradients |= _gradients(terms(self.backbone, energy, x, inferred, negative or None).loss(), omega)
-        detached = Terms(*(term.detach() for term in found))
-        return _Found(detached, drawn or [z.detach() for z in inferred.z], loss.detach(), gradients)
+            if unmet := {index: parameters[index] for index in own if index not in gradients}:
+                omega = _gradients(terms(self.backbone, energy, x, inferred, negative or None).loss(), unmet)
+        return _Found(Terms(*(term.detach() for term in found)), loss.detach(), gradients, omega)
 
-    def _update(self, loss: Tensor) -> None:
+    def _squares(self, *latents: Sequence[Tensor]) -> Tensor:
+        """E[f_q² + f_p²] of z⁺ and z⁻ as they lie: it keeps the energy small, and moves no latents."""
+        squares = []
+        for z in latents:
+            seen = [group.detach() for group in z]
+            with keeping_statistics(self.backbone), torch.no_grad():
+                eps = self.backbone.standardize(seen) if self.config.energy.conditional else seen
+            squares.append(self.model.energy(self.model.energy.inputs(seen, eps)).square().mean())
+        return torch.stack(squares).sum()
+
+    def _update(self, found: _Found) -> None:
         config, t = self.config, self.iteration
-        clipped = nn.utils.clip_grad_norm_(self.backbone.parameters(), config.gradient_clip)
-        gradients = [p.grad for p in self.model.energy.parameters() if p.grad is not None]
-        steepness = nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(loss) & torch.isfinite(clipped) & torch.isfinite(steepness)):
+        parameters = list(self.model.parameters())
+        for index, parameter in enumerate(parameters):
+            parameter.grad = found.gradients.get(index, found.omega.get(index))
+        own = len(list(self.backbone.parameters()))
+        generator, energy = ([i for i in found.gradients if (i < own) == of_backbone] for of_backbone in (True, False))
+        # Beside chains ω is clipped by itself: nothing that generates depends on it.
+        steepness = [
+            nn.utils.clip_grad_norm_([parameters[i] for i in part], limit)
+            for part, limit in (
+                (generator, config.gradient_clip),
+                (found.omega, config.gradient_clip),
+                (energy, math.inf),
+            )
+        ]
+        if not bool(torch.isfinite(torch.stack([found.loss, *(s.to(found.loss) for s in steepness)])).all()):
             raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
         rate = self.rate * min(1.0, (t + 1) / max(1, config.warmup))
         if config.decay:
@@ -258,16 +280,14 @@ class _Joint(Training):
         self.iteration += 1
         update_average(self.average, self.model, config.ema, t)
 
-    @torch.no_grad()
-    def _watch(self, found: Terms, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> dict[str, float]:
+    def _watch(self, found: Terms, *, of_prior: bool) -> dict[str, float]:
         """Numbers to show; DivergenceError where the energy explodes or chains have left."""
         gap = float((found.f_q - found.f_p).mean())
         shown = {"log_likelihood": float(found.log_likelihood.mean()), "f_gap": gap}
         if abs(gap) > GAP_LIMIT:
             raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
-        if negative:
-            shown["chain_norm"] = float(norm(self.backbone.standardize(negative)).mean())
-            typical = float(norm(self.backbone.standardize(positive)).mean())
+        if of_prior:
+            shown["chain_norm"], typical = float(found.norm_p.mean()), float(found.norm_q.mean())
             if not shown["chain_norm"] <= NORM_LIMIT * max(1.0, typical):
                 raise DivergenceError(
                     f"chains left the typical set at iteration {self.iteration}: ‖ε‖/√D {shown['chain_norm']:.3g}, "
@@ -348,11 +368,13 @@ class _Joint(Training):
     def _sampler(self) -> SamplerConfig:
         """How to draw: f that learned against short chains from the Gaussian prior is right for just those (§3.2).
 
-        Persistent chains have come to where long ones go, and chains in z are none of ε-space: there the exact default.
+        Persistent chains have come to where long ones go: there the exact default. There, too, after short chains in z,
+        which a prior, whose chains are in ε, cannot repeat. Without an energy the Gaussian prior is all there is.
         """
         config = self.config
-        short_run = config.prior == "ebm" and config.chains == "fresh" and config.space == "eps"
-        return config.prior_chain if short_run else SamplerConfig()
+        if config.prior == "gaussian":
+            return ANCESTRAL
+        return config.prior_chain if config.chains == "fresh" and config.space == "eps" else SamplerConfig()
 
     # -- its parts
 

@@ -67,8 +67,8 @@ class JointConfig:
             )
         if self.energy.standardize:
             raise ConfigurationError("energy standardize must be off: the latents move while they are learned")
-        fresh_z = self.space == "z" or self.chains == "persistent"
-        if max(self.prior_chain.proposals if fresh_z else 1, self.posterior_chain.proposals) > 1:
+        own_start = self.space == "z" or self.chains == "persistent"
+        if max(self.prior_chain.proposals if own_start else 1, self.posterior_chain.proposals) > 1:
             raise ConfigurationError(
                 "proposals must be 1 of posterior chains, and of prior chains in z or persistent: they start where "
                 "they start"
@@ -80,8 +80,9 @@ def paper_joint() -> JointConfig:
 
     K = 60 steps of 0.4 for the prior (the paper's text says 40), 40 of 0.1 for the posterior, in the convention
     z + ½s²∇ + sξ: s²/2 = 0.08 and 0.005 in the units of Eq. 12. Rates 1e-4 and, for the energy, 2e-5. Not as published:
-    chains start from the model's own Gaussian prior, and both heads have four layers of 200 (Table 12 gives z_2 two
-    of 100).
+    chains start from the model's own Gaussian prior, both heads have four layers of 200 (Table 12 gives z_2 two of
+    100), gradients are clipped, and what is kept is the weights' moving average. Its prior is drawn from by the exact
+    default sampler in ε, not by these short chains in z.
     """
     heads = EnergyConfig(hidden=200, vector_layers=4, joint=0, activation="leaky_relu", standardize=False)
     return JointConfig(

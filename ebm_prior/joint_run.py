@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,13 @@ def train_into(
     resume: bool = False,
     overwrite: bool = False,
     on_step: Callback | None = None,
+    on_remark: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train a whole model: backbone.safetensors and prior.safetensors, metrics, pictures, resume state.
 
     `checkpoint`: where the backbone's weights come from, for the record; None: from the seed. Where training diverges
-    for good, the model of the last state is written before DivergenceError goes on.
+    for good, the model of the last state is written before DivergenceError goes on. `on_remark` is told of a picture
+    that could not be drawn.
     """
     architecture = json.loads(json.dumps(dict(backbone.architecture)))
     inputs = {"architecture": architecture, "start": fingerprint(backbone), **run_inputs(backbone, train)}
@@ -69,7 +71,12 @@ def train_into(
         save_prior(prior, path, checkpoint=own.name)  # beside it: wherever the run is, equal runs give equal bytes
 
     def show(shown: Mapping[str, Any]) -> None:
-        write_pictures(shown["prior"], test, directory / f"samples-{shown['iteration']:06d}.png", config.seed)
+        path = directory / f"samples-{shown['iteration']:06d}.png"
+        try:
+            write_pictures(shown["prior"], test, path, config.seed)
+        except DivergenceError as error:  # of the picture's chains: training watches its own
+            if on_remark:
+                on_remark(f"no picture of iteration {shown['iteration']}: {error}")
 
     began = time.process_time()
     try:
@@ -81,10 +88,11 @@ def train_into(
         raise
     seconds = time.process_time() - began
     keep(prior)
+    count = parameters(prior.backbone, config.energy)
     return {
         "backbone": str(own),
         "prior": str(path),
-        "parameters": parameters(prior.backbone, config.energy),
+        "parameters": count if config.prior == "ebm" else count | {"heads": 0, "ratio": 0.0},
         "validation": validate(prior, test, seed=config.seed),
         "iterations": prior.record["iterations"],
         "rollbacks": prior.record["rollbacks"],

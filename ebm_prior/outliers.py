@@ -61,10 +61,13 @@ class Scored(NamedTuple):
 
 
 def every_form(ks: Sequence[int], modes: Sequence[Mode], lowers: Sequence[Lower]) -> list[Form]:
-    """L^{>k} for every k, LLR^{>k} for every k but 0, in every mode and with every kind of lower groups, with f."""
+    """L^{>k} for every k, LLR^{>k} for every k but 0, in every mode and with every kind of lower groups, with f.
+
+    "iw" has a meaning of its own in L^{>0} and in ratios, "prior" in L^{>0}.
+    """
     ways = [(k, mode, lower) for k in ks for mode in modes for lower in (lowers if k else lowers[:1])]
-    plain = [Form(k, False, mode, lower) for k, mode, lower in ways if (mode != "iw" or not k)]
-    return plain + [Form(k, True, mode, lower) for k, mode, lower in ways if k]
+    plain = [Form(k, False, mode, lower) for k, mode, lower in ways if mode in ("eq20", "elbo") or not k]
+    return plain + [Form(k, True, mode, lower) for k, mode, lower in ways if k and mode != "prior"]
 
 
 def parsed_k(text: str, groups: int) -> list[int]:

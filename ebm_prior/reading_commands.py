@@ -249,8 +249,8 @@ def evaluate(
     "modes",
     type=click.Choice(outliers.MODES),
     multiple=True,
-    help="eq20: the paper's, literally; elbo: as the backbone's own bound; iw: that with L^{>0} importance-weighted  "
-    "[default: each]",
+    help="eq20: the paper's, literally; elbo: as the backbone's own bound; iw: that with L^{>0} importance-weighted; "
+    "prior: L^{>0} without log p(x|z)  [default: each]",
 )
 @click.option(
     "--lower",

@@ -115,11 +115,11 @@ def pretrain_summary(result: Mapping[str, Any]) -> str:
 def train_summary(result: Mapping[str, Any]) -> str:
     """What joint training gave."""
     found, count = result["validation"], result["parameters"]
+    heads = f"the heads {count['heads']:,} more ({count['ratio']:.1%})" if count["heads"] else "no energy"
     return (
         f"one-sample ELBO {found['elbo']:.2f} nats (log-likelihood {found['reconstruction']:.2f}, KL "
         f"{found['kl']:.2f}, gain of f {found['gain']:+.3f} at an ESS of {found['ess_fraction']:.1%})\n"
-        f"{count['backbone']:,} parameters, the heads {count['heads']:,} more ({count['ratio']:.1%}); "
-        f"{result['cpu_seconds'] / 60:.1f} CPU-minutes\n"
+        f"{count['backbone']:,} parameters, {heads}; {result['cpu_seconds'] / 60:.1f} CPU-minutes\n"
         f"wrote {result['backbone']} and {result['prior']}"
     )
 

@@ -24,7 +24,7 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.randomness import BlockGenerator, Generator, derived_seed, standard_normal
 from ebm_prior.samplers import Potential, SamplerConfig, draw
 
-Mode = Literal["eq20", "elbo", "iw"]
+Mode = Literal["eq20", "elbo", "iw", "prior"]
 Lower = Literal["sample", "mean"]
 
 NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
@@ -39,7 +39,8 @@ class Form(NamedTuple):
     k: how many groups, from the bottom, are not inferred.  ratio: LLR^{>k} instead of L^{>k}.
     mode: "eq20", the paper's, literally; "elbo", with −log q(z_{>k}|x) and without log p_β(z_{≤k}|z_{>k}), as the
     backbone's own bound has it: of draws from their prior, that is; "iw", the same, where L^{>0} is the
-    importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016).
+    importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016); "prior", Eq. 20 without
+    log p(x|z), which is log p_α(z) + log Z: a reconstruction varies by more nats than all that a prior has to say.
     lower: "sample", draws of z_{≤k} ~ p_α given z_{>k}; "mean", the backbone's own conditional means (ε = 0), and means
     for the posterior draws of these groups too, which bottom-up encoders feed upwards: with "iw" and without f, that is
     the score of HVAE's code (Havtorn et al. 2021). One draw is much noisier than the difference that is sought.
@@ -78,6 +79,8 @@ class Summands(NamedTuple):
         """What L^{>k} averages, (B,)."""
         if mode == "eq20":
             return self.log_likelihood + self.log_p_upper + self.log_p_lower + self.f
+        if mode == "prior":
+            return self.log_p_upper + self.log_p_lower + self.f
         return self.log_likelihood + self.log_p_upper - self.log_q_upper + self.f
 
 

@@ -141,7 +141,7 @@ class Training(ABC):
 
     @abstractmethod
     def evaluated(self) -> None:
-        """After the metrics and the state of an evaluation have been recorded."""
+        """After the metrics of an evaluation have been recorded."""
 
     def run(self, recorder: Recorder | None, on_step: Callback | None, processes: Processes = ALONE) -> None:
         """Step until `finished`; state and metrics `every` so often. Goes on from the recorder's last state.
@@ -161,8 +161,9 @@ class Training(ABC):
                     good = self.state()
                     if recorder:
                         recorder.log(shown)
+                    self.evaluated()  # before the state, which once written is not evaluated again
+                    if recorder:
                         recorder.save_state(good)
-                    self.evaluated()
             except DivergenceError as reason:
                 if self.rollbacks:
                     self.restore(good)

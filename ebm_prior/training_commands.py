@@ -238,6 +238,14 @@ def train(
     if bool(architecture) + bool(changes) + bool(checkpoint) > 1:
         raise click.UsageError("--architecture, --set and --ckpt each say what network it is: give one")
     config = resolve(JOINT_PRESETS[preset](), given | {"seed": seed}, config_file)
+    ebm, langevin = config.prior == "ebm", config.posterior == "langevin"
+    refuse_unused(
+        given, ("energy_", "prior_chain", "chains", "refresh", "penalty"), ebm, "a Gaussian prior has no energy"
+    )
+    refuse_unused(given, ("posterior_chain", "bfloat16"), langevin, "only --posterior langevin has chains of images")
+    refuse_unused(given, ("space",), ebm or langevin, "there are no chains to move")
+    refuse_unused(given, ("refresh",), config.chains == "persistent", "fresh chains all start anew")
+    refuse_unused(given, ("energy_dropout",), config.energy.joint > 0, "dropout is the joint head's (--energy-joint)")
     images, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
     if checkpoint is not None:
         chosen = click.get_current_context().get_parameter_source("adapter_name")
@@ -260,6 +268,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             on_step=bar.step,
+            on_remark=bar.remark,
         )
     show_result(result, as_json, report.train_summary)
 

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ebm_prior.backbones.shallow import ShallowGenerator
 from torch import Tensor
 
-from ebm_prior.ablations import ABLATIONS, as_picture, as_table, base_config, measure, variant_config
+from ebm_prior.ablations import ABLATIONS, as_picture, as_table, base_config, measure, variant_config, widened
 from ebm_prior.data import from_array
 from ebm_prior.jobs import run_all
+from ebm_prior.weights import count_parameters
 
 
 class Pixels:
@@ -33,6 +35,23 @@ def test_variants_differ_in_what_they_say() -> None:
     assert [variant_config(v, base).prior for v in variants["capacity"]] == ["ebm"] + 4 * ["gaussian"]
 
 
+@pytest.mark.parametrize("width", [8, 12, 32])
+@pytest.mark.parametrize("times", [1, 2, 4, 8])
+def test_capacity_is_in_parameters(width: int, times: int) -> None:
+    network = {"image_shape": [1, 28, 28], "latents": [32, 16], "width": width, "hidden": 200}
+    one, several = (count_parameters(ShallowGenerator(**widened(network, n))) for n in (1, times))
+    assert several / one == pytest.approx(times, rel=0.05)
+    assert widened(network, 1) == network
+
+
+def test_samples_are_of_the_energy() -> None:
+    images = from_array(np.random.default_rng(0).random((64, 8, 8)).astype(np.float32))
+    small = {"iterations": 1, "width": 2, "latents": (3, 2), "samples": 64}
+    row = measure(ABLATIONS["layers"].variants[0], images, images, Pixels(), **small)  # type: ignore[arg-type]
+    assert row["fd"] != row["fd_gaussian"]
+    assert row["heads"] > 0
+
+
 def test_a_small_table() -> None:
     random = np.random.default_rng(0)
     train, test = (from_array(random.random((n, 16, 16)).astype(np.float32)) for n in (60, 70))
@@ -46,6 +65,7 @@ def test_a_small_table() -> None:
     assert rows[0]["samples"] == 64
     assert all(row["fd"] > 0 for row in rows)
     assert rows[2]["parameters"] / rows[0]["parameters"] == pytest.approx(4, rel=0.2)
+    assert all(row["fd"] == row["fd_gaussian"] for row in rows)  # their prior
     text = as_table("capacity", rows)
     assert "FD(pixels)" in text
     assert "±" in text

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ebm_prior.anomaly_table import MODELS, as_table, pooled, run_digit, split_by_digit
+from ebm_prior.anomaly_table import FORMS, MODELS, as_table, averaged, pooled, run_digit, split_by_digit
 from ebm_prior.data import from_array
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.jobs import run_all
+from ebm_prior.prior import EBMPrior
 
 
 def test_split() -> None:
@@ -33,6 +34,31 @@ def test_pool() -> None:
     assert both.labels is not None
     assert both.labels.tolist() == [0, 1, 2, 3, 0, 1]
     assert torch.equal(both.batch(range(6)), torch.cat([part.batch(range(len(part))) for part in parts]))
+    assert len(pooled([parts[0], parts[0]])) == 4  # a file has no splits: none of its images twice
+    with pytest.raises(ConfigurationError, match="labels"):
+        pooled([from_array(pixels)])
+
+
+def test_what_was_held_out_scores_as_an_outlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bright images among dark ones, in the epochs that count."""
+    random = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    pixels = (0.2 * random.random((400, 8, 8)) + 0.8 * (labels == 3)[:, None, None]).astype(np.float32)
+    scored, scores = list[int](), EBMPrior.scores
+
+    def noted(prior: EBMPrior, *given: Any, **settings: Any) -> Any:
+        scored.append(prior.record["iterations"])
+        return scores(prior, *given, **settings)
+
+    monkeypatch.setattr(EBMPrior, "scores", noted)
+    rows = run_digit(from_array(pixels, labels), 3, latents=(3, 2), width=4, draws=2, epochs=6)
+    assert scored == [8, 10, 12]  # epochs of two batches
+    assert [row["model"] for row in rows] == [f"EBM, L=2{name}" for name in FORMS]
+    assert all(row["auroc"] > 0.9 and row["auprc_trapezoid"] > 0.9 for row in rows[:2])
+
+
+def test_a_figure_is_of_epochs_in_which_the_energy_has_a_part() -> None:
+    assert [averaged(epochs) for epochs in (1, 2, 8, 16, 24, 60)] == [1, 1, 4, 8, 10, 10]
 
 
 def test_a_small_run() -> None:
@@ -50,9 +76,14 @@ def test_a_small_run() -> None:
     assert [row["model"] for row in rows] == [
         "EBM, L=2",
         "EBM, L=2, f = 0",
+        "EBM, L=2, prior alone",
+        "EBM, L=2, prior alone, f = 0",
         "Gaussian, L=2",
+        "Gaussian, L=2, prior alone",
         "LEBM, L=1",
         "LEBM, L=1, f = 0",
+        "LEBM, L=1, prior alone",
+        "LEBM, L=1, prior alone, f = 0",
     ]
     assert "paper" in as_table(rows)
     assert all(0 <= row["auprc_trapezoid"] <= 1 and row["auprc_sd"] >= 0 for row in rows)

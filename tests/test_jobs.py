@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
-from ebm_prior.jobs import clock, run_all
+from ebm_prior.errors import DivergenceError, ProcessError
+from ebm_prior.jobs import clock, named, run_all
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -30,6 +36,38 @@ def test_a_failure_is_raised_as_it_was(jobs: int) -> None:
     with pytest.raises(ValueError, match="not invertible"):
         run_all(pow, calls, jobs=jobs, on_done=lambda results: found.extend(results))
     assert set(found) <= {3}
+
+
+def fail_or_leave_a_mark(path: Path, fails: bool) -> None:
+    if fails:
+        raise ValueError("the first one")
+    path.touch()
+    time.sleep(1)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failure_ends_those_that_run_and_those_that_wait(jobs: int, tmp_path: Path) -> None:
+    others = set(multiprocessing.active_children())
+    with pytest.raises(ValueError, match="the first one"):
+        run_all(fail_or_leave_a_mark, [{"path": tmp_path / str(k), "fails": k == 0} for k in range(12)], jobs=jobs)
+    while processes := set(multiprocessing.active_children()) - others:
+        processes.pop().join(20)
+    assert len(list(tmp_path.iterdir())) < 6
+
+
+def test_a_killed_job_says_what_to_do() -> None:
+    with pytest.raises(ProcessError, match="fewer --jobs"):
+        run_all(kill, [{}, {}], jobs=2)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_divergence_says_of_what() -> None:
+    with pytest.raises(DivergenceError, match=r"^digit 4: the loss is nan$") as caught, named("digit 4"):
+        raise DivergenceError("the loss is nan", kept=torch.ones(3))
+    assert caught.value.kept is None
 
 
 def test_a_clock_goes_forward() -> None:

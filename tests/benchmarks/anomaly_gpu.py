@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebm_prior.anomaly_table import DIGITS, LAST, as_table, detector_config, pooled, split_by_digit, summary
+from ebm_prior.anomaly_table import DIGITS, FORMS, as_table, averaged, detector_config, pooled, split_by_digit, summary
 from ebm_prior.data import ImageSource, open_images
 from ebm_prior.detection import Detection, detection
 from ebm_prior.energy import JointEnergy
@@ -34,8 +34,6 @@ from ebm_prior.randomness import derived_generator, seeded
 from ebm_prior.registry import adapter
 from ebm_prior.samplers import kernel_of, start, where
 from ebm_prior.scores import Form
-
-FORMS = {"EBM, L=2": Form(0), "EBM, L=2, f = 0": Form(0, energy=False)}
 
 
 class Rates:
@@ -138,7 +136,7 @@ class Model:
     def found(self) -> list[dict[str, Any]]:
         """Rows, as `anomaly_table.run_digit` has them."""
         shared = {"digit": self.digit, "seed": self.seed, "chance": float(self.anomalous.mean())}
-        return [{**shared, "model": name, **summary(self.course[form])} for name, form in FORMS.items()]
+        return [{**shared, "model": f"EBM, L=2{name}", **summary(self.course[form])} for name, form in FORMS.items()]
 
 
 def together(models: Sequence[Model], pixels: Tensor, *, joined: bool) -> Callable[[], None]:
@@ -213,14 +211,12 @@ def main() -> None:
     without, within = (seconds_of(each, device) for each in (plain, joint))
     print(f"{len(models)} models: {without * 1e3:.1f} ms an iteration, {within * 1e3:.1f} with energies", flush=True)
     mean = config.energy_from * without + (1 - config.energy_from) * within
-    rates.config = detector_config(
-        smallest, epochs=int(min(given.epochs, given.seconds / (mean * config.evaluate_every)))
-    )
-
+    epochs = int(min(given.epochs, given.seconds / (mean * config.evaluate_every)))
+    rates.config = detector_config(smallest, epochs=epochs)
     per_epoch = rates.config.evaluate_every
     rows: list[dict[str, Any]] = []
     began, t, epoch = time.perf_counter(), 0, 0
-    while t < rates.config.iterations:
+    while epoch < epochs:
         for model in models:
             model.shuffle(epoch)
         for _ in range(per_epoch):
@@ -228,13 +224,13 @@ def main() -> None:
             (plain if t < rates.config.energy_from * rates.config.iterations else joint)()
             t += 1
         epoch += 1
-        if t > rates.config.iterations - LAST * per_epoch:
+        if epoch > epochs - averaged(epochs):
             for model in models:
                 model.score(pixels, given.draws)
             rows = [row | {"epochs": epoch} for model in models for row in model.found()]
             write_atomically(given.out, json.dumps(rows, indent=2).encode())
         seconds = time.perf_counter() - began
-        print(f"epoch {epoch} of {rates.config.iterations // per_epoch}: {seconds:.0f} s", flush=True)
+        print(f"epoch {epoch} of {epochs}: {seconds:.0f} s", flush=True)
     print(as_table(rows))
     print(f"width {given.width}, {epoch} epochs of {per_epoch} batches, {seconds:.0f} s, scores among them")
 

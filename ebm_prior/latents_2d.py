@@ -16,8 +16,9 @@ from ebm_prior.data import ImageSource
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.figures import scatters
-from ebm_prior.joint import potential, train_jointly
+from ebm_prior.joint import train_jointly
 from ebm_prior.joint_config import JointConfig
+from ebm_prior.joint_loss import potential
 from ebm_prior.pretrain import build
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator

@@ -16,7 +16,20 @@ PACKAGE = ROOT / "ebm_prior"
 ROOMS = (
     {"errors", "randomness", "parallel", "cuda_graphs"},
     {"backbone", "energy", "samplers", "objectives", "metrics", "detection", "batch_norm"},
-    {"scores", "prior", "training", "stages", "recipes", "draws", "fit", "pretrain", "joint_config", "joint", "gauge"},
+    {
+        "scores",
+        "prior",
+        "training",
+        "stages",
+        "recipes",
+        "draws",
+        "fit",
+        "pretrain",
+        "joint_config",
+        "joint_loss",
+        "joint",
+        "gauge",
+    },
     {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs"}
     | {"figures", "plots", "pages", "classifier", "inception"},
     {

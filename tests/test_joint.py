@@ -1,4 +1,4 @@
-"""Joint training: every gradient against closed forms on a linear-Gaussian model, the chains' targets, the trainer."""
+"""Joint training: its products, resume, rollback, chains, graphs, and what is watched."""
 
 from __future__ import annotations
 
@@ -9,189 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from closed_form import Normal, Quadratic, flat, latent_prior, tilt
 from ebm_prior.backbones.shallow import ShallowGenerator
 from played_graphs import Played
 from torch import Tensor, nn
 from toys import LinearGaussian
 
 from ebm_prior import joint
-from ebm_prior.backbone import Gaussian, PosteriorDraw
 from ebm_prior.cuda_graphs import Graphs
 from ebm_prior.data import ImageSource, from_array
 from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.joint import potential, terms, train_jointly, validate
+from ebm_prior.joint import _Joint, train_jointly, validate
 from ebm_prior.joint_config import JointConfig, paper_joint
-from ebm_prior.prior import EBMPrior
-from ebm_prior.samplers import GraphedPotential, SamplerConfig, draw
+from ebm_prior.prior import ANCESTRAL, EBMPrior
+from ebm_prior.samplers import GraphedPotential, SamplerConfig
+from ebm_prior.training import batch_indices
 from ebm_prior.weights import fingerprint
-
-TOP, BOTTOM = 2, 3
-
-
-class Linear(LinearGaussian):
-    """The toy with an inference network of its own (Eq. 4): z1 = U x + u + s1 ξ1, z2 = V z1 + v + s2 ξ2."""
-
-    def __init__(self) -> None:
-        super().__init__(TOP, BOTTOM)
-        generator = torch.Generator().manual_seed(5)
-
-        def random(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape, generator=generator))
-
-        self.U, self.u, self.log_s1 = random(BOTTOM, 4), random(BOTTOM), random(BOTTOM)
-        self.V, self.v, self.log_s2 = random(TOP, BOTTOM), random(TOP), random(TOP)
-
-    def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
-        q1 = Gaussian(images.flatten(1) @ self.U.T + self.u, self.log_s1.exp())
-        z1 = q1.mean + q1.std * noise[1]
-        q2 = Gaussian(z1 @ self.V.T + self.v, self.log_s2.exp())
-        z2 = q2.mean + q2.std * noise[0]
-        return PosteriorDraw.given([z2, z1], [q2.log_prob(z2), q1.log_prob(z1)])
-
-
-@pytest.fixture
-def model() -> tuple[Linear, Quadratic, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    root = 0.4 * torch.randn(TOP + BOTTOM, TOP + BOTTOM, generator=generator, dtype=torch.float64)
-    level, slope = torch.tensor(0.3, dtype=torch.float64), torch.randn(5, generator=generator, dtype=torch.float64)
-    images = torch.rand(6, 1, 2, 2, generator=generator, dtype=torch.float64)
-    return Linear().double(), Quadratic(level, slope, root @ root.T), images
-
-
-def sigma_points(law: Normal) -> Tensor:
-    """2D points with the mean and covariance of the law: means of quadratic functions over them are exact."""
-    root = torch.linalg.cholesky(law.covariance) * math.sqrt(len(law.mean))
-    return torch.cat([law.mean + root.T, law.mean - root.T]).detach()
-
-
-def split(z: Tensor) -> list[Tensor]:
-    return [z[:, :TOP], z[:, TOP:]]
-
-
-def gaussian_prior(backbone: Linear) -> Normal:
-    """p_β(z) with its dependence on β: z2 ~ N(0, I), z1 ~ N(A z2 + b, s²)."""
-    A, b, variance = backbone.A, backbone.b, (2 * backbone.log_s).exp()
-    eye = torch.eye(TOP, dtype=A.dtype)
-    covariance = torch.cat([torch.cat([eye, A.T], 1), torch.cat([A, A @ A.T + torch.diag(variance)], 1)])
-    return Normal(torch.cat([b.new_zeros(TOP), b]), covariance)
-
-
-def decoder(backbone: Linear) -> Tensor:
-    """H with E[x | z] = ½ + H z."""
-    return torch.cat([backbone.W.new_zeros(4, TOP), backbone.W], 1)
-
-
-def posterior(law: Normal, backbone: Linear, image: Tensor) -> Normal:
-    """p(z | x) for a Gaussian prior of z, by conditioning."""
-    H, noise = decoder(backbone), backbone.sigma**2 * torch.eye(4, dtype=image.dtype)
-    K = law.covariance @ H.T @ torch.linalg.inv(H @ law.covariance @ H.T + noise)
-    covariance = law.covariance - K @ H @ law.covariance
-    return Normal(law.mean + K @ (image.flatten() - 0.5 - H @ law.mean), 0.5 * (covariance + covariance.T))
-
-
-def gradients(loss: Tensor, *modules: nn.Module) -> dict[str, Tensor]:
-    named = {f"{type(m).__name__}.{name}": p for m in modules for name, p in m.named_parameters()}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
-    # What is symmetric has a gradient up to its antisymmetric part.
-    symmetric = [0.5 * (g + g.T) if name.endswith(".Q") else g for name, g in zip(named, found, strict=True)]
-    return dict(zip(named, symmetric, strict=True))
-
-
-@pytest.mark.parametrize("ebm", [True, False])
-def test_maximum_likelihood_gradients(model: tuple[Linear, Quadratic, Tensor], ebm: bool) -> None:
-    """Eqs. 9-11 with exact posterior and prior draws are the gradient of the exact log p_θ(x) (Eq. 8)."""
-    backbone, f, images = model
-    law = tilt(gaussian_prior(backbone), f)[0] if ebm else gaussian_prior(backbone)
-    H, noise = decoder(backbone), backbone.sigma**2 * torch.eye(4, dtype=images.dtype)
-    marginal = torch.distributions.MultivariateNormal(0.5 + H @ law.mean, H @ law.covariance @ H.T + noise)
-    exact = gradients(-marginal.log_prob(images.flatten(1)).mean(), backbone, f)
-
-    positive = torch.cat([sigma_points(posterior(law, backbone, image)) for image in images])
-    repeated = images.repeat_interleave(2 * (TOP + BOTTOM), 0)
-    negative = split(sigma_points(law)) if ebm else None
-    found = gradients(terms(backbone, f if ebm else None, repeated, split(positive), negative).loss(), backbone, f)
-    assert found.keys() == exact.keys()
-    for name, gradient in exact.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-7, msg=name)
-    seen = {name for name, gradient in exact.items() if gradient.abs().max() > 1e-3}
-    assert seen >= {f"Linear.{name}" for name in ("A", "b", "log_s", "W")} | (
-        {"Quadratic.b", "Quadratic.Q"} if ebm else set()
-    )
-
-
-def elbo(backbone: Linear, f: Quadratic | None, images: Tensor) -> Tensor:
-    """ELBO(θ, ω) with the energy, in closed form: means of quadratics under the Gaussian q(z | x), and log Z."""
-    x = images.flatten(1)
-    m1 = x @ backbone.U.T + backbone.u
-    S1, S2, V = torch.diag((2 * backbone.log_s1).exp()), torch.diag((2 * backbone.log_s2).exp()), backbone.V
-    mean = torch.cat([m1 @ V.T + backbone.v, m1], 1)
-    S = torch.cat([torch.cat([V @ S1 @ V.T + S2, V @ S1], 1), torch.cat([S1 @ V.T, S1], 1)])
-    H, law = decoder(backbone), gaussian_prior(backbone)
-    residual = x - 0.5 - mean @ H.T
-    log_px = -(residual.square().sum(1) + (H @ S @ H.T).trace()) / (2 * backbone.sigma**2)
-    precision, centred = torch.linalg.inv(law.covariance), mean - law.mean
-    log_p = -0.5 * ((centred @ precision * centred).sum(1) + (precision @ S).trace() + law.covariance.logdet())
-    total = log_px + log_p + 0.5 * S.logdet()  # up to constants
-    if f is not None:
-        total = total + f(split(mean)) - 0.5 * (f.Q @ S).trace() - tilt(law, f)[1]
-    return total.mean()
-
-
-@pytest.mark.parametrize("ebm", [True, False])
-def test_variational_gradients(model: tuple[Linear, Quadratic, Tensor], ebm: bool) -> None:
-    """Eqs. 16-19 with exact prior draws are the gradient of the exact ELBO, for β0, α, β>0 and ω."""
-    backbone, f, images = model
-    exact = gradients(-elbo(backbone, f if ebm else None, images), backbone, f)
-    xi = sigma_points(Normal(*(t.to(torch.float64) for t in (torch.zeros(5), torch.eye(5)))))
-    noise, repeated = split(xi.repeat(len(images), 1)), images.repeat_interleave(len(xi), 0)
-    negative = split(sigma_points(tilt(gaussian_prior(backbone), f)[0])) if ebm else None
-    inferred = backbone.infer(repeated, noise=noise)
-    found = gradients(terms(backbone, f if ebm else None, repeated, inferred, negative).loss(), backbone, f)
-    for name, gradient in exact.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-7, msg=name)
-    assert all(exact[f"Linear.{name}"].abs().max() > 1e-3 for name in ("U", "u", "log_s1", "V", "v", "log_s2"))
-
-
-@pytest.mark.parametrize("space", ["eps", "z"])
-@pytest.mark.parametrize("of_image", [True, False])
-def test_chains_reach_their_closed_form(model: tuple[Linear, Quadratic, Tensor], space: Any, of_image: bool) -> None:
-    """Eqs. 13, 14 in ε (A.3) and in z: the same law, that of Gaussian conditioning."""
-    backbone, f, images = model
-    law, n = tilt(latent_prior(backbone), f)[0], 1500
-    image = images[:1] * 0.1 + 0.45  # within a few sd of what the model draws
-    law = posterior(law, backbone, image) if of_image else law
-    generator = torch.Generator().manual_seed(0)
-
-    def propose() -> list[Tensor]:
-        eps = backbone.standard_normal(n, generator=generator)
-        return eps if space == "eps" else backbone.reparameterize(eps)
-
-    backbone.requires_grad_(False)
-    g = potential(backbone, f, space, image.expand(n, -1, -1, -1) if of_image else None)
-    config = SamplerConfig(proposals=1, kernel="pcn-langevin", steps=150, step_size=0.3, adapt_steps=50)
-    ends = draw(g, propose, config, generator).eps
-    z = ends if space == "z" else backbone.reparameterize(ends)
-    Normal(law.mean.detach(), law.covariance.detach()).check(flat(z).detach())
-
-
-def test_bfloat16_is_a_rounding_of_the_same_target(pictures: ImageSource) -> None:
-    backbone, x = small_backbone().eval(), pictures.batch(range(20))
-    eps = [e.requires_grad_() for e in backbone.standard_normal(20, generator=torch.Generator().manual_seed(0))]
-
-    def slope(bfloat16: bool) -> tuple[Tensor, Tensor]:
-        value = potential(backbone, None, "eps", x, bfloat16=bfloat16)(eps)
-        return value.detach(), torch.cat(torch.autograd.grad(value.sum(), eps), 1)
-
-    (exact, gradient), (rounded, coarse) = slope(False), slope(True)
-    assert exact.dtype == rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact, rtol=5e-3, atol=0.1)
-    assert (coarse - gradient).norm() < 0.05 * gradient.norm()  # 8 bits of mantissa, and kinks crossed
-    assert not torch.equal(coarse, gradient)
-
-
-# The trainer.
 
 CHAIN = SamplerConfig(proposals=1, kernel="langevin", steps=3, step_size=0.02)
 SMALL = JointConfig(
@@ -303,6 +136,106 @@ def test_on_a_gpu_replayed_graphs_train_the_same(
     assert float((replayed - plain).norm() / plain.norm()) < 1e-3  # Adam makes a step of rounding where a gradient is 0
 
 
+def test_rates_warm_up_fall_along_a_cosine_and_halve_after_a_fall(pictures: ImageSource) -> None:
+    config = replace(SMALL, iterations=8, warmup=4, learning_rate=0.01, energy_learning_rate=0.001)
+    training = _Joint(small_backbone(), pictures, config, pictures, None)
+
+    def rates() -> list[float]:
+        training.step()
+        return [group["lr"] for group in training.optimizer.param_groups]
+
+    for t in range(6):
+        if t == 5:
+            training.restore(training.state() | {"rate": 0.5})
+        share = (0.5 if t == 5 else 1) * min(1, (t + 1) / 4) * 0.5 * (1 + math.cos(math.pi * t / 8))
+        assert rates() == pytest.approx([0.01 * share, 0.001 * share])
+
+
+@pytest.mark.parametrize(("refresh", "goes_on"), [(0.0, True), (1.0, False)])
+def test_persistent_chains_go_on_from_their_ends(refresh: float, goes_on: bool, pictures: ImageSource) -> None:
+    still = replace(CHAIN, steps=1, step_size=1e-8)
+    config = replace(SMALL, chains="persistent", refresh=refresh, prior_chain=still, learning_rate=1e-9)
+    training = _Joint(small_backbone(), pictures, config, pictures, None)
+    ends = [[e.clone() for e in training.persistent] for _ in range(2) if training.step()]
+    near = all(torch.allclose(one, other, atol=0.01) for one, other in zip(*ends, strict=True))
+    assert near == goes_on
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prior_chain": replace(CHAIN, steps=9, step_size=2.0)}, "chains left the typical set"),
+        ({"energy_learning_rate": 1e6}, "energy's gap"),
+    ],
+)
+def test_what_runs_away_is_stopped(changes: dict[str, Any], said: str, pictures: ImageSource) -> None:
+    with pytest.raises(DivergenceError, match=said):
+        train_jointly(small_backbone(), pictures, replace(SMALL, **changes))
+
+
+def test_training_sees_observations(pictures: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a binary backbone, say, draws of pixels."""
+    monkeypatch.setattr(ShallowGenerator, "observe", lambda self, images, *, generator=None: 1 - images)
+    training = _Joint(small_backbone(), pictures, SMALL, pictures, None)
+    plain = pictures.batch(batch_indices(len(pictures), SMALL.batch_size, 0, SMALL.seed))
+    assert torch.equal(training._batch(0)[0], 1 - plain)
+
+
+def test_a_penalty_holds_the_energy_and_nothing_else(pictures: ImageSource) -> None:
+    def found(penalty: float) -> dict[int, Tensor]:
+        training = _Joint(small_backbone(), pictures, replace(SMALL, penalty=penalty), pictures, None)
+        with torch.no_grad():
+            training.model.energy.add(2.0)  # else f is 0
+        x, generator = training._batch(0)
+        negative = training._prior_draws(len(x), generator)
+        return training._differentiate((x, [], negative), generator).gradients
+
+    without, within = found(0.0), found(1.0)
+    own = len(list(small_backbone().parameters()))
+    assert all(torch.equal(without[index], within[index]) for index in without if index < own)
+    assert any(not torch.equal(without[index], within[index]) for index in without if index >= own)
+
+
+class Normed(ShallowGenerator):
+    """A batch norm between z2 and z1."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 8, 8), (4, 3), width=4, hidden=6)
+        self.norm = nn.BatchNorm1d(3)
+        self.prior[0] = nn.Sequential(self.norm, self.prior[0])
+
+
+def test_batch_norms_learn_from_posterior_latents_alone(pictures: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    backbone = Normed()
+    training = _Joint(backbone, pictures, SMALL, pictures, None)
+    drawn, met = list[Tensor](), list[Tensor]()
+    draws = training._prior_draws
+
+    def noted(n: int, generator: torch.Generator) -> list[Tensor]:
+        negative = draws(n, generator)
+        drawn.append(negative[0])
+        return negative
+
+    monkeypatch.setattr(training, "_prior_draws", noted)
+    backbone.norm.register_forward_hook(
+        lambda norm, given, _: met.append(given[0].detach().clone()) if norm.training else None
+    )
+    training.step()
+    assert len(met) == len(drawn) == 1
+    assert not torch.equal(met[0], drawn[0])
+
+
+def test_a_picture_is_seen_before_its_state_is_kept(pictures: ImageSource) -> None:
+    """Killed in between, it is drawn again by the run that goes on."""
+    memory, pictured = Memory(crash_after=1), list[int]()
+    with pytest.raises(Crash):
+        train_jointly(
+            small_backbone(), pictures, SMALL, run=memory, on_evaluate=lambda shown: pictured.append(shown["iteration"])
+        )
+    assert pictured == [2]
+
+
 def test_f_stays_zero_until_the_energy_joins(pictures: ImageSource) -> None:
     """Until then it is the plain VAE, to the bit."""
     until = replace(SMALL, decay=False, energy_from=0.5)
@@ -315,13 +248,19 @@ def test_f_stays_zero_until_the_energy_joins(pictures: ImageSource) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "shorts"), [({}, True), ({"chains": "persistent"}, False), ({"space": "z"}, False)]
+    ("changes", "sampler"),
+    [
+        ({}, CHAIN),
+        ({"chains": "persistent"}, SamplerConfig()),
+        ({"space": "z"}, SamplerConfig()),
+        ({"prior": "gaussian"}, ANCESTRAL),
+    ],
 )
 def test_samples_are_of_the_chains_that_f_learned_against(
-    changes: dict[str, Any], shorts: bool, pictures: ImageSource
+    changes: dict[str, Any], sampler: SamplerConfig, pictures: ImageSource
 ) -> None:
     prior = train_jointly(small_backbone(), pictures, replace(SMALL, iterations=1, **changes))
-    assert prior.sampler == (CHAIN if shorts else SamplerConfig())
+    assert prior.sampler == sampler
 
 
 def test_one_layer(pictures: ImageSource) -> None:
@@ -329,9 +268,10 @@ def test_one_layer(pictures: ImageSource) -> None:
     assert prior.sample(4, seed=0).images.shape == (4, 1, 8, 8)
 
 
-def test_beside_chains_the_inference_network_learns_alone(pictures: ImageSource) -> None:
+@pytest.mark.parametrize("clip", [200.0, 0.5])
+def test_beside_chains_the_inference_network_learns_alone(clip: float, pictures: ImageSource) -> None:
     """It moves, by Eq. 19, and nothing that generates depends on it."""
-    config = replace(SMALL, posterior="langevin", ema=0.0)
+    config = replace(SMALL, posterior="langevin", ema=0.0, gradient_clip=clip)
     plain, other = small_backbone(), small_backbone()
     with torch.no_grad():
         for parameter in (*other.encoder.parameters(), *other.posterior.parameters()):

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Workshop
 from run_folders import content, metrics
 
-from ebm_prior.checkpoint import load_prior
+from ebm_prior import joint_run
+from ebm_prior.checkpoint import load_backbone, load_prior
+from ebm_prior.errors import DivergenceError
 
 WORDS = [
     "--set",
@@ -29,8 +32,6 @@ WORDS = [
     "--energy-hidden",
     "6",
     "--prior-chain-steps",
-    "2",
-    "--posterior-chain-steps",
     "2",
     "--warmup",
     "0",
@@ -91,15 +92,51 @@ def test_equal_runs_and_resumed_runs_give_equal_bytes(workshop: Workshop, traine
 def test_it_goes_on_from_weights(workshop: Workshop, trained: Path) -> None:
     words = WORDS[6:]
     ckpt, out = trained / "backbone.safetensors", workshop.folder / "further"
-    result = workshop.run(
-        "train", "--ckpt", ckpt, "--data", workshop.images, "--out", out, *words, "--posterior", "langevin", "--json"
-    )
+    more = ["--learning-rate", 1e-7, "--posterior", "langevin", "--posterior-chain-steps", 2, "--json"]
+    result = workshop.run("train", "--ckpt", ckpt, "--data", workshop.images, "--out", out, *words, *more)
     assert json.loads(result.stdout)["rollbacks"] == 0
+    before, after = (load_backbone(None, path) for path in (ckpt, out / "backbone.safetensors"))
+    for one, other in zip(before.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_picture_that_fails_costs_no_more_than_the_picture(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fall(*given: object) -> None:
+        raise DivergenceError("2 of 32 chains left the finite numbers")
+
+    monkeypatch.setattr(joint_run, "write_pictures", fall)
+    out = workshop.folder / "unpictured"
+    result = workshop.run("train", "--data", workshop.images, "--out", out, *WORDS, "--json")
+    assert json.loads(result.stdout)["rollbacks"] == 0
+    assert "no picture of iteration 2: 2 of 32 chains" in result.stderr
+    assert [line["iteration"] for line in metrics(out)] == [2, 4]
+
+
+def test_without_an_energy_there_are_no_heads_to_speak_of(workshop: Workshop) -> None:
+    out = workshop.folder / "gaussian"
+    words = [*WORDS[:12], "--prior", "gaussian"]
+    assert "no energy" in workshop.run("train", "--data", workshop.images, "--out", out, *words).stdout
 
 
 def test_mistakes(workshop: Workshop, trained: Path) -> None:
     common = ("train", "--data", workshop.images, "--out", workshop.folder / "nothing")
     workshop.run(*common, "--set", "width=4", "--ckpt", trained / "backbone.safetensors", code=2)
-    assert "proposals" in workshop.error(*common, *WORDS, "--posterior-chain-proposals", 3)
+    chains = ["--posterior", "langevin", "--posterior-chain-proposals", 3]
+    assert "proposals" in workshop.error(*common, *WORDS, *chains)
+    for unused in (
+        ["--prior", "gaussian", "--energy-from", 0.3],
+        ["--prior", "gaussian", "--prior-chain-steps", 3],
+        ["--prior", "gaussian", "--chains", "persistent"],
+        ["--prior", "gaussian", "--space", "z"],
+        ["--posterior-chain-steps", 3],
+        ["--bfloat16"],
+        ["--refresh", 0.2],
+        ["--energy-dropout", 0.2],
+    ):
+        assert (
+            f"leave out {unused[-2] if len(unused) > 1 else unused[0]}" in workshop.run(*common, *unused, code=2).stderr
+        )
     assert "widht" in workshop.error(*common, "--set", "widht=4")
     assert "(1, 8, 8)" in workshop.error(*common, "--ckpt", "hvae_fashion_mnist")

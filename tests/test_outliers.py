@@ -51,7 +51,7 @@ def test_the_table_is_made_of_the_files(found: tuple[dict[str, Any], Path]) -> N
         names, values = list(file["scores"]), [file[f"values_{index}"] for index in range(3)]
     assert json.loads((to / "result.json").read_text())["sets"] == result["sets"]
     for index, each in enumerate(result["sets"], start=1):
-        assert len(each["rows"]) == 3 + 8 + 12  # L>0, L>1 and L>2, LLR>1 and LLR>2
+        assert len(each["rows"]) == 4 + 8 + 12  # L>0, L>1 and L>2, LLR>1 and LLR>2
         for row in each["rows"]:
             form = Form(row["k"], row["score"] == "LLR", row["mode"], row["lower"] or "sample")
             sign = 1 if form.ratio else -1
@@ -126,6 +126,7 @@ def test_anomalies_by_label(workshop: Workshop, prior: Path, tmp_path: Path) -> 
         ("L", 0, "eq20"),
         ("L", 0, "elbo"),
         ("L", 0, "iw"),
+        ("L", 0, "prior"),
     ]
     with np.load(tmp_path / "results" / "scores.npz") as file:
         values, names = (file["values_0"], file["values_1"]), list(file["scores"])

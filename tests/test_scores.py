@@ -70,6 +70,17 @@ def test_an_exact_posterior_makes_every_draw_the_evidence(linear: tuple[LinearGa
 
 
 @pytest.mark.parametrize("energy", [True, False])
+def test_the_prior_alone_is_eq_20_without_the_likelihood(toy: EBMPrior, pictures: Tensor, energy: bool) -> None:
+    form = Form(0, mode="prior", energy=energy)
+    found = toy.scores(pictures, [form], draws=1, seed=9)[form]
+    seeds = (derived_seed(9, 0x5C03E, 1), derived_seed(9, 0x5C03E, 2, 1))
+    observation, noise = (BlockGenerator(seed, 0, len(pictures)) for seed in seeds)
+    posterior = toy.backbone.infer(toy.backbone.observe(pictures, generator=observation), generator=noise)
+    expected = posterior.log_p.sum(1) + (toy.f(posterior.z) if energy else 0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("energy", [True, False])
 def test_eq_20_on_a_linear_gaussian_model(linear: tuple[LinearGaussian, Tensor], energy: bool) -> None:
     """k = 1: z2 ~ q, z1 ~ p_α(z1 | z2) = N(A z2 + b + S a, S), whose expectations are known in closed form given z2."""
     backbone, images = linear

@@ -26,8 +26,8 @@ from ebm_prior.data import ImageSource, open_images
 from ebm_prior.detection import Detection, detection
 from ebm_prior.energy import JointEnergy
 from ebm_prior.files import write_atomically
-from ebm_prior.joint import potential, terms
 from ebm_prior.joint_config import JointConfig
+from ebm_prior.joint_loss import potential, terms
 from ebm_prior.pretrain import build
 from ebm_prior.prior import EBMPrior
 from ebm_prior.randomness import derived_generator, seeded

@@ -185,7 +185,8 @@ def test_a_penalty_holds_the_energy_and_nothing_else(pictures: ImageSource) -> N
     def found(penalty: float) -> dict[int, Tensor]:
         training = _Joint(small_backbone(), pictures, replace(SMALL, penalty=penalty), pictures, None)
         with torch.no_grad():
-            training.model.energy.add(2.0)  # else f is 0
+            for k, parameter in enumerate(training.model.energy.parameters()):  # else f is 0
+                parameter.normal_(generator=torch.Generator().manual_seed(k))
         x, generator = training._batch(0)
         negative = training._prior_draws(len(x), generator)
         return training._differentiate((x, [], negative), generator).gradients
@@ -283,6 +284,15 @@ def test_beside_chains_the_inference_network_learns_alone(clip: float, pictures:
     for part in ("generator", "prior"):
         assert fingerprint(getattr(one.backbone, part)) == fingerprint(getattr(two.backbone, part))
     assert fingerprint(one.energy) == fingerprint(two.energy)
+
+
+def test_the_generative_side_and_omega_are_clipped_each(pictures: ImageSource) -> None:
+    config = replace(SMALL, posterior="langevin", gradient_clip=0.5)
+    backbone = small_backbone()
+    _Joint(backbone, pictures, config, pictures, None).step()
+    for parts in ((backbone.generator, backbone.prior), (backbone.encoder, backbone.posterior)):
+        gradients = [p.grad for part in parts for p in part.parameters() if p.grad is not None]
+        assert float(nn.utils.get_total_norm(gradients)) == pytest.approx(0.5, rel=1e-4)
 
 
 class Poisoned:

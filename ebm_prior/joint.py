@@ -30,7 +30,7 @@ from ebm_prior.randomness import Generator, derived_generator, seeded
 from ebm_prior.samplers import Potential, SamplerConfig, draw, graphed, where
 from ebm_prior.training import Callback, Images, Recorder, Training, batch_indices, update_average
 
-GAP_LIMIT = 1e4  # nats of E_q[f] − E_p[f]: an exploding energy
+GAP_LIMIT = 1e3  # nats of E_q[f] − E_p[f]: an exploding energy, which chains no longer follow
 NORM_LIMIT = 3.0  # times the posterior's ‖ε‖/√D, at least 1: chains beyond it have left where data lies
 EVALUATED = 1_000  # validation images, and PRIOR_DRAWS as many draws of p_β, for the metrics
 
@@ -259,7 +259,8 @@ class _Joint(Training):
 
     def given_up(self, reason: DivergenceError) -> DivergenceError:
         return DivergenceError(
-            f"training diverged again after a roll-back: {reason}. Lower the learning rates (now "
+            f"training diverged again after a roll-back: {reason}. Let the prior's chains keep up (more steps, more "
+            "leapfrogs of pcn-langevin), hold the energy by a penalty, or lower the learning rates (now "
             f"{self.config.learning_rate:g}, {self.config.energy_learning_rate:g} of the energy) or the step sizes",
             kept=self.result(),
         )

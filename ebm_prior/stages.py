@@ -206,7 +206,8 @@ class Stages:
         """
         r_q, r_p = log_ratio(energy, self.reference, positive), self._log_weights(energy)
         found = gain(r_q, r_p)
-        relative = (1 / found.ess_fraction - 1) / len(r_p)  # variance of the mean weight / its square
+        # Variance of the mean weight / its square; equal weights can have an ESS that is rounded above their number.
+        relative = max(0.0, 1 / found.ess_fraction - 1) / len(r_p)
         return found, math.sqrt(float(r_q.var(correction=0)) / len(r_q) + relative)
 
     def clipped(self, positive: Sequence[Tensor]) -> Clipped:

@@ -174,7 +174,10 @@ def measure(
     seed: int = 0,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train a variant and score it: a row with FD, FD of its f = 0, seconds per iteration, parameters."""
+    """Train a variant and score it: a row with FD, FD of its f = 0, seconds per iteration, parameters, roll-backs.
+
+    One that falls begins anew at half the rate; its seconds are per iteration that was run.
+    """
     n = min(samples, len(test))
     network = widened(
         {
@@ -187,9 +190,12 @@ def measure(
     )
     config = variant_config(variant, base_config(iterations, seed))
     backbone = build(adapter("shallow"), network, seed=seed).to(device)
+    run: list[int] = []
     began = clock(torch.device(device))
     with named(f"{variant.name}, seed {seed}"):
-        prior = train_jointly(backbone, train, config, validation=test)
+        prior = train_jointly(
+            backbone, train, config, validation=test, on_step=lambda shown: run.append(shown["iteration"])
+        )
     seconds = clock(torch.device(device)) - began
     count = parameters(prior.backbone, config.energy)
     with torch.no_grad():
@@ -201,7 +207,8 @@ def measure(
     return {
         "variant": variant.name,
         **{k: frechet_distance(FeatureStatistics.of(extract(extractor, x.cpu())), real) for k, x in drawn.items()},
-        "seconds_per_iteration": seconds / iterations,
+        "seconds_per_iteration": seconds / len(run),
+        "rollbacks": prior.record["rollbacks"],
         "parameters": count["backbone"],
         "heads": count["heads"] if config.prior == "ebm" else 0,
         "seed": seed,
@@ -221,7 +228,7 @@ def as_table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
             paper = f"{variant.paper.fid:.2f}" + (f", {variant.paper.seconds:g} s" if variant.paper.seconds else "")
             lines.append(
                 [
-                    variant.name,
+                    variant.name + (", after a fall" if any(row["rollbacks"] for row in found) else ""),
                     *(_spread(found, key, 2) for key in ("fd", "fd_gaussian")),
                     _spread(found, "seconds_per_iteration", 3),
                     f"{found[0]['parameters']:,}",

@@ -152,9 +152,16 @@ def run_digit(
 
     began = clock(test.device)
     with named(f"{model}, digit {digit}, seed {seed}"):
-        train_jointly(backbone, train, config, validation=train, on_evaluate=score)
+        trained = train_jointly(backbone, train, config, validation=train, on_evaluate=score)
     seconds = clock(test.device) - began - scoring
-    shared = {"digit": digit, "seed": seed, "chance": chance, "seconds": seconds, "device": test.device.type}
+    shared = {
+        "digit": digit,
+        "seed": seed,
+        "chance": chance,
+        "seconds": seconds,
+        "device": test.device.type,
+        "rollbacks": trained.record["rollbacks"],
+    }
     return [{**shared, "model": row, **summary(found)} for row, found in course.items()]
 
 

@@ -71,5 +71,7 @@ def test_a_small_table() -> None:
     assert "±" in text
     assert "37.75" in text  # of the paper, with four times the parameters
     assert "36.10" not in text  # eight times: not measured
+    assert "fall" not in text
+    assert ", after a fall" in as_table("capacity", [row | {"rollbacks": 1} for row in rows])
     assert as_picture("capacity", rows).size[0] > 600
     assert torch.is_grad_enabled()

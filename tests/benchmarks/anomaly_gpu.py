@@ -102,7 +102,7 @@ class Model:
         energy: nn.Module | None = self.energy if joined else None
         negative = self._prior_draws() if joined else None
         found = terms(self.backbone, energy, x, self.backbone.infer(x), negative)
-        gradients = torch.autograd.grad(found.loss(config.penalty), self.parameters, allow_unused=True)
+        gradients = torch.autograd.grad(found.loss(), self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(self.backbone.parameters(), config.gradient_clip)

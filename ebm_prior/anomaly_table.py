@@ -131,11 +131,7 @@ def run_digit(
     network = {"image_shape": list(pool.shape), "latents": list(latents)[:layers], "width": width, "sigma": sigma}
     backbone = build(adapter("shallow"), network, seed=seed).to(device)
     # Without an energy f is 0, and not said to be.
-    forms = (
-        {model + name: form for name, form in FORMS.items()}
-        if prior == "ebm"
-        else {model + name: form for name, form in FORMS.items() if form.energy}
-    )
+    forms = {model + name: form for name, form in FORMS.items() if form.energy or prior == "ebm"}
     course: dict[str, list[Detection]] = {row: [] for row in forms}
     scoring = 0.0
 

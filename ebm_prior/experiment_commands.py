@@ -46,9 +46,9 @@ def _write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     write_atomically(out, json.dumps(without_nan(rows), indent=2).encode())
 
 
-def _require_json(out: Path) -> None:
-    if out.suffix != ".json":
-        raise click.UsageError(f"--out is a .json, found {out}")
+def _require_suffix(out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        raise click.UsageError(f"--out is a {suffix}, found {out}")
 
 
 def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def anomalies(
 
     Rows are written as they come, so that what was found before a failure is there.
     """
-    _require_json(out)
+    _require_suffix(out, ".json")
     commands.require_free(out, overwrite)
     torch_device(device)
     pool = anomaly_table.pooled(
@@ -148,7 +148,7 @@ def ablation(
 
     Beside --out lies a plot of the same name, .png.
     """
-    _require_json(out)
+    _require_suffix(out, ".json")
     picture = out.with_suffix(".png")
     for path in (out, picture):
         commands.require_free(path, overwrite)
@@ -192,8 +192,7 @@ def two_dimensions(
     seed: int,
 ) -> None:
     """Remake the paper's Fig. 2: two latents in each of two layers, posterior codes and the prior's chain."""
-    if out.suffix != ".png":
-        raise click.UsageError(f"--out is a .png, found {out}")
+    _require_suffix(out, ".png")
     commands.require_free(out, overwrite)
     images = latents_2d.with_labels(open_images(data, data_root=data_root, download=download), digits)
     config = latents_2d.config_2d(iterations=iterations, seed=seed)

@@ -145,7 +145,7 @@ class _Joint(Training):
         found = terms(self.backbone, energy, x, drawn or inferred, negative or None)
         loss = found.loss()
         if self.config.penalty and energy is not None:
-            loss = loss + self.config.penalty * self._squares(drawn or inferred.z, negative)
+            loss = loss + self.config.penalty * self._penalty(drawn or inferred.z, negative)
         gradients, omega = _gradients(loss, dict(enumerate(parameters))), dict[int, Tensor]()
         if drawn:
             # ω is what the generative side has no gradient for; it alone learns from the network's own draws.
@@ -154,7 +154,7 @@ class _Joint(Training):
                 omega = _gradients(terms(self.backbone, energy, x, inferred, negative or None).loss(), unmet)
         return _Found(Terms(*(term.detach() for term in found)), loss.detach(), gradients, omega)
 
-    def _squares(self, *latents: Sequence[Tensor]) -> Tensor:
+    def _penalty(self, *latents: Sequence[Tensor]) -> Tensor:
         """E[f_q² + f_p²] of z⁺ and z⁻ as they lie: it keeps the energy small, and moves no latents."""
         squares = []
         for z in latents:

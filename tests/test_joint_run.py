@@ -136,7 +136,8 @@ def test_mistakes(workshop: Workshop, trained: Path) -> None:
         ["--energy-dropout", 0.2],
     ):
         assert (
-            f"leave out {unused[-2] if len(unused) > 1 else unused[0]}" in workshop.run(*common, *unused, code=2).stderr
+            f"leave out {unused[-2] if len(unused) > 1 else unused[0]}"
+            in workshop.run(*common, *WORDS[:8], *unused, code=2).stderr
         )
     assert "widht" in workshop.error(*common, "--set", "widht=4")
     assert "(1, 8, 8)" in workshop.error(*common, "--ckpt", "hvae_fashion_mnist")

@@ -9,8 +9,8 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import nn
 
-from ebm_prior.backbone import Backbone
 from ebm_prior.errors import ConfigurationError
+from ebm_prior.model.backbone import Backbone
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebm_prior.compute.randomness import Generator, uniform
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.randomness import Generator, uniform
 
 
 class Bernoulli:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.errors import CheckpointError
-from ebm_prior.weights import require_finite
+from ebm_prior.storage.weights import require_finite
 
 PLAIN = (str, int, float, bool, type(None))
 LARGEST_RECORD = 100_000  # bytes, or values: an architecture has some hundreds

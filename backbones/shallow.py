@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from ebm_prior.backbones.options import require_count
 from torch import Tensor, nn
 
-from ebm_prior.backbone import Backbone, Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.compute.randomness import Generator, standard_normal
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.randomness import Generator, standard_normal
-
-from .options import require_count
+from ebm_prior.model.backbone import Backbone, Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
 
 SLOPE = 0.2  # of the leaky ReLU
 

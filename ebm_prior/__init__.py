@@ -2,14 +2,7 @@
 
 from pathlib import Path
 
-from ebm_prior.backbone import (
-    Backbone,
-    Gaussian,
-    ImageDistribution,
-    LatentGroup,
-    Posterior,
-    PosteriorDraw,
-)
+from ebm_prior.model.backbone import Backbone, Gaussian, ImageDistribution, LatentGroup, Posterior, PosteriorDraw
 
 # In a source checkout `backbones/` and `checkpoints/` lie beside this package (setup.cfg installs them inside it).
 if (Path(__file__).parent.parent / "setup.cfg").exists():

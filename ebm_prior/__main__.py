@@ -1,5 +1,5 @@
 """`python -m ebm_prior` is `ebm-prior`."""
 
-from ebm_prior.cli import main
+from ebm_prior.cli.main import main
 
 main(prog_name="ebm-prior")

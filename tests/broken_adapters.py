@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from toys import BernoulliImage, GaussianImage, LinearGaussian, ToyConv
 
-from ebm_prior import Gaussian, LatentGroup, PosteriorDraw
+from ebm_prior.model.backbone import Gaussian, LatentGroup, PosteriorDraw
 
 
 class Detached(LinearGaussian):

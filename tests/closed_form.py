@@ -14,8 +14,8 @@ from scipy.stats import kstest
 from torch import Tensor, nn
 from toys import LinearGaussian
 
-from ebm_prior.energy import EnergyConfig, JointEnergy
-from ebm_prior.randomness import derived_generator
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
 
 Z_LIMIT = 4.5
 """Standard errors allowed: beyond them by chance 7 times in a million per comparison."""

@@ -16,11 +16,11 @@ import torch
 from played_graphs import Played
 from toys import LinearGaussian, ToyConv
 
-from ebm_prior import cuda_graphs
-from ebm_prior.backbone import Backbone
-from ebm_prior.checkpoint import load_backbone, save_backbone
-from ebm_prior.cli import main
-from ebm_prior.data import ImageSource, open_images
+from ebm_prior.cli.main import main
+from ebm_prior.compute import cuda_graphs
+from ebm_prior.data.images import ImageSource, open_images
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.storage.checkpoint import load_backbone, save_backbone
 
 torch.set_num_threads(1)  # equal bytes are promised for equal numbers of threads, and children run with one
 pytest.register_assert_rewrite("run_folders")  # so that its assertions show what differs

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ebm_prior.data import ImageSource
+from ebm_prior.data.images import ImageSource
 
 GREY = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)  # (N, H, W)
 COLOUR = np.random.default_rng(1).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)  # (N, H, W, C)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ebm_prior.cuda_graphs import Function, Graph, Place, Tape
+from ebm_prior.compute.cuda_graphs import Function, Graph, Place, Tape
 
 
 class Played(Graph):

@@ -8,13 +8,13 @@ from typing import Any
 
 from conftest import SMALL_FIT, Workshop
 
-from ebm_prior.backbone import Backbone
-from ebm_prior.commands import fit_into
-from ebm_prior.data import ImageSource
-from ebm_prior.energy import EnergyConfig
-from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.stages import StageConfig
+from ebm_prior.data.images import ImageSource
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
+from ebm_prior.runs.fit import fit_into
+from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.stages import StageConfig
 
 CHAIN = SamplerConfig(proposals=1, kernel="langevin", steps=3, step_size=0.02)
 

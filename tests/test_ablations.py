@@ -11,10 +11,18 @@ import torch
 from ebm_prior.backbones.shallow import ShallowGenerator
 from torch import Tensor
 
-from ebm_prior.ablations import ABLATIONS, as_picture, as_table, base_config, measure, variant_config, widened
-from ebm_prior.data import from_array
-from ebm_prior.jobs import run_all
-from ebm_prior.weights import count_parameters
+from ebm_prior.data.images import from_array
+from ebm_prior.experiments.ablations import (
+    ABLATIONS,
+    as_picture,
+    as_table,
+    base_config,
+    measure,
+    variant_config,
+    widened,
+)
+from ebm_prior.experiments.jobs import run_all
+from ebm_prior.storage.weights import count_parameters
 
 
 class Pixels:

@@ -10,16 +10,10 @@ import pytest
 from conftest import Workshop
 from toys import ToyConv
 
-from ebm_prior.checkpoint import (
-    backbone_record,
-    load_backbone,
-    load_prior,
-    save_backbone,
-    save_prior,
-)
-from ebm_prior.energy import EnergyConfig, JointEnergy
 from ebm_prior.errors import CheckpointError, UnknownBackboneError
-from ebm_prior.prior import EBMPrior
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.storage.checkpoint import backbone_record, load_backbone, load_prior, save_backbone, save_prior
 
 SMALL = EnergyConfig(channels=4, hidden=8, joint=8)
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ebm_prior.anomaly_table import FORMS, MODELS, as_table, averaged, pooled, run_digit, split_by_digit
-from ebm_prior.data import from_array
+from ebm_prior.data.images import from_array
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.jobs import run_all
-from ebm_prior.prior import EBMPrior
+from ebm_prior.experiments.anomaly_table import FORMS, MODELS, as_table, averaged, pooled, run_digit, split_by_digit
+from ebm_prior.experiments.jobs import run_all
+from ebm_prior.model.prior import EBMPrior
 
 
 def test_split() -> None:

@@ -11,9 +11,9 @@ from closed_form import Normal, flat, images_of, latent_map, latent_prior
 from torch import Tensor
 from toys import LinearGaussian, ToyConv
 
-from ebm_prior.backbone import Backbone, Gaussian
+from ebm_prior.compute.randomness import BlockGenerator, derived_generator
 from ebm_prior.errors import CheckpointError, ConfigurationError
-from ebm_prior.randomness import BlockGenerator, derived_generator
+from ebm_prior.model.backbone import Backbone, Gaussian
 
 TOYS = [LinearGaussian, ToyConv]
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from toys import LinearGaussian
 
-from ebm_prior.backbone import Draw, Gaussian
-from ebm_prior.batch_norm import readjust_batch_norm, readjust_to
 from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.model.backbone import Draw, Gaussian
+from ebm_prior.model.batch_norm import readjust_batch_norm, readjust_to
 
 
 class Normed(LinearGaussian):

@@ -15,7 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from toys import LinearGaussian, ToyConv
 
-from ebm_prior.checkpoint import (
+from ebm_prior.errors import BackboneMismatchError, CheckpointError, OutputError, UnknownBackboneError
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.storage.checkpoint import (
     BACKBONE_KEY,
     PRIOR_KEY,
     backbone_record,
@@ -25,11 +29,7 @@ from ebm_prior.checkpoint import (
     save_backbone,
     save_prior,
 )
-from ebm_prior.energy import EnergyConfig, JointEnergy
-from ebm_prior.errors import BackboneMismatchError, CheckpointError, OutputError, UnknownBackboneError
-from ebm_prior.prior import EBMPrior
-from ebm_prior.samplers import SamplerConfig
-from ebm_prior.weights import fingerprint
+from ebm_prior.storage.weights import fingerprint
 
 SMALL = EnergyConfig(channels=4, hidden=8, joint=8)
 

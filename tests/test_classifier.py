@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ebm_prior.classifier import (
+from ebm_prior.data.images import from_array
+from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
+from ebm_prior.evaluation.classifier import (
     CLASSIFIER_KEY,
     ClassifierConfig,
     FeatureClassifier,
@@ -20,9 +22,7 @@ from ebm_prior.classifier import (
     save_classifier,
     train_classifier,
 )
-from ebm_prior.data import from_array
-from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
-from ebm_prior.metrics import extract, frechet_distance
+from ebm_prior.evaluation.metrics import extract, frechet_distance
 
 QUICK = ClassifierConfig(data="bars", epochs=4, batch_size=32, width=4, shift=1)
 

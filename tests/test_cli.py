@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import Workshop
 
-from ebm_prior import cli
-from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record
-from ebm_prior.energy import JointEnergy
-from ebm_prior.recipes import FitConfig, paper_preset
-from ebm_prior.sources import new_backbone
+from ebm_prior.cli import main
+from ebm_prior.model.energy import JointEnergy
+from ebm_prior.runs.backbones import new_backbone
+from ebm_prior.storage.checkpoint import backbone_record, load_backbone, load_prior, prior_record
+from ebm_prior.training.fit_config import FitConfig, paper_preset
 
 # Exit codes and streams.
 
@@ -24,7 +24,7 @@ from ebm_prior.sources import new_backbone
 @pytest.mark.filterwarnings("error")
 def test_done_is_0_and_usage_is_2(workshop: Workshop) -> None:
     assert "Usage" in workshop.run("--help").stdout
-    for name in cli.main.commands:
+    for name in main.main.commands:
         assert "--help" in workshop.run(name, "--help").stdout
     for wrong in (["fly"], ["fit"], ["sample", "x", "y"], ["info"], ["info", "x", "--ckpt", "y"]):
         result = workshop.run(*wrong, code=2)
@@ -69,7 +69,7 @@ def test_no_error_of_the_operating_system_is_a_traceback(workshop: Workshop, mon
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "disk")
 
-    monkeypatch.setattr("ebm_prior.commands.list_backbones", fail)
+    monkeypatch.setattr("ebm_prior.runs.describe.list_backbones", fail)
     assert "Input/output error: 'disk'" in workshop.error("backbones")
 
 

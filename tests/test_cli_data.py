@@ -11,8 +11,15 @@ import torch
 from conftest import Workshop
 from PIL import Image
 
-from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record, save_backbone, save_prior
-from ebm_prior.classifier import FeatureClassifier, save_classifier
+from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
+from ebm_prior.storage.checkpoint import (
+    backbone_record,
+    load_backbone,
+    load_prior,
+    prior_record,
+    save_backbone,
+    save_prior,
+)
 
 
 def test_images_with_nan_are_refused_by_name(workshop: Workshop, fit_words: list[object], tmp_path: Path) -> None:

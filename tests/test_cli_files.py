@@ -13,8 +13,8 @@ import torch
 from conftest import Workshop
 from run_folders import content
 
-from ebm_prior.checkpoint import backbone_record, load_backbone, prior_record
-from ebm_prior.weights import fingerprint
+from ebm_prior.storage.checkpoint import backbone_record, load_backbone, prior_record
+from ebm_prior.storage.weights import fingerprint
 
 
 def test_fit_does_not_overwrite(workshop: Workshop, fit_words: list[object], tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_folder_without_the_right_to_write_is_found_before_the_work(
         return opened(path, flags, *rest, **more)
 
     monkeypatch.setattr(os, "open", refuse)
-    monkeypatch.setattr("ebm_prior.prior.EBMPrior.map_chunks", lambda *_, **__: pytest.fail("began to work"))
+    monkeypatch.setattr("ebm_prior.model.prior.EBMPrior.map_chunks", lambda *_, **__: pytest.fail("began to work"))
     for name in ("a.png", "a.npz", "folder"):
         error = workshop.error("sample", prior, "--out", forbidden / name)
         assert f"cannot write {forbidden / name}: Permission denied" in error
@@ -111,8 +111,8 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("began to work")
 
-    monkeypatch.setattr("ebm_prior.prior.EBMPrior.map_chunks", work)
-    monkeypatch.setattr("ebm_prior.commands.fit", work)
+    monkeypatch.setattr("ebm_prior.model.prior.EBMPrior.map_chunks", work)
+    monkeypatch.setattr("ebm_prior.runs.fit.fit", work)
     assert "cannot write" in workshop.error(*command, "--out", tmp_path / "file" / "below" / name)
     assert (tmp_path / "file").read_text() == "x"
 

@@ -13,8 +13,8 @@ from conftest import Workshop
 from PIL import Image
 from toys import ToyConv
 
-from ebm_prior.checkpoint import prior_record, save_backbone
-from ebm_prior.data import open_images
+from ebm_prior.data.images import open_images
+from ebm_prior.storage.checkpoint import prior_record, save_backbone
 
 
 def test_the_three_kinds_of_output(workshop: Workshop, prior: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from toys import LinearGaussian, ToyConv
 
-from ebm_prior import Backbone, PosteriorDraw
 from ebm_prior.errors import ConfigurationError, ContractError
-from ebm_prior.testing import check_backbone
+from ebm_prior.model.backbone import Backbone, PosteriorDraw
+from ebm_prior.testing.contract import check_backbone
 
 
 class BottomUp(LinearGaussian):

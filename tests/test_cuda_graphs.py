@@ -12,13 +12,13 @@ import torch
 from played_graphs import Played
 from torch import Tensor
 
-from ebm_prior import cuda_graphs
-from ebm_prior.checkpoint import load_backbone
-from ebm_prior.cuda_graphs import Graph, Graphs
-from ebm_prior.energy import EnergyConfig, JointEnergy
-from ebm_prior.prior import EBMPrior
-from ebm_prior.randomness import BlockGenerator, derived_generator, standard_normal, uniform
-from ebm_prior.samplers import GraphedPotential, Kernel, SamplerConfig, draw, langevin_step, pcn_langevin_step
+from ebm_prior.compute import cuda_graphs
+from ebm_prior.compute.cuda_graphs import Graph, Graphs
+from ebm_prior.compute.randomness import BlockGenerator, derived_generator, standard_normal, uniform
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import GraphedPotential, Kernel, SamplerConfig, draw, langevin_step, pcn_langevin_step
+from ebm_prior.storage.checkpoint import load_backbone
 
 KERNELS = (langevin_step, pcn_langevin_step, partial(pcn_langevin_step, leapfrogs=3))
 

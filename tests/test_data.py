@@ -17,7 +17,7 @@ from image_writers import COLOUR, GREY, LABELS, Items, everything, write_idx, wr
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from ebm_prior.data import ImageSource, from_array, from_dataset, open_images
+from ebm_prior.data.images import ImageSource, from_array, from_dataset, open_images
 from ebm_prior.errors import ConfigurationError, DataError
 
 WAYS: dict[str, Callable[[Path], ImageSource]] = {

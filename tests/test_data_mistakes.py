@@ -16,8 +16,8 @@ from image_writers import COLOUR, GREY, LABELS, Items, write_idx, write_npy, wri
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from ebm_prior import image_files
-from ebm_prior.data import from_dataset, open_images
+from ebm_prior.data import image_files
+from ebm_prior.data.images import from_dataset, open_images
 from ebm_prior.errors import DataError
 
 

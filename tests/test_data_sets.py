@@ -15,7 +15,7 @@ import pytest
 import torch
 from image_writers import COLOUR, GREY, LABELS, everything, write_idx, write_npz, write_pictures
 
-from ebm_prior.data import DATA_SET_NAMES, default_data_root, from_array, open_images
+from ebm_prior.data.images import DATA_SET_NAMES, default_data_root, from_array, open_images
 from ebm_prior.errors import ConfigurationError, DataError
 
 # Splits.

@@ -10,7 +10,7 @@ import pytest
 from conftest import Workshop
 from run_folders import content
 
-from ebm_prior import demo
+from ebm_prior.runs import demo
 
 
 @pytest.fixture

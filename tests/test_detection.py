@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from ebm_prior.detection import detection, interval, resampled
 from ebm_prior.errors import DataError
-from ebm_prior.metrics import auroc
+from ebm_prior.evaluation.detection import detection, interval, resampled
+from ebm_prior.evaluation.metrics import auroc
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -13,13 +13,13 @@ from conftest import Workshop
 from torch import Tensor, nn
 from toys import LinearGaussian, ToyConv
 
-from ebm_prior.backbone import PosteriorDraw
-from ebm_prior.data import ImageSource, from_array
-from ebm_prior.doctor import DoctorConfig, examine, verdict
-from ebm_prior.energy import EnergyConfig
+from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError, DataError
-from ebm_prior.findings import doctor_card
-from ebm_prior.gauge import GaugeConfig
+from ebm_prior.evaluation.doctor import DoctorConfig, examine, verdict
+from ebm_prior.evaluation.gauge import GaugeConfig
+from ebm_prior.model.backbone import PosteriorDraw
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.reports.findings import doctor_card
 
 GAUGE = GaugeConfig(
     energy=EnergyConfig(channels=4, hidden=16, joint=8, conditional=False), iterations=30, batch_size=64

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from toys import ToyConv
 
-from ebm_prior.backbone import LatentGroup
-from ebm_prior.energy import EnergyConfig, Head, JointEnergy
+from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.objectives import nce_loss
-from ebm_prior.randomness import derived_generator
+from ebm_prior.model.backbone import LatentGroup
+from ebm_prior.model.energy import EnergyConfig, Head, JointEnergy
+from ebm_prior.training.objectives import nce_loss
 
 PAPER = EnergyConfig(channels=64, hidden=200, vector_layers=2, joint=0, activation="leaky_relu", conditional=False)
 SMALL = EnergyConfig(channels=3, hidden=5, joint=4, conditional=False)

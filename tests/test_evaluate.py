@@ -14,15 +14,15 @@ import torch
 from conftest import Workshop
 from toys import ToyConv
 
-from ebm_prior.classifier import FeatureClassifier, save_classifier
-from ebm_prior.data import ImageSource, open_images
-from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.data.images import ImageSource, open_images
 from ebm_prior.errors import ConfigurationError, DataError
-from ebm_prior.evaluate import EvalConfig, Reference, evaluate
-from ebm_prior.gauge import GaugeConfig
-from ebm_prior.metrics import FeatureStatistics, extract, frechet_distance
-from ebm_prior.prior import ANCESTRAL, EBMPrior
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
+from ebm_prior.evaluation.evaluate import EvalConfig, Reference, evaluate
+from ebm_prior.evaluation.gauge import GaugeConfig
+from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
 
 SMALL = EnergyConfig(channels=4, hidden=8, joint=8)
 CONFIG = EvalConfig(samples=80, gauge=GaugeConfig(energy=replace(SMALL, conditional=False), iterations=10), seed=3)

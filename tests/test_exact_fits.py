@@ -25,14 +25,14 @@ from closed_form import (
 from torch import Tensor
 from toys import LinearGaussian
 
-from ebm_prior.energy import EnergyConfig
-from ebm_prior.fit import fit
-from ebm_prior.objectives import gain
-from ebm_prior.prior import ANCESTRAL
-from ebm_prior.randomness import derived_generator
-from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.stages import StageConfig
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.prior import ANCESTRAL
+from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
+from ebm_prior.training.fit import fit
+from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.objectives import gain
+from ebm_prior.training.stages import StageConfig
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,10 @@ from scipy.stats import chi2
 from torch import Tensor
 from toys import LinearGaussian
 
-from ebm_prior.objectives import gain, mle_loss, nce_loss, temper
-from ebm_prior.prior import EBMPrior
-from ebm_prior.randomness import derived_generator
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.training.objectives import gain, mle_loss, nce_loss, temper
 
 D = sum(SIZES)
 

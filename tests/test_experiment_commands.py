@@ -11,7 +11,7 @@ from conftest import Workshop
 from image_writers import write_idx
 from PIL import Image
 
-from ebm_prior.anomaly_table import FORMS
+from ebm_prior.experiments.anomaly_table import FORMS
 
 
 @pytest.fixture(scope="module")

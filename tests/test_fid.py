@@ -12,14 +12,14 @@ import torch
 from conftest import Workshop
 from torch import Tensor
 
-from ebm_prior import inception
-from ebm_prior.checkpoint import load_prior
-from ebm_prior.data import ImageSource, from_array
+from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import CheckpointError, ConfigurationError
-from ebm_prior.fid import FidConfig, figures, published, reference_statistics
-from ebm_prior.inception import MODES, Inception, Mode, Network, Weights
-from ebm_prior.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
-from ebm_prior.prior import ANCESTRAL
+from ebm_prior.evaluation import inception
+from ebm_prior.evaluation.fid import FidConfig, figures, published, reference_statistics
+from ebm_prior.evaluation.inception import MODES, Inception, Mode, Network, Weights
+from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
+from ebm_prior.model.prior import ANCESTRAL
+from ebm_prior.storage.checkpoint import load_prior
 
 FEATURES, CLASSES = 12, 5
 

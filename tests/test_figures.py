@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from ebm_prior import figures
 from ebm_prior.errors import ConfigurationError, OutputError
-from ebm_prior.figures import grid, save_png, titled_grids
+from ebm_prior.pictures import grids
+from ebm_prior.pictures.grids import grid, save_png, titled_grids
 
 
 def image_batch(n: int, channels: int = 3, height: int = 6, width: int = 4) -> torch.Tensor:
@@ -47,7 +47,7 @@ def test_every_pixel_is_in_its_place_unchanged(n: int, columns: int, scale: int,
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_one_image_is_written_with_its_own_channels(channels: int, mode: str) -> None:
     image = image_batch(1, channels)[0]
-    shown = figures.picture(image)
+    shown = grids.picture(image)
     assert (shown.mode, shown.size) == (mode, (4, 6))
     assert np.array_equal(as_array(shown).reshape(6, 4, channels), (image * 255).round().byte().permute(1, 2, 0))
 
@@ -131,7 +131,7 @@ def test_no_panels_are_refused() -> None:
 
 
 def test_text_is_spelled_so_that_the_font_has_every_character() -> None:
-    assert figures.spelled("δ = ½, Fréchet, ‖ε‖² ≤ 3 ± 1 → β") == "delta = 1/2, Frechet, ||epsilon||^2 <= 3 ± 1 -> beta"
+    assert grids.spelled("δ = ½, Fréchet, ‖ε‖² ≤ 3 ± 1 → β") == "delta = 1/2, Frechet, ||epsilon||^2 <= 3 ± 1 -> beta"
     font = ImageFont.load_default(18)
 
     def drawn(char: str) -> bytes:
@@ -142,7 +142,7 @@ def test_text_is_spelled_so_that_the_font_has_every_character() -> None:
     box = drawn("\uffff")
     characters = [chr(code) for code in range(33, 127)] + ["±"]
     assert [char for char in characters if drawn(char) == box] == []
-    assert figures.spelled("图") == "?"
+    assert grids.spelled("图") == "?"
 
 
 def test_saving_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:

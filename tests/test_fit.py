@@ -15,15 +15,15 @@ from run_folders import metrics
 from small_fits import CHAIN, OBJECTIVES, SATURATING, small
 from toys import LinearGaussian
 
-import ebm_prior.fit as stage
-from ebm_prior.backbone import Backbone
-from ebm_prior.checkpoint import load_prior, save_prior
-from ebm_prior.data import ImageSource, from_array
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.fit import fit
-from ebm_prior.randomness import derived_generator
-from ebm_prior.recipes import FitConfig, paper_preset
-from ebm_prior.samplers import SamplerChanges, SamplerConfig
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
+from ebm_prior.storage.checkpoint import load_prior, save_prior
+from ebm_prior.training import fit as stage
+from ebm_prior.training.fit import fit
+from ebm_prior.training.fit_config import FitConfig, paper_preset
 
 
 def test_it_learns_a_prior_that_explains_held_out_latents(backbone: Backbone, images: ImageSource) -> None:
@@ -128,7 +128,7 @@ def test_patience_ends_a_run_without_progress(
     backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gains = iter([0.1, 0.2, 0.15, 0.2, 0.1, 0.1, 0.1, 0.1])  # as good as the best is not better
-    monkeypatch.setattr("ebm_prior.draws.temper", lambda *_, **__: stage.Gain(next(gains, 0.0), 1.0, 1.0))
+    monkeypatch.setattr("ebm_prior.training.latents.temper", lambda *_, **__: stage.Gain(next(gains, 0.0), 1.0, 1.0))
     prior = fit(backbone, images, small(iterations=1000, patience=3))
     assert (prior.record["best_iteration"], prior.record["iterations"]) == (4, 10)
 

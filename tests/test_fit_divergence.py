@@ -14,15 +14,15 @@ from conftest import Workshop
 from run_folders import Interrupted, metrics
 from small_fits import OBJECTIVES, into, small
 
-import ebm_prior.fit as stage
-from ebm_prior.backbone import Backbone
-from ebm_prior.checkpoint import load_prior
-from ebm_prior.commands import fit_into
-from ebm_prior.data import ImageSource
+from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import DivergenceError
-from ebm_prior.fit import fit
-from ebm_prior.prior import EBMPrior
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.runs.fit import fit_into
+from ebm_prior.storage.checkpoint import load_prior
+from ebm_prior.training import fit as stage
+from ebm_prior.training.fit import fit
 
 
 def spoiled(at: set[int], monkeypatch: pytest.MonkeyPatch) -> list[float]:

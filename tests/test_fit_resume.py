@@ -14,11 +14,12 @@ from run_folders import Interrupted, check_an_interruption, check_kills, metrics
 from small_fits import OBJECTIVES, SATURATING, into, small
 from toys import ToyConv
 
-from ebm_prior import files, runs
-from ebm_prior.backbone import Backbone
-from ebm_prior.data import ImageSource
-from ebm_prior.energy import EnergyConfig
+from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import ConfigurationError
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.runs import folder
+from ebm_prior.storage import atomic
 
 
 def test_equal_seeds_give_equal_files(
@@ -51,7 +52,7 @@ def test_so_does_one_whose_ratio_has_saturated(
     monkeypatch: pytest.MonkeyPatch,
     after: int,
 ) -> None:
-    monkeypatch.setattr("ebm_prior.fit.SATURATED", 1.0)
+    monkeypatch.setattr("ebm_prior.training.fit.SATURATED", 1.0)
 
     def run(out: Path, **how: Any) -> bytes:
         return into(out, workshop, backbone, images, SATURATING, **how)
@@ -86,11 +87,11 @@ def test_a_kill_at_the_worst_moments(
 
     with monkeypatch.context() as patch:
         if moment == "before the state":
-            patch.setattr(runs, "write_atomically", second(runs.write_atomically))
+            patch.setattr(folder, "write_atomically", second(folder.write_atomically))
         elif moment == "while the state is written":
-            patch.setattr(files.Path, "replace", second(Path.replace))
+            patch.setattr(atomic.Path, "replace", second(Path.replace))
         else:
-            patch.setattr(runs, "append_line", second(runs.append_line))
+            patch.setattr(folder, "append_line", second(folder.append_line))
         with pytest.raises(Interrupted):
             into(tmp_path / "cut", workshop, backbone, images, small())
     assert into(tmp_path / "cut", workshop, backbone, images, small(), resume=True) == whole

@@ -4,10 +4,10 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from ebm_prior.backbone import LatentGroup
-from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError, DataError
-from ebm_prior.gauge import GaugeConfig, gauge_auc
+from ebm_prior.evaluation.gauge import GaugeConfig, gauge_auc
+from ebm_prior.model.backbone import LatentGroup
+from ebm_prior.model.energy import EnergyConfig
 
 SMALL = GaugeConfig(
     energy=EnergyConfig(channels=8, hidden=32, joint=32, activation="leaky_relu", conditional=False, dropout=0.2),

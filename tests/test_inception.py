@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ebm_prior import inception
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
-from ebm_prior.inception import MODES, OFFICIAL, Inception, Network, Weights, load_inception
+from ebm_prior.evaluation import inception
+from ebm_prior.evaluation.inception import MODES, OFFICIAL, Inception, Network, Weights, load_inception
 
 
 class Layers(nn.Module):

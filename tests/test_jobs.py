@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ebm_prior.errors import DivergenceError, ProcessError
-from ebm_prior.jobs import clock, named, run_all
+from ebm_prior.experiments.jobs import clock, named, run_all
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -14,17 +14,17 @@ from played_graphs import Played
 from torch import Tensor, nn
 from toys import LinearGaussian
 
-from ebm_prior import joint
-from ebm_prior.cuda_graphs import Graphs
-from ebm_prior.data import ImageSource, from_array
-from ebm_prior.energy import EnergyConfig
+from ebm_prior.compute.cuda_graphs import Graphs
+from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.joint import _Joint, train_jointly, validate
-from ebm_prior.joint_config import JointConfig, paper_joint
-from ebm_prior.prior import ANCESTRAL, EBMPrior
-from ebm_prior.samplers import GraphedPotential, SamplerConfig
-from ebm_prior.training import batch_indices
-from ebm_prior.weights import fingerprint
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
+from ebm_prior.model.samplers import GraphedPotential, SamplerConfig
+from ebm_prior.storage.weights import fingerprint
+from ebm_prior.training import joint
+from ebm_prior.training.joint import _Joint, train_jointly, validate
+from ebm_prior.training.joint_config import JointConfig, paper_joint
+from ebm_prior.training.steps import batch_indices
 
 CHAIN = SamplerConfig(proposals=1, kernel="langevin", steps=3, step_size=0.02)
 SMALL = JointConfig(

@@ -13,9 +13,9 @@ from ebm_prior.backbones.shallow import ShallowGenerator
 from torch import Tensor, nn
 from toys import LinearGaussian
 
-from ebm_prior.backbone import Gaussian, PosteriorDraw
-from ebm_prior.joint_loss import potential, terms
-from ebm_prior.samplers import SamplerConfig, draw
+from ebm_prior.model.backbone import Gaussian, PosteriorDraw
+from ebm_prior.model.samplers import SamplerConfig, draw
+from ebm_prior.training.joint_loss import potential, terms
 
 TOP, BOTTOM = 2, 3
 

@@ -10,9 +10,9 @@ import torch
 from conftest import Workshop
 from run_folders import content, metrics
 
-from ebm_prior import joint_run
-from ebm_prior.checkpoint import load_backbone, load_prior
 from ebm_prior.errors import DivergenceError
+from ebm_prior.runs import train
+from ebm_prior.storage.checkpoint import load_backbone, load_prior
 
 WORDS = [
     "--set",
@@ -106,7 +106,7 @@ def test_a_picture_that_fails_costs_no_more_than_the_picture(
     def fall(*given: object) -> None:
         raise DivergenceError("2 of 32 chains left the finite numbers")
 
-    monkeypatch.setattr(joint_run, "write_pictures", fall)
+    monkeypatch.setattr(train, "write_pictures", fall)
     out = workshop.folder / "unpictured"
     result = workshop.run("train", "--data", workshop.images, "--out", out, *WORDS, "--json")
     assert json.loads(result.stdout)["rollbacks"] == 0

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from ebm_prior.data import ImageSource, from_array
-from ebm_prior.energy import EnergyConfig
+from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.figures import scatters
-from ebm_prior.latents_2d import config_2d, picture_2d, train_2d, transition, with_labels
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.experiments.latents_2d import config_2d, picture_2d, train_2d, transition, with_labels
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.pictures.grids import scatters
 
 
 @pytest.fixture(scope="module")

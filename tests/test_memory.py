@@ -10,14 +10,15 @@ import torch
 from conftest import Workshop
 from small_fits import OBJECTIVES, small
 
-from ebm_prior import memory
-from ebm_prior.backbone import Backbone
-from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.cli import preflight
+from ebm_prior.compute import memory
 from ebm_prior.errors import MemoryLimitError
-from ebm_prior.prior import ANCESTRAL, EBMPrior
-from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import SamplerConfig
-from ebm_prior.stages import StageConfig, draws_at_once
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.stages import StageConfig, draws_at_once
 
 CPU = torch.device("cpu")
 
@@ -40,9 +41,9 @@ def test_tensors_are_counted_while_they_live() -> None:
 
 def test_a_chunk_takes_what_its_chains_do(prior: EBMPrior) -> None:
     def need(n: int, chunk: int, sampler: SamplerConfig) -> int:
-        return memory.for_samples(prior, n, chunk, sampler).bytes
+        return preflight.for_samples(prior, n, chunk, sampler).bytes
 
-    each = memory.chain_bytes(prior)
+    each = preflight.chain_bytes(prior)
     assert each > 0
     assert need(1_000, 128, SamplerConfig()) - need(1_000, 64, SamplerConfig()) == 64 * each
     assert need(30, 512, SamplerConfig()) - need(30, 512, ANCESTRAL) == 30 * each
@@ -51,7 +52,7 @@ def test_a_chunk_takes_what_its_chains_do(prior: EBMPrior) -> None:
 
 def test_parts_of_a_batch_take_less(backbone: Backbone) -> None:
     for config in (small(batch_size=64, ratios="one"), replace(OBJECTIVES["mle"], batch_size=64)):
-        whole, parts = (memory.for_fit(backbone, replace(config, parts=parts)) for parts in (1, 4))
+        whole, parts = (preflight.for_fit(backbone, replace(config, parts=parts)) for parts in (1, 4))
         assert whole.bytes == pytest.approx(4 * parts.bytes)
         assert "--parts above 1 or --batch-size below 64" in whole.remedy
 
@@ -59,10 +60,10 @@ def test_parts_of_a_batch_take_less(backbone: Backbone) -> None:
 def test_of_one_ratio_or_stages_what_counts_is_the_stages_that_may_take_over(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_head_bytes", lambda prior: 0)
+    monkeypatch.setattr(preflight, "_head_bytes", lambda prior: 0)
     few = StageConfig(particles=20, held_out=10)
     for parts, stage, chains in ((1, StageConfig(), 64), (4, StageConfig(), 32), (1, few, 30), (4, few, 8)):
-        need = memory.for_fit(backbone, FitConfig(parts=parts, stage=stage))  # 128 rows, a block, all draws
+        need = preflight.for_fit(backbone, FitConfig(parts=parts, stage=stage))  # 128 rows, a block, all draws
         assert need.of == f"{chains} chains at a time"
         assert "--ratios one" in need.remedy
 
@@ -73,16 +74,16 @@ def test_on_a_gpu_the_draws_of_a_part_move_together() -> None:
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    need = memory.Need(3 * 2**30, "256 chains at a time", "--chunk 64 or --checkpointing")
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * 2**30)
-    assert memory.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time, 4 GiB free"
-    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
-    assert memory.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time"
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000 * 2**20)
+    need = preflight.Need(3 * 2**30, "256 chains at a time", "--chunk 64 or --checkpointing")
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 4 * 2**30)
+    assert preflight.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time, 4 GiB free"
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: None)
+    assert preflight.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time"
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 1000 * 2**20)
     with pytest.raises(
         MemoryLimitError, match=r"about 3 GiB .* 256 chains .* 0.977 GiB free: use --chunk 64 or --check"
     ):
-        memory.require(need, CPU)
+        preflight.require(need, CPU)
 
 
 def test_free_memory_is_what_the_machine_and_the_container_leave(
@@ -100,8 +101,8 @@ def test_free_memory_is_what_the_machine_and_the_container_leave(
     assert memory._left_in_container(tmp_path) == 400
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._left_in_container(tmp_path) is None
-    monkeypatch.setattr(memory, "_available", lambda: 900)
-    monkeypatch.setattr(memory, "_left_in_container", lambda: 600)
+    monkeypatch.setattr(preflight, "_available", lambda: 900)
+    monkeypatch.setattr(preflight, "_left_in_container", lambda: 600)
     assert memory.free_bytes(CPU) == 600
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert memory.free_bytes(CPU) == 300
@@ -114,7 +115,7 @@ def test_commands_say_what_they_need_and_refuse_before_they_begin(
     shown = workshop.run(*words, "--steps", 1).stderr
     assert "memory on cpu: about" in shown
     assert "for 100 draws, 100 at a time" in shown
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 5000)
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 5000)
     assert "--chunk 64" in workshop.error(*words, "--overwrite", "--chunk", 100_000)
     assert "--batch-size below 8" in workshop.error(*fit_words, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from ebm_prior.errors import ConfigurationError, DataError
-from ebm_prior.metrics import (
+from ebm_prior.evaluation.metrics import (
     FeatureStatistics,
     auroc,
     extract,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ebm_prior.objectives import Gain, gain, mle_loss, nce_loss, temper
-from ebm_prior.randomness import derived_generator
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.training.objectives import Gain, gain, mle_loss, nce_loss, temper
 
 NOTHING = Gain(0.0, 1.0, 0.0)
 

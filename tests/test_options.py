@@ -13,16 +13,17 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from ebm_prior.cli import main
-from ebm_prior.energy import EnergyConfig
+from ebm_prior.cli.main import main
+from ebm_prior.cli.options import config_options
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.evaluate import EvalConfig
-from ebm_prior.options import as_words, config_options, resolve
-from ebm_prior.options import settings as named
-from ebm_prior.pretrain import PretrainConfig
-from ebm_prior.recipes import FitConfig, paper_preset
-from ebm_prior.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.stages import StageConfig
+from ebm_prior.evaluation.evaluate import EvalConfig
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
+from ebm_prior.settings import as_words, resolve
+from ebm_prior.settings import settings as named
+from ebm_prior.training.fit_config import FitConfig, paper_preset
+from ebm_prior.training.pretrain_config import PretrainConfig
+from ebm_prior.training.stages import StageConfig
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import torch
 from conftest import Workshop
 from PIL import Image
 
-from ebm_prior.checkpoint import load_prior
-from ebm_prior.data import from_array, open_images
-from ebm_prior.detection import detection
+from ebm_prior.data.images import from_array, open_images
+from ebm_prior.data.outlier_sets import Adapted, labelled, open_set
 from ebm_prior.errors import ConfigurationError, DataError
-from ebm_prior.outliers import Adapted, OutlierConfig, every_form, labelled, open_set, parsed_k
-from ebm_prior.scores import Form
+from ebm_prior.evaluation.detection import detection
+from ebm_prior.evaluation.outliers import OutlierConfig, every_form, parsed_k
+from ebm_prior.model.scores import Form
+from ebm_prior.storage.checkpoint import load_prior
 
 WORDS = ["--samples", 40, "--draws", 2, "--resamples", 20, "--seed", 3]
 

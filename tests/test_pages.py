@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.pages import matrix, page
+from ebm_prior.pictures.sheets import matrix, page
 
 
 def test_images_lie_in_their_row_and_column() -> None:

@@ -14,12 +14,12 @@ from conftest import TESTS, Workshop
 from run_folders import metrics
 from small_fits import small
 
-from ebm_prior.backbone import Backbone
-from ebm_prior.classifier import FeatureClassifier, save_classifier
-from ebm_prior.data import ImageSource
+from ebm_prior.compute.parallel import ALONE, Processes
+from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.fit import fit
-from ebm_prior.parallel import ALONE, Processes
+from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.training.fit import fit
 
 FITS: dict[str, list[object]] = {
     "nce": [],

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.plots import COLOURS, Series, histogram, plot, ticks
+from ebm_prior.pictures.plots import COLOURS, Series, histogram, plot, ticks
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_histograms_are_densities(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.extend(series)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("ebm_prior.plots.plot", catch)
+    monkeypatch.setattr("ebm_prior.pictures.plots.plot", catch)
     random = np.random.default_rng(0)
     samples = {"a": random.normal(0, 1, 500), "b": np.append(random.normal(3, 1, 90), [np.nan, 1e9])}
     histogram(samples, title="t", x_label="x")

@@ -15,14 +15,16 @@ from conftest import Workshop
 from run_folders import Interrupted, check_an_interruption, check_kills, metrics
 from toys import LinearGaussian, ToyConv
 
-import ebm_prior.pretrain as stage
-from ebm_prior.checkpoint import backbone_record, load_backbone
-from ebm_prior.data import ImageSource, from_array, open_images
+from ebm_prior.data.images import ImageSource, from_array, open_images
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.pretrain import PretrainConfig, build, evaluate_elbo, pretrain
-from ebm_prior.pretrain_run import pretrain_into
-from ebm_prior.runs import Run
-from ebm_prior.weights import fingerprint
+from ebm_prior.runs.folder import Run
+from ebm_prior.runs.pretrain import pretrain_into
+from ebm_prior.storage.checkpoint import backbone_record, load_backbone
+from ebm_prior.storage.registry import build
+from ebm_prior.storage.weights import fingerprint
+from ebm_prior.training import pretrain as stage
+from ebm_prior.training.pretrain import evaluate_elbo, pretrain
+from ebm_prior.training.pretrain_config import PretrainConfig
 
 SMALL: dict[str, Any] = {"iterations": 8, "batch_size": 16, "checkpoint_every": 2, "ema": 0.5, "kl_warmup": 0.5}
 

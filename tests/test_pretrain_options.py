@@ -12,13 +12,14 @@ from test_pretrain import SMALL, losses
 from torch import Tensor
 from toys import LinearGaussian, ToyConv
 
-import ebm_prior.pretrain as stage
-from ebm_prior.backbone import LatentGroup
-from ebm_prior.data import ImageSource, from_array
+from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.pretrain import Elbo, PretrainConfig, balance, pretrain
-from ebm_prior.report import pretrain_summary
-from ebm_prior.weights import fingerprint
+from ebm_prior.model.backbone import LatentGroup
+from ebm_prior.reports.summaries import pretrain_summary
+from ebm_prior.storage.weights import fingerprint
+from ebm_prior.training import pretrain as stage
+from ebm_prior.training.pretrain import Elbo, balance, pretrain
+from ebm_prior.training.pretrain_config import PretrainConfig
 
 
 def steps(kind: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Tensor, Tensor]]:

@@ -13,12 +13,12 @@ from scipy.stats import kstest
 from torch import Tensor, nn
 from toys import LinearGaussian, ToyConv
 
-from ebm_prior.backbone import Backbone, Draw, Gaussian
-from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.compute.randomness import BlockGenerator, derived_generator
 from ebm_prior.errors import RegimeError
-from ebm_prior.prior import ANCESTRAL, EBMPrior, Samples
-from ebm_prior.randomness import BlockGenerator, derived_generator
-from ebm_prior.samplers import SamplerConfig, start
+from ebm_prior.model.backbone import Backbone, Draw, Gaussian
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
+from ebm_prior.model.samplers import SamplerConfig, start
 
 SAMPLERS = {
     "ancestral": ANCESTRAL,

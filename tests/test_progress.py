@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ebm_prior.progress import Bar
+from ebm_prior.cli.progress import Bar
 
 
 def test_a_remark_is_printed_and_the_total_follows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ebm_prior.randomness import BLOCK, BlockGenerator, derived_generator, derived_seed, standard_normal, uniform
-from ebm_prior.training import batch_indices
+from ebm_prior.compute.randomness import (
+    BLOCK,
+    BlockGenerator,
+    derived_generator,
+    derived_seed,
+    standard_normal,
+    uniform,
+)
+from ebm_prior.training.steps import batch_indices
 
 CPU = torch.device("cpu")
 

@@ -13,13 +13,13 @@ import pytest
 from conftest import Workshop
 from test_web_page import Page, require_no_sideways_scrolling, screenshot
 
-from ebm_prior import report
-from ebm_prior.classifier import FeatureClassifier, save_classifier
-from ebm_prior.files import with_nan, without_nan
-from ebm_prior.recipes import FitConfig
-from ebm_prior.report import Table
-from ebm_prior.run_report import configuration_blocks, training_curves
-from ebm_prior.runs import read_metrics
+from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
+from ebm_prior.reports import summaries
+from ebm_prior.reports.run_page import configuration_blocks, training_curves
+from ebm_prior.reports.text import Table
+from ebm_prior.runs.folder import read_metrics
+from ebm_prior.storage.atomic import with_nan, without_nan
+from ebm_prior.training.fit_config import FitConfig
 
 
 @pytest.fixture(scope="module")
@@ -176,5 +176,5 @@ def test_a_fit_says_what_its_heads_were_trained_on(
     gain = {"nats": 1.0, "ess_fraction": 0.5, "tau": 1.0}
     record = {"held_out": {"plain": gain, "tempered": gain}, "stages": stages, "saturated": saturated, "narrow": narrow}
     record["config"] = {"ratios": ratios}
-    lines = report.fit_blocks(record | {"iterations": 9, "best_iteration": 9, "rollbacks": 0})
+    lines = summaries.fit_blocks(record | {"iterations": 9, "best_iteration": 9, "rollbacks": 0})
     assert any(isinstance(line, str) and re.match(said, line) for line in lines)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ebm_prior.errors import CheckpointError, ConfigurationError, OutputError
-from ebm_prior.files import append_line, without_nan, write_atomically
-from ebm_prior.runs import Run
+from ebm_prior.runs.folder import Run
+from ebm_prior.storage.atomic import append_line, without_nan, write_atomically
 
 CONFIG: dict[str, Any] = {"rate": 0.1, "energy": {"channels": 4, "hidden": 8}, "betas": (0.9, 0.99)}
 INPUTS = {"backbone": "abc"}

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 from torch import Tensor
 
+from ebm_prior.compute.randomness import Generator, derived_generator
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.randomness import Generator, derived_generator
-from ebm_prior.samplers import (
+from ebm_prior.model.samplers import (
     JITTER,
     TARGET_ACCEPTANCE,
     ChainInfo,

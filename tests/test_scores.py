@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from toys import LinearGaussian, ToyConv
 
-from ebm_prior.backbone import Backbone
-from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.compute.randomness import BlockGenerator, derived_seed
 from ebm_prior.errors import ConfigurationError, RegimeError
-from ebm_prior.prior import EBMPrior
-from ebm_prior.randomness import BlockGenerator, derived_seed
-from ebm_prior.samplers import SamplerConfig
-from ebm_prior.scores import Form, score
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.model.scores import Form, score
 
 EXACT = SamplerConfig(proposals=8, steps=10, step_size=0.5)
 
@@ -146,7 +146,7 @@ def test_with_heads_at_zero_f_and_f_0_are_one(pictures: Tensor) -> None:
 def test_one_free_group_needs_no_traversal(toy: EBMPrior, pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short cut of k = 1 gives what the traversal gives."""
     short = toy.score(pictures[:4], k=1, draws=2)
-    monkeypatch.setattr("ebm_prior.scores.FreeGroups.alone", property(lambda self: False))
+    monkeypatch.setattr("ebm_prior.model.scores.FreeGroups.alone", property(lambda self: False))
     torch.testing.assert_close(short, toy.score(pictures[:4], k=1, draws=2))
 
 

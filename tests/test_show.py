@@ -14,12 +14,12 @@ from PIL import Image
 from test_scores import bent
 from toys import LinearGaussian, ToyConv
 
-from ebm_prior.data import ImageSource, from_array
+from ebm_prior.compute.randomness import BlockGenerator, derived_seed, standard_normal
+from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.prior import ANCESTRAL, EBMPrior
-from ebm_prior.randomness import BlockGenerator, derived_seed, standard_normal
-from ebm_prior.samplers import SamplerConfig
-from ebm_prior.show import (
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.pictures.show import (
     PICTURES,
     chain,
     draw_picture,

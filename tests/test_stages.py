@@ -11,16 +11,16 @@ import torch
 from small_fits import small
 from toys import LinearGaussian
 
-from ebm_prior.backbone import Backbone
-from ebm_prior.data import ImageSource
-from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.compute.parallel import ALONE
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.fit import _Fit, fit
-from ebm_prior.objectives import Gain
-from ebm_prior.parallel import ALONE
-from ebm_prior.randomness import derived_generator
-from ebm_prior.samplers import norm
-from ebm_prior.stages import StageConfig, Stages
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.samplers import norm
+from ebm_prior.training.fit import _Fit, fit
+from ebm_prior.training.objectives import Gain
+from ebm_prior.training.stages import StageConfig, Stages
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_the_first_draws_are_the_backbones(stages: Stages) -> None:
 def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     assert StageConfig().within(10_000) == StageConfig()
     backbone = LinearGaussian(2, 3).eval().requires_grad_(False)
-    monkeypatch.setattr("ebm_prior.stages.DRAW_BYTES", 60 * sum(g.shape[0] for g in backbone.groups) * 4)
+    monkeypatch.setattr("ebm_prior.training.stages.DRAW_BYTES", 60 * sum(g.shape[0] for g in backbone.groups) * 4)
     energy = JointEnergy(backbone.groups, EnergyConfig(hidden=8, joint=0)).requires_grad_(False)
     suited = StageConfig(particles=400, held_out=200).suited(backbone, 40)
     few = Stages(backbone, energy, suited, derived_generator(1), at_once=64)

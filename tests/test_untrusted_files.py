@@ -13,11 +13,8 @@ import pytest
 import torch
 from toys import ToyConv
 
-from ebm_prior.checkpoint import (
-    load_backbone,
-    save_backbone,
-)
 from ebm_prior.errors import CheckpointError, UnknownBackboneError
+from ebm_prior.storage.checkpoint import load_backbone, save_backbone
 
 
 @pytest.mark.usefixtures("workshop")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ebm_prior.report import Table
-from ebm_prior.web_page import Code, Figure, Figures, Folded, Picture, Pictures, Statement, web_page
+from ebm_prior.reports.html import Code, Figure, Figures, Folded, Picture, Pictures, Statement, web_page
+from ebm_prior.reports.text import Table
 
 VOID = {"meta", "img", "br", "link"}
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ebm_prior.backbone import Backbone, Draw, Gaussian, LatentGroup, PosteriorDraw
-from ebm_prior.randomness import Generator, standard_normal, uniform
+from ebm_prior.compute.randomness import Generator, standard_normal, uniform
+from ebm_prior.model.backbone import Backbone, Draw, Gaussian, LatentGroup, PosteriorDraw
 
 
 class GaussianImage(NamedTuple):

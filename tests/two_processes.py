@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ebm_prior.fit as stage
-from ebm_prior.cli import main
-from ebm_prior.parallel import launched
+from ebm_prior.cli.main import main
+from ebm_prior.compute.parallel import launched
+from ebm_prior.training import fit as stage
 
 LAST_WORDS = 5  # iterations after which the second process is killed
 

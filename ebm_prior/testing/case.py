@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebm_prior.backbone import Backbone, Draw, Gaussian
-from ebm_prior.randomness import derived_generator
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.model.backbone import Backbone, Draw, Gaussian
 
 
 class Skipped(str):

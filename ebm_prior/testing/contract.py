@@ -15,9 +15,9 @@ from typing import NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
-from ebm_prior.backbone import Backbone
+from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.errors import ConfigurationError, ContractError
-from ebm_prior.randomness import derived_generator
+from ebm_prior.model.backbone import Backbone
 from ebm_prior.testing import declared, image_side, posterior_path, prior_path
 from ebm_prior.testing.case import Case, Skipped, frozen, on_copies
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ebm_prior.backbone import Backbone, LatentGroup
+from ebm_prior.model.backbone import Backbone, LatentGroup
 from ebm_prior.testing.case import Case, close, given_eps
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ebm_prior.randomness import BlockGenerator, Generator
+from ebm_prior.compute.randomness import BlockGenerator, Generator
 from ebm_prior.testing.case import Case, close, given_eps, random_state
 
 

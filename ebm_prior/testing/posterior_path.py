@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ebm_prior.backbone import Draw
+from ebm_prior.model.backbone import Draw
 from ebm_prior.testing.case import Case, Skipped, close, given_z, random_state, run
 from ebm_prior.testing.prior_path import log_normal
 

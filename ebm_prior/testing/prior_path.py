@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ebm_prior.backbone import Gaussian
+from ebm_prior.model.backbone import Gaussian
 from ebm_prior.testing.case import Case, close, given_eps, given_z, outputs, random_state, run
 
 PRODUCTS = {"convolution", "_convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear"}

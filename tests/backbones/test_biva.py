@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from ebm_prior.backbones.biva import BIVA
-from ebm_prior.backbones.biva_network import Network
-from ebm_prior.backbones.biva_stages import Head
+from ebm_prior.backbones.biva.adapter import BIVA
+from ebm_prior.backbones.biva.network import Network
+from ebm_prior.backbones.biva.stages import Head
 from tiny_biva import FIXTURES, REFERENCES, needs_fixtures
 from torch import Tensor
 
-from ebm_prior.backbone import Gaussian
+from ebm_prior.model.backbone import Gaussian
 
 INPUTS = ("x", "groups", "posterior_draw_order", "prior/eps/", "post/noise/", "grad/w/")
 

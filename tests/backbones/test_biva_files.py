@@ -16,13 +16,13 @@ from unittest import mock
 import pytest
 import torch
 from conftest import Workshop
-from ebm_prior.backbones.biva import BIVA
+from ebm_prior.backbones.biva.adapter import BIVA
 from ebm_prior.backbones.safe_loading import load_json, load_pickle
 from tiny_biva import FIXTURES, REFERENCES, STAGES, initialised, needs_fixtures, tiny
 from torch import Tensor
 
-from ebm_prior.checkpoint import backbone_record, load_backbone, save_backbone
 from ebm_prior.errors import CheckpointError
+from ebm_prior.storage.checkpoint import backbone_record, load_backbone, save_backbone
 
 FILES = ["hyperparameters.p", "config.json", "model.pth"]
 

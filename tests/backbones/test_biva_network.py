@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ebm_prior.backbones.biva import BIVA
-from ebm_prior.backbones.biva_stages import GatedBlock
+from ebm_prior.backbones.biva.adapter import BIVA
+from ebm_prior.backbones.biva.stages import GatedBlock
 from tiny_biva import FIXTURES, REFERENCES, STAGES, initialised, needs_fixtures, tiny
 
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.testing import check_backbone
+from ebm_prior.testing.contract import check_backbone
 
 # The published configurations, as a person writes them.
 

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from ebm_prior.backbones.biva import BIVA
+from ebm_prior.backbones.biva.adapter import BIVA
 from small_fits import small
 from torch import Tensor
 
-from ebm_prior.checkpoint import load_backbone, load_prior, prior_record, save_prior
-from ebm_prior.classifier import bundled_classifier
-from ebm_prior.commands import list_backbones
-from ebm_prior.data import ImageSource, open_images
-from ebm_prior.energy import Head
+from ebm_prior.data.images import ImageSource, open_images
 from ebm_prior.errors import DivergenceError
-from ebm_prior.evaluate import EvalConfig, Reference, evaluate
-from ebm_prior.fit import fit
-from ebm_prior.objectives import gain
-from ebm_prior.prior import EBMPrior
-from ebm_prior.samplers import KERNELS, run_chain, start
-from ebm_prior.testing import check_backbone
+from ebm_prior.evaluation.classifier import bundled_classifier
+from ebm_prior.evaluation.evaluate import EvalConfig, Reference, evaluate
+from ebm_prior.model.energy import Head
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import KERNELS, run_chain, start
+from ebm_prior.runs.describe import list_backbones
+from ebm_prior.storage.checkpoint import load_backbone, load_prior, prior_record, save_prior
+from ebm_prior.testing.contract import check_backbone
+from ebm_prior.training.fit import fit
+from ebm_prior.training.objectives import gain
 
 NAME = "biva_fashion_mnist"
 PRIOR = Path(str(resources.files("ebm_prior.checkpoints"))) / f"{NAME}_prior.safetensors"

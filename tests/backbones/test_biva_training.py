@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import Workshop
-from ebm_prior.backbones.biva import BIVA
-from ebm_prior.backbones.layers import DataInitialized, SameConvTranspose2d
+from ebm_prior.backbones.biva.adapter import BIVA
+from ebm_prior.backbones.biva_family.layers import DataInitialized, SameConvTranspose2d
 from tiny_biva import FIXTURES, initialised, needs_fixtures, tiny
 
-from ebm_prior.data import from_array
-from ebm_prior.energy import EnergyConfig, JointEnergy
+from ebm_prior.data.images import from_array
 from ebm_prior.errors import DivergenceError
-from ebm_prior.pretrain import PretrainConfig, evaluate_elbo, pretrain
-from ebm_prior.samplers import langevin_step, pcn_langevin_step, run_chain, start
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.samplers import langevin_step, pcn_langevin_step, run_chain, start
+from ebm_prior.training.pretrain import evaluate_elbo, pretrain
+from ebm_prior.training.pretrain_config import PretrainConfig
 
 KINDS = ["biva", "lvae", "vae"]
 

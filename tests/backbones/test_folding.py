@@ -12,21 +12,21 @@ import tiny_biva
 import tiny_hvae
 import tiny_nvae
 import torch
-from ebm_prior.backbones.biva import BIVA
+from ebm_prior.backbones.biva.adapter import BIVA
 from ebm_prior.backbones.folding import FoldableBackbone
-from ebm_prior.backbones.hvae import HVAE
-from ebm_prior.backbones.nvae import NVAE
+from ebm_prior.backbones.hvae.adapter import HVAE
+from ebm_prior.backbones.nvae.adapter import NVAE
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from ebm_prior.backbone import Backbone
-from ebm_prior.energy import EnergyConfig
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.fit import fit
-from ebm_prior.recipes import FitConfig
-from ebm_prior.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.testing import check_backbone
-from ebm_prior.weights import count_parameters, fingerprint
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
+from ebm_prior.storage.weights import count_parameters, fingerprint
+from ebm_prior.testing.contract import check_backbone
+from ebm_prior.training.fit import fit
+from ebm_prior.training.fit_config import FitConfig
 
 TOLERANCE = 1e-12
 TINY: dict[str, Callable[[], Backbone]] = {

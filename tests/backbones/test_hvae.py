@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ebm_prior.backbones.hvae import HVAE
-from ebm_prior.backbones.hvae_network import GaussianHead
+from ebm_prior.backbones.hvae.adapter import HVAE
+from ebm_prior.backbones.hvae.network import GaussianHead
 from ebm_prior.backbones.likelihoods import Bernoulli
 from tiny_hvae import initialised, tiny
 from torch import Tensor
 
-from ebm_prior.backbone import Trace
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.testing import check_backbone
+from ebm_prior.model.backbone import Trace
+from ebm_prior.testing.contract import check_backbone
 
 # The official code's numbers.
 

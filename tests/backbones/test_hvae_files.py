@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ebm_prior.backbones.hvae import HVAE
+from ebm_prior.backbones.hvae.adapter import HVAE
 from tiny_hvae import initialised, tiny
 
 from ebm_prior.errors import CheckpointError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ebm_prior.backbones.layers import Dense, ResidualBlock, SameConv2d, SameConvTranspose2d
+from ebm_prior.backbones.biva_family.layers import Dense, ResidualBlock, SameConv2d, SameConvTranspose2d
 
 from ebm_prior.errors import ConfigurationError
 

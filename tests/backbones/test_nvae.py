@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from ebm_prior.backbones.likelihoods import Bernoulli
-from ebm_prior.backbones.nvae import NVAE
-from ebm_prior.backbones.nvae_distributions import GaussianImage
-from ebm_prior.backbones.nvae_network import Features, Network
+from ebm_prior.backbones.nvae.adapter import NVAE
+from ebm_prior.backbones.nvae.distributions import GaussianImage
+from ebm_prior.backbones.nvae.network import Features, Network
 from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ebm_prior.backbone import Gaussian
-from ebm_prior.batch_norm import readjust_to
+from ebm_prior.model.backbone import Gaussian
+from ebm_prior.model.batch_norm import readjust_to
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Workshop
-from ebm_prior.backbones.nvae import NVAE
-from ebm_prior.backbones.nvae_official import translate
+from ebm_prior.backbones.nvae.adapter import NVAE
+from ebm_prior.backbones.nvae.official import translate
 from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, tiny_args, trained, weights, write
 
-from ebm_prior.checkpoint import backbone_record, load_backbone, save_backbone
 from ebm_prior.errors import CheckpointError
-from ebm_prior.weights import fingerprint
+from ebm_prior.storage.checkpoint import backbone_record, load_backbone, save_backbone
+from ebm_prior.storage.weights import fingerprint
 
 
 def test_an_official_file_gives_back_the_network(tmp_path: Path) -> None:

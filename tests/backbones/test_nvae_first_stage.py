@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ebm_prior.backbones.nvae import NVAE
-from ebm_prior.backbones.nvae_spectral import largest_singular_values
+from ebm_prior.backbones.nvae.adapter import NVAE
+from ebm_prior.backbones.nvae.spectral import largest_singular_values
 from run_folders import check_an_interruption
 from tiny_nvae import tiny, trained
 
-from ebm_prior.data import ImageSource, from_array
-from ebm_prior.pretrain import PretrainConfig, build, pretrain
-from ebm_prior.pretrain_run import pretrain_into
+from ebm_prior.data.images import ImageSource, from_array
+from ebm_prior.runs.pretrain import pretrain_into
+from ebm_prior.storage.registry import build
+from ebm_prior.training.pretrain import pretrain
+from ebm_prior.training.pretrain_config import PretrainConfig
 
 # As NVAE is trained, in few steps.
 RECIPE: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ebm_prior.backbones.nvae_flows import Flow, MaskedConv2d, Shift
+from ebm_prior.backbones.nvae.flows import Flow, MaskedConv2d, Shift
 from tiny_nvae import FIXTURES, needs_fixtures
 from torch import Tensor
 

@@ -7,9 +7,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from ebm_prior.backbones import likelihoods, nvae_distributions
+from ebm_prior.backbones import likelihoods
 from ebm_prior.backbones.likelihoods import Bernoulli
-from ebm_prior.backbones.nvae_distributions import GaussianImage, NvaeMixture, reduce_bits
+from ebm_prior.backbones.nvae import distributions
+from ebm_prior.backbones.nvae.distributions import GaussianImage, NvaeMixture, reduce_bits
 from tiny_nvae import FIXTURES, needs_fixtures, tiny
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def test_the_gaussian_is_the_official_one(
     precision: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, raw = given("gaussian/x", dtype), given("gaussian/param", dtype)
-    monkeypatch.setattr(nvae_distributions, "standard_normal", lambda *_, **__: given("gaussian/eps_x", dtype))
+    monkeypatch.setattr(distributions, "standard_normal", lambda *_, **__: given("gaussian/eps_x", dtype))
     for kind, floor in (("", None), ("_vaebm", -2.0)):
         image = GaussianImage(raw, log_std_floor=floor)
         agree(image.scored.mean, f"{precision}/gaussian/mu", tolerance)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from ebm_prior.backbones.nvae import NVAE
-from ebm_prior.backbones.nvae_official import translate
+from ebm_prior.backbones.nvae.adapter import NVAE
+from ebm_prior.backbones.nvae.official import translate
 from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, trained
 
-from ebm_prior.commands import parameters
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.recipes import paper_preset
-from ebm_prior.testing import check_backbone
+from ebm_prior.runs.describe import parameters
+from ebm_prior.testing.contract import check_backbone
+from ebm_prior.training.fit_config import paper_preset
 
 # The published configurations.
 

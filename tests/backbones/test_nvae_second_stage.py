@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Workshop
-from ebm_prior.backbones.nvae import NVAE
+from ebm_prior.backbones.nvae.adapter import NVAE
 from run_folders import Interrupted
 from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, tiny_args, trained, weights, write
 
-from ebm_prior import commands
-from ebm_prior.batch_norm import readjust_batch_norm
-from ebm_prior.checkpoint import backbone_record, load_backbone, load_prior, prior_record, save_backbone
-from ebm_prior.randomness import derived_generator
-from ebm_prior.weights import fingerprint
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.model.batch_norm import readjust_batch_norm
+from ebm_prior.runs import fit
+from ebm_prior.storage.checkpoint import backbone_record, load_backbone, load_prior, prior_record, save_backbone
+from ebm_prior.storage.weights import fingerprint
 
 # The data set that the file names.
 
@@ -89,7 +89,7 @@ def readjusting(
     official: Path, data_root: Path, small_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> list[object]:
     """The words of a small second stage with --bn-readjust, which takes 3 batches here."""
-    monkeypatch.setattr(commands, "ITERATIONS", 3)
+    monkeypatch.setattr(fit, "ITERATIONS", 3)
     plain = ["fit", "--backbone", "nvae", "--ckpt", official, "--data-root", data_root, *small_options]
     return [*plain, "--sampler-steps", 1, "--bn-readjust", "--seed", 1, "--out"]
 
@@ -144,13 +144,13 @@ def test_a_resumed_run_keeps_its_readjusted_backbone(
         raise Interrupted
 
     # Before there is a backbone, and after.
-    for place, how in (("sources.readjust_batch_norm", "--overwrite"), ("commands.fit", "--resume")):
+    for place, how in (("runs.backbones.readjust_batch_norm", "--overwrite"), ("runs.fit.fit", "--resume")):
         with monkeypatch.context() as patch:
             patch.setattr(f"ebm_prior.{place}", interrupt)
             with pytest.raises(Interrupted):
                 workshop.run(*readjusting, cut, how)
     with monkeypatch.context() as patch:
-        patch.setattr("ebm_prior.sources.readjust_batch_norm", interrupt)  # not again
+        patch.setattr("ebm_prior.runs.backbones.readjust_batch_norm", interrupt)  # not again
         workshop.run(*readjusting, cut, "--resume")
     for name in ("backbone.safetensors", "prior.safetensors", "metrics.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()

@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from ebm_prior.backbones.nvae_cells import BatchNorm, Conv2d, NormedConv2d
-from ebm_prior.backbones.nvae_flows import MaskedConv2d
+from ebm_prior.backbones.nvae.cells import BatchNorm, Conv2d, NormedConv2d
+from ebm_prior.backbones.nvae.flows import MaskedConv2d
 from tiny_nvae import tiny, trained
 from torch import nn
 
-from ebm_prior.data import from_array
-from ebm_prior.pretrain import PretrainConfig, evaluate_elbo, pretrain
+from ebm_prior.data.images import from_array
+from ebm_prior.training.pretrain import evaluate_elbo, pretrain
+from ebm_prior.training.pretrain_config import PretrainConfig
 
 
 def test_initial_values_are_those_of_the_paper() -> None:

@@ -11,7 +11,7 @@ from ebm_prior.backbones.shallow import ShallowGenerator
 from torch import nn
 
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.testing import check_backbone
+from ebm_prior.testing.contract import check_backbone
 
 
 def small(**changes: Any) -> ShallowGenerator:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ebm_prior.backbones.biva import BIVA
+from ebm_prior.backbones.biva.adapter import BIVA
 
 FIXTURES = Path(__file__).resolve().parents[2] / "../shared/fixtures/biva"
 REFERENCES = ["binmnist-mini", "cifar-mini", "lvae-mini", "vae-mini", "fashion-trained"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ebm_prior.backbones.hvae import HVAE
+from ebm_prior.backbones.hvae.adapter import HVAE
 
 
 def tiny(**changes: Any) -> HVAE:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ebm_prior.backbones.nvae import NVAE
+from ebm_prior.backbones.nvae.adapter import NVAE
 from torch import Tensor
 
 FIXTURES = Path(__file__).resolve().parents[2] / "../shared/fixtures/nvae"

@@ -21,19 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebm_prior.anomaly_table import DIGITS, FORMS, as_table, averaged, detector_config, pooled, split_by_digit, summary
-from ebm_prior.data import ImageSource, open_images
-from ebm_prior.detection import Detection, detection
-from ebm_prior.energy import JointEnergy
-from ebm_prior.files import write_atomically
-from ebm_prior.joint_config import JointConfig
-from ebm_prior.joint_loss import potential, terms
-from ebm_prior.pretrain import build
-from ebm_prior.prior import EBMPrior
-from ebm_prior.randomness import derived_generator, seeded
-from ebm_prior.registry import adapter
-from ebm_prior.samplers import kernel_of, start, where
-from ebm_prior.scores import Form
+from ebm_prior.compute.randomness import derived_generator, seeded
+from ebm_prior.data.images import ImageSource, open_images
+from ebm_prior.evaluation.detection import Detection, detection
+from ebm_prior.experiments.anomaly_table import (
+    DIGITS,
+    FORMS,
+    as_table,
+    averaged,
+    detector_config,
+    pooled,
+    split_by_digit,
+    summary,
+)
+from ebm_prior.model.energy import JointEnergy
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import kernel_of, start, where
+from ebm_prior.model.scores import Form
+from ebm_prior.storage.atomic import write_atomically
+from ebm_prior.storage.registry import adapter, build
+from ebm_prior.training.joint_config import JointConfig
+from ebm_prior.training.joint_loss import potential, terms
 
 
 class Rates:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from measure import arguments, network, report, unfolded
 
-from ebm_prior.backbone import Backbone
-from ebm_prior.data import from_array
-from ebm_prior.fit import fit
-from ebm_prior.recipes import FitConfig, paper_preset
+from ebm_prior.data.images import from_array
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.training.fit import fit
+from ebm_prior.training.fit_config import FitConfig, paper_preset
 
 PRESETS = {"nce": FitConfig(ratios="one"), "mle, paper": paper_preset()}
 

@@ -20,11 +20,11 @@ import torch
 from ebm_prior.backbones.shallow import ShallowGenerator
 from torch import Tensor, nn
 
-from ebm_prior.data import from_array
-from ebm_prior.energy import EnergyConfig, JointEnergy
-from ebm_prior.jobs import clock
-from ebm_prior.joint import _Joint
-from ebm_prior.joint_config import paper_joint
+from ebm_prior.data.images import from_array
+from ebm_prior.experiments.jobs import clock
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.training.joint import _Joint
+from ebm_prior.training.joint_config import paper_joint
 
 PRIOR_STEP, POSTERIOR_STEP, SIGMA = 0.4, 0.1, 0.3  # of the published code: z + ½s²∇ + sξ
 PLAIN = "plain loop"

@@ -18,7 +18,7 @@ import torch
 from measure import BATCH, Chain, arguments, interleaved, network, paper_heads, peak_bytes, report, saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
-from ebm_prior.samplers import start
+from ebm_prior.model.samplers import start
 
 
 def main() -> None:

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ebm_prior.backbones.nvae import NVAE
+from ebm_prior.backbones.nvae.adapter import NVAE
 from torch import Tensor
 
-from ebm_prior.allocator import keep_freed_memory
-from ebm_prior.backbone import Backbone
-from ebm_prior.checkpoint import load_backbone
-from ebm_prior.energy import EnergyConfig, JointEnergy
-from ebm_prior.prior import EBMPrior
-from ebm_prior.randomness import derived_generator, standard_normal
-from ebm_prior.recipes import paper_preset
-from ebm_prior.report import table
-from ebm_prior.samplers import ChainState, graphed, langevin_step, run_chain, start
+from ebm_prior.cli.allocator import keep_freed_memory
+from ebm_prior.compute.randomness import derived_generator, standard_normal
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import ChainState, graphed, langevin_step, run_chain, start
+from ebm_prior.reports.text import table
+from ebm_prior.storage.checkpoint import load_backbone
+from ebm_prior.training.fit_config import paper_preset
 
 SIZES: dict[str, dict[str, Any] | None] = {
     "small": {

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from measure import arguments, network, paper_heads, report
 
-from ebm_prior.energy import EnergyConfig
-from ebm_prior.parallel import launched
-from ebm_prior.prior import EBMPrior
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.compute.parallel import launched
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
 
 WORKER = "EBM_PRIOR_WORKER"  # set for the processes that torchrun starts
 

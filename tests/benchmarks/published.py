@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from measure import Chain, arguments, interleaved, network, paper_heads, peak_bytes, report
 
-from ebm_prior.objectives import mle_loss
-from ebm_prior.weights import count_parameters
+from ebm_prior.storage.weights import count_parameters
+from ebm_prior.training.objectives import mle_loss
 
 
 def main() -> None:

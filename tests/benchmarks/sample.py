@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from measure import arguments, interleaved, network, paper_heads, report, unfolded
 
-from ebm_prior.energy import EnergyConfig
-from ebm_prior.prior import ANCESTRAL, EBMPrior
-from ebm_prior.samplers import SamplerConfig
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
 
 SAMPLERS = {"ancestral": ANCESTRAL, "default": SamplerConfig(), "chains of 40 alone": SamplerConfig(proposals=1)}
 

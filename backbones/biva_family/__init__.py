@@ -1,0 +1,1 @@
+"""What BIVA and HVAE share: layers and deterministic paths."""

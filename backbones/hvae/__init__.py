@@ -1,0 +1,1 @@
+"""HVAE (Havtorn et al., 2021): adapter, network, and the official checkpoints."""

@@ -1,0 +1,1 @@
+"""NVAE (Vahdat & Kautz, 2020): adapter, network, and the official checkpoints."""

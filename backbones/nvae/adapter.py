@@ -1,0 +1,171 @@
+"""NVAE: the deep hierarchical VAE of Vahdat & Kautz (2020), top-down with one posterior per group."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from ebm_prior.backbones.folding import FoldableBackbone
+from ebm_prior.backbones.likelihoods import Bernoulli, binarize
+from ebm_prior.backbones.nvae import official
+from ebm_prior.backbones.nvae.cells import BatchNorm, Conv2d
+from ebm_prior.backbones.nvae.distributions import GaussianImage, NvaeMixture, reduce_bits
+from ebm_prior.backbones.nvae.folding import FoldedCell, fold
+from ebm_prior.backbones.nvae.network import Architecture, Context, Features, Network
+from ebm_prior.backbones.nvae.spectral import spectral_norms
+from ebm_prior.backbones.options import record
+from ebm_prior.backbones.safe_loading import load_file, tensors_of
+from torch import Tensor
+
+from ebm_prior.compute.randomness import Generator
+from ebm_prior.errors import CheckpointError, ConfigurationError
+from ebm_prior.model.backbone import Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.storage.weights import check_state
+
+ALIAS = ".weight_normalized"
+"""How the keys end under which official files repeat the weights of convolutions without weight norm."""
+
+
+class NVAE(FoldableBackbone[Network]):
+    """NVAE as a backbone; `load_official` reads the checkpoints of its code and of VAEBM's.
+
+    The keyword arguments are the fields of `nvae_network.Architecture`: image_shape, groups_per_scale and likelihood
+    are required. Raises ConfigurationError for what cannot be built. Images are what the likelihood models: MNIST has
+    28 × 28 pixels here, the zeros around them that the network was trained with are put on and cut off inside.
+
+    `infer` and `log_prob` take observations, x as `observe` returns it: binary for the Bernoulli likelihood, and for a
+    model of fewer than 8 bits at its own depth. To observe twice does no harm at reduced depth.
+    """
+
+    official_format: ClassVar[str] = (
+        "the official format of NVAE is a checkpoint.pt, a dict with state_dict and args (an argparse.Namespace)"
+    )
+
+    def __init__(self, **architecture: Any) -> None:
+        super().__init__()
+        a = record(Architecture, architecture)
+        channels, height, width = a.image_shape
+        self.image_shape = (channels, height, width)
+        self.architecture = asdict(a)
+        self.discretised = a.likelihood == "logistic_mixture"
+        self.network = Network(a)
+        count = len(a.group_scales)
+        self.groups = tuple(LatentGroup(f"z{count - i}", a.latent_shape(s)) for i, s in enumerate(a.group_scales))
+        self.group_scales = tuple(a.group_scales)  # of each group: 0 for the highest resolution, S − 1 at the top
+
+    def top_down(self, draw: Draw, batch_size: int) -> Features:
+        """The generator down to z1. The top prior has batch axis 1; the context is None there, a `Context` below."""
+        return self.running.generate(draw, batch_size)
+
+    def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
+        """The bottom-up pass; then q(z_i | x, z_<i) as the groups are met: a Gaussian draw, moved by the flows.
+
+        The flows keep volume, so log q is that of the Gaussian at the draw before them.
+        """
+        network = self.running
+        features = network.encode(F.pad(images, [network.architecture.padding] * 4))
+
+        def conditional(index: int, _: Gaussian, context: Context | None) -> tuple[Tensor, Tensor]:
+            q = network.posterior(index, features, context)
+            z = q.mean + q.std * noise[index]
+            return network.flow(index, z), q.log_prob(z)
+
+        return PosteriorDraw(conditional)
+
+    def likelihood(self, features: Features) -> ImageDistribution:
+        """p(x | z): the last combiner, the post-processing cells and the image head."""
+        a, parameters = self.network.architecture, self.running.image(features)
+        border = a.padding
+        if border:
+            parameters = parameters[:, :, border:-border, border:-border]
+        if a.likelihood == "bernoulli":
+            return Bernoulli(parameters)
+        if a.likelihood == "gaussian":
+            return GaussianImage(parameters, log_std_floor=a.log_std_floor)
+        return NvaeMixture(parameters, bits=a.bits)
+
+    def observe(self, images: Tensor, *, generator: Generator = None) -> Tensor:
+        """Dynamic binarisation for the Bernoulli likelihood; else the model's bit depth."""
+        a = self.network.architecture
+        if a.likelihood == "bernoulli":
+            return binarize(images, generator=generator)
+        return images if a.bits == 8 else reduce_bits(images, a.bits)
+
+    def fold(self, network: Network) -> Network:
+        """See `nvae_folding`."""
+        return fold(network)
+
+    def lower(self, folded: Network, cells: torch.dtype) -> None:
+        """The residual branches of the cells in `cells`; what they are added to, and all else, stays as it is."""
+        for module in folded.modules():
+            if isinstance(module, FoldedCell):
+                module.lower(cells)
+
+    def checkpointing(self) -> NVAE:
+        """Folded, with cells that keep their input alone for the backward pass."""
+        return self._folded_cells(recomputed=True)
+
+    def compiled(self) -> NVAE:
+        """Folded, with cells that torch.compile has fused."""
+        return self._folded_cells(compiled=True)
+
+    def _folded_cells(self, **settings: bool) -> NVAE:
+        folded = cast(NVAE, self.for_inference())
+        for module in folded.running.modules():
+            if isinstance(module, FoldedCell):
+                vars(module).update(settings)
+        return folded
+
+    def regularization(self) -> Tensor:
+        """Σ σ₁(W) + Σ max |γ|, over all convolutions and all batch norms: the spectral regularisation of §3.2.
+
+        W is a convolution's weight as used, as a matrix (C_out, rest).
+        """
+        scales = [layer.weight.abs().max() for layer in self.batch_norms()]
+        return spectral_norms(self.kernels()).sum() + torch.stack(scales).sum()
+
+    # What a first stage regularises.
+
+    def kernels(self) -> Iterator[Tensor]:
+        """The weight of every convolution as it is used, (C_out, C_in/groups, K, K): normed, masked."""
+        return (module.kernel() for module in self.network.modules() if isinstance(module, Conv2d))
+
+    def batch_norms(self) -> Iterator[BatchNorm]:
+        """Every batch-norm layer."""
+        return (module for module in self.network.modules() if isinstance(module, BatchNorm))
+
+    @classmethod
+    def load_official(cls, path: Path) -> NVAE:
+        """Build the network from a checkpoint of the official code, in eval mode. Raises CheckpointError.
+
+        Reads the arguments and the weights; the optimizer's state, two thirds of the file, stays on disk. The file
+        does not say which code trained a Gaussian decoder: log p(x | z) is NVAE's, and VAEBM's with log_std_floor −2
+        (`ebm-prior convert --set log_std_floor=-2`).
+        """
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{path} is not a file, and {cls.official_format}")
+        path, content = Path(path), load_file(path, "an NVAE checkpoint", allow=[argparse.Namespace])
+        args = content.get("args") if isinstance(content, dict) else None
+        if not isinstance(args, argparse.Namespace) or "state_dict" not in content:
+            found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
+            raise CheckpointError(f"expected an NVAE checkpoint in {path}, found {found}; {cls.official_format}")
+        state = tensors_of(content["state_dict"], path, "the weights")
+        state = {key: tensor for key, tensor in state.items() if not key.endswith(ALIAS)}
+        try:
+            with torch.device("meta"):  # a corrupt architecture allocates nothing before the weights confirm it
+                model = cls(**official.translate(vars(args)))
+        except ConfigurationError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        expected = model.network.state_dict()
+        check_state(state, expected, path)
+        model.data_name = args.dataset
+        # Copied from the mapped file. Assigned, for the masks of the flows are no weights and exist already.
+        copies = {key: torch.empty_like(expected[key], device="cpu").copy_(tensor) for key, tensor in state.items()}
+        model.network.load_state_dict(copies, assign=True)
+        return model.eval()

@@ -1,0 +1,93 @@
+"""The normalizing flows of NVAE's posterior: volume-preserving autoregressive shifts z → z − m(z).
+
+m_i depends only on what comes before element i, in the order (raster position, channel) or, mirrored, (reverse raster
+position, channel). So the Jacobian is unit triangular and log q keeps its value. The prior never meets them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ebm_prior.backbones.nvae.cells import NormedConv2d
+from torch import Tensor, nn
+
+WIDENING = 6
+"""Hidden channels of a shift, per latent channel."""
+
+
+def causal_mask(
+    latents: int, out_channels: int, in_channels: int, kernel: int, *, strict: bool, mirror: bool
+) -> Tensor:
+    """(C_out, C_in, K, K) of 0 and 1: earlier positions, and at the centre the channels of earlier latents.
+
+    Channels belong to the `latents` in equal runs; the latent itself is among the earlier ones unless `strict`. A
+    depthwise convolution (`in_channels` 1) has each channel see itself. Mirroring turns the raster, not the channels.
+    """
+    owner = np.arange(out_channels) // (out_channels // latents)
+    seen = owner[:, None] if in_channels == 1 < out_channels else np.arange(in_channels) // (in_channels // latents)
+    before = seen < owner[:, None] if strict else seen <= owner[:, None]
+    mask = np.zeros((out_channels, in_channels, kernel, kernel), dtype=np.float32)
+    c = (kernel - 1) // 2
+    mask[:, :, :c] = 1
+    mask[:, :, c, :c] = 1
+    mask[:, :, c, c] = before
+    return torch.from_numpy(mask[:, :, ::-1, ::-1].copy() if mirror else mask)
+
+
+class MaskedConv2d(NormedConv2d):
+    """Weight-normed convolution of the masked weight: the norm counts what the mask leaves.
+
+    The mask is a buffer outside the state dict. It is made on the CPU, also under `torch.device("meta")`.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, in_channels: int, *, bias: bool = False) -> None:
+        out_channels, per_group, kernel, _ = mask.shape
+        super().__init__(in_channels, out_channels, kernel, groups=in_channels // per_group, bias=bias)
+        self.register_buffer("mask", mask, persistent=False)
+        weight = self.weight.detach()
+        self.log_weight_norm = nn.Parameter((self._norm(weight * mask.to(weight.device)) + 1e-2).log())
+
+    def kernel(self) -> Tensor:
+        """ŵ of the masked weight, (C_out, C_in/groups, K, K)."""
+        weight = self.weight * self.mask
+        return self.log_weight_norm.exp() * weight / (self._norm(weight) + 1e-5)
+
+
+class Shift(nn.Module):
+    """z − m(z), with m: masked 3×3, ELU, masked depthwise 5×5, ELU, ELU, masked 1×1."""
+
+    def __init__(self, latents: int, *, mirror: bool) -> None:
+        super().__init__()
+        hidden = WIDENING * latents
+        first = causal_mask(latents, hidden, latents, 3, strict=True, mirror=mirror)
+        second = causal_mask(latents, hidden, 1, 5, strict=False, mirror=mirror)
+        last = causal_mask(latents, latents, hidden, 1, strict=False, mirror=mirror)
+        convz = nn.Sequential(MaskedConv2d(first, latents), nn.ELU(), MaskedConv2d(second, hidden), nn.ELU())
+        mu = MaskedConv2d(last, hidden, bias=True)
+        mu.log_weight_norm.data -= math.log(10)  # near the identity at first
+        self.conv = nn.ModuleDict({"convz": convz})
+        self.mu = nn.ModuleDict({"conv_0": mu})
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, L, H, W), of the same shape."""
+        shift: Tensor = self.mu["conv_0"](F.elu(self.conv["convz"](z)))  # the second ELU in a row, as published
+        return z - shift
+
+
+class Flow(nn.Module):
+    """One normalizing flow: a shift in raster order, then one in the mirrored order."""
+
+    def __init__(self, latents: int) -> None:
+        super().__init__()
+        self.cell1 = Shift(latents, mirror=False)
+        self.cell2 = Shift(latents, mirror=True)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, L, H, W), of the same shape; the log-determinant is 0."""
+        y: Tensor = self.cell2(self.cell1(z))
+        return y

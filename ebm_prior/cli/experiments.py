@@ -1,0 +1,204 @@
+"""The commands that remake the paper's experiments with joint training: anomaly-table, ablation, latents-2d."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ebm_prior.cli.progress import Bar
+from ebm_prior.cli.shared import DATA, DATA_ROOT, DEVICE_NAME, PATH, SEED, together, torch_device
+from ebm_prior.data.images import open_images
+from ebm_prior.evaluation import evaluate
+from ebm_prior.experiments import ablations, anomaly_table, jobs, latents_2d
+from ebm_prior.pictures.grids import save_png
+from ebm_prior.storage import places
+from ebm_prior.storage.atomic import without_nan, write_atomically
+
+REPEATED = together(
+    click.option("--out", type=PATH, required=True, help="the .json file of rows to write"),
+    click.option("--overwrite", is_flag=True, help="replace --out"),
+    click.option(
+        "--seed",
+        "seeds",
+        type=click.IntRange(0),
+        multiple=True,
+        default=(0,),
+        show_default=True,
+        help="several times for several: mean and spread",
+    ),
+    click.option(
+        "--jobs",
+        "at_once",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="trainings at a time, each on one thread; a GPU, too, is better used by several",
+    ),
+    DEVICE_NAME,
+)
+
+
+def _write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    write_atomically(out, json.dumps(without_nan(rows), indent=2).encode())
+
+
+def _require_suffix(out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        raise click.UsageError(f"--out is a {suffix}, found {out}")
+
+
+def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [row for part in parts for row in part]
+
+
+@click.command("anomaly-table")
+@click.option("--data", default="mnist", show_default=True, help="labelled data set: both splits are the pool")
+@DATA_ROOT
+@click.option(
+    "--digit",
+    "digits",
+    type=int,
+    multiple=True,
+    default=anomaly_table.DIGITS,
+    show_default=True,
+    help="held-out label, several times for several",
+)
+@click.option(
+    "--model",
+    "models",
+    type=click.Choice(list(anomaly_table.MODELS)),
+    multiple=True,
+    default=tuple(anomaly_table.MODELS),
+    show_default=True,
+    help="several times for several",
+)
+@click.option("--latents", type=(int, int), default=(16, 8), show_default=True, help="dimensions of z_1 and z_2")
+@click.option("--width", type=click.IntRange(1), default=32, show_default=True, help="of the generator")
+@click.option("--sigma", type=float, default=0.3, show_default=True, help="standard deviation of a pixel on [-1, 1]")
+@click.option("--epochs", type=click.IntRange(1), default=16, show_default=True, help="of each training")
+@click.option("--draws", type=click.IntRange(1), default=8, show_default=True, help="posterior draws of a score")
+@REPEATED
+def anomalies(
+    data: str,
+    data_root: Path | None,
+    download: bool,
+    digits: tuple[int, ...],
+    models: tuple[str, ...],
+    out: Path,
+    overwrite: bool,
+    seeds: tuple[int, ...],
+    at_once: int,
+    device: str,
+    **settings: Any,
+) -> None:
+    """Remake the paper's Table 4: train with one digit held out, and find it again by the un-normalised posterior.
+
+    Rows are written as they come, so that what was found before a failure is there.
+    """
+    _require_suffix(out, ".json")
+    places.require_free(out, overwrite)
+    torch_device(device)
+    pool = anomaly_table.pooled(
+        [open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test")]
+    )
+    assert pool.labels is not None  # or it had been no pool
+    for digit in digits:  # now, not when its turn comes
+        anomaly_table.split_by_digit(pool.labels, digit)
+    calls = [
+        {"pool": pool, "digit": digit, "model": model, "seed": seed, "device": device, **settings}
+        for seed, digit, model in product(*map(dict.fromkeys, (seeds, digits, models)))
+    ]
+    with Bar("anomaly-table", len(calls)) as bar:
+
+        def keep(found: Sequence[Sequence[dict[str, Any]]]) -> None:
+            bar.to(len(found))
+            _write(_flat(found), out)
+
+        rows = _flat(jobs.run_all(anomaly_table.run_digit, calls, jobs=at_once, on_done=keep))
+    click.echo(anomaly_table.as_table(rows))
+
+
+@click.command()
+@click.argument("name", type=click.Choice(list(ablations.ABLATIONS)))
+@DATA
+@click.option("--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="of each training")
+@click.option("--latents", type=(int, int), default=(32, 16), show_default=True, help="dimensions of z_1 and z_2")
+@click.option("--width", type=click.IntRange(1), default=12, show_default=True, help="of the generator")
+@click.option("--samples", type=click.IntRange(2), default=2_000, show_default=True, help="N of every distance")
+@click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
+@REPEATED
+def ablation(
+    name: str,
+    data: str,
+    data_root: Path | None,
+    download: bool,
+    classifier: Path | None,
+    out: Path,
+    overwrite: bool,
+    seeds: tuple[int, ...],
+    at_once: int,
+    device: str,
+    **settings: Any,
+) -> None:
+    """Remake an ablation of the paper by joint training: FD(classifier), seconds and parameters beside its numbers.
+
+    Beside --out lies a plot of the same name, .png.
+    """
+    _require_suffix(out, ".json")
+    picture = out.with_suffix(".png")
+    for path in (out, picture):
+        places.require_free(path, overwrite)
+    torch_device(device)
+    images, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
+    extractor = evaluate.feature_classifier(test, classifier, torch.device("cpu"))
+    shared = {"train": images, "test": test, "extractor": extractor, "device": device, **settings}
+    calls = [
+        {"variant": variant, "seed": seed, **shared}
+        for seed, variant in product(dict.fromkeys(seeds), ablations.ABLATIONS[name].variants)
+    ]
+    with Bar(name, len(calls)) as bar:
+
+        def keep(found: Sequence[dict[str, Any]]) -> None:
+            bar.to(len(found))
+            _write(found, out)
+
+        rows = jobs.run_all(ablations.measure, calls, jobs=at_once, on_done=keep)
+    save_png(ablations.as_picture(name, rows), picture)
+    click.echo(f"{ablations.as_table(name, rows)}\nwrote {out}, {picture}")
+
+
+@click.command("latents-2d")
+@click.option("--data", default="mnist", show_default=True, help="labelled data set")
+@DATA_ROOT
+@click.option(
+    "--digit", "digits", type=int, multiple=True, default=(0, 1), show_default=True, help="labels, several times"
+)
+@click.option("--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="gradient steps")
+@click.option("--out", type=PATH, required=True, help="the .png to write")
+@click.option("--overwrite", is_flag=True, help="replace --out")
+@SEED
+def two_dimensions(
+    data: str,
+    data_root: Path | None,
+    download: bool,
+    digits: tuple[int, ...],
+    iterations: int,
+    out: Path,
+    overwrite: bool,
+    seed: int,
+) -> None:
+    """Remake the paper's Fig. 2: two latents in each of two layers, posterior codes and the prior's chain."""
+    _require_suffix(out, ".png")
+    places.require_free(out, overwrite)
+    images = latents_2d.with_labels(open_images(data, data_root=data_root, download=download), digits)
+    config = latents_2d.config_2d(iterations=iterations, seed=seed)
+    with Bar("latents-2d", iterations) as bar:
+        prior = latents_2d.train_2d(images, config, on_step=bar.step)
+    save_png(latents_2d.picture_2d(latents_2d.transition(prior, images, config.prior_chain, seed=seed)), out)
+    click.echo(f"wrote {out}")

@@ -1,0 +1,156 @@
+"""Commands that read what is there and say what it is: report, doctor, info, convert, demo, backbones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ebm_prior.cli.options import config_options
+from ebm_prior.cli.progress import Bar
+from ebm_prior.cli.shared import BACKBONE, DEVICE, DTYPES, JSON, OWN_DATA, PATH, SEED, show_result, torch_device
+from ebm_prior.data.images import open_images
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.evaluation.doctor import DoctorConfig, examine
+from ebm_prior.reports import findings, summaries
+from ebm_prior.reports.run_page import run_page
+from ebm_prior.runs import describe
+from ebm_prior.runs.backbones import own_data, own_record, parsed_options, source_record, with_options
+from ebm_prior.runs.demo import demo_config, require_demo_folder, run_demo
+from ebm_prior.settings import resolve
+from ebm_prior.storage import places
+from ebm_prior.storage.atomic import write_atomically
+from ebm_prior.storage.checkpoint import load_backbone, prior_record, save_backbone
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("--eval", "evaluation", type=PATH, help="JSON of eval  [default: eval.json in RUN]")
+@click.option("--ood", "outlying", type=PATH, help="JSON of ood  [default: ood.json, else the last ood-*/ in RUN]")
+@click.option("--doctor", "diagnosis", type=PATH, help="JSON of doctor  [default: doctor.json in RUN]")
+@click.option("--out", type=PATH, help="the .html  [default: report.html in RUN]")
+@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+def report(
+    run: Path,
+    evaluation: Path | None,
+    outlying: Path | None,
+    diagnosis: Path | None,
+    out: Path | None,
+    overwrite: bool,
+) -> None:
+    """Make one HTML page of a fit, for any browser and without a network: pictures, curves, tables, commands.
+
+    RUN is the folder of a fit. What is missing in it (eval, ood, doctor) the page says how to make.
+    """
+    out = out or run / "report.html"
+    given = {"eval": evaluation, "ood": outlying, "doctor": diagnosis}
+    page = run_page(run, given)
+    places.require_free(out, overwrite)
+    write_atomically(out, page.encode())
+    click.echo(f"wrote {out}")
+
+
+@click.command()
+@BACKBONE
+@OWN_DATA
+@config_options(DoctorConfig, skip=("seed", "energy"))
+@SEED
+@DEVICE
+@JSON
+def doctor(
+    adapter_name: str | None,
+    checkpoint: str,
+    data: str | None,
+    data_root: Path | None,
+    download: bool,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Say whether a VAE has a prior hole that an energy can fill, and in which groups."""
+    config = resolve(DoctorConfig(), given)
+    config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
+    backbone = load_backbone(adapter_name, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])
+    data = data or own_data(checkpoint, backbone)
+    images = open_images(data, split="test", data_root=data_root, download=download, image_shape=backbone.image_shape)
+    with Bar("doctor", 3) as bar:
+        result = examine(backbone, images, config, on_stage=bar.stage)
+    show_result(result, as_json, findings.doctor_card)
+
+
+@click.command()
+@click.argument("prior", type=PATH, required=False)
+@click.option("--backbone", "adapter_name", help="adapter that reads --ckpt")
+@click.option("--ckpt", "checkpoint", help="a backbone instead of a prior: official, own form, or bundled name")
+@JSON
+def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, as_json: bool) -> None:
+    """Say what a prior file or a backbone is: groups, parameters, how it was trained."""
+    if (prior is None) == (checkpoint is None):
+        raise click.UsageError("give either a prior file or --ckpt")
+    if prior is not None:
+        show_result(prior_record(prior) | {"heads": describe.head_parameters(prior)}, as_json, summaries.prior_card)
+        return
+    backbone = load_backbone(adapter_name, str(checkpoint))
+    described = describe.describe_backbone(backbone, own_record(str(checkpoint), backbone))
+    show_result(described, as_json, summaries.backbone_card)
+
+
+@click.command()
+@BACKBONE
+@click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="of the weights in the file",
+)
+@click.option(
+    "--set",
+    "changes",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="change an option of the architecture that holds no weights, VALUE in JSON; VAEBM's Gaussian decoders: "
+    "log_std_floor=-2",
+)
+@click.option("--overwrite", is_flag=True, help="replace --out")
+def convert(
+    adapter_name: str | None, checkpoint: str, out: Path, precision: str, changes: tuple[str, ...], overwrite: bool
+) -> None:
+    """Write a backbone in ebm-prior's own form, one safetensors file that every command takes as --ckpt."""
+    options = parsed_options(changes)
+    if out.suffix != ".safetensors":
+        raise ConfigurationError(f"--out must end in .safetensors, by which its form is known; found {out}")
+    places.require_free(out, overwrite)
+    backbone = load_backbone(adapter_name, checkpoint)
+    record = {**source_record(checkpoint, backbone), "stage": "convert"}
+    if options:
+        backbone = with_options(backbone, options)
+        record["set"] = record.get("set", {}) | options
+    save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
+    click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
+
+
+@click.command()
+@click.option("--out", type=PATH, default=Path("ebm-prior-demo"), show_default=True, help="where results are written")
+@click.option("--overwrite", is_flag=True, help="write into --out though it holds something else than a demo")
+@SEED
+@JSON
+def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:
+    """Fit a prior to the bundled HVAE and show samples before and after. Offline, a few minutes on two cores."""
+    require_demo_folder(out, overwrite)
+    with Bar("demo", demo_config().iterations) as bar:
+        result = run_demo(out, seed=seed, overwrite=overwrite, on_step=bar.step, on_stage=bar.remark)
+    show_result(result, as_json, findings.demo_summary)
+
+
+@click.command()
+@JSON
+def backbones(as_json: bool) -> None:
+    """List the adapters that are installed, and the trained backbones that come with the package."""
+    show_result(describe.list_backbones(), as_json, summaries.backbone_list)

@@ -1,0 +1,60 @@
+"""Command-line options out of configuration dataclasses: defaults and help live there alone, never repeated.
+
+A configuration is resolved from, later ones winning: the dataclass's defaults or a preset, a JSON file (--config), the
+options given. Nested dataclasses become options with a prefix: --energy-channels, --sampler-steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import click
+
+from ebm_prior.settings import leaves, spelled
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+WORDING = "{help}  [default: {default}]"
+
+
+def config_options(
+    kind: type[Any],
+    *,
+    skip: tuple[str, ...] = ("seed",),
+    wording: Mapping[str, str] | None = None,
+    also: Mapping[str, Sequence[str]] | None = None,
+) -> Callable[[Command], Command]:
+    """Decorate a command with an option for every field of a configuration dataclass that has a help text.
+
+    `skip`: fields, of nested dataclasses too, that become no options. `wording`: what the help says, in place of
+    `WORDING`, of options whose names start so, where a command has more to say or starts from other defaults. `also`:
+    further spellings of an option.
+    """
+
+    def decorate(command: Command) -> Command:
+        for name, hint, entry, value in reversed(list(leaves(kind, skip))):
+            option_type = _click_type(hint)
+            multiple = option_type[1] if isinstance(option_type, tuple) else 1
+            said = next((text for start, text in (wording or {}).items() if name.startswith(start)), WORDING)
+            click.option(
+                f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}"
+                if option_type is bool
+                else f"--{name.replace('_', '-')}",
+                *(also or {}).get(name, ()),
+                name,
+                type=None if option_type is bool else option_type[0] if multiple > 1 else option_type,
+                nargs=multiple,
+                default=None,
+                help=said.format(help=entry.metadata["help"], default=spelled(value)),
+            )(command)
+        return command
+
+    return decorate
+
+
+def _click_type(hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        return click.Choice(get_args(hint))
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0], len(get_args(hint))
+    return hint

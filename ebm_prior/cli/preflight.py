@@ -1,0 +1,123 @@
+"""How much memory a command will take, said before it starts, and refused where the device has not as much.
+
+Nearly all of it is what a step keeps for its backward pass, which grows in proportion to the chains: a step of two of
+them is made, with every tensor counted as long as it lives, and multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_prior.compute.memory import free_bytes, peak_bytes
+from ebm_prior.compute.randomness import BLOCK, derived_generator
+from ebm_prior.errors import MemoryLimitError
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import JointEnergy
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import SamplerConfig, start
+from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.stages import draws_at_once
+
+UNITS = {"KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
+MEASURED = 2  # chains
+HOLES = {"cpu": 2.5}  # times the tensors, measured: 1.9 to 2.9, for the C library does not fill all that it has freed
+
+
+class Need(NamedTuple):
+    """Memory that a command will take beside what the process has already."""
+
+    bytes: int
+    of: str  # e.g. "128 chains at a time"
+    remedy: str  # what to do where it does not fit
+
+
+def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig) -> Need:
+    """Of n draws in chunks, with z, ε and images of all of them, twice while they are joined."""
+    chains = min(n, max(BLOCK, chunk // BLOCK * BLOCK))
+    smaller = [f"-n or --samples below {n}", *([f"--chunk {BLOCK}"] if chains > BLOCK else [])]
+    numbers = 2 * sum(math.prod(group.shape) for group in prior.backbone.groups) + math.prod(prior.backbone.image_shape)
+    draws = 2 * n * numbers * next(prior.backbone.parameters()).dtype.itemsize
+    at_work = chains * chain_bytes(prior) if sampler.steps else 0
+    return Need(draws + at_work, f"{n} draws, {chains} at a time", _one_of(*smaller, *_cells(prior.backbone)))
+
+
+def for_fit(backbone: Backbone, config: FitConfig) -> Need:
+    """Of an iteration: its chains, or the gradient of the heads, whichever takes more."""
+    prior = EBMPrior(backbone, JointEnergy(backbone.groups, config.energy), regime=config.regime, target=config.target)
+    rows = config.batch_size // config.parts
+    smaller = (f"--parts above {config.parts}", f"--batch-size below {config.batch_size}")
+    heads = Need(2 * rows * _head_bytes(prior), f"the heads at {2 * rows} latents", _one_of(*smaller))
+    staged = config.ratios == "staged" or config.may_stage
+    if config.objective == "nce" and not staged:
+        return heads
+    device = next(backbone.parameters()).device
+    chains = rows
+    if staged:
+        rows = config.staging(0).batch_size // config.parts if config.may_stage else rows
+        stage = config.stage.suited(backbone, config.parts)
+        chains = min(draws_at_once(rows, device), -(-(stage.particles + stage.held_out) // config.parts))
+    remedy = _one_of(*smaller, *(["--ratios one"] if staged else []), *_cells(backbone))
+    moving = Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy)
+    if device.type == "cuda":  # whose graphs keep the memory of the chains
+        return moving._replace(bytes=moving.bytes + heads.bytes, of=f"{moving.of} and {heads.of}")
+    return max(heads, moving)
+
+
+def require(need: Need, device: torch.device) -> str:
+    """One line that says what is needed and what is there. Raises MemoryLimitError where it does not fit."""
+    free = free_bytes(device)
+    there = "" if free is None else f", {_size(free)} free"
+    if free is not None and need.bytes > free:
+        raise MemoryLimitError(
+            f"expected about {_size(need.bytes)} of memory on {device} for {need.of}, found {_size(free)} free: use "
+            f"{need.remedy}"
+        )
+    return f"memory on {device}: about {_size(need.bytes)} for {need.of}{there}"
+
+
+def chain_bytes(prior: EBMPrior) -> int:
+    """Bytes that a chain takes at the peak of a step."""
+    eps = _noise(prior.backbone)
+    return _taken(lambda: start(prior.potential, eps), eps[0].device)
+
+
+def _head_bytes(prior: EBMPrior) -> int:
+    """Bytes that a latent takes at the peak of the heads' gradient."""
+    with torch.no_grad():
+        eps = _noise(prior.backbone)
+        inputs = prior.energy.inputs(prior.backbone.reparameterize(eps), eps)
+    energy = prior.energy.requires_grad_(True)
+    learned = list(energy.parameters())
+    found = _taken(lambda: torch.autograd.grad(energy(inputs).sum(), learned), eps[0].device)
+    energy.requires_grad_(False)
+    return max(0, found - _taken(lambda: [torch.zeros_like(p) for p in learned], eps[0].device))
+
+
+def _noise(backbone: Backbone) -> list[Tensor]:
+    device = next(backbone.parameters()).device
+    return backbone.standard_normal(MEASURED, generator=derived_generator(0, device=device))
+
+
+def _taken(run: Callable[[], object], device: torch.device) -> int:
+    """Of memory on the device, for each of the chains measured."""
+    return int(HOLES.get(device.type, 1.2) * peak_bytes(run) / MEASURED)
+
+
+def _cells(backbone: Backbone) -> list[str]:
+    """What makes the passes of a backbone smaller, where it has cells for it."""
+    return [] if type(backbone).checkpointing is Backbone.checkpointing else ["--checkpointing", "--precision bf16"]
+
+
+def _one_of(*remedies: str) -> str:
+    return " or ".join(remedies)
+
+
+def _size(number: int) -> str:
+    """In binary units, to at most three digits."""
+    unit = next((unit for unit in ("KiB", "MiB", "GiB") if number < 1000 * 1024 ** UNITS[unit]), "TiB")
+    return f"{number / 1024 ** UNITS[unit]:.3g} {unit}"

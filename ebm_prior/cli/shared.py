@@ -1,0 +1,211 @@
+"""What the commands share: options that mean the same everywhere, errors as exit codes, results as text or JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from ebm_prior.cli.preflight import Need, require
+from ebm_prior.compute.parallel import ALONE, Processes, own_device
+from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError
+from ebm_prior.storage import places
+from ebm_prior.storage.atomic import without_nan
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+PATH = click.Path(exists=False, path_type=Path)
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
+WORDS = "ebm_prior.words"  # of the command, in click's context
+SHARED = ("fit", "sample", "eval")  # what several processes of torchrun can do together
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options under one name, so that they mean the same everywhere."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+DEVICE_NAME = click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda")
+
+
+def _device_options(*dtypes: str) -> Callable[[Command], Command]:
+    half = "; bf16: in the cells of an NVAE, all else in float32" if "bf16" in dtypes else ""
+    return together(
+        DEVICE_NAME,
+        click.option(
+            "--precision",
+            "dtype",
+            type=click.Choice(dtypes),
+            default="float32",
+            show_default=True,
+            help=f"of computation{half}",
+        ),
+    )
+
+
+DEVICE = _device_options(*DTYPES)
+TRAINING_DEVICE = _device_options("float32", "float64")
+PASSES = together(
+    click.option(
+        "--checkpointing",
+        is_flag=True,
+        help="in the cells of an NVAE, keep less for the backward pass and compute it again: less memory, same results",
+    ),
+    click.option(
+        "--compile",
+        "compiled",
+        is_flag=True,
+        help="fuse the cells of an NVAE by torch.compile: 10 s at first, then less time on a GPU",
+    ),
+)
+SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of everything random")
+RUN_SEED = click.option("--seed", type=click.IntRange(0), help="seed of everything random  [default: 0, or --config's]")
+JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+BACKBONE = together(
+    click.option(
+        "--backbone", "adapter_name", help="adapter that reads the checkpoint (ebm-prior backbones lists them)"
+    ),
+    click.option(
+        "--ckpt", "checkpoint", required=True, help="backbone: official file or folder, own form, or bundled name"
+    ),
+)
+DATA_ROOT = together(
+    click.option(
+        "--data-root", type=PATH, help="where named data sets lie  [default: $EBM_PRIOR_DATA, else user cache]"
+    ),
+    click.option("--download", is_flag=True, help="fetch a named data set if it is not there"),
+)
+DATA_FORMS = "folder of images, .npz, .npy, idx file or data set name"
+DATA = together(click.option("--data", required=True, help=DATA_FORMS), DATA_ROOT)
+OWN_DATA = together(
+    click.option("--data", help=f"{DATA_FORMS}  [default: what the backbone or prior was trained on]"),
+    DATA_ROOT,
+)
+RUN = together(
+    click.option("--out", type=PATH, help="run directory  [default: the next free one under ./runs]"),
+    click.option("--overwrite", is_flag=True, help="start anew where an earlier run lies"),
+    click.option("--resume", is_flag=True, help="go on from the last state of the run in --out, if there is one"),
+    click.option("--config", "config_file", type=PATH, help="JSON file of settings; options given here win"),
+)
+
+
+class Group(click.Group):
+    """Turns errors into one line on stderr and their exit code, and remembers the command for its result."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        words = list(args)
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[WORDS] = words
+        return context
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DivergenceError as error:
+            complain(f"diverged: {error}")
+            ctx.exit(3)
+        except EbmPriorError as error:
+            complain(f"error: {error}")
+            ctx.exit(1)
+        except OSError as error:  # a disk or path of which no command has more to say
+            if error.errno == errno.EPIPE:  # whoever read stdout has had enough, of which click says nothing
+                raise
+            complain(f"error: {error}")
+            ctx.exit(1)
+
+
+def new_or_resumed(resume: bool, overwrite: bool) -> None:
+    """Refuse to go on with a run and to start it anew at once."""
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with a run, --overwrite starts it anew: give one of them")
+
+
+def refuse_unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool, why: str) -> None:
+    """Refuse options that would change nothing."""
+    names = [f"--{key.replace('_', '-')}" for key, v in given.items() if key.startswith(starts) and v is not None]
+    if names and not used:
+        raise click.UsageError(f"{why}: leave out {', '.join(names)}")
+
+
+def run_directory(out: Path | None, command: str, resume: bool) -> Path:
+    """`commands.run_directory`, named before the work begins: a run that is killed can then be resumed."""
+    directory = places.run_directory(out, command, resume=resume)
+    click.echo(f"run: {directory}", err=True)
+    return directory
+
+
+def launched_processes() -> Processes:
+    """Those that torchrun has started, connected by `main`."""
+    return click.get_current_context().find_object(Processes) or ALONE
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Nothing is printed: of several processes the first one speaks."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def complain(text: str) -> None:
+    """One line on stderr; of several processes each has its own."""
+    processes = launched_processes()
+    if processes.first:
+        click.echo(f"ebm-prior: {text}", err=True)
+    else:  # whose sys.stderr leads nowhere
+        click.echo(f"ebm-prior: process {processes.rank} of {processes.count}: {text}", file=sys.__stderr__)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of this process. Raises ConfigurationError where it cannot be used."""
+    try:
+        device = torch.device(own_device(name))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def preflight(need: Need, device: str) -> None:
+    """Say how much memory will be taken. Raises MemoryLimitError where it does not fit."""
+    click.echo(require(need, torch_device(device)), err=True)
+
+
+def typed_command() -> str:
+    """The command that runs, as it was typed."""
+    return shlex.join(["ebm-prior", *click.get_current_context().meta[WORDS]])
+
+
+def show_result(result: Any, as_json: bool, human: Callable[[Any], str]) -> None:
+    """Print a result: text, or JSON that also says which command made it."""
+    if not as_json:
+        click.echo(human(result))
+        return
+    made = {"command": typed_command()}
+    marked = [made | each for each in result] if isinstance(result, list) else made | result
+    click.echo(json.dumps(without_nan(marked), sort_keys=True))
+
+
+RECORDED = "{help}  [default: as recorded]"
+
+
+PRIOR = together(
+    click.argument("prior", type=PATH),
+    click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved"),
+    click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on"),
+)

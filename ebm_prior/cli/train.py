@@ -1,0 +1,292 @@
+"""The commands that train: fit, pretrain, train, classifier."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ebm_prior.cli.options import config_options
+from ebm_prior.cli.preflight import for_fit
+from ebm_prior.cli.progress import Bar
+from ebm_prior.cli.shared import (
+    BACKBONE,
+    DATA,
+    DEVICE,
+    DTYPES,
+    JSON,
+    OWN_DATA,
+    PASSES,
+    PATH,
+    RUN,
+    RUN_SEED,
+    SEED,
+    TRAINING_DEVICE,
+    launched_processes,
+    new_or_resumed,
+    preflight,
+    refuse_unused,
+    run_directory,
+    show_result,
+    torch_device,
+)
+from ebm_prior.data.images import open_images
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.evaluation.classifier import ClassifierConfig, save_classifier, train_classifier
+from ebm_prior.reports import summaries
+from ebm_prior.runs.backbones import new_backbone, new_network, own_data
+from ebm_prior.runs.fit import fit_into
+from ebm_prior.runs.pretrain import pretrain_into
+from ebm_prior.runs.train import train_into
+from ebm_prior.settings import resolve
+from ebm_prior.storage import places
+from ebm_prior.storage.checkpoint import load_backbone
+from ebm_prior.training.fit_config import PRESETS, FitConfig
+from ebm_prior.training.joint_config import JOINT_PRESETS, JointConfig
+from ebm_prior.training.pretrain_config import PretrainConfig
+
+COLOUR = ClassifierConfig.suited((3, 32, 32))
+SUITED = {
+    entry.name: f"{{help}}  [default: {{default}}; for colour images {getattr(COLOUR, entry.name)}]"
+    for entry in fields(ClassifierConfig)
+    if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
+}
+
+
+@click.command()
+@BACKBONE
+@OWN_DATA
+@RUN
+@click.option(
+    "--bn-readjust",
+    is_flag=True,
+    help="first re-adjust the backbone's batch norms to its own samples (NVAE, §5.2); it is kept beside the prior",
+)
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help="base settings")
+@config_options(
+    FitConfig,
+    wording={"chain_": "mle: {help}  [default: {default}]", "sampler_": "{help}  [default: as the preset has it]"},
+    also={"iterations": ["--max-steps"]},
+)
+@RUN_SEED
+@PASSES
+@DEVICE
+@JSON
+def fit(
+    adapter_name: str | None,
+    checkpoint: str,
+    data: str | None,
+    data_root: Path | None,
+    download: bool,
+    out: Path | None,
+    overwrite: bool,
+    resume: bool,
+    config_file: Path | None,
+    bn_readjust: bool,
+    preset: str,
+    seed: int | None,
+    device: str,
+    checkpointing: bool,
+    compiled: bool,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train an energy-based prior on a frozen backbone (second stage)."""
+    new_or_resumed(resume, overwrite)
+    config, processes = resolve(PRESETS[preset](), given | {"seed": seed}, config_file), launched_processes()
+    if given["parts"] is None and config.parts == 1:
+        config = replace(config, parts=processes.count)
+    mle, density = config.objective == "mle", config.regime == "calibrated"
+    refuse_unused(given, ("chain", "refresh", "penalty"), mle, "only mle has chains and a penalty (--objective mle)")
+    refuse_unused(given, ("patience", "ess_floor"), density, "a refiner is no density: it has no gain to wait for")
+    refuse_unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
+    staged = config.ratios == "staged" or config.may_stage
+    refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
+    if bn_readjust and dtype == "bf16":
+        raise click.UsageError("batch norms are re-adjusted in float32 or float64: leave out --precision bf16")
+    backbone = load_backbone(adapter_name, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])
+    if data is None:
+        data = own_data(checkpoint, backbone)
+        click.echo(f"images: {data}, which {checkpoint} was trained on (--data takes others)", err=True)
+    images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
+    preflight(for_fit(backbone.checkpointing() if checkpointing else backbone, config), device)
+    directory = processes.of_first(lambda: run_directory(out, "fit", resume))
+    with Bar("fit", config.iterations) as bar:
+        result = fit_into(
+            directory,
+            backbone,
+            images,
+            config,
+            checkpoint=checkpoint,
+            bn_readjust=bn_readjust,
+            checkpointing=checkpointing,
+            compiled=compiled,
+            resume=resume,
+            overwrite=overwrite,
+            on_step=bar.step,
+            on_stage=bar.remark,
+            processes=processes,
+        )
+    show_result(result, as_json, summaries.fit_summary)
+
+
+@click.command()
+@click.option("--backbone", "adapter_name", help="adapter to train (needed without --ckpt)")
+@click.option(
+    "--architecture", help="bundled backbone, or JSON file of the adapter's arguments  [default: its own, if any]"
+)
+@click.option("--ckpt", "checkpoint", help="start from these weights: official file or folder, own form, bundled name")
+@DATA
+@RUN
+@config_options(PretrainConfig)
+@RUN_SEED
+@TRAINING_DEVICE
+@JSON
+def pretrain(
+    adapter_name: str | None,
+    architecture: str | None,
+    checkpoint: str | None,
+    data: str,
+    data_root: Path | None,
+    download: bool,
+    out: Path | None,
+    overwrite: bool,
+    resume: bool,
+    config_file: Path | None,
+    seed: int | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train a hierarchical VAE by its ELBO (first stage), from scratch or from the weights of --ckpt."""
+    new_or_resumed(resume, overwrite)
+    config = resolve(PretrainConfig(), given | {"seed": seed}, config_file)
+    if checkpoint is not None:
+        if architecture is not None:
+            raise click.UsageError("--ckpt has its own architecture: leave --architecture out")
+        backbone = load_backbone(adapter_name, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])
+    elif adapter_name is not None:
+        backbone = new_backbone(adapter_name, architecture, config.seed).to(torch_device(device), DTYPES[dtype])
+    else:
+        raise click.UsageError("say what to train: --backbone, or --ckpt to go on from trained weights")
+    train, test = (
+        open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
+        for split in ("train", "test")
+    )
+    directory = run_directory(out, "pretrain", resume)
+    with Bar("pretrain", config.iterations) as bar:
+        result = pretrain_into(
+            directory,
+            backbone,
+            train,
+            test,
+            config,
+            checkpoint=checkpoint,
+            resume=resume,
+            overwrite=overwrite,
+            on_step=bar.step,
+        )
+    show_result(result, as_json, summaries.pretrain_summary)
+
+
+@click.command()
+@click.option("--backbone", "adapter_name", default="shallow", show_default=True, help="adapter to train")
+@click.option("--architecture", help="bundled backbone, or JSON file of the adapter's arguments")
+@click.option(
+    "--set",
+    "changes",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="an argument of the adapter, VALUE in JSON: width=16, latents=[16,8] (image_shape is the data's)",
+)
+@click.option("--ckpt", "checkpoint", help="start from these weights: official file or folder, own form, bundled name")
+@DATA
+@RUN
+@click.option(
+    "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help="base settings"
+)
+@config_options(JointConfig, skip=("seed", "standardize"))
+@RUN_SEED
+@TRAINING_DEVICE
+@JSON
+def train(
+    adapter_name: str,
+    architecture: str | None,
+    changes: tuple[str, ...],
+    checkpoint: str | None,
+    data: str,
+    data_root: Path | None,
+    download: bool,
+    out: Path | None,
+    overwrite: bool,
+    resume: bool,
+    config_file: Path | None,
+    preset: str,
+    seed: int | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train a whole model, generator and energy-based prior together (maximum likelihood or variational)."""
+    new_or_resumed(resume, overwrite)
+    if bool(architecture) + bool(changes) + bool(checkpoint) > 1:
+        raise click.UsageError("--architecture, --set and --ckpt each say what network it is: give one")
+    config = resolve(JOINT_PRESETS[preset](), given | {"seed": seed}, config_file)
+    ebm, langevin = config.prior == "ebm", config.posterior == "langevin"
+    refuse_unused(
+        given, ("energy_", "prior_chain", "chains", "refresh", "penalty"), ebm, "a Gaussian prior has no energy"
+    )
+    refuse_unused(given, ("posterior_chain", "bfloat16"), langevin, "only --posterior langevin has chains of images")
+    refuse_unused(given, ("space",), ebm or langevin, "there are no chains to move")
+    refuse_unused(given, ("refresh",), config.chains == "persistent", "fresh chains all start anew")
+    refuse_unused(given, ("energy_dropout",), config.energy.joint > 0, "dropout is the joint head's (--energy-joint)")
+    images, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
+    if checkpoint is not None:
+        chosen = click.get_current_context().get_parameter_source("adapter_name")
+        named = adapter_name if chosen is ParameterSource.COMMANDLINE else None
+        backbone = load_backbone(named, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])
+    else:
+        backbone = new_network(adapter_name, architecture, changes, images.shape, config.seed)
+        backbone = backbone.to(torch_device(device), DTYPES[dtype])
+    if images.shape != backbone.image_shape:
+        raise ConfigurationError(f"the network is of images {backbone.image_shape}, found {data} with {images.shape}")
+    directory = run_directory(out, "train", resume)
+    with Bar("train", config.iterations) as bar:
+        result = train_into(
+            directory,
+            backbone,
+            images,
+            test,
+            config,
+            checkpoint=checkpoint,
+            resume=resume,
+            overwrite=overwrite,
+            on_step=bar.step,
+            on_remark=bar.remark,
+        )
+    show_result(result, as_json, summaries.train_summary)
+
+
+@click.command()
+@DATA
+@click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
+@click.option("--overwrite", is_flag=True, help="replace --out")
+@config_options(ClassifierConfig, skip=("seed", "data"), wording=SUITED)
+@SEED
+def classifier(
+    data: str, data_root: Path | None, download: bool, out: Path, overwrite: bool, seed: int, **given: Any
+) -> None:
+    """Train the classifier whose features FD compares, on a labelled data set (for `eval --classifier`)."""
+    places.require_free(out, overwrite)
+    train, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
+    config = replace(resolve(ClassifierConfig.suited(train.shape, Path(data).stem), given), seed=seed)
+    with Bar("classifier", 0) as bar:
+        trained, accuracy = train_classifier(train, test, config, on_step=bar.step)
+    save_classifier(trained, out)
+    click.echo(f"wrote {out}: test accuracy {accuracy:.4f}")

@@ -1,0 +1,1 @@
+"""Images: from folders, arrays, named data sets."""

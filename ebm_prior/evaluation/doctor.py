@@ -1,0 +1,223 @@
+"""What `ebm-prior doctor` finds: does this VAE have a prior hole, and is it one that an energy can fill?
+
+Good reconstructions beside bad samples mean that the latents which the encoder produces are not those which the prior
+draws. How far they are apart, and in which groups, is what a classifier can tell; KL, active units and the moments of
+the standardised codes ε say why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from ebm_prior.compute.randomness import BLOCK, BlockGenerator, derived_generator, derived_seed
+from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.evaluation.gauge import GaugeConfig, gauge_auc
+from ebm_prior.interfaces import Images
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.settings import require_positive, require_seed
+
+ACTIVE = 0.01  # variance of a unit's posterior mean over images, in units of the prior's (Burda et al. 2016)
+INACTIVE_KL = 0.1  # nats: a group with less says next to nothing about the image
+HOLE, WIDE = 0.53, 0.95  # AUC: below, a classifier of this budget sees no hole; above, one density ratio saturates
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """How closely the doctor looks."""
+
+    samples: int = field(default=2000, metadata={"help": "images (at most all), and as many draws of the prior"})
+    chunk: int = field(default=256, metadata={"help": "images at a time, rounded to blocks of 64; changes no result"})
+    gauge: GaugeConfig = field(default_factory=lambda: GaugeConfig(iterations=150))
+    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+
+    def __post_init__(self) -> None:
+        require_positive(self, "samples", "chunk")
+        require_seed(self)
+        if self.samples < self.gauge.least:
+            raise ConfigurationError(f"expected at least {self.gauge.least} samples, found {self.samples}")
+
+
+class _Moments:
+    """Sums over images of one group: of its KL, of ε and ε², of the noiseless ε and its square, and σ's range."""
+
+    def __init__(self) -> None:
+        self.count, self.kl = 0, 0.0
+        self.sums: list[Tensor] = []
+        self.low, self.high = math.inf, 0.0
+
+    def add(self, kl: Tensor, eps: Tensor, noiseless: Tensor, std: Tensor) -> None:
+        new = [
+            term.double().flatten(1).sum(0).cpu()
+            for term in (eps, eps.square(), noiseless, noiseless.double().square())
+        ]
+        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
+        self.count += len(eps)
+        self.kl += float(kl.double().sum())
+        self.low, self.high = min(self.low, float(std.min())), max(self.high, float(std.max()))
+
+    def described(self) -> dict[str, float]:
+        mean, square, noiseless, noiseless_square = (total / self.count for total in self.sums)
+        return {
+            "units": len(mean),
+            "active_units": int((noiseless_square - noiseless.square() > ACTIVE).sum()),
+            "kl_nats": self.kl / self.count,
+            "eps_mean_rms": float(mean.square().mean().sqrt()),
+            "eps_variance": float((square - mean.square()).mean()),
+            "std_low": self.low,
+            "std_high": self.high,
+        }
+
+
+@torch.no_grad()
+def examine(
+    backbone: Backbone,
+    images: Images,
+    config: DoctorConfig,
+    *,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Per group: KL, active units, moments of ε, σ's range, AUC of posterior against prior; audits; a verdict.
+
+    Plain values, ready for JSON. Raises DataError for fewer images than the AUC needs.
+    """
+    n = min(config.samples, len(images))
+    if n < config.gauge.least:
+        raise DataError(f"expected at least {config.gauge.least} images, found {n} of {images.name}")
+    on_stage("posterior codes")
+    moments, posterior, audit = _posterior(backbone, images, n, config)
+    on_stage("prior draws")
+    prior = _prior(backbone, n, config, audit)
+    groups: list[dict[str, Any]] = [
+        {"group": group.name, **each.described()} for group, each in zip(backbone.groups, moments, strict=True)
+    ]
+    result: dict[str, Any] = {
+        "data": images.name,
+        "images": n,
+        "seed": config.seed,
+        "not_finite": {what: count for what, count in audit.items() if count},
+        **_state(backbone),
+    }
+    if not result["not_finite"]:
+        on_stage("AUC of posterior against prior latents")
+        device = next(backbone.parameters()).device
+        with torch.enable_grad():
+            found = gauge_auc(posterior, prior, backbone.groups, config=config.gauge, device=device)
+        result |= {"auc": found.overall, "auc_budget": found.budget}
+        for row in groups:
+            row["auc"] = found.per_group[row["group"]]
+    result["groups"] = groups
+    return result | verdict(result)
+
+
+def verdict(result: dict[str, Any]) -> dict[str, Any]:
+    """In words, and the groups of which a head is worth its parameters."""
+    broken = result["not_finite"]
+    if broken:
+        what = ", ".join(f"{count:,} in {name}" for name, count in broken.items())
+        return {
+            "verdict": f"Broken: numbers that are not finite ({what}). No prior can mend this: look at the checkpoint, "
+            "at its batch norms, and at --precision float64.",
+            "worth_a_head": [],
+        }
+    worth = [row["group"] for row in result["groups"] if row["auc"] >= HOLE]
+    silent = [row["group"] for row in result["groups"] if row["kl_nats"] < INACTIVE_KL]
+    auc = result["auc"]
+    if auc < HOLE and not worth:
+        text = (
+            f"No prior hole in sight: with AUC {auc:.3f} a fresh classifier hardly tells posterior codes from draws of "
+            "the prior. An energy has little to gain here; if samples are bad, reconstructions are probably bad too."
+        )
+    elif auc < WIDE:
+        text = (
+            f"A prior hole that an energy can fill: AUC {auc:.3f} between posterior codes and draws of the prior. "
+            "`ebm-prior fit` with its defaults is the thing to try."
+        )
+    else:
+        text = (
+            f"A wide prior hole: with AUC {auc:.3f} posterior codes and draws of the prior hardly overlap, and one "
+            "density ratio saturates. `ebm-prior fit` then goes on in stages, which takes longer."
+        )
+    if not worth and auc >= HOLE:
+        text += " No group shows it alone: it lies in relations between groups, which the joint head sees."
+    elif worth:
+        text += f" Worth a head: {', '.join(worth)}."
+    if silent:
+        text += f" Nearly silent (KL below {INACTIVE_KL} nats): {', '.join(silent)}."
+    if result["training_mode"]:
+        text += " Some layers are in training mode: call eval() before anything is measured."
+    return {"verdict": text, "worth_a_head": worth}
+
+
+def _posterior(
+    backbone: Backbone, images: Images, n: int, config: DoctorConfig
+) -> tuple[list[_Moments], list[Tensor], dict[str, int]]:
+    like = next(backbone.parameters())
+    rows = torch.arange(len(images))
+    if len(images) > n:
+        rows = torch.randperm(len(images), generator=derived_generator(config.seed, 50))[:n]
+    moments = [_Moments() for _ in backbone.groups]
+    latents: list[list[Tensor]] = []
+    audit: dict[str, int] = {"weights": sum(int((~t.isfinite()).sum()) for t in backbone.state_dict().values())}
+    size = max(1, config.chunk // BLOCK) * BLOCK
+    for first in range(0, n, size):
+        batch = images.batch(rows[first : first + size]).to(like.device, like.dtype)
+        generator = BlockGenerator(derived_seed(config.seed, 51), first, len(batch), like.device)
+        x = backbone.observe(batch, generator=generator)
+        noise = backbone.standard_normal(len(batch), generator=generator)
+        draw = backbone.encode(x, noise)
+        trace = backbone.trace(draw, len(batch))
+        noiseless = backbone.infer(x, noise=[torch.zeros_like(group) for group in noise])
+        log_q, log_p = torch.stack(draw.log_q, dim=1), trace.log_prior
+        for index, each in enumerate(moments):
+            each.add(log_q[:, index] - log_p[:, index], trace.eps[index], noiseless.eps[index], trace.priors[index].std)
+        latents.append([z.cpu() for z in trace.z])
+        found = {"posterior codes": trace.z, "densities": [log_q, log_p]}
+        found["reconstructions"] = [backbone.likelihood(trace.features).mean]
+        _count(audit, found)
+    return moments, [torch.cat(group) for group in zip(*latents, strict=True)], audit
+
+
+def _prior(backbone: Backbone, n: int, config: DoctorConfig, audit: dict[str, int]) -> list[Tensor]:
+    latents: list[list[Tensor]] = []
+    device = next(backbone.parameters()).device
+    size = max(1, config.chunk // BLOCK) * BLOCK
+    for first in range(0, n, size):
+        count = min(size, n - first)
+        generator = BlockGenerator(derived_seed(config.seed, 52), first, count, device)
+        trace = backbone.transform(backbone.standard_normal(count, generator=generator))
+        _count(audit, {"prior draws": trace.z, "samples": [backbone.likelihood(trace.features).mean]})
+        latents.append([z.cpu() for z in trace.z])
+    return [torch.cat(group) for group in zip(*latents, strict=True)]
+
+
+def _count(audit: dict[str, int], found: dict[str, list[Tensor]]) -> None:
+    """Add up the numbers that are not finite."""
+    for name, tensors in found.items():
+        audit[name] = audit.get(name, 0) + sum(int((~tensor.isfinite()).sum()) for tensor in tensors)
+
+
+def _state(backbone: Backbone) -> dict[str, Any]:
+    """Dropout and batch norm: how many layers, and whether anything is in training mode."""
+    modules: list[nn.Module] = list(backbone.modules())
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.running_var is not None]
+    variances = [m.running_var for m in norms if m.running_var is not None]
+    # Dropout is a module of torch's, or the attribute of a block that calls the function.
+    rates = [m.p if isinstance(m, _DropoutNd) else getattr(m, "dropout", 0) for m in modules]
+    dropouts = [rate for rate in rates if isinstance(rate, float) and rate > 0]
+    return {
+        "training_mode": any(m.training for m in modules),
+        "dropout_layers": len(dropouts),
+        "dropout_largest": max(dropouts, default=0.0),
+        "batch_norms": len(norms),
+        "running_variance": [min(float(v.min()) for v in variances), max(float(v.max()) for v in variances)]
+        if variances
+        else None,
+    }

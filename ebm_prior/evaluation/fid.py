@@ -1,0 +1,221 @@
+"""FID, KID and the Inception Score as they are published: 50,000 samples against the statistics of all training images.
+
+They depend on the weights, the preprocessing (clean-fid's modes), both numbers of images and the split, so no figure
+goes without them, nor without the backbone's own on the same statistics. With weights that are not the official ones
+the same path is taken under other names (`Inception.distance_name`).
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebm_prior.compute.parallel import ALONE, Processes
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.data.images import ImageSource
+from ebm_prior.errors import CheckpointError, ConfigurationError
+from ebm_prior.evaluation.inception import Inception
+from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.settings import require_choices
+from ebm_prior.storage.atomic import user_cache, write_atomically
+
+SPLITS = 10  # of the Inception Score
+KERNEL_ROWS = 10_000  # images whose features are kept for KID, at most: its subsets have 1,000
+FORMAT = 1
+OnImages = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class FidConfig:
+    """What is compared with what. Published numbers have 50,000 samples (CelebA-HQ-256: 30,000) and all of train."""
+
+    samples: int = field(default=50_000, metadata={"help": "draws of each prior behind FID, KID and Inception Score"})
+    split: Literal["train", "test"] = field(default="train", metadata={"help": "all images of which they compare with"})
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        if self.samples < 2 * SPLITS:
+            raise ConfigurationError(
+                f"FID: expected at least {2 * SPLITS} samples (the Inception Score splits them in {SPLITS}), found "
+                f"{self.samples}"
+            )
+
+
+class ReferenceStatistics(NamedTuple):
+    """All that is kept of a set of images: the moments of its features, and some of these for KID."""
+
+    moments: FeatureStatistics
+    features: Tensor  # (min(N, KERNEL_ROWS), D), float32: a random part of them
+    provenance: dict[str, Any]
+    path: Path
+
+
+def reference_statistics(
+    images: ImageSource,
+    split: str,
+    network: Inception,
+    *,
+    cache_dir: Path | None = None,
+    on_images: OnImages = lambda count: None,
+    processes: Processes = ALONE,
+) -> ReferenceStatistics:
+    """Statistics of all `images`: from the cache, else computed and kept there, as .npz with their provenance.
+
+    `cache_dir`: by default `statistics` in ebm-prior's cache directory. `on_images` gets the number just done. The file
+    is found by the content of the images and the weights, so neither a renamed data set nor other weights are taken for
+    it. Raises CheckpointError for a damaged file, OutputError where none can be written.
+    """
+    provenance = {
+        "format": FORMAT,
+        "data": images.name,
+        "split": split,
+        "images": len(images),
+        "images_sha256": images.fingerprint(),
+        "mode": network.mode,
+        "weights": network.weights,
+        "weights_sha256": network.sha256,
+    }
+    name = f"{len(images)}-{network.mode}-{str(provenance['images_sha256'])[:16]}-{network.sha256[:16]}.npz"
+    path = (cache_dir or user_cache() / "statistics") / name
+    if path.is_file():
+        on_images(len(images))
+        return _read(path, provenance)
+
+    def seen(rows: Tensor) -> Tensor:
+        on_images(processes.count * len(rows))
+        return extract(network, images.batch(rows))
+
+    features = torch.cat(processes.map(seen, torch.split(torch.arange(len(images)), 250)))
+    chosen = torch.randperm(len(features), generator=derived_generator(0, 60))[:KERNEL_ROWS]
+    moments = FeatureStatistics.of(features)
+    buffer = BytesIO()
+    np.savez(
+        buffer,
+        mean=moments.mean,
+        covariance=moments.covariance,
+        features=features[chosen].numpy(),
+        provenance=np.array(json.dumps(provenance, sort_keys=True)),
+    )
+    if processes.first:
+        write_atomically(path, buffer.getvalue())
+    return ReferenceStatistics(moments, features[chosen], provenance, path)
+
+
+def _read(path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
+    """The statistics in a file, which must be of what `provenance` says, whatever name each thing had."""
+    try:
+        with np.load(path) as file:
+            recorded = json.loads(str(file["provenance"]))
+            moments = FeatureStatistics(file["mean"], file["covariance"], recorded["images"])
+            features = torch.from_numpy(file["features"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): delete it, and it will be computed again") from error
+    checked = ("format", "images", "images_sha256", "mode", "weights_sha256")
+    wrong = [key for key in checked if recorded.get(key) != provenance[key]]
+    if wrong:
+        what = ", ".join(f"{key} {provenance[key]!r}, found {recorded.get(key)!r}" for key in wrong)
+        raise CheckpointError(f"{path}: expected {what}: delete it, and it will be computed again")
+    return ReferenceStatistics(moments, features, provenance, path)
+
+
+def figures(features: Tensor, network: Inception, reference: ReferenceStatistics, seed: int) -> dict[str, float]:
+    """Fréchet and kernel distance to the reference, and the Inception Score where the network has classes.
+
+    features: (N, D), of samples.
+    """
+    found = {
+        "fid": frechet_distance(FeatureStatistics.of(features), reference.moments),
+        "kid": kernel_distance(features, reference.features, seed=seed),
+    }
+    logits = network.logits(features)
+    if logits is not None:
+        found["inception_score"], found["inception_score_sd"] = inception_score(logits, splits=SPLITS)
+    return found
+
+
+def published(
+    priors: Sequence[EBMPrior],
+    networks: Sequence[Inception],
+    images: ImageSource,
+    config: FidConfig,
+    *,
+    seed: int = 0,
+    chunk: int = 512,
+    cache_dir: Path | None = None,
+    on_images: OnImages = lambda count: None,
+    processes: Processes = ALONE,
+) -> list[list[dict[str, Any]]]:
+    """One card per prior and network: its figures and the backbone's, with all that they depend on. Plain values.
+
+    `priors`: of one backbone. Every sample is drawn once, by the prior's own sampler, and seen by all networks.
+    `images`: those of `config.split`. `on_images` gets the number just done, out of `amount`;
+    of several `processes`, which share the work, it is told about all of them.
+    """
+    references = [
+        reference_statistics(
+            images, config.split, network, cache_dir=cache_dir, on_images=on_images, processes=processes
+        )
+        for network in networks
+    ]
+
+    def measured(prior: EBMPrior, sampler: SamplerConfig) -> list[dict[str, float]]:
+        def see(part: Samples) -> list[Tensor]:
+            on_images(processes.count * len(part.images))  # the others are about as far
+            return [extract(network, part.images) for network in networks]
+
+        seen = prior.map_chunks(see, config.samples, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
+        sets = zip(zip(*seen, strict=True), networks, references, strict=True)
+        return [figures(torch.cat(features), network, reference, seed) for features, network, reference in sets]
+
+    backbone = priors[0].backbone
+    before = measured(EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig())), ANCESTRAL)
+    cards = []
+    for prior in priors:
+        after = measured(prior, prior.sampler)
+        sets = zip(networks, references, before, after, strict=True)
+        cards.append([_card(*each, prior.sampler, config, seed) for each in sets])
+    return cards
+
+
+def amount(priors: int, networks: int, images: int, config: FidConfig) -> int:
+    """How many images `published` deals with."""
+    return images * networks + config.samples * (1 + priors)
+
+
+def _card(
+    network: Inception,
+    reference: ReferenceStatistics,
+    before: dict[str, float],
+    after: dict[str, float],
+    sampler: SamplerConfig,
+    config: FidConfig,
+    seed: int,
+) -> dict[str, Any]:
+    return {
+        "distance": network.distance_name,
+        "official": network.official,
+        "mode": network.mode,
+        "weights": network.weights,
+        "samples": config.samples,
+        "sampler": asdict(sampler),
+        "seed": seed,
+        "reference": reference.provenance,
+        "statistics": reference.moments.digest,
+        "statistics_file": str(reference.path),
+        "kid_rows": len(reference.features),
+        "splits": SPLITS,
+        "backbone": before,
+        "prior": after,
+    }

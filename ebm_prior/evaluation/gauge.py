@@ -1,0 +1,225 @@
+"""How well a fresh classifier tells posterior latents from prior ones: the prior's holes, in one number per group.
+
+The AUC is .5 where the prior is the aggregate posterior as far as this classifier sees, and 1 where they do not
+overlap. It bounds what can be told apart from below, and grows with the number of latents and with the classifier:
+print the budget beside it, and compare only at equal budgets.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_prior.compute.randomness import derived_generator, derived_seed, seeded
+from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.evaluation.metrics import auroc
+from ebm_prior.model.backbone import LatentGroup
+from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
+from ebm_prior.settings import require_positive, require_seed
+from ebm_prior.training.objectives import nce_loss
+from ebm_prior.training.steps import batch_indices, update_average
+
+FINE_TUNING = 0.3  # the last stage's share of the learning rate
+LEAST = 20  # latents per part
+
+
+@dataclass(frozen=True)
+class GaugeConfig:
+    """The classifier and its training. The network is a joint energy, so it sees what a learned prior could correct.
+
+    Only what has a help text is an option of the command line: a yardstick that everybody sets anew measures nothing.
+    """
+
+    energy: EnergyConfig = field(
+        default_factory=lambda: EnergyConfig(
+            channels=32, hidden=64, vector_layers=2, joint=64, activation="leaky_relu", conditional=False, dropout=0.2
+        )
+    )  # all sizes stated: a yardstick does not change with the product's defaults
+    iterations: int = field(default=500, metadata={"help": "gradient steps at most, per network and fold"})
+    batch_size: int = field(default=256, metadata={"help": "posterior latents, and as many prior latents, per step"})
+    learning_rate: float = 2e-3  # peak; decays to 0 along a cosine
+    weight_decay: float = 1e-2  # AdamW's, decoupled
+    ema: float = 0.98  # decay of the weights' moving average, which is what is scored
+    inner: float = 0.2  # share of a training part that decides when to stop
+    evaluate_every: int = 25  # iterations between looks at the inner part
+    patience: int = 6  # looks without a better loss before stopping
+    folds: int = 2  # parts; each is scored by networks that saw the others
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "iterations", "batch_size", "learning_rate", "evaluate_every", "patience")
+        require_seed(self)
+        if self.energy.conditional:
+            raise ConfigurationError("the gauge is shown z alone: its network cannot be conditional")
+        if self.folds < 2 or not (0 < self.inner < 1 and 0 <= self.ema < 1 and self.weight_decay >= 0):
+            raise ConfigurationError(
+                f"expected folds ≥ 2, inner in (0, 1), ema in [0, 1), weight_decay ≥ 0; found {self}"
+            )
+
+    @property
+    def least(self) -> int:
+        """How many latents of each kind are needed."""
+        return LEAST * self.folds
+
+
+class GaugeResult(NamedTuple):
+    """Held-out AUC of posterior against prior latents."""
+
+    overall: float  # all groups together
+    per_group: dict[str, float]  # a network that sees this group alone
+    budget: str  # what the numbers depend on, to be printed beside them
+
+
+def gauge_auc(
+    posterior: Sequence[Tensor],
+    prior: Sequence[Tensor],
+    groups: Sequence[LatentGroup],
+    *,
+    config: GaugeConfig | None = None,
+    device: torch.device | None = None,
+) -> GaugeResult:
+    """Cross-fitted AUC with which a fresh classifier tells posterior z from prior z, overall and per group.
+
+    posterior, prior: lists of (N, *group.shape) and (M, *group.shape), in generation order, independent draws: one per
+    image, or the parts are not independent. Each part is scored by networks trained on the others, stopped early on an
+    inner split of these; the parts' AUCs are averaged. Where a network finds nothing it stays at f = 0, an AUC of
+    exactly .5. `device`: where the networks are trained (default: where the latents are); latents are moved there batch
+    by batch. Raises DataError for other shapes, NaN, or fewer latents than `config.least`; the global random state is
+    left as it was.
+    """
+    config = config or GaugeConfig()
+    _check(posterior, prior, groups, config)
+    device = device or posterior[0].device
+    parts = [
+        torch.randperm(len(z[0]), generator=derived_generator(config.seed, which)).tensor_split(config.folds)
+        for which, z in enumerate((posterior, prior))
+    ]
+    areas: dict[str, list[float]] = {group.name: [] for group in groups}
+    overall: list[float] = []
+    for fold in range(config.folds):
+        held = [_rows(z, part[fold]) for z, part in zip((posterior, prior), parts, strict=True)]
+        train_q, train_p = (
+            _rows(z, torch.cat([*part[:fold], *part[fold + 1 :]]))
+            for z, part in zip((posterior, prior), parts, strict=True)
+        )
+        whole, alone = _networks(train_q, train_p, groups, config, device, fold)
+        overall.append(auroc(*(values(whole, z, device) for z in held)))
+        for index, (group, network) in enumerate(zip(groups, alone, strict=True)):
+            areas[group.name].append(auroc(*(values(network, [z[index]], device) for z in held)))
+    budget = (
+        f"{len(posterior[0]):,} posterior and {len(prior[0]):,} prior latents, {config.folds} folds, at most "
+        f"{config.iterations:,} iterations of {config.batch_size} + {config.batch_size}, "
+        f"{sum(p.numel() for p in whole.parameters()):,} parameters"
+    )
+    return GaugeResult(_mean(overall), {name: _mean(folds) for name, folds in areas.items()}, budget)
+
+
+def _networks(
+    posterior: list[Tensor],
+    prior: list[Tensor],
+    groups: Sequence[LatentGroup],
+    config: GaugeConfig,
+    device: torch.device,
+    fold: int,
+) -> tuple[JointEnergy, list[JointEnergy]]:
+    """The classifier of all groups together, and one per group alone.
+
+    The whole one starts from the single ones: trained from scratch, a large group without signal is overfitted, and
+    stops it early, before it has found what small groups show. First its joint head alone, on the features found so
+    far, then all of it; each stage keeps the state that is best on the inner split, so none makes it worse.
+    """
+    with seeded(device, config.seed, 2, fold):  # initial weights and dropout
+        alone = []
+        for index, group in enumerate(groups):
+            network = JointEnergy([group], config.energy).to(posterior[index].dtype)
+            network.standardize(network.moments([posterior[index]]))
+            network.to(device)
+            alone.append(_train(network, [posterior[index]], [prior[index]], config, device, 1.0, (fold, index)))
+        if len(groups) == 1:
+            return alone[0], alone
+        whole = JointEnergy(groups, config.energy).to(device, posterior[0].dtype)
+        for mine, trained in zip(whole.heads.values(), alone, strict=True):
+            mine.load_state_dict(next(iter(trained.heads.values())).state_dict())
+        whole.heads.requires_grad_(False)
+        whole = _train(whole, posterior, prior, config, device, 1.0, (fold, len(groups)))
+        whole.requires_grad_(True)
+        return _train(whole, posterior, prior, config, device, FINE_TUNING, (fold, len(groups) + 1)), alone
+
+
+def _train(
+    network: JointEnergy,
+    posterior: list[Tensor],
+    prior: list[Tensor],
+    config: GaugeConfig,
+    device: torch.device,
+    rate: float,
+    stream: tuple[int, ...],
+) -> JointEnergy:
+    """Logistic regression of posterior (positive) on prior; returns the moving average at its best inner loss."""
+    inner_q, posterior = _split(posterior, config.inner)  # the parts are shuffled
+    inner_p, prior = _split(prior, config.inner)
+    average = copy.deepcopy(network).eval()
+    best, looks = copy.deepcopy(average), 0
+    best_loss = _loss(average, inner_q, inner_p, device)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate * config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations)
+    seeds = [derived_seed(config.seed, 3, which, *stream) for which in range(2)]
+    size = min(config.batch_size, len(posterior[0]), len(prior[0]))
+    network.train()
+    for iteration in range(config.iterations):
+        batches = [
+            _rows(z, batch_indices(len(z[0]), size, iteration, seed))
+            for z, seed in zip((posterior, prior), seeds, strict=True)
+        ]
+        with torch.enable_grad():
+            loss = nce_loss(*network([torch.cat(pair).to(device) for pair in zip(*batches, strict=True)]).chunk(2))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        update_average(average, network, config.ema, iteration)
+        if (iteration + 1) % config.evaluate_every == 0 or iteration + 1 == config.iterations:
+            inner_loss, looks = _loss(average, inner_q, inner_p, device), looks + 1
+            if inner_loss < best_loss:
+                best, best_loss, looks = copy.deepcopy(average), inner_loss, 0
+            elif looks >= config.patience:
+                break
+    return best
+
+
+def _loss(network: JointEnergy, posterior: list[Tensor], prior: list[Tensor], device: torch.device) -> float:
+    return float(nce_loss(values(network, posterior, device), values(network, prior, device)))
+
+
+def _mean(areas: list[float]) -> float:
+    return sum(areas) / len(areas)
+
+
+def _rows(z: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    return [group[rows] for group in z]
+
+
+def _split(z: list[Tensor], share: float) -> tuple[list[Tensor], list[Tensor]]:
+    first = max(1, round(share * len(z[0])))
+    return [group[:first] for group in z], [group[first:] for group in z]
+
+
+def _check(
+    posterior: Sequence[Tensor], prior: Sequence[Tensor], groups: Sequence[LatentGroup], config: GaugeConfig
+) -> None:
+    for what, z in (("posterior", posterior), ("prior", prior)):
+        shapes = [tuple(group.shape) for group in z]
+        if [shape[1:] for shape in shapes] != [tuple(g.shape) for g in groups] or len({s[0] for s in shapes}) != 1:
+            raise DataError(
+                f"{what}: expected one (N, *shape) per group, {[(g.name, g.shape) for g in groups]}; found {shapes}"
+            )
+        if shapes[0][0] < config.least:
+            raise DataError(f"{what}: expected at least {config.least} latents, found {shapes[0][0]}")
+        if broken := [g.name for g, t in zip(groups, z, strict=True) if not bool(t.isfinite().all())]:
+            raise DataError(f"{what}: latents of {', '.join(broken)} hold NaN or infinity")

@@ -1,0 +1,111 @@
+"""Two-dimensional latents (§5.1, Fig. 2): a two-layer model of two digits, its posterior codes, and the prior's chain.
+
+The chain starts in the Gaussian prior and should end on the modes of the posterior, in both layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.data.images import ImageSource
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.interfaces import Callback
+from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import ChainState, SamplerConfig, draw
+from ebm_prior.pictures.grids import scatters
+from ebm_prior.storage.registry import adapter, build
+from ebm_prior.training.joint import train_jointly
+from ebm_prior.training.joint_config import JointConfig
+from ebm_prior.training.joint_loss import potential
+
+EVERY = 10  # steps of the chain between its pictures
+POSTERIOR, CHAIN = "orange", "royalblue"  # the paper's colours
+
+
+class Transition(NamedTuple):
+    """What Fig. 2 shows, per latent group in generation order."""
+
+    posterior: list[Tensor]  # codes of images by the inference network, (N, 2)
+    steps: list[int]
+    chain: list[list[Tensor]]  # at each of the steps, (N, 2)
+
+
+def with_labels(images: ImageSource, labels: Sequence[int]) -> ImageSource:
+    """The images that have one of these labels. Raises ConfigurationError where there is none."""
+    if images.labels is None:
+        raise ConfigurationError(f"{images.name} has no labels by which to choose")
+    chosen = torch.isin(images.labels, torch.tensor(list(labels))).nonzero()[:, 0]
+    if not len(chosen):
+        raise ConfigurationError(f"{images.name} has no image with a label among {list(labels)}")
+    return images.subset(chosen)
+
+
+def config_2d(*, iterations: int = 2_000, seed: int = 0) -> JointConfig:
+    """K = 40 steps from the Gaussian prior at every iteration, as in §5.1.
+
+    The energy is there from the start: a hierarchical VAE by itself makes z_2 Gaussian, and leaves f_2 nothing to do.
+    """
+    return JointConfig(
+        iterations=iterations,
+        evaluate_every=iterations,
+        energy=EnergyConfig(hidden=64, vector_layers=2, joint=0, activation="leaky_relu", standardize=False),
+        energy_learning_rate=3e-4,
+        energy_from=0.0,
+        prior_chain=SamplerConfig(proposals=1, kernel="pcn-langevin", steps=40, step_size=0.15),
+        seed=seed,
+    )
+
+
+def train_2d(
+    images: ImageSource, config: JointConfig, *, width: int = 8, sigma: float = 0.3, on_step: Callback | None = None
+) -> EBMPrior:
+    """L = 2, two latents in each layer."""
+    network = {"image_shape": list(images.shape), "latents": [2, 2], "width": width, "sigma": sigma}
+    return train_jointly(build(adapter("shallow"), network, seed=config.seed), images, config, on_step=on_step)
+
+
+def transition(
+    prior: EBMPrior, images: ImageSource, sampler: SamplerConfig, *, n: int = 500, seed: int = 0
+) -> Transition:
+    """Posterior codes of n images, and n chains every `EVERY` steps from their start."""
+    backbone = prior.backbone
+    generator = derived_generator(seed, 50)
+    steps: list[int] = [0]
+    chain: list[list[Tensor]] = []
+
+    def propose() -> list[Tensor]:
+        start = backbone.standard_normal(n, generator=generator)
+        chain.append(backbone.reparameterize(start))
+        return start
+
+    def keep(step: int, state: ChainState, info: object) -> None:
+        if (step + 1) % EVERY == 0:
+            steps.append(step + 1)
+            chain.append(backbone.reparameterize(state.eps))
+
+    with torch.no_grad():
+        draw(potential(backbone, prior.energy, "eps"), propose, sampler, generator, callback=keep)
+        x = images.batch(torch.randperm(len(images), generator=generator)[:n])
+        posterior = backbone.draw_posterior(backbone.observe(x, generator=generator), generator=generator)
+    return Transition(posterior, steps, chain)
+
+
+def picture_2d(shown: Transition) -> Image.Image:
+    """A row of panels per layer, the top one first, and a column per step: posterior orange, chain blue."""
+    layers = len(shown.posterior)
+    panels = [
+        (
+            f"z_{layers - layer}, step {step}",
+            [(POSTERIOR, shown.posterior[layer]), (CHAIN, latents[layer])],
+        )
+        for layer in range(layers)
+        for step, latents in zip(shown.steps, shown.chain, strict=True)
+    ]
+    return scatters(panels, columns=len(shown.steps))

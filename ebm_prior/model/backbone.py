@@ -1,0 +1,285 @@
+"""The backbone contract: a hierarchical VAE as a top-down program that meets its latent groups one after another.
+
+An adapter writes that program once (`Backbone.top_down`). What happens at each group is decided by the caller through
+`draw`, so every pass below is the same traversal with another meaning:
+
+    sample the prior       mean + t·std·ξ
+    T_β  (Eqs. 28-29)      mean + t·std·ε_i, with ε given
+    T_β⁻¹, log p_β(z)      the given z_i; record (z_i − mean)/std and the log density
+    posterior sample       what `encode(images)` returned
+
+Conventions: lists run over the latent groups in generation order (index 0 is the TOP group, the paper's z_L); an entry
+has shape (B, *group.shape); B is the batch; densities are in nats; images are float (B, C, H, W) in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ebm_prior.compute.randomness import Generator, standard_normal
+from ebm_prior.errors import CheckpointError, ConfigurationError
+
+
+class LatentGroup(NamedTuple):
+    """One latent group z_i: its name and the shape of one draw, (C, H, W) or (D,), without the batch axis."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian: `mean` and `std` broadcast to (B, *shape)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def standardize(self, z: Tensor) -> Tensor:
+        """ε = (z − mean)/std, of z's shape."""
+        return (z - self.mean) / self.std
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of z (B, *shape) in nats, summed over all axes but the first: (B,)."""
+        element = -0.5 * self.standardize(z) ** 2 - self.std.log() - 0.5 * math.log(2 * math.pi)
+        return element.expand_as(z).flatten(1).sum(1)
+
+
+Draw = Callable[[int, Gaussian, Any], Tensor]
+"""(group index, its prior p(z_i | z_<i), the adapter's own context) -> z_i of shape (B, *group.shape)."""
+
+
+class PosteriorDraw:
+    """What `encode` returns: a Draw of z_i ~ q(z_i | x, z_<i) that records log q_i (B,) as the groups are met.
+
+    `conditional(i, prior, context)` returns z_i (B, *shape) and log q_i (B,).
+    """
+
+    z: list[Tensor] | None = None  # where they are known before the groups are met
+
+    def __init__(self, conditional: Callable[[int, Gaussian, Any], tuple[Tensor, Tensor]]) -> None:
+        self._conditional = conditional
+        self.log_q: list[Tensor] = []
+
+    @classmethod
+    def given(cls, z: list[Tensor], log_q: Sequence[Tensor]) -> PosteriorDraw:
+        """A draw that a bottom-up encoder has made already: z_i (B, *shape) and log q_i (B,) of every group."""
+        draw = cls(lambda index, prior, context: (z[index], log_q[index]))
+        draw.z = z
+        return draw
+
+    def __call__(self, index: int, prior: Gaussian, context: Any) -> Tensor:
+        z, log_q = self._conditional(index, prior, context)
+        self.log_q.append(log_q)
+        return z
+
+
+class ImageDistribution(Protocol):
+    """p(x | z): what `Backbone.likelihood` returns."""
+
+    @property
+    def mean(self) -> Tensor:
+        """The expected image, (B, C, H, W) in [0, 1]."""
+
+    def log_prob(self, images: Tensor) -> Tensor:
+        """log p(x | z) in nats of images (B, C, H, W), summed over pixels: (B,)."""
+
+    def sample(self, *, generator: Generator = None) -> Tensor:
+        """One image per batch entry, (B, C, H, W) in [0, 1]."""
+
+
+class Posterior(NamedTuple):
+    """One posterior draw for a batch of images, with its densities in nats."""
+
+    z: list[Tensor]
+    eps: list[Tensor]
+    log_q: Tensor  # (B, L)
+    log_p: Tensor  # (B, L): log p_β(z_i | z_<i)
+    features: Any  # for `Backbone.likelihood`
+
+
+class Trace(NamedTuple):
+    """What one traversal met: the latents, their conditional priors, and the features that end it."""
+
+    z: list[Tensor]
+    priors: list[Gaussian]
+    features: Any
+
+    @property
+    def eps(self) -> list[Tensor]:
+        """The standardised latents T_β⁻¹(z)."""
+        return [prior.standardize(z) for prior, z in zip(self.priors, self.z, strict=True)]
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log p_β(z_i | z_<i), (B, L) nats."""
+        return torch.stack([prior.log_prob(z) for prior, z in zip(self.priors, self.z, strict=True)], dim=1)
+
+
+class Backbone(nn.Module, ABC):
+    """A hierarchical VAE behind the contract. Subclass it, implement the three abstract methods, register the class.
+
+    `Adapter(**architecture)` must build the network, with `architecture` JSON-serialisable: that, with the state
+    dict, is the own safetensors form of a backbone. An adapter sets `groups`, `image_shape` and `architecture` in its
+    constructor. It does not detach, draws no noise of its own on the prior path, clamps nothing that the density
+    does not clamp, and knows nothing of energies. `ebm_prior.testing.check_backbone` proves that it keeps to this.
+    """
+
+    groups: tuple[LatentGroup, ...]
+    image_shape: tuple[int, int, int]
+    architecture: Mapping[str, Any]
+    discretised: bool = (
+        False  # p(x | z) is over images of so many bits: ELBOs are then shown in bits per dimension, too
+    )
+    data_name: str | None = None  # the data set that an official file says it was trained on, as it calls it
+    official_format: ClassVar[str] = "this adapter reads no foreign checkpoint format"
+
+    @abstractmethod
+    def top_down(self, draw: Draw, batch_size: int) -> Any:
+        """Run the generator: call `draw` once per group, in order, and stop after the last. Never the image head.
+
+        Returns the features that `likelihood` finishes into an image. A prior that does not depend on the groups
+        above (the top one) may have batch axis 1: Gaussians broadcast.
+        """
+
+    @abstractmethod
+    def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
+        """The posterior of `images` as a draw. `noise`: one standard normal per group, in generation order.
+
+        The noise comes in here, not with the draw, because bottom-up encoders sample before the top-down pass.
+        """
+
+    @abstractmethod
+    def likelihood(self, features: Any) -> ImageDistribution:
+        """p(x | z) from the features that `top_down` returned: the image head."""
+
+    def observe(self, images: Tensor, *, generator: Generator = None) -> Tensor:
+        """The random observation x that the likelihood models: dynamic binarisation, dequantisation. Default: x."""
+        return images
+
+    @property
+    def precision(self) -> str:
+        """Of computation, as the command line names it: float32, float64, or another."""
+        return str(next(self.parameters()).dtype).removeprefix("torch.")
+
+    def for_inference(self, *, cells: torch.dtype | None = None) -> Backbone:
+        """The frozen backbone that priors and fits run on: it computes the same, faster. Default: itself.
+
+        Its state dict, too, is the same, so that it has the same file and fingerprint. It need not follow when weights
+        change afterwards. `cells`: a lower precision for the network's cells, where the adapter has such, which does
+        change the result; ConfigurationError where it has not.
+        """
+        if cells is not None:
+            raise ConfigurationError(
+                f"{type(self).__name__} has no cells that run in {cells}: leave the precision as is"
+            )
+        return self
+
+    def checkpointing(self) -> Backbone:
+        """The backbone `for_inference` that keeps less for a backward pass and computes it again: the same results.
+
+        Raises ConfigurationError where the adapter has none.
+        """
+        raise ConfigurationError(f"{type(self).__name__} has no checkpointing: leave out --checkpointing")
+
+    def compiled(self) -> Backbone:
+        """The backbone `for_inference` with what torch.compile makes faster, to rounding: seconds once, at first.
+
+        Raises ConfigurationError where the adapter has none.
+        """
+        raise ConfigurationError(f"{type(self).__name__} has nothing to compile: leave out --compile")
+
+    def regularization(self) -> Tensor:
+        """What the first stage adds to its loss, times `PretrainConfig.regularization`: a scalar. Default: 0."""
+        return next(self.parameters()).new_zeros(())
+
+    @classmethod
+    def load_official(cls, path: Path) -> Backbone:
+        """Build the network from the checkpoint format of its official code. Raises CheckpointError.
+
+        Sets `data_name` where the format names the data: `fit` then needs no --data.
+        """
+        raise CheckpointError(
+            f"{path} is not a backbone in ebm-prior's own safetensors form, and {cls.official_format}"
+        )
+
+    # Derived passes: one traversal, many meanings.
+
+    def trace(self, draw: Draw, batch_size: int) -> Trace:
+        """Run `top_down` with `draw` and keep every latent and conditional prior that it meets."""
+        z: list[Tensor] = []
+        priors: list[Gaussian] = []
+
+        def recording(index: int, prior: Gaussian, context: Any) -> Tensor:
+            z.append(draw(index, prior, context))
+            priors.append(prior)
+            return z[-1]
+
+        return Trace(z, priors, self.top_down(recording, batch_size))
+
+    def transform(self, eps: Sequence[Tensor], *, temperature: float = 1.0) -> Trace:
+        """T_β (Eqs. 28-29) with everything that it met: z_i = mean_i + t·std_i·ε_i."""
+        self._check("eps", eps)
+        return self.trace(lambda i, p, _: torch.addcmul(p.mean, p.std, eps[i], value=temperature), len(eps[0]))
+
+    def reparameterize(self, eps: Sequence[Tensor], *, temperature: float = 1.0) -> list[Tensor]:
+        """T_β (Eqs. 28-29): latents z from standard normal ε, both lists of (B, *group.shape)."""
+        return self.transform(eps, temperature=temperature).z
+
+    def standardize(self, z: Sequence[Tensor]) -> list[Tensor]:
+        """T_β⁻¹: ε_i = (z_i − mean_i)/std_i, lists of (B, *group.shape)."""
+        return self.given(z).eps
+
+    def log_prior(self, z: Sequence[Tensor]) -> Tensor:
+        """log p_β(z_i | z_<i) per group, (B, L) nats."""
+        return self.given(z).log_prior
+
+    def decode(self, z: Sequence[Tensor]) -> ImageDistribution:
+        """p(x | z) for latents z, a list of (B, *group.shape)."""
+        return self.likelihood(self.given(z).features)
+
+    def infer(self, images: Tensor, *, noise: Sequence[Tensor] | None = None, generator: Generator = None) -> Posterior:
+        """One draw of q(z | x) for images (B, C, H, W); the same `noise` gives the same draw.
+
+        `noise`: one standard normal (B, *group.shape) per group, in generation order; drawn from `generator` if None.
+        """
+        if images.shape[1:] != self.image_shape:
+            raise ConfigurationError(f"expected images of shape (B, {self.image_shape}), found {tuple(images.shape)}")
+        noise = self.standard_normal(len(images), generator=generator) if noise is None else noise
+        self._check("noise", noise)
+        draw = self.encode(images, noise)
+        trace = self.trace(draw, len(images))
+        return Posterior(trace.z, trace.eps, torch.stack(draw.log_q, dim=1), trace.log_prior, trace.features)
+
+    def draw_posterior(self, images: Tensor, *, generator: Generator = None) -> list[Tensor]:
+        """z ~ q(z | x), as `infer` draws it, a list of (B, *group.shape); where the encoder can, no top-down pass."""
+        draw = self.encode(images, self.standard_normal(len(images), generator=generator))
+        return self.trace(draw, len(images)).z if draw.z is None else draw.z
+
+    def sample(self, n: int, *, temperature: float = 1.0, generator: Generator = None) -> list[Tensor]:
+        """n ancestral draws z ~ p_β(z), a list of (n, *group.shape)."""
+        return self.reparameterize(self.standard_normal(n, generator=generator), temperature=temperature)
+
+    def standard_normal(self, n: int, *, generator: Generator = None) -> list[Tensor]:
+        """ε ~ N(0, I), a list of (n, *group.shape) in the backbone's dtype and on its device."""
+        like = next(self.parameters())
+        return [standard_normal((n, *g.shape), generator, dtype=like.dtype, device=like.device) for g in self.groups]
+
+    def given(self, z: Sequence[Tensor]) -> Trace:
+        """The traversal that meets the latents z, a list of (B, *group.shape)."""
+        self._check("z", z)
+        return self.trace(lambda i, prior, _: z[i], len(z[0]))
+
+    def _check(self, what: str, tensors: Sequence[Tensor]) -> None:
+        expected = [(g.name, tuple(g.shape)) for g in self.groups]
+        found = [tuple(t.shape[1:]) for t in tensors]
+        if found != [shape for _, shape in expected] or len({len(t) for t in tensors}) > 1:
+            raise ConfigurationError(
+                f"{what}: expected one tensor per latent group with a common batch axis, {expected}; "
+                f"found {[tuple(t.shape) for t in tensors]}"
+            )

@@ -1,0 +1,220 @@
+"""The joint energy: one small head per latent group, f(z) = Σ_i f_i(z_i) (Eqs. 6-7), and an optional joint head.
+
+f is the NEGATIVE energy: p_α(z) ∝ exp(f(z)) p_β(z), larger is more probable. Each head sees its group standardised
+with posterior statistics and ends in a linear layer that starts at zero, so that f = 0 exactly before training: an
+untrained prior IS the backbone's.
+
+A conditional head also sees ε_i = (z_i − mean_i)/std_i, where z_i lies in its own p_β(z_i | z_<i): there the backbone's
+prior is white noise, and what a conditional has missed stands out. ε is a function of z, so f still is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.model.backbone import LatentGroup
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu": partial(nn.LeakyReLU, 0.2)}
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """The heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint head, leaky_relu."""
+
+    channels: int = field(default=48, metadata={"help": "channels of a spatial head's convolutions (nef)"})
+    hidden: int = field(default=128, metadata={"help": "width of the heads' linear layers (ndf)"})
+    vector_layers: int = field(default=2, metadata={"help": "hidden layers of the head of a flat group"})
+    joint: int = field(default=128, metadata={"help": "width of the joint head over all groups; 0: none"})
+    activation: Literal["silu", "leaky_relu"] = field(default="silu", metadata={"help": "leaky_relu: slope 0.2"})
+    conditional: bool = field(default=False, metadata={"help": "heads see z_i in units of p(z_i | z_<i), too"})
+    standardize: bool = field(default=True, metadata={"help": "heads see latents in units of posterior mean and std"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout in the joint head"})
+    bound: float = field(
+        default=0.0,
+        metadata={"help": "heads see their inputs within ± this (tanh); 0: as they are. Stages have their own"},
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.channels, self.hidden, self.vector_layers) < 1 or self.joint < 0 or not 0 <= self.dropout < 1:
+            raise ConfigurationError(
+                f"expected positive channels, hidden, vector_layers; joint >= 0; dropout in [0, 1); found {self}"
+            )
+        if not 0 <= self.bound < math.inf:
+            raise ConfigurationError(f"expected a bound of 0 (none) or more, found {self.bound}")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigurationError(f"expected activation {' or '.join(ACTIVATIONS)}, found {self.activation!r}")
+
+
+class Head(nn.Module):
+    """One group's energy f_i: z_i (B, *shape) -> (B,), with the features that a joint head may pool.
+
+    Maps (C, H, W): N × [conv(4, stride 2, pad 1), activation] and N × [Linear, activation], N = log2(side/4), the
+    paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
+    convolution on maps smaller than 6. Vectors: `vector_layers` linear layers.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: tuple[int, ...], config: EnergyConfig) -> None:
+        super().__init__()
+        per_channel = (shape[0], *(1 for _ in shape[1:]))
+        self.register_buffer("shift", torch.zeros(per_channel))
+        self.register_buffer("scale", torch.ones(per_channel))
+        activation = ACTIVATIONS[config.activation]
+        layers: list[nn.Module] = []
+        if len(shape) == 3:
+            halvings = max(0, round(math.log2(min(shape[1:]) / 4)))
+            channels, height, width = shape
+            for _ in range(halvings):
+                layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1), activation()]
+                channels, height, width = config.channels, height // 2, width // 2
+            features, depth = channels * height * width, max(1, halvings)
+        else:
+            features, depth = math.prod(shape), config.vector_layers
+        layers.append(nn.Flatten())
+        for _ in range(depth):
+            layers += [nn.Linear(features, config.hidden), activation()]
+            features = config.hidden
+        self.body = nn.Sequential(*layers)
+        self.last = zero_linear(features)
+        self.bound = config.bound
+
+    def features(self, z: Tensor) -> Tensor:
+        """The last hidden layer, (B, hidden)."""
+        x = (z - self.shift) / self.scale
+        hidden: Tensor = self.body(self.bound * torch.tanh(x / self.bound) if self.bound else x)
+        return hidden
+
+    def forward(self, z: Tensor) -> Tensor:
+        """f_i(z_i), (B,)."""
+        return self.energy(self.features(z))
+
+    def energy(self, features: Tensor) -> Tensor:
+        """f_i from the features that `features` returned, (B,)."""
+        value: Tensor = self.last(features)
+        return value.squeeze(1)
+
+
+class JointEnergy(nn.Module):
+    """f(z) = Σ_i f_i(z_i) [+ f_joint(features of all groups)], the negative energy of the prior (Eq. 6).
+
+    The joint head is one of the paper's "other parameterizations" (§3.1): it sees what no sum of per-group terms can,
+    the relations between groups that the backbone's conditionals miss.
+    """
+
+    def __init__(self, groups: Sequence[LatentGroup], config: EnergyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.names = [group.name for group in groups]
+        unfit = [name for name in self.names if "." in name or hasattr(nn.ModuleDict(), name)]
+        if unfit:  # names are keys of the state dict, as they stand in the prior file
+            raise ConfigurationError(f"latent groups cannot be named {unfit}: no dots, no names of torch's methods")
+        shapes = [group.shape for group in groups]
+        if config.conditional:  # twice the channels; not at the top, where the prior is constant and ε says what z does
+            shapes[1:] = [(2 * channels, *sides) for channels, *sides in shapes[1:]]
+        self.heads = nn.ModuleDict({name: Head(shape, config) for name, shape in zip(self.names, shapes, strict=True)})
+        self.joint = (
+            nn.Sequential(
+                nn.Dropout(config.dropout),
+                nn.Linear(config.hidden * len(groups), config.joint),
+                ACTIVATIONS[config.activation](),
+                nn.Dropout(config.dropout),
+                zero_linear(config.joint),
+            )
+            if config.joint
+            else None
+        )
+
+    def inputs(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> list[Tensor]:
+        """What the heads see of z with ε = T_β⁻¹(z), lists of (B, *group.shape): z_i, or z_i and ε_i along axis 1."""
+        if not self.config.conditional:
+            return list(z)
+        return [z[0], *(torch.cat(pair, dim=1) for pair in zip(z[1:], eps[1:], strict=True))]
+
+    def terms(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1)."""
+        features = [head.features(seen) for head, seen in zip(self._heads(), inputs, strict=True)]
+        columns = [head.energy(h) for head, h in zip(self._heads(), features, strict=True)]
+        if self.joint is not None:
+            columns.append(self.joint(torch.cat(features, dim=1)).squeeze(1))
+        return torch.stack(columns, dim=1)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """f(z) in nats, (B,), for what `inputs` makes of z, a list in generation order."""
+        return self.terms(inputs).sum(1)
+
+    @torch.no_grad()
+    def moments(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Sums of 1, x and x² over what each head sees, (3, C) in float64, per dimension (vectors) or channel (maps).
+
+        Those of several batches add up.
+        """
+        found = []
+        for seen in inputs:
+            x, axes = seen.double(), [axis for axis in range(seen.dim()) if axis != 1]
+            found.append(torch.stack([torch.ones_like(x).sum(axes), x.sum(axes), x.square().sum(axes)]))
+        return found
+
+    @torch.no_grad()
+    def standardize(self, moments: Sequence[Tensor]) -> None:
+        """Fit the heads' input scaling to the `moments` of posterior latents."""
+        for head, (count, total, squares) in zip(self._heads(), moments, strict=True):
+            mean = total / count
+            std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+            head.shift.copy_(mean.reshape(head.shift.shape))
+            head.scale.copy_(std.reshape(head.scale.shape))
+
+    def squash(self, bound: float) -> None:
+        """Let the heads see their inputs x, in their own units, as bound · tanh(x / bound). 0: as they are."""
+        self.config = replace(self.config, bound=bound)
+        for head in self._heads():
+            head.bound = bound
+
+    @torch.no_grad()
+    def spread(self, inputs: Sequence[Tensor]) -> float:
+        """The largest RMS of a channel or dimension that a head sees, in its units: 1 for posterior latents."""
+        found = []
+        for head, (count, total, squares) in zip(self._heads(), self.moments(inputs), strict=True):
+            shift, scale = head.shift.flatten().to(total), head.scale.flatten().to(total)
+            mean = total / count
+            found.append(((squares / count - 2 * shift * mean + shift.square()).clamp(min=0).sqrt() / scale).max())
+        return float(torch.stack(found).max())
+
+    @torch.no_grad()
+    def add(self, nats: float) -> None:
+        """f ← f + a constant, which changes the normaliser and nothing else: in the top head's bias."""
+        self._heads()[0].last.bias.add_(nats)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """f ← factor · f: in the last layers, in which f is linear."""
+        last = [head.last for head in self._heads()] + ([] if self.joint is None else [self.joint[-1]])
+        for parameter in (parameter for layer in last for parameter in layer.parameters()):
+            parameter.mul_(factor)
+
+    def _heads(self) -> list[Head]:
+        return [head for head in self.heads.values() if isinstance(head, Head)]
+
+
+def zero_linear(features: int) -> nn.Linear:
+    """A linear layer to one number that starts at exactly zero."""
+    layer = nn.Linear(features, 1)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@torch.no_grad()
+def values(f: Callable[[Sequence[Tensor]], Tensor], z: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+    """f (of latents, or of a head's inputs) at many, (N,) on the CPU: in chunks of 1,000, moved to `device` in turn."""
+    chunks = ([group[i : i + 1000].to(device) for group in z] for i in range(0, len(z[0]), 1000))
+    return torch.cat([f(chunk).cpu() for chunk in chunks])

@@ -1,0 +1,351 @@
+"""Samplers in ε-space, where the backbone's prior is N(0, I) and the target is (Appendix A.3)
+
+    log p(ε) = g(ε) − ½‖ε‖² + const,    g(ε) = f(T_β(ε)).
+
+The Jacobian of T_β cancels, and the reference's gradient is exactly −ε, so only g is differentiated. Kernels are pure:
+(state, potential, step_size, generator) -> (state, info). A set of latents stays a list of (B, *group.shape). Chains
+are independent: step sizes, acceptances and norms are per chain, (B,), so that no result depends on the batching.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_prior.compute.cuda_graphs import Graphs
+from ebm_prior.compute.randomness import Generator, standard_normal, uniform
+from ebm_prior.errors import ConfigurationError, DivergenceError
+
+JITTER = 0.3  # of the step size of a trajectory, relative
+# Optimal are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013).
+TARGET_ACCEPTANCE = 0.6
+
+Potential = Callable[[Sequence[Tensor]], Tensor]
+"""g: ε, a list of (B, *group.shape) -> (B,) nats, differentiable."""
+
+
+class ChainState(NamedTuple):
+    """What the next step needs: the position ε and g with its gradient there."""
+
+    eps: list[Tensor]
+    value: Tensor  # g(ε), (B,)
+    gradient: list[Tensor]  # ∇g(ε)
+
+
+class ChainInfo(NamedTuple):
+    """Diagnostics of one step, per chain."""
+
+    acceptance: Tensor  # probability in [0, 1]; 1 for the unadjusted kernel
+    norm: Tensor  # ‖ε‖/√D, about 1 under the backbone's prior
+
+
+Kernel = Callable[[ChainState, Potential, Tensor, Generator], tuple[ChainState, ChainInfo]]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """A sampler: importance resampling among `proposals` draws, then `steps` of a kernel; either may be nothing."""
+
+    proposals: int = field(
+        default=32, metadata={"help": "ancestral draws among which one is resampled (1: plain draw)"}
+    )
+    kernel: Literal["langevin", "pcn-langevin"] = field(default="pcn-langevin", metadata={"help": "Markov kernel"})
+    steps: int = field(default=40, metadata={"help": "steps of the kernel after resampling"})
+    step_size: float = field(default=0.15, metadata={"help": "s of Eq. 12, or δ of pCN-Langevin"})
+    adapt_steps: int = field(
+        default=0, metadata={"help": "the first steps, in which pCN-Langevin adapts its step size"}
+    )
+    leapfrogs: int = field(
+        default=1, metadata={"help": "of a step of pCN-Langevin: with several it is Hamiltonian Monte Carlo"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "factor on Langevin's noise"})
+
+    def __post_init__(self) -> None:
+        if self.proposals < 1 or self.steps < 0 or not 0 <= self.adapt_steps <= self.steps:
+            raise ConfigurationError(f"expected proposals >= 1, 0 <= adapt_steps <= steps, found {self}")
+        if self.kernel not in KERNELS:
+            raise ConfigurationError(f"expected kernel {' or '.join(KERNELS)}, found {self.kernel!r}")
+        if not 0 < self.step_size <= 2:
+            raise ConfigurationError(f"expected a step size in (0, 2], found {self.step_size}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigurationError(f"expected a temperature of 0 or more, found {self.temperature}")
+        if self.temperature != 1 and (self.kernel != "langevin" or not self.steps):
+            raise ConfigurationError("temperature acts on steps of the Langevin kernel alone: nothing else has one")
+        if self.leapfrogs < 1 or (self.leapfrogs > 1 and self.kernel != "pcn-langevin"):
+            raise ConfigurationError(f"expected 1 leapfrog or more, and more with pcn-langevin alone, found {self}")
+        if self.kernel == "langevin" and self.adapt_steps:
+            raise ConfigurationError("Langevin (Eq. 12) accepts every step: there is no acceptance to adapt to")
+
+
+def _unless_asked(name: str) -> Any:
+    return field(default=None, metadata=SamplerConfig.__dataclass_fields__[name].metadata)
+
+
+@dataclass(frozen=True)
+class SamplerChanges:
+    """What is asked of a sampler whose other settings are found elsewhere; None: not asked."""
+
+    proposals: int | None = _unless_asked("proposals")
+    kernel: Literal["langevin", "pcn-langevin"] | None = _unless_asked("kernel")
+    steps: int | None = _unless_asked("steps")
+    step_size: float | None = _unless_asked("step_size")
+    leapfrogs: int | None = _unless_asked("leapfrogs")
+    adapt_steps: int | None = _unless_asked("adapt_steps")
+    temperature: float | None = _unless_asked("temperature")
+
+    def of(self, sampler: SamplerConfig) -> SamplerConfig:
+        """`sampler` with these settings put in. Raises ConfigurationError where they do not fit together."""
+        return replace(sampler, **{name: value for name, value in asdict(self).items() if value is not None})
+
+
+class Sampled(NamedTuple):
+    """The outcome of `draw`: positions ε and per-chain diagnostics (B,)."""
+
+    eps: list[Tensor]
+    acceptance: Tensor  # mean over the steps
+    norm: Tensor  # of the final ε
+    ess_fraction: Tensor  # effective sample size of the resampling / proposals
+    step_size: Tensor
+
+
+class GraphedPotential:
+    """A potential on a GPU: its values, its gradients, and whole steps of a kernel on it run as CUDA graphs.
+
+    Weights that it reads may change in place.
+    """
+
+    def __init__(self, potential: Potential) -> None:
+        self._potential, self._graphs = potential, Graphs()
+
+    def __call__(self, eps: Sequence[Tensor]) -> Tensor:
+        """g(ε), (B,)."""
+        if torch.is_grad_enabled():  # a caller differentiates it, which a graph of values alone is not for
+            return self._potential(eps)
+        value: Tensor = self._graphs.run("value", lambda e, _: self._potential(e), list(eps))
+        return value
+
+    def start(self, eps: Sequence[Tensor]) -> ChainState:
+        """See `start`."""
+        state: ChainState = self._graphs.run("start", lambda e, _: start(self._potential, e), list(eps))
+        return state
+
+    def steps(self, kernel: Kernel) -> Kernel:
+        """`kernel` on this potential."""
+        name = getattr(kernel, "func", kernel), tuple(sorted(getattr(kernel, "keywords", {}).items()))
+
+        def stepped(inputs: Any, generator: Generator) -> Any:
+            return kernel(inputs[0], self._potential, inputs[1], generator)
+
+        return lambda state, _, step_size, generator: self._graphs.run(name, stepped, (state, step_size), generator)
+
+
+def graphed(potential: Potential, device: torch.device) -> Potential:
+    """The potential as chains on `device` run it fastest, for as long as the caller keeps it."""
+    return GraphedPotential(potential) if device.type == "cuda" else potential
+
+
+def start(potential: Potential, eps: Sequence[Tensor]) -> ChainState:
+    """The state at ε: g and its gradient there."""
+    if isinstance(potential, GraphedPotential):
+        return potential.start(eps)
+    leaves = [e.detach().requires_grad_(True) for e in eps]
+    with torch.enable_grad():
+        value = potential(leaves)
+        gradient = torch.autograd.grad(value.sum(), leaves)
+    return ChainState([leaf.detach() for leaf in leaves], value.detach(), list(gradient))
+
+
+def langevin_step(
+    state: ChainState, potential: Potential, step_size: Tensor, generator: Generator, *, temperature: float = 1.0
+) -> tuple[ChainState, ChainInfo]:
+    """Langevin (Eq. 12) on the ε-target: ε ← ε + s(∇g − ε) + √(2s)·τ·ξ. `step_size`: (B,)."""
+    s, noise = step_size, (2 * step_size).sqrt() * temperature
+    moved = [
+        torch.lerp(e, d, _rows(s, e)).addcmul_(_rows(noise, e), _noise_like(e, generator))
+        for e, d in zip(state.eps, state.gradient, strict=True)
+    ]
+    return start(potential, moved), ChainInfo(torch.ones_like(s), norm(moved))
+
+
+def pcn_langevin_step(
+    state: ChainState, potential: Potential, step_size: Tensor, generator: Generator, *, leapfrogs: int = 1
+) -> tuple[ChainState, ChainInfo]:
+    """Preconditioned Crank-Nicolson Langevin, and with more `leapfrogs` its Hamiltonian form; exact in any dimension.
+
+    With velocities v ~ N(0, I), each leapfrog is a kick v ← v + t∇g(ε), a turn of (ε, v) by the angle 2 arctan t, and a
+    kick again; t = √(δ/2), `step_size` δ: (B,). The turn is the exact motion under N(0, I), so that with f = 0
+    every trajectory is accepted, at any step size and dimension (Beskos et al. 2011). One leapfrog is Cotter et al.
+    (2013, §4.3): (2+δ)ε′ = (2−δ)ε + 2δ∇g + √(8δ)ξ. Several go a way that as many single steps would only stagger; their
+    t is drawn within `JITTER` of its value for each trajectory, for one of a fixed length can be a period of the motion
+    in some direction, and come back to where it began (Neal 2011).
+    """
+    velocity = [_noise_like(e, generator) for e in state.eps]
+    t, new = (0.5 * step_size).sqrt(), state
+    if leapfrogs > 1:
+        t = t * (1 + JITTER * (2 * uniform(t.shape, generator, dtype=t.dtype, device=t.device) - 1))
+    cosine, sine = (1 - t**2) / (1 + t**2), 2 * t / (1 + t**2)
+    work = torch.zeros_like(state.value)  # ½‖v‖² that the kicks put in; turns keep ½‖ε‖² + ½‖v‖²
+
+    def kick() -> Tensor:
+        done = t * _dot(velocity, new.gradient) + 0.5 * t**2 * _dot(new.gradient, new.gradient)
+        for v, d in zip(velocity, new.gradient, strict=True):
+            v.addcmul_(_rows(t, v), d)
+        return done
+
+    for _ in range(leapfrogs):
+        work += kick()
+        turned = [(_rows(cosine, e) * e).addcmul_(_rows(sine, e), v) for e, v in zip(new.eps, velocity, strict=True)]
+        velocity = [(_rows(cosine, e) * v).addcmul_(_rows(-sine, e), e) for e, v in zip(new.eps, velocity, strict=True)]
+        new = start(potential, turned)
+        work += kick()
+
+    # A trajectory that ends where g or its gradient is not finite is refused; g = +∞ alone would give acceptance 1.
+    log_ratio = (new.value - state.value - work).masked_fill(~new.value.isfinite(), -math.inf)
+    acceptance = log_ratio.clamp(max=0).exp().nan_to_num(nan=0.0)
+    accepted = uniform(t.shape, generator, dtype=t.dtype, device=t.device) < acceptance
+    kept = ChainState(
+        where(accepted, new.eps, state.eps),
+        torch.where(accepted, new.value, state.value),
+        where(accepted, new.gradient, state.gradient),
+    )
+    return kept, ChainInfo(acceptance, norm(kept.eps))
+
+
+KERNELS: dict[str, Any] = {"langevin": langevin_step, "pcn-langevin": pcn_langevin_step}
+
+
+def kernel_of(config: SamplerConfig) -> Kernel:
+    """The kernel of a sampler with its settings, but for the step size."""
+    if config.kernel == "langevin":
+        return partial(langevin_step, temperature=config.temperature)
+    return partial(pcn_langevin_step, leapfrogs=config.leapfrogs)
+
+
+def run_chain(
+    kernel: Kernel,
+    state: ChainState,
+    potential: Potential,
+    steps: int,
+    *,
+    step_size: Tensor,
+    adapt_steps: int = 0,
+    generator: Generator = None,
+    callback: Callable[[int, ChainState, ChainInfo], None] | None = None,
+) -> tuple[ChainState, Tensor, Tensor]:
+    """`steps` of a kernel. Returns the last state, the mean acceptance (B,) and the step sizes (B,).
+
+    In the first `adapt_steps` each chain moves its log step size by Robbins-Monro towards the target acceptance; after
+    them it is fixed, so that the chain's target is exact. Raises DivergenceError when a chain, or g there, is no longer
+    finite.
+    """
+    if isinstance(potential, GraphedPotential):
+        kernel = potential.steps(kernel)
+    acceptance = torch.zeros_like(state.value)
+    for step in range(steps):
+        state, info = kernel(state, potential, step_size, generator)
+        acceptance += info.acceptance
+        if step < adapt_steps:
+            move = (info.acceptance - TARGET_ACCEPTANCE) / math.sqrt(step + 1)
+            step_size = (step_size * move.exp()).clamp(1e-6, 2.0)
+        if callback:
+            callback(step, state, info)
+    # g too: a backbone can overflow at a finite ε, the last one, or the first, which pCN-Langevin then never leaves.
+    lost = int((~(norm(state.eps).isfinite() & state.value.isfinite())).sum())
+    if lost:
+        raise DivergenceError(
+            f"{lost} of {len(acceptance)} chains left the finite numbers within {steps} steps: use a smaller step size "
+            "or the exact kernel, pcn-langevin"
+        )
+    return state, acceptance / max(1, steps), step_size
+
+
+def resample(
+    potential: Potential, propose: Callable[[], list[Tensor]], proposals: int, generator: Generator
+) -> tuple[list[Tensor], Tensor]:
+    """Sampling-importance-resampling: one of `proposals` draws of N(0, I) per chain, with probability ∝ exp g.
+
+    Returns ε and the effective sample size (Σw)²/Σw², (B,). Streaming: argmax of g + Gumbel noise is a draw from
+    softmax(g) (the Gumbel-max identity), so only the best proposal is kept.
+    """
+    best = propose()
+    if proposals == 1:
+        return best, torch.ones(len(best[0]), dtype=best[0].dtype, device=best[0].device)
+    with torch.no_grad():
+        values = [potential(best)]
+        score = values[0] + _gumbel_like(values[0], generator)
+        for _ in range(proposals - 1):
+            eps = propose()
+            values.append(potential(eps))
+            challenger = values[-1] + _gumbel_like(values[-1], generator)
+            better = challenger > score
+            score = torch.where(better, challenger, score)
+            best = where(better, eps, best)
+        return best, effective_sample_size(torch.stack(values, dim=1))
+
+
+def draw(
+    potential: Potential,
+    propose: Callable[[], list[Tensor]],
+    config: SamplerConfig,
+    generator: Generator = None,
+    callback: Callable[[int, ChainState, ChainInfo], None] | None = None,
+) -> Sampled:
+    """Draw from the ε-target as `config` says. `propose()`: ε ~ N(0, I), a list of (B, *group.shape)."""
+    eps, ess = resample(potential, propose, config.proposals, generator)
+    if not bool(torch.isfinite(ess).all()):
+        raise DivergenceError("f is not finite at draws of the backbone's prior: the energy is broken, fit it again")
+    step_size = torch.full_like(ess, config.step_size)
+    acceptance = torch.ones_like(ess)
+    if config.steps:
+        state, acceptance, step_size = run_chain(
+            kernel_of(config),
+            start(potential, eps),
+            potential,
+            config.steps,
+            step_size=step_size,
+            adapt_steps=config.adapt_steps,
+            generator=generator,
+            callback=callback,
+        )
+        eps = state.eps
+    return Sampled(eps, acceptance, norm(eps), ess / config.proposals, step_size)
+
+
+def norm(eps: Sequence[Tensor]) -> Tensor:
+    """‖ε‖/√D per chain, (B,): 1 ± 1/√(2D) under N(0, I)."""
+    dimensions = sum(e[0].numel() for e in eps)
+    return (_dot(eps, eps) / dimensions).sqrt()
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """(Σw)²/Σw² over the last axis of log weights (..., M)."""
+    return torch.exp(2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1))
+
+
+def where(chosen: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> list[Tensor]:
+    """Per chain, one of two sets of latents: chosen (B,) -> a list of (B, *group.shape)."""
+    return [torch.where(_rows(chosen, a), a, b) for a, b in zip(yes, no, strict=True)]
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).flatten(1).sum(1) for x, y in zip(a, b, strict=True)]).sum(0)
+
+
+def _rows(per_chain: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, …), to broadcast over a latent group."""
+    return per_chain.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
+def _noise_like(e: Tensor, generator: Generator) -> Tensor:
+    return standard_normal(e.shape, generator, dtype=e.dtype, device=e.device)
+
+
+def _gumbel_like(value: Tensor, generator: Generator) -> Tensor:
+    u = uniform(value.shape, generator, dtype=torch.float64, device=value.device)
+    return -torch.log(-torch.log(u.clamp(min=1e-300))).to(value.dtype)

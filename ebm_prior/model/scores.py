@@ -1,0 +1,252 @@
+"""Scores of images: the unnormalised log-posterior L^{>k}_EBM (Eq. 20) and the ratio LLR^{>k}_EBM (Eq. 21).
+
+    L^{>k} = E[log p(x|z) + log p_β(z) + f(z)],   z_{>k} ~ q(z | x),  z_{≤k} ~ p_α(z_{≤k} | z_{>k})        (20)
+    LLR^{>k} = L^{>0} − L^{>k}                                                                            (21)
+
+k is the paper's: it counts latent groups from the BOTTOM, so the k last of `backbone.groups` are redrawn. The upper
+latents are shared by the two terms of a ratio, by every k, and by f and f = 0: of a difference of two scores, little
+but the difference is left. Nothing is normalised; log Z is one constant for all images.
+
+Everything random of image i comes from (seed, i): no score depends on the batch that an image is scored in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ebm_prior.compute.randomness import BlockGenerator, Generator, derived_seed, standard_normal
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.model.backbone import Backbone, Gaussian, Posterior, Trace
+from ebm_prior.model.samplers import Potential, SamplerConfig, draw
+
+Mode = Literal["eq20", "elbo", "iw", "prior"]
+Lower = Literal["sample", "mean"]
+
+NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""τ f of z and ε = T_β⁻¹(z), lists of (B, *group.shape), in nats: (B,)."""
+
+_OBSERVATION, _POSTERIOR, _LOWER = 0, 1, 2  # what a generator is for
+
+
+class Form(NamedTuple):
+    """One way to score.
+
+    k: how many groups, from the bottom, are not inferred.  ratio: LLR^{>k} instead of L^{>k}.
+    mode: "eq20", the paper's, literally; "elbo", with −log q(z_{>k}|x) and without log p_β(z_{≤k}|z_{>k}), as the
+    backbone's own bound has it: of draws from their prior, that is; "iw", the same, where L^{>0} is the
+    importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016); "prior", Eq. 20 without
+    log p(x|z), which is log p_α(z) + log Z: a reconstruction varies by more nats than all that a prior has to say.
+    lower: "sample", draws of z_{≤k} ~ p_α given z_{>k}; "mean", the backbone's own conditional means (ε = 0), and means
+    for the posterior draws of these groups too, which bottom-up encoders feed upwards: with "iw" and without f, that is
+    the score of HVAE's code (Havtorn et al. 2021). One draw is much noisier than the difference that is sought.
+    energy: False leaves f out, both as a term and in the lower groups.
+    """
+
+    k: int
+    ratio: bool = False
+    mode: Mode = "eq20"
+    lower: Lower = "sample"
+    energy: bool = True
+
+    @property
+    def name(self) -> str:
+        """E.g. LLR>1 elbo mean f."""
+        return " ".join(
+            [
+                f"{'LLR' if self.ratio else 'L'}>{self.k}",
+                self.mode,
+                *([self.lower] if self.k else []),
+                "f" if self.energy else "f=0",
+            ]
+        )
+
+
+class Summands(NamedTuple):
+    """The terms of Eq. 20 at one draw of the latents, (B,) nats each."""
+
+    log_likelihood: Tensor  # log p(x | z)
+    log_p_upper: Tensor  # Σ_{i>k} log p_β(z_i | z_{i+1})
+    log_q_upper: Tensor  # Σ_{i>k} log q(z_i | …)
+    log_p_lower: Tensor  # Σ_{i≤k} log p_β(z_i | z_{i+1})
+    f: Tensor  # τ f(z); 0 without the energy
+
+    def value(self, mode: Mode) -> Tensor:
+        """What L^{>k} averages, (B,)."""
+        if mode == "eq20":
+            return self.log_likelihood + self.log_p_upper + self.log_p_lower + self.f
+        if mode == "prior":
+            return self.log_p_upper + self.log_p_lower + self.f
+        return self.log_likelihood + self.log_p_upper - self.log_q_upper + self.f
+
+
+def score(
+    backbone: Backbone,
+    f: NegativeEnergy,
+    images: Tensor,
+    forms: Iterable[Form],
+    *,
+    draws: int = 8,
+    sampler: SamplerConfig,
+    seed: int = 0,
+    first: int = 0,
+) -> dict[Form, Tensor]:
+    """The scores of images (B, C, H, W) in [0, 1] in every form asked for, (B,) nats each, on shared draws.
+
+    draws: S, of x̃ ~ `observe` once and of the latents S times; a mean over them is the expectation of Eq. 20. sampler:
+    what draws the lower groups from p_α. first: the number of the first image in its set, a multiple of 64.
+    Raises ConfigurationError for a form that the backbone does not have, DivergenceError where chains leave the finite
+    numbers.
+    """
+    forms = list(forms)
+    _check(forms, len(backbone.groups), draws)
+    needed = {form._replace(ratio=False) for form in forms}
+    needed |= {form._replace(k=0, ratio=False) for form in forms if form.ratio}
+    batch = _Batch(backbone, f, images, sampler, seed, first)
+    values: dict[Form, list[Tensor]] = {form: [] for form in needed}
+    # In this order one posterior draw at a time is kept: the draw of all groups first, which k = 0 and samples share.
+    passes = sorted(
+        {(_lower(form), form.k, form.energy) for form in needed}, key=lambda each: (each[0] == "mean", each)
+    )
+    for number in range(draws):
+        for lower, k, energy in passes:
+            summands = batch.summands(number, k, lower, energy)
+            for form, column in values.items():
+                if (_lower(form), form.k, form.energy) == (lower, k, energy):
+                    column.append(summands.value(form.mode))
+    level = {form: _expectation(form, torch.stack(column)) for form, column in values.items()}
+    return {
+        form: level[form._replace(k=0, ratio=False)] - level[form._replace(ratio=False)] if form.ratio else level[form]
+        for form in forms
+    }
+
+
+class _Batch:
+    """Images, and the draws of their latents."""
+
+    def __init__(
+        self, backbone: Backbone, f: NegativeEnergy, images: Tensor, sampler: SamplerConfig, seed: int, first: int
+    ) -> None:
+        like = next(backbone.parameters())
+        self.backbone, self.f, self.sampler = backbone, f, sampler
+        self.seed, self.first, self.size, self.device = seed, first, len(images), like.device
+        self.x = backbone.observe(images.to(like.device, like.dtype), generator=self.generator(_OBSERVATION))
+        self._posterior: tuple[tuple[int, int], Posterior] | None = None
+        self._summands: tuple[tuple[int, int, Lower], Summands] | None = None
+
+    def generator(self, purpose: int, *words: int) -> BlockGenerator:
+        """The same numbers for image i of the set, whatever its batch, for each purpose anew."""
+        seed = derived_seed(self.seed, 0x5C03E, purpose + 1, *(word + 1 for word in words))
+        return BlockGenerator(seed, self.first, self.size, self.device)
+
+    def summands(self, number: int, k: int, lower: Lower, energy: bool) -> Summands:
+        """The terms of Eq. 20 at draw `number`."""
+        if k and lower == "sample":
+            return self._at(number, k, energy, sampled=True)
+        # Where f moves no latent, f and f = 0 are one pass.
+        if self._summands is None or self._summands[0] != (number, k, lower):
+            self._summands = (number, k, lower), self._at(number, k, True, sampled=False)
+        found = self._summands[1]
+        return found if energy else found._replace(f=torch.zeros_like(found.f))
+
+    @torch.no_grad()
+    def _at(self, number: int, k: int, energy: bool, *, sampled: bool) -> Summands:
+        posterior = self.posterior(number, 0 if sampled else k)
+        upper = len(self.backbone.groups) - k
+        free = FreeGroups(self.backbone, self.f, posterior.z[:upper], self.size)
+        generator = self.generator(_LOWER, number, k)
+        trace = free.trace(free.sample(self.sampler if energy else None, generator) if sampled else None)
+        return Summands(
+            log_likelihood=self.backbone.likelihood(trace.features).log_prob(self.x),
+            log_p_upper=trace.log_prior[:, :upper].sum(1),
+            log_q_upper=posterior.log_q[:, :upper].sum(1),
+            log_p_lower=trace.log_prior[:, upper:].sum(1),
+            f=self.f(trace.z, trace.eps) if energy else trace.log_prior.new_zeros(self.size),
+        )
+
+    def posterior(self, number: int, means: int) -> Posterior:
+        """Draw `number` of q(z | x), the `means` lowest groups without noise."""
+        if self._posterior is None or self._posterior[0] != (number, means):
+            noise = self.backbone.standard_normal(self.size, generator=self.generator(_POSTERIOR, number))
+            upper = len(noise) - means
+            noise = [*noise[:upper], *(torch.zeros_like(group) for group in noise[upper:])]
+            self._posterior = (number, means), self.backbone.infer(self.x, noise=noise)
+        return self._posterior[1]
+
+
+class FreeGroups:
+    """The lower groups as functions of their ε, where the upper ones are fixed at z_{>k}."""
+
+    def __init__(self, backbone: Backbone, f: NegativeEnergy, fixed: Sequence[Tensor], size: int) -> None:
+        self.backbone, self.f, self.fixed, self.size = backbone, f, fixed, size
+
+    def trace(self, eps: Sequence[Tensor] | None) -> Trace:
+        """The traversal with z_{>k} fixed and z_{≤k} = T_β(ε); None: ε = 0."""
+        first = len(self.fixed)
+
+        def at(index: int, prior: Gaussian, context: Any) -> Tensor:
+            if index < first:
+                return self.fixed[index]
+            if eps is None:
+                return prior.mean.expand(self.size, *prior.mean.shape[1:])
+            return prior.mean + prior.std * eps[index - first]
+
+        return self.backbone.trace(at, self.size)
+
+    def sample(self, sampler: SamplerConfig | None, generator: Generator) -> list[Tensor]:
+        """ε_{≤k} of the free groups, a draw of p_α given z_{>k}. None: of p_β, which is the first proposal for p_α."""
+        like = next(self.backbone.parameters())
+        shapes = [(self.size, *group.shape) for group in self.backbone.groups[len(self.fixed) :]]
+
+        def propose() -> list[Tensor]:
+            return [standard_normal(shape, generator, dtype=like.dtype, device=like.device) for shape in shapes]
+
+        return propose() if sampler is None else draw(self.potential, propose, sampler, generator).eps
+
+    @property
+    def potential(self) -> Potential:
+        """g(ε_{≤k}) = τ f(z_{>k}, T_β(ε_{≤k})): the target is g(ε) − ½‖ε‖², the conditional of p_α in ε-space."""
+        if self.alone:
+            known = self.trace(None)
+            (mean, std), upper = known.priors[-1], known.eps[:-1]
+            return lambda eps: self.f([*self.fixed, mean + std * eps[0]], [*upper, eps[0]])
+
+        def traversed(eps: Sequence[Tensor]) -> Tensor:
+            trace = self.trace(eps)
+            return self.f(trace.z, trace.eps)
+
+        return traversed
+
+    @property
+    def alone(self) -> bool:
+        """Whether one group is free: then nothing moves its prior, and its energy needs no traversal."""
+        return len(self.fixed) == len(self.backbone.groups) - 1
+
+
+def _expectation(form: Form, values: Tensor) -> Tensor:
+    """Over the draws, (S, B) -> (B,)."""
+    if form.mode == "iw" and form.k == 0:
+        return values.logsumexp(0) - math.log(len(values))
+    return values.mean(0)
+
+
+def _lower(form: Form) -> Lower:
+    """With k = 0 there are no lower groups to choose between."""
+    return form.lower if form.k else "sample"
+
+
+def _check(forms: Sequence[Form], groups: int, draws: int) -> None:
+    for form in forms:
+        if not 0 <= form.k < groups or form.mode not in get_args(Mode) or form.lower not in get_args(Lower):
+            raise ConfigurationError(
+                f"expected k from 0 to {groups - 1} (the backbone has {groups} groups), mode "
+                f"{' or '.join(get_args(Mode))}, lower {' or '.join(get_args(Lower))}; found {form}"
+            )
+        if form.ratio and not form.k:
+            raise ConfigurationError("LLR^{>k} compares L^{>0} with L^{>k}: expected k of 1 or more, found 0")
+    if draws < 1:
+        raise ConfigurationError(f"expected 1 draw or more, found {draws}")

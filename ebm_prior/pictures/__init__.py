@@ -1,0 +1,1 @@
+"""Pictures: grids of images, plots, contact sheets, and what a prior does."""

@@ -1,0 +1,79 @@
+"""Pages of pictures for people: images in titled rows and columns, and plots put together over a caption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.pictures.grids import grid, wrap
+
+_GAP, _MARGIN = 2, 20
+_TITLE, _TEXT = 18, 14
+_INK, _SOFT, _PAPER = (25, 25, 25), (95, 95, 95), (255, 255, 255)
+
+
+def matrix(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> Image.Image:
+    """Images in titled rows (title, (N, C, H, W) in [0, 1]), one image per column, under the titles of the columns.
+
+    Raises ConfigurationError for rows of unequal length or another number of titles, and as `figures.grid` does.
+    """
+    counts = {len(images) for _, images in rows}
+    if len(counts) != 1 or (columns and {len(columns)} != counts):
+        raise ConfigurationError(
+            f"expected rows of equally many images, one per column title; found {sorted(counts)} and {len(columns)} "
+            "titles"
+        )
+    count = counts.pop()
+    font = ImageFont.load_default(_TEXT)
+    strips = [grid(images, columns=count) for _, images in rows]
+    step_x, step_y = (strips[0].width + _GAP) // count, strips[0].height + _GAP
+    names = [wrap(title, font, 150) for title, _ in rows]
+    heads = [wrap(title, font, step_x - 4) for title in columns]
+    left = max(math.ceil(font.getlength(line)) for lines in names for line in lines) + 10
+    line_height = round(1.25 * _TEXT)
+    top = line_height * max(map(len, heads), default=0) + 4
+    page = Image.new("RGB", (left + strips[0].width, top + step_y * len(rows) - _GAP), _PAPER)
+    pen = ImageDraw.Draw(page)
+    for column, lines in enumerate(heads):
+        for row, line in enumerate(reversed(lines)):  # titles stand on their column, whatever their number of lines
+            place = (left + column * step_x + step_x // 2, top - 3 - row * line_height)
+            pen.text(place, line, _INK, font, anchor="ms")
+    for row, (lines, strip) in enumerate(zip(names, strips, strict=True)):
+        page.paste(strip, (left, top + row * step_y))
+        middle = top + row * step_y + strip.height // 2 - (len(lines) - 1) * line_height // 2
+        for index, line in enumerate(lines):
+            pen.text((left - 8, middle + index * line_height), line, _INK, font, anchor="rm")
+    return page
+
+
+def page(title: str, rows: Sequence[Sequence[Image.Image]], caption: str | Sequence[str] = ()) -> Image.Image:
+    """Pictures in rows, under a title and over caption lines, which say what is seen and how it was made."""
+    width = max(sum(cell.width for cell in row) + _MARGIN * (len(row) - 1) for row in rows)
+    width = max(width, 480)
+    title_font, font = ImageFont.load_default(_TITLE), ImageFont.load_default(_TEXT)
+    titles = wrap(title, title_font, width)
+    paragraphs = [caption] if isinstance(caption, str) else caption
+    lines = [line for text in paragraphs if text for line in wrap(text, font, width)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    title_step, step = round(1.3 * _TITLE), round(1.4 * _TEXT)
+    height = 2 * _MARGIN + title_step * len(titles) + 8 + sum(heights) + _MARGIN * (len(rows) - 1)
+    height += (_MARGIN // 2 + step * len(lines)) if lines else 0
+    sheet = Image.new("RGB", (width + 2 * _MARGIN, height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for index, line in enumerate(titles):
+        pen.text((_MARGIN, _MARGIN + index * title_step), line, _INK, title_font)
+    top = _MARGIN + title_step * len(titles) + 8
+    for row, row_height in zip(rows, heights, strict=True):
+        left = _MARGIN
+        for cell in row:
+            sheet.paste(cell, (left, top))
+            left += cell.width + _MARGIN
+        top += row_height + _MARGIN
+    top -= _MARGIN // 2
+    for index, line in enumerate(lines):
+        pen.text((_MARGIN, top + index * step), line, _SOFT, font)
+    return sheet

@@ -1,0 +1,357 @@
+"""Pictures of what a prior and each layer of its hierarchy do (`ebm-prior show`), with the arrays behind them.
+
+Each function returns a page for people and the arrays of what is on it. Lists and columns that count k count groups
+from the bottom, as the paper does. Everything random comes from (seed, row).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ebm_prior.compute.randomness import BlockGenerator, derived_generator, derived_seed
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.interfaces import Images
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
+from ebm_prior.model.samplers import ChainInfo, ChainState, graphed, kernel_of, run_chain, start
+from ebm_prior.model.scores import FreeGroups
+from ebm_prior.pictures.plots import COLOURS, Series, plot
+from ebm_prior.pictures.sheets import matrix, page
+
+SHORT_RUN, LONG_RUN, SETTLED = 100, 2500, 500  # steps of Fig. 8; after the last, the energy has no trend left
+_CHAIN, _CHOICE, _POSTERIOR, _LOWER = 60, 61, 62, 63
+
+OnStep = Callable[[int], None]
+
+
+class Shown(NamedTuple):
+    """A page, and the arrays behind it."""
+
+    image: Image.Image
+    arrays: dict[str, NDArray[Any]]
+
+
+def transitions(prior: EBMPrior, n: int, *, seed: int = 0, on_step: OnStep = lambda step: None) -> Shown:
+    """Chains from the backbone's prior to the energy-based prior, as images at growing steps (Figs. 5, 14)."""
+    steps = _steps(prior)
+    at = sorted({0, *(round(steps * share) for share in (0.025, 0.05, 0.125, 0.25, 0.5, 1))})
+    kept = chain(prior, n, steps, at, seed=seed, on_step=on_step).eps
+    frames = torch.stack([_decoded(prior, kept[step]) for step in at], dim=1)  # (n, columns, C, H, W)
+    rows = [(f"chain {row + 1}", frames[row]) for row in range(n)]
+    image = page(
+        "From the backbone's prior to the energy-based prior",
+        [[matrix(rows, [f"step {step}" for step in at])]],
+        f"Each row is one chain of {_kernel(prior)}. Step 0 is a draw of the backbone's own Gaussian prior; the images "
+        "are the means of p(x | z).",
+    )
+    return Shown(image, {"images": frames.cpu().numpy(), "steps": np.array(at)})
+
+
+def energy(prior: EBMPrior, n: int, *, seed: int = 0, on_step: OnStep = lambda step: None) -> Shown:
+    """Energy per head along a short run and all steps of the sampler, with images beneath (Fig. 8).
+
+    The caption says by how much the total energy still moves after the first `SETTLED` steps: the mean slope of the
+    chains with its standard error.
+    """
+    steps = _steps(prior)
+    short = min(SHORT_RUN, steps)
+    columns = {run: [round(run * share / 7) for share in range(8)] for run in (short, steps)}
+    at = sorted({step for run in columns.values() for step in run})
+    walked = chain(prior, n, steps, at, seed=seed, on_step=on_step)
+    energies = -walked.terms  # (steps + 1, n, heads)
+    totals = energies.sum(2).clip(min=-prior.ceiling)
+    names = [*prior.energy.names, *(["joint head"] if prior.energy.joint is not None else [])]
+    colours = [COLOURS[index % len(COLOURS)] for index in range(len(names))]
+    frames = {step: _decoded(prior, eps) for step, eps in walked.eps.items()}
+    pictures = []
+    for run in (short, steps):
+        x, shown = np.arange(run + 1), energies[: run + 1].mean(1)
+        total = Series("total", x, totals[: run + 1].mean(1), "line", "#222222")
+        parts = [Series(name, x, shown[:, i], "line", colours[i]) for i, name in enumerate(names)]
+        plotted = plot(
+            [total, *parts],
+            title=f"Energy over {run:,} steps, mean of {n} chains",
+            x_label="step",
+            y_label="energy −f (nats)",
+            size=(660, 340),
+        )
+        rows = [(f"chain {c + 1}", torch.stack([frames[s][c] for s in columns[run]])) for c in range(min(n, 4))]
+        pictures.append([plotted, matrix(rows, [f"step {step}" for step in columns[run]])])
+    caption = [
+        f"{_kernel(prior).capitalize()}, from draws of the backbone's prior. Energies are relative to that prior: "
+        "where f is 0 nothing is changed. Their level is arbitrary; that they settle is not."
+    ]
+    if prior.ceiling < math.inf:
+        held = int((totals[-1] <= -prior.ceiling).sum())
+        caption.append(f"f is clipped at {prior.ceiling:.4g} nats, where {held} of {n} chains are at the end.")
+    arrays = {"energy": energies, "total": totals, "heads": np.array(names), "steps": np.array(at)}
+    arrays["images"] = torch.stack([frames[step] for step in at]).cpu().numpy()
+    if steps > SETTLED + 1:
+        slope, error = trend(totals[SETTLED:])
+        arrays["trend"] = np.array([slope, error])
+        caption.append(
+            f"Total energy after step {SETTLED}: {1000 * slope:+.3f} ± {1000 * error:.3f} nats per 1,000 steps (mean "
+            f"slope of the chains ± its standard error). Pixels beyond 1 or 99 % of the range: "
+            f"{_extreme(frames[0]):.1%} at step 0, {_extreme(frames[steps]):.1%} at step {steps:,}."
+        )
+    return Shown(page("The energy along long chains", pictures, caption), arrays)
+
+
+def trend(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Least-squares slope per step of each column of (steps, chains): mean over the chains and its standard error."""
+    time = np.arange(len(values)) - (len(values) - 1) / 2
+    slopes = time @ values / (time @ time)
+    return float(slopes.mean()), float(slopes.std(ddof=1) / np.sqrt(len(slopes))) if len(slopes) > 1 else float("nan")
+
+
+@torch.no_grad()
+def hierarchy(prior: EBMPrior, n: int, *, seed: int = 0) -> Shown:
+    """Samples with their k lowest groups redrawn, k growing from left to right, f above f = 0 (Figs. 7, 11)."""
+    names = [group.name for group in reversed(prior.backbone.groups)]
+    titles = ["sample", *(f"+ {name} redrawn" for name in names[:-1])]
+    rows: list[tuple[str, Tensor]] = []
+    arrays: dict[str, NDArray[Any]] = {}
+    for title, key, sampler in (
+        ("energy-based prior", "energy_based", prior.sampler),
+        ("Gaussian prior", "gaussian", None),
+    ):
+        z = prior.sample(n, seed=seed, sampler=sampler or ANCESTRAL).z
+        columns = [prior.backbone.decode(z).mean]
+        columns += [_redrawn(prior, z, k, sampler is not None, seed) for k in range(1, len(names))]
+        frames = torch.stack(columns, dim=1)
+        rows += [(f"{title} {row + 1}", frames[row]) for row in range(n)]
+        arrays[key] = frames.cpu().numpy()
+    image = page(
+        "What each layer of the hierarchy decides",
+        [[matrix(rows, titles)]],
+        "From left to right one more latent group is drawn anew, from the bottom up, while those above stay as they "
+        "are: what changes is what the group decides. With the energy the lower groups are drawn from p_α given the "
+        "upper.",
+    )
+    return Shown(image, arrays)
+
+
+@torch.no_grad()
+def reconstruction(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Shown:
+    """Images, and their reconstructions with the k lowest groups drawn from the prior instead of inferred (Fig. 12)."""
+    real, z = _inferred(prior, images, n, seed)
+    depth = len(z)
+    columns = [real, prior.backbone.decode(z).mean, *(_redrawn(prior, z, k, True, seed) for k in range(1, depth))]
+    frames = torch.stack([column.to(real) for column in columns], dim=1)
+    names = [group.name for group in reversed(prior.backbone.groups)]
+    titles = ["image", "all inferred", *(f"k = {k}: {names[0]}{'-' + names[k - 1]} drawn" for k in range(1, depth))]
+    titles[2:3] = [f"k = 1: {names[0]} drawn"] if depth > 1 else []
+    picture = page(
+        f"Hierarchical reconstruction of {images.name}",
+        [[matrix([(f"image {row + 1}", frames[row]) for row in range(n)], titles)]],
+        "The k lowest latent groups come from the energy-based prior given the others, which are inferred from the "
+        "image: details give way to what is common, and what the upper groups know stays.",
+    )
+    return Shown(picture, {"images": frames.cpu().numpy(), "k": np.arange(depth)})
+
+
+@torch.no_grad()
+def interpolate(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Shown:
+    """From one image's latents to another's along great circles in ε-space, group by group."""
+    real, z = _inferred(prior, images, 2 * n, seed)
+    eps = prior.backbone.standardize(z)
+    shares = [step / 7 for step in range(8)]
+    between = [_decoded(prior, [great_circle(e[:n], e[n:], share) for e in eps]).to(real) for share in shares]
+    frames = torch.stack([real[:n], *between, real[n:]], dim=1)
+    titles = ["image A", *(f"{share:.0%}" for share in shares), "image B"]
+    picture = page(
+        f"Interpolation between images of {images.name}",
+        [[matrix([(f"pair {row + 1}", frames[row]) for row in range(n)], titles)]],
+        "0 % and 100 % are the reconstructions of the two images. Between them the standardised latents ε of each "
+        "group go along a great circle: a straight line would leave the shell on which a Gaussian prior lies.",
+    )
+    return Shown(picture, {"images": frames.cpu().numpy(), "share": np.array(shares)})
+
+
+def great_circle(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Between a and b (B, *shape): at `share` of the angle, norms interpolated likewise; straight where parallel."""
+    x, y = a.flatten(1), b.flatten(1)
+    norms = x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True)
+    cosine = ((x * y).sum(1, keepdim=True) / (norms[0] * norms[1]).clamp(min=1e-12)).clamp(-1, 1)
+    angle = cosine.acos()
+    sine = angle.sin()
+    round_, straight = sine > 1e-4, torch.ones_like(sine)
+    left = torch.where(round_, ((1 - share) * angle).sin() / torch.where(round_, sine, straight), 1 - share * straight)
+    right = torch.where(round_, (share * angle).sin() / torch.where(round_, sine, straight), share * straight)
+    unit = left * x / norms[0].clamp(min=1e-12) + right * y / norms[1].clamp(min=1e-12)
+    between: Tensor = unit * ((1 - share) * norms[0] + share * norms[1])
+    return between.view_as(a)
+
+
+@torch.no_grad()
+def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, on_step: OnStep = lambda step: None) -> Shown:
+    """Posterior codes and chains of the prior in two dimensions per group, at growing steps (Fig. 2).
+
+    A group of more than two units is shown along the two principal directions of its posterior codes.
+    """
+    steps = _steps(prior)
+    at = [0, steps // 4, steps // 2, steps]
+    _, posterior = _inferred(prior, images, n, seed)
+    walked = chain(prior, n, steps, at, seed=seed, on_step=on_step)
+    drawn = {step: prior.backbone.reparameterize(eps) for step, eps in walked.eps.items()}
+    rows, arrays = [], {"steps": np.array(at)}
+    for index, group in enumerate(prior.backbone.groups):
+        codes = posterior[index].flatten(1).double()
+        mean = codes.mean(0)
+        if codes.shape[1] < 2:
+            raise ConfigurationError(f"{group.name} has one unit: there is no plane to show it in")
+        directions, share = torch.eye(2, dtype=codes.dtype), ""
+        if codes.shape[1] > 2:
+            _, scales, axes = torch.linalg.svd((codes - mean).cpu(), full_matrices=False)
+            directions = axes[:2].T
+            share = f" (both: {float((scales[:2] ** 2).sum() / (scales**2).sum()):.0%} of the variance)"
+
+        def flat(z: Tensor, mean: Tensor = mean, directions: Tensor = directions) -> NDArray[np.float64]:
+            return ((z.flatten(1).double() - mean).cpu() @ directions).numpy()
+
+        known = flat(posterior[index])
+        moved = {step: flat(z[index]) for step, z in drawn.items()}
+        everything = np.concatenate([known, *moved.values()])
+        low, high = np.quantile(everything, [0.002, 0.998], axis=0)
+        room = 0.08 * (high - low)
+        cells = []
+        for step in at:
+            series = [
+                Series("posterior", known[:, 0], known[:, 1], "points", COLOURS[1], 0.5),
+                Series("chain", moved[step][:, 0], moved[step][:, 1], "points", COLOURS[0], 0.5),
+            ]
+            cells.append(
+                plot(
+                    series,
+                    title=f"{group.name}, step {step}",
+                    x_label=f"direction 1{share}",
+                    y_label="direction 2",
+                    size=(330, 330),
+                    x_range=(low[0] - room[0], high[0] + room[0]),
+                    y_range=(low[1] - room[1], high[1] + room[1]),
+                )
+            )
+        rows.append(cells)
+        arrays[f"posterior_{group.name}"] = known
+        arrays[f"chain_{group.name}"] = np.stack([moved[step] for step in at])
+    image = page(
+        f"Latents of {images.name} and chains of the prior",
+        rows,
+        f"Orange: codes of {n} images. Blue: as many chains of {_kernel(prior)}, which start at the backbone's prior "
+        "(step 0). Where the prior is learned, blue ends where orange is.",
+    )
+    return Shown(image, arrays)
+
+
+PICTURES = {"transitions": 8, "energy": 16, "hierarchy": 4, "reconstruction": 6, "interpolate": 6, "latents": 500}
+"""The pictures, and how many rows, chains or codes each shows unless told."""
+WITH_CHAINS = ("transitions", "energy", "latents")
+WITH_IMAGES = ("reconstruction", "interpolate", "latents")
+
+
+def draw_picture(
+    prior: EBMPrior,
+    what: str,
+    images: Images | None,
+    n: int | None = None,
+    *,
+    seed: int = 0,
+    on_step: OnStep = lambda step: None,
+) -> Shown:
+    """One of `PICTURES` by name, of `images` where it is of `WITH_IMAGES`."""
+    n = n or PICTURES[what]
+    if what == "transitions":
+        return transitions(prior, n, seed=seed, on_step=on_step)
+    if what == "energy":
+        return energy(prior, n, seed=seed, on_step=on_step)
+    if what == "hierarchy":
+        return hierarchy(prior, n, seed=seed)
+    if images is None:
+        raise ConfigurationError(f"{what} starts from images: give some")
+    if what == "latents":
+        return latents(prior, images, n, seed=seed, on_step=on_step)
+    return {"reconstruction": reconstruction, "interpolate": interpolate}[what](prior, images, n, seed=seed)
+
+
+class Walked(NamedTuple):
+    """Chains: ε at some steps, and the summands of f at all, in nats."""
+
+    eps: dict[int, list[Tensor]]
+    terms: NDArray[np.float64]  # (steps + 1, n, heads)
+
+
+@torch.no_grad()
+def chain(
+    prior: EBMPrior, n: int, steps: int, at: Sequence[int], *, seed: int, on_step: OnStep = lambda step: None
+) -> Walked:
+    """n chains of the prior's recorded kernel from the backbone's prior, kept at the steps `at`."""
+    backbone, sampler = prior.backbone, prior.sampler
+    device = next(backbone.parameters()).device
+    generator = BlockGenerator(derived_seed(seed, _CHAIN), 0, n, device)
+    kept: dict[int, list[Tensor]] = {}
+    terms: list[Tensor] = []
+
+    def keep(step: int, state: ChainState, info: ChainInfo | None = None) -> None:
+        if step + 1 in at:
+            kept[step + 1] = state.eps
+        z = backbone.reparameterize(state.eps)
+        terms.append(prior.tau * prior.energy.terms(prior.energy.inputs(z, state.eps)).double().cpu())
+        on_step(step + 1)
+
+    potential = graphed(prior.potential, device)
+    state = start(potential, backbone.standard_normal(n, generator=generator))
+    keep(-1, state)
+    step_size = torch.full_like(state.value, sampler.step_size)
+    run_chain(kernel_of(sampler), state, potential, steps, step_size=step_size, generator=generator, callback=keep)
+    return Walked(kept, torch.stack(terms).numpy())
+
+
+@torch.no_grad()
+def _decoded(prior: EBMPrior, eps: Sequence[Tensor]) -> Tensor:
+    trace = prior.backbone.transform(eps)
+    return prior.backbone.likelihood(trace.features).mean.cpu()
+
+
+@torch.no_grad()
+def _redrawn(prior: EBMPrior, z: Sequence[Tensor], k: int, energy: bool, seed: int) -> Tensor:
+    """Images with the k lowest groups drawn given the others, from p_α or from p_β."""
+    n = len(z[0])
+    free = FreeGroups(prior.backbone, prior.negative_energy, z[: len(z) - k], n)
+    generator = BlockGenerator(derived_seed(seed, _LOWER, k), 0, n, z[0].device)
+    trace = free.trace(free.sample(prior.sampler if energy else None, generator))
+    return prior.backbone.likelihood(trace.features).mean
+
+
+@torch.no_grad()
+def _inferred(prior: EBMPrior, images: Images, n: int, seed: int) -> tuple[Tensor, list[Tensor]]:
+    """n images and a posterior draw of their latents."""
+    if len(images) < n:
+        raise ConfigurationError(f"expected at least {n} images, found {len(images)} of {images.name}: show fewer (-n)")
+    like = next(prior.backbone.parameters())
+    rows = torch.randperm(len(images), generator=derived_generator(seed, _CHOICE))[:n]
+    batch = images.batch(rows).to(like.device, like.dtype)
+    generator = BlockGenerator(derived_seed(seed, _POSTERIOR), 0, n, like.device)
+    observed = prior.backbone.observe(batch, generator=generator)
+    return batch.cpu(), prior.backbone.infer(observed, generator=generator).z
+
+
+def _steps(prior: EBMPrior) -> int:
+    if not prior.sampler.steps:
+        raise ConfigurationError("this prior's sampler is resampling alone: give the chain some --steps")
+    return prior.sampler.steps
+
+
+def _kernel(prior: EBMPrior) -> str:
+    return f"{prior.sampler.kernel} at step size {prior.sampler.step_size:g}"
+
+
+def _extreme(images: Tensor) -> float:
+    """The share of pixels that are all but black or white."""
+    return float(((images < 0.01) | (images > 0.99)).double().mean())

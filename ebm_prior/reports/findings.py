@@ -1,0 +1,215 @@
+"""What eval, ood, anomaly, doctor and demo found, as the blocks of `report`, and as text."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ebm_prior.reports.summaries import files_written, sampler_text
+from ebm_prior.reports.text import Block, Table, text
+
+
+def evaluation_tables(results: Sequence[Mapping[str, Any]]) -> str:
+    """One evaluation in full; of several, the distances of each and their mean and standard deviation."""
+    return text(evaluation_blocks(results))
+
+
+def evaluation_blocks(results: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """One evaluation in full; of several, the distances of each and their mean and standard deviation."""
+    blocks: list[Block] = []
+    for result in results:
+        blocks += ["", *_evaluation(result)]
+        for card in result.get("published", ()):
+            blocks += ["", *fid_card(card)]
+    if len(results) > 1:
+        rows = [
+            [_LABELS.get(k, k), f"{m:.4g}", f"{s:.2g}"] for k, (m, s) in mean_and_sd(results).items() if k in _LABELS
+        ]
+        blocks += ["", f"mean and standard deviation over {len(results)} priors", Table(["", "mean", "sd"], rows)]
+    return blocks[1:]
+
+
+def fid_card(card: Mapping[str, Any]) -> list[Block]:
+    """FID, KID and Inception Score with all that they depend on (never without the backbone's own)."""
+    official, reference = card["official"], card["reference"]
+    name, kid, score = ("FID", "KID", "Inception Score") if official else ("FD", "KD", "score by classes")
+    rows = [
+        [
+            title,
+            f"{row['fid']:.2f}",
+            f"{row['kid']:.5f}",
+            "{inception_score:.2f} ± {inception_score_sd:.2f}".format(**row) if "inception_score" in row else "none",
+        ]
+        for title, row in (("backbone prior", card["backbone"]), ("energy-based prior", card["prior"]))
+    ]
+    return [
+        Table([f"{name} card", card["distance"], kid, score], rows),
+        f"network: {card['weights']}, mode {card['mode']} of clean-fid; images: means of p(x | z), 8 bits per channel",
+        f"samples: N = {card['samples']:,}, seed {card['seed']}, temperature {card['sampler']['temperature']:g}; of "
+        f"the energy-based prior by {sampler_text(card['sampler'])}",
+        f"reference: all {reference['images']:,} images of {reference['data']} (split {reference['split']}), "
+        f"statistics {card['statistics']}, {card['statistics_file']}",
+        f"{kid}: 100 subsets of at most 1,000, of the reference among {card['kid_rows']:,}; {score}: mean ± sd of "
+        f"{card['splits']} splits",
+        *([] if official else ["NOT Inception's official weights: these figures compare with none that are published"]),
+    ]
+
+
+def mean_and_sd(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Mean and sample standard deviation of every number that the results share."""
+    keys = [key for key, value in results[0].items() if isinstance(value, float)]
+    columns = {key: [float(result[key]) for result in results] for key in keys}
+    return {key: (statistics.fmean(c), statistics.stdev(c) if len(c) > 1 else 0.0) for key, c in columns.items()}
+
+
+_LABELS = {
+    "fd_backbone": "FD, backbone prior",
+    "fd_prior": "FD, energy-based prior",
+    "fd_reconstruction": "FD, reconstructions",
+    "gap_closed": "gap closed in FD",
+    "fdrec_backbone": "FDrec, backbone prior",
+    "fdrec_prior": "FDrec, energy-based prior",
+    "fdrec_reconstruction": "FDrec, reconstructions (floor)",
+    "gap_closed_rec": "gap closed in FDrec",
+    "kid_backbone": "KID, backbone prior",
+    "kid_prior": "KID, energy-based prior",
+    "kid_reconstruction": "KID, reconstructions",
+    "f_posterior": "mean f, posterior (nats)",
+    "f_backbone": "mean f, backbone prior (nats)",
+    "f_prior": "mean f, energy-based prior (nats)",
+    "gain_nats": "gain (nats)",
+    "ess_fraction": "its ESS / draws",
+    "tau": "tempering τ",
+    "auc_before": "AUC before",
+    "auc_after": "AUC after",
+    "acceptance": "sampler: acceptance",
+    "norm": "sampler: ‖ε‖/√D",
+    "resampling_ess_fraction": "sampler: ESS / proposals",
+}
+
+
+def _evaluation(result: Mapping[str, Any]) -> list[Block]:
+    """Distances, gap closed, gain and AUC of one prior."""
+    held_out = result.get("held_out", True)
+    closed = [f"{result[key]:.1%}" for key in ("gap_closed", "gap_closed_rec")]
+    rows = [
+        ["backbone prior", *(f"{result[f'{m}_backbone']:.4g}" for m in ("fd", "fdrec", "kid")), "", ""],
+        ["energy-based prior", *(f"{result[f'{m}_prior']:.4g}" for m in ("fd", "fdrec", "kid")), *closed],
+        ["reconstructions", *(f"{result[f'{m}_reconstruction']:.4g}" for m in ("fd", "fdrec", "kid")), "", ""],
+    ]
+    lines: list[Block] = [
+        *([f"{result['prior']}"] if "prior" in result else []),
+        Table(["", "FD", "FDrec", "KID", "gap closed FD", "gap closed FDrec"], rows),
+        f"features: {result['extractor']}; {result['samples']:,} samples against {result['held_out_images']:,} images "
+        f"of {result['data']} (statistics {result['statistics']}), seed {result['seed']}",
+        f"sampler: {sampler_text(result['sampler'])}; acceptance {result['acceptance']:.2f}, "
+        f"‖ε‖/√D {result['norm']:.3f}, ESS / proposals {result['resampling_ess_fraction']:.2f}",
+        f"{'held-out ' * held_out}gain {result['gain_nats']:+.3f} nats at ESS {result['ess_fraction']:.1%} "
+        f"(τ = {result['tau']:.3f})",
+    ]
+    if "f_posterior" in result:
+        lines.append(
+            f"mean f (nats, larger is more probable): posterior {result['f_posterior']:.2f}, backbone prior "
+            f"{result['f_backbone']:.2f}, energy-based prior {result['f_prior']:.2f}"
+        )
+    if not held_out:
+        lines.append("NOT held out: these are the images the prior was trained on")
+    if "auc_before" in result:
+        groups = result["auc_before_per_group"]
+        rows = [["all groups", f"{result['auc_before']:.3f}", f"{result['auc_after']:.3f}"]]
+        rows += [[g, f"{groups[g]:.3f}", f"{result['auc_after_per_group'][g]:.3f}"] for g in groups]
+        lines += [
+            "",
+            Table(["AUC, posterior vs prior latents", "before", "after"], rows),
+            f"gauge: {result['auc_budget']}",
+        ]
+    return lines
+
+
+def outlier_tables(result: Mapping[str, Any]) -> str:
+    """How well every score tells the outliers, and where the results are."""
+    return text([*outlier_blocks(result), *(["", files_written(result)] if "files" in result else [])])
+
+
+def outlier_blocks(result: Mapping[str, Any]) -> list[Block]:
+    """How well every score tells the outliers, with f and without, one table per set."""
+    n = result["images"]
+    count = f"{n:,} images of each set" if isinstance(n, int) else f"{n[0]:,} normal and {n[1]:,} anomalous images"
+    chance = f", chance level of AUPRC {result['prevalence']:.3f}" if "prevalence" in result else ""
+    lines: list[Block] = [
+        f"{count}, {result['draws']} draws each, seed {result['seed']}, τ = {result['tau']:.3f}{chance}",
+        f"lower groups, where sampled: {sampler_text(result['sampler'])}",
+    ]
+    ap, trapezoid = ("AUPRC", None) if isinstance(n, int) else ("average precision", "AUPRC, trapezoid")
+    for each in result["sets"]:
+        head = ["score", "mode", "lower groups"]
+        head += ["AUROC f = 0", "f", "f − (f = 0), 95 %", f"{ap} f = 0", "f"]
+        head += [f"{trapezoid} f = 0", "f"] if trapezoid else ["FPR80 f = 0", "f"]
+        last = "auprc_trapezoid" if trapezoid else "fpr80"
+        rows = []
+        for row in each["rows"]:
+            plain, tilted, gain = row["f=0"], row["f"], row["gain"]
+            rows.append(
+                [
+                    f"{row['score']}>{row['k']}",
+                    row["mode"],
+                    row["lower"] if row["k"] else "",
+                    *(f"{which['auroc']:.4f}" for which in (plain, tilted)),
+                    f"{gain['auroc']:+.4f} [{gain['low']['auroc']:+.4f}, {gain['high']['auroc']:+.4f}]",
+                    *(f"{which['auprc']:.4f}" for which in (plain, tilted)),
+                    *(f"{which[last]:.4f}" for which in (plain, tilted)),
+                ]
+            )
+        lines += ["", f"{result['in']} (in), {each['out']} (out)", Table(head, rows)]
+    return lines
+
+
+def doctor_card(result: Mapping[str, Any]) -> str:
+    """What the doctor found, the verdict last."""
+    *blocks, verdict = doctor_blocks(result)
+    return text([*blocks, *textwrap.wrap(str(verdict), 110)])
+
+
+def doctor_blocks(result: Mapping[str, Any]) -> list[Block]:
+    """What the doctor found, the verdict last."""
+    rows = []
+    for row in result["groups"]:
+        rows.append(
+            [
+                row["group"],
+                f"{row['kl_nats']:.2f}",
+                f"{row['active_units']:,} / {row['units']:,}",
+                f"{row['eps_mean_rms']:.3f}",
+                f"{row['eps_variance']:.3f}",
+                f"{row['std_low']:.3g} to {row['std_high']:.3g}",
+                f"{row['auc']:.3f}" if "auc" in row else "",
+            ]
+        )
+    head = ["group (top first)", "KL (nats)", "active units", "ε mean (RMS)", "ε variance", "σ of the prior", "AUC"]
+    norms, dropout = result["batch_norms"], result["dropout_layers"]
+    lines: list[Block] = [
+        f"{result['images']:,} images of {result['data']}, seed {result['seed']}",
+        Table(head, rows),
+        "where the prior is right, codes have an ε mean of 0 and an ε variance of 1, and an AUC of .5",
+    ]
+    if "auc" in result:
+        lines.append(f"AUC of all groups together: {result['auc']:.3f} ({result['auc_budget']})")
+    lines += [
+        "not finite: "
+        + (", ".join(f"{count:,} in {name}" for name, count in result["not_finite"].items()) or "nothing"),
+        f"dropout: {dropout} layers" + (f", at most {result['dropout_largest']:g}" if dropout else ""),
+        f"batch norm: {norms} layers"
+        + (", running variances from {:.3g} to {:.3g}".format(*result["running_variance"]) if norms else ""),
+        f"mode: {'TRAINING' if result['training_mode'] else 'evaluation, dropout and batch statistics off'}",
+        "",
+        result["verdict"],
+    ]
+    return lines
+
+
+def demo_summary(result: Mapping[str, Any]) -> str:
+    """The demo's table, and where to look."""
+    lines = [evaluation_tables([result]), "", f"{result['seconds']:.0f} s on {result['cores']} cores. Look at:"]
+    return "\n".join([*lines, *(f"  {file}" for file in result["files"])])

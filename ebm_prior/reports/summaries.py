@@ -1,0 +1,196 @@
+"""Results for a person, as blocks: tables and lines. Here they become text; `ebm_prior.web_page` makes HTML of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ebm_prior.reports.text import Block, Table, table, text
+
+
+def files_written(result: Mapping[str, Any]) -> str:
+    """Where the results are."""
+    return f"wrote {', '.join(result['files'])}"
+
+
+def fit_summary(result: Mapping[str, Any]) -> str:
+    """What a fit gave, and what to do next."""
+    count = result["parameters"]
+    return text(
+        [
+            *fit_blocks(result),
+            f"{result['cpu_seconds']:.0f} CPU-seconds; heads {count['heads']:,} parameters, {count['ratio']:.1%} of "
+            "the backbone's",
+            f"sampler: {sampler_text(result['sampler'])}",
+            f"wrote {result['prior']} and {result['picture']}",
+            f"next: ebm-prior sample {result['prior']} --out samples.png",
+        ]
+    )
+
+
+def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
+    """What a second stage gave, out of its prior's record."""
+    plain, tempered = record["held_out"]["plain"], record["held_out"]["tempered"]
+    rows = [
+        ["f as trained", f"{plain['nats']:+.3f}", f"{plain['ess_fraction']:.1%}", "1"],
+        ["tempered", f"{tempered['nats']:+.3f}", f"{tempered['ess_fraction']:.1%}", f"{tempered['tau']:.3f}"],
+    ]
+    return [
+        Table(["held-out", "gain (nats)", "ESS / draws", "τ"], rows),
+        *([_ratios(record)] if "stages" in record else []),
+        f"iteration {record['best_iteration']} of {record['iterations']} kept, {record['rollbacks']} roll-backs",
+    ]
+
+
+def _ratios(record: Mapping[str, Any]) -> str:
+    """What the heads were trained on, and why."""
+    stages, saturated = record["stages"], record["saturated"]
+    if stages is None:
+        return "maximum likelihood by chains, as asked"
+    if not stages and record["config"]["ratios"] == "staged":
+        return "staged density ratios, as asked: none has brought a gain"
+    if not stages:
+        narrow = record.get("narrow", False)  # files from before 26 November 2026 do not say
+        return "one density ratio, " + ("saturated: stages go further" if narrow else "which does not saturate")
+    why = "as asked"
+    if saturated:
+        why = "one saturates (ESS {ess_fraction:.1%} after {iteration} iterations)".format(**saturated)
+    sums = "their gains add up, less what the ceiling costs, and their least ESS is the one above"
+    return f"{len(stages)} staged density ratios, {why}; {sums}"
+
+
+def sample_summary(result: Mapping[str, Any]) -> str:
+    """What was drawn and where it is."""
+    return (
+        f"{result['samples']} samples, {sampler_text(result['sampler'])}; acceptance {result['acceptance']:.2f}, "
+        f"‖ε‖/√D {result['norm']:.3f}, ESS / proposals {result['ess_fraction']:.2f}\nwrote {', '.join(result['files'])}"
+    )
+
+
+def pretrain_summary(result: Mapping[str, Any]) -> str:
+    """What a first stage gave."""
+    elbo = result["test_elbo"]
+    measured = "no test ELBO: the data have no test split"
+    if elbo is not None:
+        bits = result["bits_per_dimension"]
+        shown = f"{elbo['elbo']:.2f} nats" + ("" if bits is None else f", {bits:.3f} bits per dimension")
+        measured = (
+            f"one-sample test ELBO {shown} (log-likelihood {elbo['log_likelihood']:.2f}; KL, top group first: "
+            f"{', '.join(f'{value:.2f}' for value in elbo['kl'])})"
+        )
+    return (
+        f"{measured}; {result['parameters']:,} parameters, {result['cpu_seconds'] / 60:.1f} CPU-minutes\n"
+        f"wrote {result['backbone']}"
+    )
+
+
+def train_summary(result: Mapping[str, Any]) -> str:
+    """What joint training gave."""
+    found, count = result["validation"], result["parameters"]
+    heads = f"the heads {count['heads']:,} more ({count['ratio']:.1%})" if count["heads"] else "no energy"
+    return (
+        f"one-sample ELBO {found['elbo']:.2f} nats (log-likelihood {found['reconstruction']:.2f}, KL "
+        f"{found['kl']:.2f}, gain of f {found['gain']:+.3f} at an ESS of {found['ess_fraction']:.1%})\n"
+        f"{count['backbone']:,} parameters, {heads}; {result['cpu_seconds'] / 60:.1f} CPU-minutes\n"
+        f"wrote {result['backbone']} and {result['prior']}"
+    )
+
+
+def prior_card(record: Mapping[str, Any]) -> str:
+    """What a prior file says of itself, as text."""
+    return text(prior_blocks(record))
+
+
+def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
+    """What a prior file says of itself."""
+    backbone, training = record["backbone"], record["record"]
+    heads = sum(record["heads"].values())
+    rows = [
+        [name, "×".join(map(str, shape)), f"{record['heads'].get(name, 0):,}"] for name, shape in backbone["groups"]
+    ]
+    if "joint" in record["heads"]:
+        rows.append(["joint head", "all groups", f"{record['heads']['joint']:,}"])
+    ceiling = f", f at most {record['ceiling']:.4g} nats" if record.get("ceiling") is not None else ""
+    lines: list[Block] = [
+        f"energy-based prior, {record['regime']}, τ = {record['tau']:.4g}{ceiling}, written by ebm-prior "
+        f"{record['library']}",
+        f"backbone: {backbone['adapter']}, {backbone['checkpoint']}, fingerprint {backbone['fingerprint'][:12]}",
+        f"parameters: backbone {backbone['parameters']:,}, heads {heads:,} ({heads / backbone['parameters']:.1%})",
+        Table(["group (top first)", "shape", "head parameters"], rows),
+        f"sampler: {sampler_text(record['sampler'])}",
+    ]
+    if "bn_readjust" in training:
+        lines.append(
+            "batch norms of the backbone re-adjusted: {iterations} batches of {batch_size} samples at temperature "
+            "{temperature:g}, seed {seed}".format(**training["bn_readjust"])
+        )
+    if "held_out" in training:  # a library user may record anything
+        gain = training["held_out"]["tempered"]
+        lines.append(
+            f"trained on {training['data']['name']}: {training['config']['objective']}, {training['iterations']} "
+            f"iterations (kept: {training['best_iteration']}), held-out gain {gain['nats']:+.3f} nats at ESS "
+            f"{gain['ess_fraction']:.1%}"
+        )
+    return lines
+
+
+def backbone_card(described: Mapping[str, Any]) -> str:
+    """A backbone's groups, parameter counts, the plain values of its architecture, and what is known of its making."""
+    count, paper = described["parameters"], described["parameters_paper"]
+    rows = [[name, "×".join(map(str, shape))] for name, shape in described["groups"]]
+    return "\n".join(
+        [
+            f"{described['class']}, images {'×'.join(map(str, described['image_shape']))}, fingerprint "
+            f"{described['fingerprint'][:12]}",
+            f"parameters: backbone {count['backbone']:,}, default heads {count['heads']:,} ({count['ratio']:.1%}), "
+            f"heads of --preset paper {paper['heads']:,} ({paper['ratio']:.1%})",
+            *_architecture(described["architecture"]),
+            *_making(described["record"]),
+            table(["group (top first)", "shape"], rows),
+        ]
+    )
+
+
+def _architecture(options: Mapping[str, Any]) -> list[str]:
+    plain = {
+        name: " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        for name, value in options.items()
+        if isinstance(value, (str, int, float)) or (name != "image_shape" and _plain_list(value))
+    }
+    return [f"architecture: {', '.join(f'{name} {value}' for name, value in plain.items())}"] if plain else []
+
+
+def _plain_list(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in value)
+
+
+def _making(record: Mapping[str, Any]) -> list[str]:
+    data, config, elbo = (record.get(key) or {} for key in ("data", "config", "test_elbo"))
+    said = [
+        *([f"trained on {data['name']}"] if "name" in data else []),
+        *([f"{config['iterations']:,} steps of batch {config['batch_size']}"] if "batch_size" in config else []),
+        *([f"test ELBO {elbo['elbo']:.2f} nats"] if elbo else []),
+        *(["batch norms re-adjusted"] if "bn_readjust" in record else []),
+    ]
+    return [", ".join(said)] if said else []
+
+
+def backbone_list(listed: Mapping[str, Any]) -> str:
+    """Adapters and bundled backbones."""
+    adapters = [[row["adapter"], row["class"]] for row in listed["adapters"]]
+    trained = [[row["name"], row["adapter"], str(row["data"])] for row in listed["bundled"]]
+    broken = [row["error"] for row in listed["adapters"] if "error" in row]
+    tables = [table(["adapter", "class"], adapters), table(["bundled", "adapter", "data"], trained)]
+    return "\n\n".join(["\n".join([tables[0], *broken]), tables[1]])
+
+
+def sampler_text(sampler: Mapping[str, Any]) -> str:
+    """A sampler in words."""
+    parts = []
+    if sampler["proposals"] > 1:
+        parts.append(f"resampling among {sampler['proposals']} draws")
+    if sampler["steps"]:
+        leapfrogs = sampler.get("leapfrogs", 1)  # older priors do not know several
+        each = f" of {leapfrogs} leapfrogs" if leapfrogs > 1 else ""
+        parts.append(f"{sampler['steps']} steps{each} of {sampler['kernel']} at step size {sampler['step_size']:g}")
+    return ", then ".join(parts) or "ancestral draws"

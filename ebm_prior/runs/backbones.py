@@ -1,0 +1,181 @@
+"""Where a backbone comes from: its data set and its record; and what is made of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ebm_prior.data.images import DATA_SET_NAMES, known_data_set
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.batch_norm import readjust_batch_norm
+from ebm_prior.storage.checkpoint import backbone_record, bundled, load_backbone, save_backbone
+from ebm_prior.storage.registry import adapter, build
+
+
+def own_data(checkpoint: str, backbone: Backbone) -> str:
+    """The data set that a checkpoint says it was trained on. Raises ConfigurationError."""
+    return named_data(own_record(checkpoint, backbone), checkpoint)
+
+
+def named_data(record: Mapping[str, Any], what: str, *, option: str = "--data") -> str:
+    """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere.
+
+    `option`: where a user says it otherwise. Raises ConfigurationError.
+    """
+    data = record.get("data")
+    recorded = data.get("name") if isinstance(data, Mapping) else None
+    name, _, split = str(recorded).partition("/")
+    if name in DATA_SET_NAMES and split in ("train", "test"):
+        return name
+    known = ", ".join(DATA_SET_NAMES)
+    said = (
+        f"does not say what it was trained on: pass {option} with one of the known data sets ({known}), or"
+        if recorded is None
+        else f"was trained on {recorded}, a path or the name of none of the known data sets ({known}): pass {option} "
+        "with"
+    )
+    raise ConfigurationError(f"{what} {said} a folder of images, an .npz, an .npy or an idx file")
+
+
+def source_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
+    """Where a backbone comes from: name and SHA-256 over its files, and what the checkpoint says of itself."""
+    path = bundled().get(checkpoint, Path(checkpoint))
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode() + b"\0")
+            with file.open("rb") as content:
+                while piece := content.read(2**20):
+                    digest.update(piece)
+    return {**own_record(checkpoint, backbone), "source": path.name, "source_sha256": digest.hexdigest()}
+
+
+def own_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
+    """What a checkpoint says of itself: an own form's record; an official one's data set, where it names that."""
+    path = bundled().get(checkpoint, Path(checkpoint))
+    if path.suffix == ".safetensors":
+        return dict(backbone_record(path)["record"])
+    if backbone.data_name is None:
+        return {}
+    known = known_data_set(backbone.data_name)
+    return {"data": {"name": f"{known}/train" if known else backbone.data_name}}
+
+
+def readjusted(
+    backbone: Backbone,
+    path: Path,
+    checkpoint: str,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    on_stage: Callable[[str], None] | None = None,
+) -> Backbone:
+    """The backbone with its batch norms re-adjusted, as it is read from the own form that is written to `path`.
+
+    `settings`: the keyword arguments of `readjust_batch_norm`, which changes `backbone` in place. `checkpoint`: where
+    it comes from, for the record. With `resume` a file that is there already is the one.
+    """
+
+    def progress(done: int) -> None:
+        if on_stage and done % 100 == 0:
+            on_stage(f"batch norms: {done} of {settings['iterations']} batches")
+
+    if not resume:
+        path.unlink(missing_ok=True)  # of an earlier run; a kill while this one works must not leave it to a resume
+    if not path.exists():
+        if on_stage:
+            on_stage("re-adjusting batch norms to {iterations} batches of {batch_size} samples".format(**settings))
+        readjust_batch_norm(backbone, **settings, on_batch=progress)
+        record = {**source_record(checkpoint, backbone), "stage": "bn-readjust", "bn_readjust": dict(settings)}
+        save_backbone(backbone, path, record=record)
+    like = next(backbone.parameters())
+    return load_backbone(None, path, device=like.device, dtype=like.dtype)
+
+
+def parsed_options(words: Sequence[str]) -> dict[str, Any]:
+    """Options of an architecture from words KEY=VALUE, each value in JSON. Raises ConfigurationError."""
+    options: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        try:
+            options[key] = json.loads(value)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"--set {word}: expected KEY=VALUE with the value in JSON, e.g. log_std_floor=-2 or skips=false, and "
+                f"texts in double quotes ({error})"
+            ) from error
+    return options
+
+
+def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
+    """The network with these options in its architecture and the same weights. Raises ConfigurationError.
+
+    An option that the architecture does not have is an error, and so is one on which the weights depend.
+    """
+    kind, architecture = type(backbone), dict(backbone.architecture)
+    if unknown := sorted(set(options) - set(architecture)):
+        known = ", ".join(architecture)
+        raise ConfigurationError(f"--set {', '.join(unknown)}: {kind.__name__} has only the options {known}")
+    named = f"--set {', '.join(options)}"
+    try:
+        changed = build(kind, architecture | dict(options))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{named}: {error}") from error
+    ours, theirs = ({key: t.shape for key, t in network.state_dict().items()} for network in (backbone, changed))
+    if unfit := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+        raise ConfigurationError(
+            f"{named}: expected options that hold no weights, found {len(unfit)} weights that would be others: "
+            f"{', '.join(unfit[:5])}{', …' * (len(unfit) > 5)}"
+        )
+    changed.load_state_dict(backbone.state_dict())
+    return changed.eval()
+
+
+def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
+    """An untrained network of adapter `name`.
+
+    `architecture`: a JSON file of its keyword arguments, or a bundled backbone whose architecture is taken; None gives
+    none. Raises UnknownBackboneError, ConfigurationError.
+    """
+    kind = adapter(name)
+    if architecture is None:
+        try:
+            return build(kind, {}, seed=seed)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{error}. Pass --architecture with a JSON file of its keyword arguments or a bundled backbone: "
+                f"{', '.join(bundled())}"
+            ) from error
+    if architecture in bundled():
+        record = backbone_record(architecture)
+        if record["adapter"] != name:
+            raise ConfigurationError(
+                f"--architecture {architecture} is one of {record['adapter']!r}, not of {name!r}: use --backbone "
+                f"{record['adapter']}"
+            )
+        return build(kind, record["architecture"], seed=seed)
+    try:
+        described = json.loads(Path(architecture).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"--architecture {architecture} cannot be read as JSON, nor is it bundled ({', '.join(bundled())}): {error}"
+        ) from error
+    if not isinstance(described, dict):
+        raise ConfigurationError(f"--architecture {architecture}: expected a JSON object of keyword arguments")
+    return build(kind, described, seed=seed)
+
+
+def new_network(
+    name: str, architecture: str | None, changes: Sequence[str], image_shape: Sequence[int], seed: int
+) -> Backbone:
+    """An untrained network of adapter `name` for images (C, H, W).
+
+    `architecture`: as `new_backbone` takes it; else `changes`, words KEY=VALUE with arguments of the adapter.
+    """
+    if architecture is not None:
+        return new_backbone(name, architecture, seed)
+    return build(adapter(name), {"image_shape": list(image_shape), **parsed_options(changes)}, seed=seed)

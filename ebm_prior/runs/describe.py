@@ -1,0 +1,72 @@
+"""What a prior file or a backbone is, as plain values: sizes, parameters, records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebm_prior.errors import UnknownBackboneError
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.storage.checkpoint import PRIOR_KEY, backbone_record, bundled
+from ebm_prior.storage.registry import adapter, registered
+from ebm_prior.storage.weights import count_parameters, fingerprint, read_tensors
+from ebm_prior.training.fit_config import FitConfig, paper_preset
+
+# Of a prior's record:
+RESULTS = ("iterations", "best_iteration", "rollbacks", "held_out", "stages", "saturated", "narrow")
+
+
+def parameters(backbone: Backbone, energy: EnergyConfig) -> dict[str, float]:
+    """Parameter counts of a backbone and of such heads on it, and their ratio (Table 9)."""
+    with torch.device("meta"):  # counted, not made
+        heads = count_parameters(JointEnergy(backbone.groups, energy))
+    count = count_parameters(backbone)
+    return {"backbone": count, "heads": heads, "ratio": heads / count}
+
+
+def head_parameters(path: Path) -> dict[str, int]:
+    """Parameters per head of a prior file (the standardisation constants are not counted)."""
+    tensors = read_tensors(path, PRIOR_KEY, "an ebm-prior file")[0]
+    counts: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        head = name.split(".")[1] if name.startswith("heads.") else "joint"
+        if not name.endswith((".shift", ".scale")):
+            counts[head] = counts.get(head, 0) + tensor.numel()
+    return counts
+
+
+def describe_backbone(backbone: Backbone, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's groups and parameter counts, with those of the default heads and of the paper's (Table 9).
+
+    `record`: what its checkpoint says of itself.
+    """
+    return {
+        "class": type(backbone).__name__,
+        "image_shape": list(backbone.image_shape),
+        "groups": [[group.name, list(group.shape)] for group in backbone.groups],
+        "fingerprint": fingerprint(backbone),
+        "parameters": parameters(backbone, FitConfig().energy),
+        "parameters_paper": parameters(backbone, paper_preset().energy),
+        "architecture": dict(backbone.architecture),
+        "record": dict(record),
+    }
+
+
+def list_backbones() -> dict[str, Any]:
+    """The adapters that are installed, those that cannot be imported with the error, and the bundled backbones."""
+    adapters = []
+    for name, point in registered().items():
+        row = {"adapter": name, "class": point.value}
+        try:
+            adapters.append(row | {"reads": adapter(name).official_format})
+        except UnknownBackboneError as error:
+            adapters.append(row | {"error": str(error)})
+    trained = []
+    for name, path in bundled().items():
+        card = backbone_record(path)
+        trained.append({"name": name, "adapter": card["adapter"], "data": card["record"].get("data", {}).get("name")})
+    return {"adapters": adapters, "bundled": trained}

@@ -1,0 +1,100 @@
+"""The result folder of `ood` and `anomaly`: scores, tables, histograms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ebm_prior.errors import OutputError
+from ebm_prior.evaluation.outliers import LOWERS, MODES, Scored
+from ebm_prior.model.scores import Form
+from ebm_prior.pictures.grids import save_png
+from ebm_prior.pictures.plots import histogram
+from ebm_prior.pictures.sheets import page
+from ebm_prior.storage.atomic import without_nan, write_atomically
+from ebm_prior.storage.places import require_writable
+
+FILES = ("scores.npz", "result.json", "histograms.png")
+
+
+def write_scores(path: Path, forms: Sequence[Form], scored: Sequence[Scored]) -> None:
+    """An .npz: `scores`, the names of columns; `sets`, names; and of set i `values_i` (N, columns), `rows_i` (N,)."""
+    arrays: dict[str, Any] = {"scores": np.array([form.name for form in forms])}
+    arrays["sets"] = np.array([each.name for each in scored])
+    for index, each in enumerate(scored):
+        arrays |= {f"values_{index}": each.values, f"rows_{index}": each.rows}
+    buffer = BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def write_results(
+    folder: Path, result: Mapping[str, Any], forms: Sequence[Form], scored: Sequence[Scored], title: str
+) -> list[str]:
+    """scores.npz, result.json and histograms.png in a folder; returns their paths."""
+    write_scores(folder / "scores.npz", forms, scored)
+    write_atomically(
+        folder / "result.json", (json.dumps(without_nan(result), indent=2, sort_keys=True) + "\n").encode()
+    )
+    save_png(histograms(result, forms, scored, title), folder / "histograms.png")
+    return [str(folder / name) for name in FILES]
+
+
+def require_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a place for results that holds other files, or results without `overwrite`, or cannot be written.
+
+    Raises OutputError, before work is done.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; expected a folder for the results: choose another --to")
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
+    if set(held) - set(FILES):
+        raise OutputError(f"{folder} holds other files than scores ({held[0]}, …): choose another --to")
+    if held and not overwrite:
+        raise OutputError(f"{folder} holds results: pass --overwrite to replace them, or another --to")
+    require_writable(folder)
+
+
+def histograms(result: Mapping[str, Any], forms: Sequence[Form], scored: Sequence[Scored], title: str) -> Image.Image:
+    """Densities of every score with f (Fig. 6): a column per L^{>k} and LLR^{>k}, a row per mode and lower groups."""
+    outside = result["sets"][-1]
+    quality = {(row["score"], row["k"], row["mode"], row["lower"]): row["f"] for row in outside["rows"]}
+    shown = {form: column for column, form in enumerate(forms) if form.energy}
+    scores = sorted({(form.ratio, form.k) for form in shown})
+    size = (400, 290)
+    rows = []
+    for mode, lower in [way for way in product(MODES, LOWERS) if any(form[2:4] == way for form in shown)]:
+        cells = []
+        for ratio, k in scores:
+            form = next((f for f in shown if f[:3] == (k, ratio, mode) and (not k or f.lower == lower)), None)
+            if form is None:  # iw differs from elbo in L^{>0} and the ratios to it alone
+                cells.append(Image.new("RGB", size, "white"))
+                continue
+            name = f"{'LLR' if ratio else 'L'}>{k}"
+            found = quality["LLR" if ratio else "L", k, mode, lower if k else None]
+            cells.append(
+                histogram(
+                    {each.name: each.values[:, shown[form]] for each in scored},
+                    title=f"{name}, {mode}{f', {lower}' if k else ''}: AUROC {found['auroc']:.3f}",
+                    x_label=f"{name} (nats)",
+                    y_label="density (1/nat)",
+                    size=size,
+                )
+            )
+        rows.append(cells)
+    return page(
+        title,
+        rows,
+        [
+            f"{result['draws']} draws per image. L>k: unnormalised log-posterior with the k lowest groups not inferred "
+            "but taken from the prior given the others (Eq. 20), as samples or means; LLR>k = L>0 - L>k (Eq. 21); both "
+            f"with f. Outliers have low L and high LLR; the AUROC is that of {outside['out']}."
+        ],
+    )

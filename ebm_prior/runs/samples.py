@@ -1,0 +1,91 @@
+"""Samples as files: grids, arrays, folders of PNG files, before-and-after pictures."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from ebm_prior.errors import OutputError
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.pictures.grids import grid, picture, save_png, titled_grids
+from ebm_prior.storage.atomic import write_atomically
+from ebm_prior.storage.places import _is_sample
+
+
+def write_comparison(prior: EBMPrior, path: Path, *, seed: int, number: int = 64, caption: Sequence[str] = ()) -> None:
+    """A picture: samples of the backbone's prior beside those of the energy-based prior."""
+    before = prior.sample(number, seed=seed, sampler=ANCESTRAL).images
+    after = prior.sample(number, seed=seed).images
+    panels = [("before: the backbone's prior", before), ("after: the energy-based prior", after)]
+    save_png(titled_grids(panels, columns=8, caption=caption), path)
+
+
+def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, compare: bool) -> list[Path]:
+    """Write samples as `out`'s suffix says: .png a grid, .npz arrays, else a folder of PNG files."""
+    images = drawn.images.cpu()
+    if out.suffix == ".png":
+        columns = max(1, round(len(images) ** 0.5))
+        if compare:
+            before = prior.sample(len(images), seed=seed, sampler=ANCESTRAL).images.cpu()
+            panels = [("the backbone's prior", before), ("the energy-based prior", images)]
+            save_png(titled_grids(panels, columns=columns), out)
+        else:
+            save_png(grid(images, columns=columns), out)
+        return [out]
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    if out.suffix == ".npz":
+        names = [group.name for group in prior.backbone.groups]
+        latents: dict[str, Any] = {f"z_{name}": z.cpu().numpy() for name, z in zip(names, drawn.z, strict=True)}
+        buffer = BytesIO()
+        np.savez_compressed(buffer, images=pixels, **latents)
+        write_atomically(out, buffer.getvalue())
+        return [out]
+    width = len(str(len(images) - 1))
+    names = [f"{index:0{width}d}.png" for index in range(len(images))]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # Inside `out`, which may be a disk of its own: from anywhere else files would be copied, not renamed.
+        with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as new:
+            for image, name in zip(images, names, strict=True):
+                save_png(picture(image), Path(new, name))
+            for name in names:
+                Path(new, name).replace(out / name)
+        for surplus in [path for path in out.iterdir() if _is_sample(path) and path.name not in names]:
+            surplus.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write into {out}: {error.strerror or error}; free some space or choose another --out"
+        ) from error
+    return [out]
+
+
+def write_page(image: Image, arrays: Mapping[str, NDArray[Any]], out: Path) -> dict[str, Any]:
+    """Write a picture and, beside it as .npz, the arrays behind it."""
+    buffer = BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(out.with_suffix(".npz"), buffer.getvalue())
+    save_png(image, out)
+    return {"files": [str(out), str(out.with_suffix(".npz"))]}
+
+
+def describe_samples(drawn: Samples, sampler: SamplerConfig, seed: int, files: Sequence[Path]) -> dict[str, Any]:
+    """What was drawn, by which sampler, and the mean diagnostics."""
+    return {
+        "samples": len(drawn.images),
+        "seed": seed,
+        "sampler": asdict(sampler),
+        "acceptance": float(drawn.acceptance.mean()),
+        "norm": float(drawn.norm.mean()),
+        "ess_fraction": float(drawn.ess_fraction.mean()),
+        "files": [str(file) for file in files],
+    }

@@ -1,0 +1,103 @@
+"""Joint training in a run directory: what `ebm-prior train` does, without click."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebm_prior.data.images import ImageSource
+from ebm_prior.errors import DivergenceError
+from ebm_prior.interfaces import Callback
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.pictures.grids import save_png, titled_grids
+from ebm_prior.runs.backbones import source_record
+from ebm_prior.runs.describe import parameters
+from ebm_prior.runs.folder import Run, run_inputs
+from ebm_prior.storage.checkpoint import save_backbone, save_prior
+from ebm_prior.storage.weights import fingerprint
+from ebm_prior.training.joint import train_jointly, validate
+from ebm_prior.training.joint_config import JointConfig
+
+
+def train_into(
+    directory: Path,
+    backbone: Backbone,
+    train: ImageSource,
+    test: ImageSource,
+    config: JointConfig,
+    *,
+    checkpoint: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: Callback | None = None,
+    on_remark: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Train a whole model: backbone.safetensors and prior.safetensors, metrics, pictures, resume state.
+
+    `checkpoint`: where the backbone's weights come from, for the record; None: from the seed. Where training diverges
+    for good, the model of the last state is written before DivergenceError goes on. `on_remark` is told of a picture
+    that could not be drawn.
+    """
+    architecture = json.loads(json.dumps(dict(backbone.architecture)))
+    inputs = {"architecture": architecture, "start": fingerprint(backbone), **run_inputs(backbone, train)}
+    start = {} if checkpoint is None else {"start": source_record(checkpoint, backbone)}
+    run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
+    own, path = directory / "backbone.safetensors", directory / "prior.safetensors"
+
+    def keep(prior: EBMPrior) -> None:
+        prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
+        save_backbone(prior.backbone, own, record={**prior.record, **start})
+        save_prior(prior, path, checkpoint=own.name)  # beside it: wherever the run is, equal runs give equal bytes
+
+    def show(shown: Mapping[str, Any]) -> None:
+        path = directory / f"samples-{shown['iteration']:06d}.png"
+        try:
+            write_pictures(shown["prior"], test, path, config.seed)
+        except DivergenceError as error:  # of the picture's chains: training watches its own
+            if on_remark:
+                on_remark(f"no picture of iteration {shown['iteration']}: {error}")
+
+    began = time.process_time()
+    try:
+        prior = train_jointly(backbone, train, config, validation=test, run=run, on_step=on_step, on_evaluate=show)
+    except DivergenceError as error:
+        if isinstance(error.kept, EBMPrior):
+            keep(error.kept)
+            raise DivergenceError(f"{error} Written: {path}", kept=error.kept) from error
+        raise
+    seconds = time.process_time() - began
+    keep(prior)
+    count = parameters(prior.backbone, config.energy)
+    return {
+        "backbone": str(own),
+        "prior": str(path),
+        "parameters": count if config.prior == "ebm" else count | {"heads": 0, "ratio": 0.0},
+        "validation": validate(prior, test, seed=config.seed),
+        "iterations": prior.record["iterations"],
+        "rollbacks": prior.record["rollbacks"],
+        "cpu_seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def write_pictures(prior: EBMPrior, images: ImageSource, path: Path, seed: int) -> None:
+    """A picture of a model in training: images, their reconstructions, samples of p_β and of p_α."""
+    backbone = prior.backbone
+    like = next(backbone.parameters())
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    real = images.batch(range(min(32, len(images)))).to(like.device, like.dtype)
+    posterior = backbone.infer(backbone.observe(real, generator=generator), generator=generator)
+    panels = [
+        ("images", real),
+        ("reconstructions", backbone.likelihood(posterior.features).mean),
+        ("Gaussian prior", backbone.decode(backbone.sample(len(real), generator=generator)).mean),
+        ("EBM prior", prior.sample(len(real), seed=seed).images),
+    ]
+    save_png(titled_grids([(title, p.cpu()) for title, p in panels], columns=8), path)

@@ -1,0 +1,160 @@
+"""Configurations: checks of their values, JSON files, and options of the command line as words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ebm_prior.errors import ConfigurationError
+
+Config = TypeVar("Config")
+
+
+def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) -> Config:
+    """`base` with the values of the JSON `file` and of the options `given` (None: not given) put in."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"--config {file} cannot be read as JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"--config {file}: expected a JSON object, found {type(values).__name__}")
+        values = values.get("config", values)  # a run's config.json can be given as it stands
+    known = {name for name, *_ in leaves(type(base), ())}
+    resolved: Config = _put(
+        _put(base, values), _nested(base, {k: v for k, v in given.items() if v is not None and k in known})
+    )
+    return resolved
+
+
+def settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by the name of its option: {"energy_channels": 64}."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            flat |= settings(value, f"{prefix}{entry.name}_")
+        else:
+            flat[prefix + entry.name] = value
+    return flat
+
+
+def as_words(config: Any, base: Any) -> list[str]:
+    """The options by which `resolve` makes `config` of `base`, e.g. ["--energy-channels", "64"]."""
+    before, words = settings(base), list[str]()
+    for name, value in settings(config).items():
+        if value != before.get(name):
+            option = name.replace("_", "-")
+            words += (
+                [f"--{'' if value else 'no-'}{option}"]
+                if isinstance(value, bool)
+                else [f"--{option}", *spelled(value).split()]
+            )
+    return words
+
+
+def leaves(
+    kind: type[Any], skip: tuple[str, ...], prefix: str = "", blank: Any = None
+) -> Iterator[tuple[str, Any, Field[Any], Any]]:
+    """Name, type, field and default of every setting; the default is that of the outermost dataclass."""
+    hints = get_type_hints(kind)
+    blank = kind() if blank is None else blank
+    for entry in fields(kind):
+        hint, default = _not_none(hints[entry.name]), getattr(blank, entry.name)
+        if entry.name in skip:
+            continue
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from leaves(hint, skip, f"{prefix}{entry.name}_", default)
+        elif "help" in entry.metadata:
+            yield prefix + entry.name, hint, entry, default
+
+
+def _not_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, UnionType):
+        return next(option for option in get_args(hint) if option is not type(None))
+    return hint
+
+
+def spelled(default: Any) -> str:
+    return " ".join(str(v) for v in default) if isinstance(default, tuple) else str(default)
+
+
+def _nested(base: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"energy_channels": 64} -> {"energy": {"channels": 64}}, to any depth."""
+    result: dict[str, Any] = {}
+    kind = base if isinstance(base, type) else type(base)
+    hints = {name: _not_none(hint) for name, hint in get_type_hints(kind).items()}
+    owned: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        owner = next((n for n, h in hints.items() if is_dataclass(h) and key.startswith(f"{n}_")), None)
+        if owner is None or key in hints:
+            result[key] = value
+        else:
+            owned.setdefault(owner, {})[key[len(owner) + 1 :]] = value
+    return result | {owner: _nested(hints[owner], part) for owner, part in owned.items()}
+
+
+def _put(base: Any, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(type(base))
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigurationError(f"unknown settings {', '.join(unknown)}; {type(base).__name__} has {', '.join(hints)}")
+    new: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = _not_none(hints[name])
+        if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+            current = getattr(base, name)
+            new[name] = _put(hint() if current is None else current, value)
+        elif not (_fits(value, hint) or (value is None and hint is not hints[name])):
+            raise ConfigurationError(f"{type(base).__name__}: {name} must be {_described(hint)}, found {value!r}")
+        else:
+            new[name] = tuple(value) if get_origin(hint) is tuple else value
+    return replace(base, **new)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"{len(get_args(hint))} numbers"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(hint, "an object of settings")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise ConfigurationError where one of these fields is not a positive finite number."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ConfigurationError(f"{name} must be positive, found {getattr(config, name)}")
+
+
+def require_seed(config: Any) -> None:
+    """Raise ConfigurationError where the seed of a configuration is one that `derived_seed` does not take."""
+    if config.seed < 0:
+        raise ConfigurationError(f"seed must not be negative, found {config.seed}")
+
+
+def require_choices(config: Any) -> None:
+    """Raise ConfigurationError where a Literal field of a configuration dataclass has another value."""
+    hints = get_type_hints(type(config))
+    for name in (entry.name for entry in fields(config)):
+        value, allowed = getattr(config, name), get_args(hints[name])
+        if get_origin(hints[name]) is Literal and value not in allowed:
+            raise ConfigurationError(f"{name} must be {' or '.join(allowed)}, found {value!r}")

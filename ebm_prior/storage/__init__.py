@@ -1,0 +1,1 @@
+"""Files of our own: atomic writes, weights, checkpoints, the adapter registry, where results go."""

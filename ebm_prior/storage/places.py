@@ -1,0 +1,72 @@
+"""Where results go: the next free folder or file, and refusals before work is done."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from itertools import count
+from pathlib import Path
+
+from ebm_prior.errors import ConfigurationError, OutputError
+from ebm_prior.storage.checkpoint import prior_record
+
+
+def run_directory(out: Path | None, stage: str, *, resume: bool) -> Path:
+    """`out`, or the next free runs/<stage>-NNN."""
+    if out is not None:
+        return out
+    if resume:
+        raise ConfigurationError("--resume needs --out: which run is to go on?")
+    return next_free(Path("runs"), stage)
+
+
+def newest_prior() -> Path:
+    """The prior under ./runs that was written last. Raises ConfigurationError where there is none."""
+    priors = [path for path in Path("runs").glob("*/prior.safetensors") if path.is_file()]
+    if not priors:
+        raise ConfigurationError(
+            f"there is no prior in {Path('runs').resolve()} (*/prior.safetensors): say which file it is, or make one "
+            "with ebm-prior fit"
+        )
+    return max(priors, key=lambda path: (path.stat().st_mtime_ns, path))
+
+
+def next_drawing(prior: Path) -> Path:
+    """The next free drawn-NNN.png beside a prior. Raises CheckpointError where there is no prior."""
+    prior_record(prior)  # first, for the folder of a name that is mistyped would be made
+    return next_free(prior.parent, "drawn", ".png")
+
+
+def next_free(folder: Path, stem: str, suffix: str = "") -> Path:
+    """The first of folder/stem-001, folder/stem-002, … that is not there."""
+    return next(path for k in count(1) if not os.path.lexists(path := folder / f"{stem}-{k:03d}{suffix}"))
+
+
+def require_writable(out: Path) -> None:
+    """Make `out`'s parent folder; refuse a place where nothing can be written, before work is done: OutputError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent, prefix="."):
+            pass  # tried for real: permission bits do not tell of read-only disks, and mean nothing to root
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+
+
+def require_free(out: Path, overwrite: bool, *, folder: bool = False) -> None:
+    """Refuse to write over something, or where nothing can be written, before work is done. Raises OutputError.
+
+    `folder`: `out` is to be a folder of samples, not a file.
+    """
+    require_writable(out)
+    if out.is_dir() and not folder:
+        raise OutputError(f"{out} is a folder; expected the name of a file: choose another --out")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists: pass --overwrite to replace it, or another --out")
+    if out.is_file() and folder:
+        raise OutputError(f"{out} is a file; expected a folder for samples: choose another --out")
+    if out.is_dir() and not all(_is_sample(path) or path.name.startswith(".") for path in out.iterdir()):
+        raise OutputError(f"{out} is a folder that holds other files than samples (0.png, …): choose another --out")
+
+
+def _is_sample(path: Path) -> bool:
+    return path.suffix == ".png" and path.stem.isdigit()

@@ -1,0 +1,74 @@
+"""Adapters are found through the entry-point group `ebm_prior.backbones`; the built-in ones register like anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import torch
+
+from ebm_prior.compute.randomness import seeded
+from ebm_prior.errors import ConfigurationError, UnknownBackboneError
+from ebm_prior.model.backbone import Backbone
+
+GROUP = "ebm_prior.backbones"
+
+
+def registered() -> dict[str, EntryPoint]:
+    """Name -> entry point of every installed adapter, sorted by name."""
+    return {point.name: point for point in sorted(entry_points(group=GROUP))}
+
+
+def adapter(name: str) -> type[Backbone]:
+    """The adapter class registered as `name`, or the registered class that is called so (module:class).
+
+    A file that was written before its class was registered names the class. Only what is registered is imported, never
+    what a file names. Raises UnknownBackboneError.
+    """
+    points = registered()
+    if name in points:
+        return _load(points[name])
+    for point in points.values() if ":" in name else ():
+        with suppress(UnknownBackboneError):
+            if _qualified_name(kind := _load(point)) == name:
+                return kind
+    raise UnknownBackboneError(
+        f"no backbone adapter is registered as {name!r}; found: {', '.join(points) or 'none'}. Install the package "
+        f"that provides it, or register your class under the entry-point group {GROUP!r} (README: Your own VAE)"
+    )
+
+
+def adapter_name(backbone: Backbone) -> str:
+    """The name under which the backbone's class is registered; module:class if it is not."""
+    kind = type(backbone)
+    for name, point in registered().items():
+        if kind.__qualname__ in point.value:  # the others need not be imported
+            with suppress(UnknownBackboneError):
+                if _load(point) is kind:
+                    return name
+    return _qualified_name(kind)
+
+
+def _load(point: EntryPoint) -> type[Backbone]:
+    try:
+        found = point.load()
+    except Exception as error:
+        raise UnknownBackboneError(f"adapter {point.name!r} ({point.value}) cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Backbone)):
+        raise UnknownBackboneError(f"{point.value} must be a subclass of ebm_prior.Backbone, found {found!r}")
+    return found
+
+
+def _qualified_name(kind: type[Backbone]) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def build(kind: type[Backbone], architecture: Mapping[str, Any], *, seed: int = 0) -> Backbone:
+    """An untrained network of adapter class `kind`, whose initial weights depend on the seed alone."""
+    with seeded(torch.device("cpu"), seed, 0):
+        try:
+            return kind(**architecture)
+        except Exception as error:  # an adapter can raise nearly anything over arguments that make no sense
+            raise ConfigurationError(f"{kind.__name__} cannot build {architecture}: {error}") from error

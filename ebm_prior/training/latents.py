@@ -1,0 +1,125 @@
+"""What the heads are trained on and measured by: latents of images and of p_β, as the heads see them.
+
+Every list of latents here is one of (B, *shape), in generation order: z, or z and ε (`JointEnergy.inputs`). Draws are
+functions of the seed, whoever of the processes makes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_prior.compute.parallel import Processes
+from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.interfaces import Images
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import JointEnergy, values
+from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.objectives import Gain, gain, temper
+
+PRIOR_DRAWS = 4  # held-out prior latents per posterior one: log Z is the noisier half of the gain
+HELD_OUT_BYTES = 2**31  # of memory for held-out latents, on the CPU
+
+
+class HeldOut(NamedTuple):
+    """Latents that training never sees, as the heads see them: posterior draws of held-out images, and more of p_β."""
+
+    posterior: list[Tensor]
+    prior: list[Tensor]
+
+    def gains(self, energy: JointEnergy, ess_floor: float) -> tuple[Gain, Gain]:
+        """The gain of f as it stands, and tempered."""
+        device = next(energy.parameters()).device
+        f_q, f_p = values(energy, self.posterior, device), values(energy, self.prior, device)
+        return gain(f_q, f_p), temper(f_q, f_p, ess_floor=ess_floor)
+
+
+class Draws:
+    """The latents of a second stage, of its images and of its backbone's prior."""
+
+    def __init__(
+        self, backbone: Backbone, images: Images, energy: JointEnergy, config: FitConfig, processes: Processes
+    ) -> None:
+        self.backbone, self.images, self.energy = backbone, images, energy
+        self.config, self.processes = config, processes
+        self.like = next(backbone.parameters())
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Indices of training and held-out images, fixed by the seed; no more held out than `HELD_OUT_BYTES` hold."""
+        dimensions = sum(math.prod(group.shape) for group in self.backbone.groups)
+        bytes_each = dimensions * (1 + self.energy.config.conditional) * self.like.dtype.itemsize
+        most = max(1, HELD_OUT_BYTES // (bytes_each * (1 + PRIOR_DRAWS)))
+        n = len(self.images)
+        held_out = min(self.config.held_out, most, n // 10)
+        if held_out < 1:
+            raise ConfigurationError(f"expected at least 10 images to fit a prior, found {n}")
+        order = torch.randperm(n, generator=derived_generator(self.config.seed, 14))
+        return order[held_out:], order[:held_out]
+
+    def observed(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Images as the likelihood models them, (B, C, H, W)."""
+        images = self.images.batch(indices).to(self.like.device, self.like.dtype)
+        return self.backbone.observe(images, generator=generator)
+
+    def posterior(self, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Posterior draws of images, as the heads see them; fresh each time, since heads overfit to cached ones."""
+        with torch.no_grad():
+            observed = self.observed(indices, generator)
+            if not self.energy.config.conditional:  # where the encoder can, no top-down pass
+                return self.backbone.draw_posterior(observed, generator=generator)
+            posterior = self.backbone.infer(observed, generator=generator)
+            return self.energy.inputs(posterior.z, posterior.eps)
+
+    def own_conditionals(self, indices: Tensor, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+        """Posterior draws z, and for each group a z_i' ~ p_β(z_i | z_<i) beside z_i, both as the heads see them."""
+        with torch.no_grad():
+            observed = self.observed(indices, generator)
+            noise, eps = (self.backbone.standard_normal(len(observed), generator=generator) for _ in range(2))
+            trace = self.backbone.trace(self.backbone.encode(observed, noise), len(observed))
+            redrawn = [prior.mean + prior.std * e for prior, e in zip(trace.priors, eps, strict=True)]
+            return self.energy.inputs(trace.z, trace.eps), self.energy.inputs(redrawn, eps)
+
+    def of_prior(self, eps: list[Tensor]) -> list[Tensor]:
+        """T_β(ε) as the heads see it."""
+        with torch.no_grad():
+            return self.energy.inputs(self.backbone.reparameterize(eps), eps)
+
+    def held_out(self, indices: Tensor) -> HeldOut:
+        """Posterior draws of held-out images, and `PRIOR_DRAWS` as many of p_β."""
+
+        def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
+            generator = derived_generator(self.config.seed, 16, batch[0], device=self.like.device)
+            eps = (self.backbone.standard_normal(len(batch[1]), generator=generator) for _ in range(PRIOR_DRAWS))
+            return [[seen.cpu() for seen in self.of_prior(e)] for e in eps]
+
+        batches = self.processes.map(drawn, self._batches(indices))
+        prior = [latents for batch in batches for latents in batch]
+        posterior = self._of_images(indices, 13, lambda seen: [z.cpu() for z in seen])
+        joined = ([torch.cat(group) for group in zip(*kind, strict=True)] for kind in (posterior, prior))
+        return HeldOut(*joined)
+
+    def moments(self, indices: Tensor) -> list[Tensor]:
+        """`JointEnergy.moments` of a posterior draw of each image."""
+        return [
+            torch.stack(group).sum(0) for group in zip(*self._of_images(indices, 15, self.energy.moments), strict=True)
+        ]
+
+    def _of_images(
+        self, indices: Tensor, stream: int, read: Callable[[list[Tensor]], list[Tensor]]
+    ) -> list[list[Tensor]]:
+        """What `read` makes of a posterior draw of each image, as the heads see it, batch by batch."""
+
+        def drawn(batch: tuple[int, Tensor]) -> list[Tensor]:
+            generator = derived_generator(self.config.seed, stream, batch[0], device=self.like.device)
+            return read(self.posterior(batch[1], generator))
+
+        return self.processes.map(drawn, self._batches(indices))
+
+    def _batches(self, indices: Tensor) -> list[tuple[int, Tensor]]:
+        """Numbered, and as large as a part of training's."""
+        return list(enumerate(torch.split(indices, self.config.batch_size // self.config.parts)))

@@ -1,0 +1,253 @@
+"""First stage: train a hierarchical VAE of any adapter by maximising its ELBO.
+
+    ELBO = E_q[log p(x|z)] − β Σ_i γ_i max(KL_i, free nats),   KL_i = E_q[log q(z_i|x, z_<i) − log p_β(z_i|z_<i)]
+
+with one posterior draw per image, KL warm-up (β from 0 to 1) and meanwhile, on request, KL balancing (γ; else 1), what
+the adapter regularises, Adam or Adamax, gradient clipping, a learning rate that decays to zero along a cosine or stays,
+and an exponential moving average of the weights, which is what is kept. It begins after the first batch has initialised
+the network, where the data do that.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ebm_prior.compute.randomness import Generator, derived_generator, seeded, uniform
+from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.interfaces import Callback, Images, Recorder
+from ebm_prior.model.backbone import Backbone, LatentGroup
+from ebm_prior.training.loop import Training
+from ebm_prior.training.pretrain_config import PretrainConfig
+from ebm_prior.training.steps import batch_indices
+
+
+class Elbo(NamedTuple):
+    """One-sample ELBO and its parts, in nats per image."""
+
+    elbo: float
+    log_likelihood: float
+    kl: list[float]  # per group, generation order
+
+    def bits_per_dimension(self, image_shape: Sequence[int]) -> float:
+        """−ELBO/(ln 2 · C·H·W) for images (C, H, W): bits per pixel and colour."""
+        return -self.elbo / (math.log(2) * math.prod(image_shape))
+
+
+def pretrain(
+    backbone: Backbone,
+    images: Images,
+    config: PretrainConfig,
+    *,
+    run: Recorder | None = None,
+    validation: Images | None = None,
+    on_step: Callback | None = None,
+    on_checkpoint: Callback | None = None,
+) -> Backbone:
+    """Train `backbone` in place on `images`; returns the moving average of its weights, frozen and in eval mode.
+
+    With a `run`, state and metrics are written every `checkpoint_every` iterations and the run goes on from its last
+    state. `on_checkpoint` gets {"iteration", "backbone", "elbo"} then: the average and, for `validation` images, its
+    Elbo (else None). When the loss is not finite, training returns to the last state at half the rate; the second time
+    it raises DivergenceError.
+    """
+    training = _Pretraining(backbone, images, config, validation if run or on_checkpoint else None, on_checkpoint)
+    training.run(run, on_step)
+    return training.kept()
+
+
+class _Pretraining(Training):
+    """One first stage under way: everything that changes is in `state`, so that it can be saved and rolled back."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: Images,
+        config: PretrainConfig,
+        validation: Images | None,
+        on_checkpoint: Callback | None,
+    ) -> None:
+        if config.regularization and type(backbone).regularization is Backbone.regularization:
+            raise ConfigurationError(
+                f"regularization: {type(backbone).__name__} has nothing to regularise, expected 0, found "
+                f"{config.regularization:g}: leave it out"
+            )
+        self.backbone, self.images, self.config = backbone.train().requires_grad_(True), images, config
+        self.device = next(backbone.parameters()).device
+        if config.channels_last:
+            backbone.to(memory_format=torch.channels_last)
+        with seeded(self.device, config.seed, 1), torch.no_grad():  # data-dependent initialisation, where there is one
+            x, generator = self._batch(0)
+            backbone.infer(x, generator=generator)
+        decay = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+        self.average = AveragedModel(backbone, multi_avg_fn=decay, use_buffers=True)
+        self.optimizer = _optimizer(backbone, config)
+        self.validation, self.on_checkpoint = validation, on_checkpoint
+        self.elbo: Elbo | None = None  # of the average, when last evaluated
+
+    @property
+    def iterations(self) -> int:
+        return self.config.iterations
+
+    @property
+    def every(self) -> int:
+        return self.config.checkpoint_every
+
+    def kept(self) -> Backbone:
+        """The moving average, frozen and in eval mode."""
+        return _frozen(self.average).requires_grad_(False)
+
+    def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
+        if self.validation is not None:
+            self.elbo = evaluate_elbo(_frozen(self.average), self.validation, seed=self.config.seed)
+        return {**shown, **(self.elbo._asdict() if self.elbo else {})}
+
+    def evaluated(self) -> None:
+        if self.on_checkpoint:
+            self.on_checkpoint({"iteration": self.iteration, "backbone": _frozen(self.average), "elbo": self.elbo})
+
+    def given_up(self, reason: DivergenceError) -> DivergenceError:
+        config, trained = self.config, self.iteration > 0
+        return DivergenceError(
+            f"training diverged again after a roll-back at half the rate: {reason}. A resume would repeat it: start "
+            f"anew (--overwrite, or another --out) with a lower learning rate (now {config.learning_rate:g}) or a "
+            f"longer kl_warmup (now {config.kl_warmup:g}). Kept: "
+            f"{f'the backbone of iteration {self.iteration}' if trained else 'nothing'}.",
+            kept=self.kept() if trained else None,
+        )
+
+    def step(self) -> dict[str, Any]:
+        config, t = self.config, self.iteration
+        rise = min(1.0, (t + 1) / max(1.0, config.rate_warmup * config.iterations))
+        for group in self.optimizer.param_groups:
+            fall = 0.5 * (1 + math.cos(math.pi * t / config.iterations)) if config.decay else 1.0
+            group["lr"] = self.rate * config.learning_rate * rise * fall
+        x, generator = self._batch(t)
+        with seeded(self.device, config.seed, 2, t):  # dropout draws from the global generator
+            log_likelihood, kl = _elbo_terms(self.backbone, x, generator)
+        beta = min(1.0, (t + 1) / max(1.0, config.kl_warmup * config.iterations))
+        charged = kl if config.free_nats_per == "image" else kl.mean(0, keepdim=True)
+        per_group = charged.clamp(min=config.free_nats).mean(0)
+        if config.kl_balance and beta < 1:
+            per_group = balance(kl, self.backbone.groups) * per_group
+        loss = beta * per_group.sum() - log_likelihood.mean()
+        if config.regularization:
+            loss = loss + config.regularization * self.backbone.regularization()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), config.gradient_clip)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise DivergenceError(f"the ELBO or its gradient is not finite at iteration {t}")
+        self.optimizer.step()
+        self.iteration += 1
+        if self.iteration <= config.iterations * config.kl_warmup:
+            self.average.n_averaged.zero_()  # averaging begins when the objective has settled
+        self.average.update_parameters(self.backbone)
+        return {
+            "iteration": self.iteration,
+            "train_elbo": float((log_likelihood - kl.sum(1)).mean().detach()),
+            "beta": beta,
+        }
+
+    def _batch(self, iteration: int) -> tuple[Tensor, Generator]:
+        config = self.config
+        generator = derived_generator(config.seed, 3, iteration, device=self.device)
+        indices = batch_indices(len(self.images), config.batch_size, iteration, config.seed)
+        return _observed(self.backbone, self.images, indices, generator, flip=config.flip), generator
+
+    def state(self) -> dict[str, Any]:
+        if not bool(torch.nn.utils.get_total_norm(self.backbone.parameters()).isfinite()):
+            raise DivergenceError(f"the norm of the weights is not finite at iteration {self.iteration}")
+        return copy.deepcopy(
+            {
+                "iteration": self.iteration,
+                "rate": self.rate,
+                "rollbacks": self.rollbacks,
+                "backbone": self.backbone.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        )
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
+        self.backbone.load_state_dict(state["backbone"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def evaluate_elbo(backbone: Backbone, images: Images, *, seed: int = 0, batch_size: int = 500) -> Elbo:
+    """One-sample ELBO of all `images`, in nats per image: one observation and one posterior draw each."""
+    device = next(backbone.parameters()).device
+    log_likelihood: list[Tensor] = []
+    kl: list[Tensor] = []
+    with torch.no_grad():
+        for number, indices in enumerate(torch.split(torch.arange(len(images)), batch_size)):
+            generator = derived_generator(seed, 0xE1B0, number, device=device)
+            x = _observed(backbone, images, indices, generator)
+            for part, found in zip((log_likelihood, kl), _elbo_terms(backbone, x, generator), strict=True):
+                part.append(found.double().cpu())
+    total, groups = torch.cat(log_likelihood).mean(), torch.cat(kl).mean(0)
+    return Elbo(float(total - groups.sum()), float(total), groups.tolist())
+
+
+def training_record(config: PretrainConfig, images: Images, elbo: Elbo | None) -> Mapping[str, Any]:
+    """What the own form of a trained backbone says about its making."""
+    return {
+        "stage": "pretrain",
+        "config": asdict(config),
+        "data": {"name": images.name, "images": len(images)},
+        "test_elbo": None if elbo is None else elbo._asdict(),
+    }
+
+
+def balance(kl: Tensor, groups: Sequence[LatentGroup]) -> Tensor:
+    """γ (L,), without gradient, from the KL (B, L) of a batch: KL balancing (Vahdat & Kautz, 2020, appendix A).
+
+    γ_i = c_i/a_i over its mean, with c_i = 0.01 + mean |KL_i| and a_i = H_i·W_i / the number of groups of that size: a
+    group that carries more is charged more, and what a scale may carry grows with its area.
+    """
+    positions = [math.prod(group.shape[1:]) for group in groups]
+    share = kl.new_tensor([size / positions.count(size) for size in positions])
+    weight = (0.01 + kl.detach().abs().mean(0)) / share
+    return weight / weight.mean()
+
+
+def _optimizer(backbone: Backbone, config: PretrainConfig) -> torch.optim.Optimizer:
+    kind = torch.optim.Adamax if config.optimizer == "adamax" else torch.optim.Adam
+    return kind(backbone.parameters(), lr=config.learning_rate, eps=config.epsilon, weight_decay=config.weight_decay)
+
+
+def _observed(
+    backbone: Backbone, images: Images, indices: Tensor, generator: Generator, *, flip: bool = False
+) -> Tensor:
+    """Observations of the images at `indices`, (B, C, H, W), where the network is and in its precision.
+
+    `flip`: of a random half of them, left and right exchanged.
+    """
+    like = next(backbone.parameters())
+    x = images.batch(indices).to(like.device, like.dtype)
+    if flip:
+        chosen = uniform((len(x), 1, 1, 1), generator, dtype=x.dtype, device=x.device) < 0.5
+        x = torch.where(chosen, x.flip(3), x)
+    return backbone.observe(x, generator=generator)
+
+
+def _elbo_terms(backbone: Backbone, x: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """log p(x|z) (B,) and the one-sample KL per group (B, L), in nats."""
+    posterior = backbone.infer(x, generator=generator)
+    return backbone.likelihood(posterior.features).log_prob(x), posterior.log_q - posterior.log_p
+
+
+def _frozen(average: AveragedModel) -> Backbone:
+    kept = average.module
+    if not isinstance(kept, Backbone):
+        raise TypeError(f"expected a Backbone, found {type(kept)}")
+    return kept.eval()

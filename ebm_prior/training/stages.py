@@ -1,0 +1,315 @@
+"""Staged density ratios: for a hole that one ratio cannot bridge.
+
+With tens of groups a classifier tells posterior from prior latents at sight: its ratio saturates, and no importance
+weight is left to calibrate it. Here the ratio is learned in stages. The negatives of stage k are draws of the prior so
+far, p_k ∝ exp(f_k) p_β with f_0 = 0, and the logit is f − f_k, whose optimum is log q − log p_k (Rhodes et al. 2020);
+the heads go on learning. When the weights exp(f − f_k) of the draws have fallen to half their effective sample size,
+f becomes f_{k+1}: the draws are resampled by these weights and go on moving by Hamiltonian Monte Carlo, which keeps
+p_{k+1} and takes them far enough to find where f is too high (a single leapfrog at a time does not). That
+is a sequential Monte Carlo sampler (Del Moral et al. 2006) whose target is learned on the way, and the gain of the
+whole is the sum of the stages', Σ_k E_q[f_{k+1} − f_k] − log E_{p_k}[exp(f_{k+1} − f_k)], each estimated at a large
+effective sample size.
+
+The first stages are not learned one by one. What a classifier learns fast, because nothing in it saturates, is each
+group's own ratio, of a posterior z_i against a draw of p_β(z_i | z_<i) below the same z_<i; no chains are needed for
+it. The sum f of these ratios is the goal of the first stages, which go along τ f from τ = 0 as far as each brings
+enough; then learning goes on with all groups together.
+
+f is known where latents have been. Beyond, heads extrapolate, and chains that go on for longer than these draws have
+find where that is too high, and stay. Two things keep them: heads see their inputs within bounds, and f is clipped at
+its 99th percentile over held-out posterior latents. The estimates share what the held-out draws have not yet
+forgotten: the sum is optimistic by a few per cent where stages are many.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebm_prior.compute.parallel import ALONE, Processes
+from ebm_prior.compute.randomness import BLOCK
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import JointEnergy, values
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import (
+    TARGET_ACCEPTANCE,
+    SamplerConfig,
+    effective_sample_size,
+    graphed,
+    pcn_langevin_step,
+    run_chain,
+    start,
+)
+from ebm_prior.training.objectives import Gain, gain
+
+COLD_STEPS = 16  # pCN-Langevin steps from p_β to p_k, each of `leapfrogs`
+HALVINGS = 10  # of a stage's step, at most
+DRAW_BYTES = 2**31  # of device memory for the draws; beyond it there are fewer, in the same proportion
+ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains
+CEILING_QUANTILE = 0.99  # of f over held-out posterior latents: f of the finished prior is no higher anywhere
+BEYOND = 2.0  # times the RMS of p_β's draws, in posterior stds: as far heads see at least, or f has no slope there
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """The draws of the prior so far, and when it becomes the next one."""
+
+    particles: int = field(default=512, metadata={"help": "draws of the prior so far, the negatives"})
+    held_out: int = field(default=256, metadata={"help": "more of them, never trained on, by which stages end"})
+    moves: int = field(default=1, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
+    leapfrogs: int = field(default=5, metadata={"help": "of each of these steps"})
+    settle: int = field(default=2, metadata={"help": "steps of all draws between two stages, to forget the first"})
+    step_size: float = field(default=0.06, metadata={"help": "δ of these steps at the start; it follows acceptance"})
+    ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
+    every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
+    bound: float = field(
+        default=3.0,
+        metadata={"help": "heads see latents within ± so many posterior stds (tanh), or more; 0: as they are"},
+    )
+    groupwise: float = field(default=0.4, metadata={"help": "share of the iterations for each group's own ratio first"})
+
+    def __post_init__(self) -> None:
+        if min(self.particles, self.held_out, self.moves, self.leapfrogs, self.settle, self.every) < 1:
+            raise ConfigurationError(f"expected positive numbers of draws, steps and iterations, found {self}")
+        if not (0 < self.step_size <= 2 and 0 < self.ess < 1 and 0 <= self.groupwise <= 1):
+            raise ConfigurationError(f"expected step_size in (0, 2], ess in (0, 1), groupwise in [0, 1], found {self}")
+        if not 0 <= self.bound < math.inf:
+            raise ConfigurationError(f"expected a bound of 0 (none) or more, found {self.bound}")
+
+    def suited(self, backbone: Backbone, parts: int) -> StageConfig:
+        """The same with no more draws than `DRAW_BYTES` hold. Raises ConfigurationError for more parts than those."""
+        dimensions = sum(math.prod(group.shape) for group in backbone.groups)
+        suited = self.within(DRAW_BYTES // (dimensions * next(backbone.parameters()).dtype.itemsize))
+        if suited.particles < parts:
+            raise ConfigurationError(
+                f"stages have {suited.particles} draws of so large latents: expected no more parts, found {parts}"
+            )
+        return suited
+
+    def within(self, draws: int) -> StageConfig:
+        """The same with at most so many draws: as they are, or fewer of both kinds, one of each at least."""
+        share = min(1.0, draws / (self.particles + self.held_out))
+        return replace(self, particles=max(1, int(share * self.particles)), held_out=max(1, int(share * self.held_out)))
+
+
+def draws_at_once(rows: int, device: torch.device) -> int:
+    """How many move together where a part of the batch has `rows`: all on a GPU, else a block, for its memory."""
+    return rows if device.type == "cuda" else min(rows, BLOCK)
+
+
+class Moved(NamedTuple):
+    """Draws that have moved, not yet put back among the others."""
+
+    rows: Tensor  # (n,): which
+    eps: list[Tensor]  # (n, *group.shape)
+    acceptance: Tensor  # (n,), the mean over their steps
+
+
+class Clipped(NamedTuple):
+    """min(f_k, ceiling), and what the clipping adds to the sums over the stages: it is one more ratio."""
+
+    ceiling: float  # nats
+    gain: Gain
+    log_z: float  # nats
+
+
+class Stages:
+    """Draws of p_k in ε-space that follow f from stage to stage; the last `held_out` of them are never trained on."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        energy: JointEnergy,
+        config: StageConfig,
+        generator: torch.Generator,
+        *,
+        at_once: int,
+    ) -> None:
+        """`energy`: f_0, which is 0 before training: draws of p_0 are draws of p_β. `at_once`: how many move."""
+        self.backbone, self.config = backbone, config
+        self.eps = backbone.standard_normal(self.config.particles + self.config.held_out, generator=generator)
+        self.reference = copy.deepcopy(energy).eval().requires_grad_(False)  # f_k, whose weights change in place
+        self.at_once = at_once
+        self._potential = graphed(EBMPrior(backbone, self.reference).potential, self.eps[0].device)
+        self.step_size = config.step_size
+        self.rate = 1.0  # of learning: half as fast after a stage that was rejected, twice after one that was accepted
+        self.done: list[dict[str, float]] = []  # of each stage: last iteration, gain and log Z in nats, ESS
+        self._show_held_out()
+
+    @property
+    def gain(self) -> float:
+        """E_q[f_k] − log Z_k in nats, the sum over the stages so far."""
+        return math.fsum(stage["gain"] for stage in self.done)
+
+    @property
+    def log_z(self) -> float:
+        """log E_{p_β}[e^{f_k}] in nats, the sum over the stages so far."""
+        return math.fsum(stage["log_z"] for stage in self.done)
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """What draws from p_k anew: importance weights do not reach that far, so chains alone, at the step found."""
+        return SamplerConfig(proposals=1, steps=COLD_STEPS, step_size=self.step_size, leapfrogs=self.config.leapfrogs)
+
+    def moved(self, n: int, generator: torch.Generator, *, part: int = 0, parts: int = 1) -> Moved:
+        """At most n draws of p_k of part `part` of the pool, moved before they are shown; `put_back` keeps them."""
+        own = torch.arange(self.config.particles, device=self.eps[0].device)[part::parts]
+        rows = own[torch.randperm(len(own), generator=generator, device=own.device)[:n]]
+        return self._move(rows, self.config.moves, generator)
+
+    def put_back(self, moved: Sequence[Moved]) -> None:
+        """Replace draws by what they have moved to. From call to call the step size follows the acceptance."""
+        for rows, eps, _ in moved:
+            for group, new in zip(self.eps, eps, strict=True):
+                group[rows] = new
+        if self.done:  # under p_β every step is accepted, which says nothing
+            acceptance = float(torch.cat([part.acceptance for part in moved]).mean())
+            self.step_size = min(2.0, self.step_size * math.exp(ADAPTATION * (acceptance - TARGET_ACCEPTANCE)))
+
+    def ess_fraction(self, energy: JointEnergy) -> float:
+        """Effective sample size of the weights exp(f − f_k) / number of held-out draws."""
+        weights = self._log_weights(energy)
+        return float(effective_sample_size(weights)) / len(weights)
+
+    @torch.no_grad()
+    def temper(self, energy: JointEnergy) -> None:
+        """Halve the way from f_k to `energy`, in its weights, until the ESS is at least half of where stages end."""
+        for _ in range(HALVINGS):
+            if self.ess_fraction(energy) >= 0.5 * self.config.ess:
+                return
+            for new, old in zip(energy.parameters(), self.reference.parameters(), strict=True):
+                new.lerp_(old, 0.5)
+
+    def next_tau(self, goal: JointEnergy, tau: float) -> float:
+        """How far from f_k = tau · `goal` towards `goal` a stage may go: to where its ESS falls to where stages end."""
+        f, target = values(goal, self._held_out, self.eps[0].device), self.config.ess * self.config.held_out
+        low, high = 0.0, 1.0 - tau
+        if float(effective_sample_size(high * f)) >= target:
+            return 1.0
+        for _ in range(20):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if float(effective_sample_size(middle * f)) >= target else (low, middle)
+        return tau + low
+
+    def look(self, energy: JointEnergy, positive: Sequence[Tensor]) -> tuple[Gain, float]:
+        """The gain of this stage if it ended now, E_q[f − f_k] − log E_{p_k}[exp(f − f_k)], and its standard error.
+
+        `positive`: held-out posterior latents as the heads see them.
+        """
+        r_q, r_p = log_ratio(energy, self.reference, positive), self._log_weights(energy)
+        found = gain(r_q, r_p)
+        # Variance of the mean weight / its square; equal weights can have an ESS that is rounded above their number.
+        relative = max(0.0, 1 / found.ess_fraction - 1) / len(r_p)
+        return found, math.sqrt(float(r_q.var(correction=0)) / len(r_q) + relative)
+
+    def clipped(self, positive: Sequence[Tensor]) -> Clipped:
+        """f_k, no higher than that quantile of it over `positive`, held-out posterior latents as the heads see them."""
+        device = self.eps[0].device
+        f_q, f_p = (values(self.reference, seen, device).double() for seen in (positive, self._held_out))
+        ceiling = float(f_q.quantile(CEILING_QUANTILE))
+        r_q, r_p = (f.clamp(max=ceiling) - f for f in (f_q, f_p))
+        return Clipped(ceiling, gain(r_q, r_p), float(r_p.logsumexp(0)) - math.log(len(r_p)))
+
+    def advance(
+        self,
+        energy: JointEnergy,
+        found: Gain,
+        iteration: int,
+        generators: Sequence[torch.Generator],
+        processes: Processes = ALONE,
+    ) -> None:
+        """End the stage: f_{k+1} is `energy`. The draws are resampled by their weights, the held-out ones apart.
+
+        There are as many `generators` as parts in which the draws then settle; the `processes` share these.
+        """
+        count, held_out = self.config.particles, self._log_weights(energy)
+        weights = log_ratio(energy, self.reference, self._seen([e[:count] for e in self.eps]))
+        log_z = float(held_out.double().logsumexp(0)) - math.log(len(held_out))
+        rows, device = [], self.eps[0].device
+        for first, part in ((0, weights), (count, held_out)):
+            rows.append(first + _systematic(part.double().softmax(0).to(device), generators[0]))
+        self.eps = [e[torch.cat(rows)] for e in self.eps]
+        self.reference.load_state_dict(energy.state_dict())
+        self.rate = min(1.0, 2 * self.rate)
+
+        def settled(part: int) -> Moved:
+            own = torch.arange(len(self.eps[0]), device=device)[part :: len(generators)]
+            return self._move(own, self.config.settle, generators[part])
+
+        self.put_back(processes.map(settled, range(len(generators))))
+        stage = {"iteration": iteration, "gain": found.nats, "log_z": log_z, "ess_fraction": found.ess_fraction}
+        self.done.append(stage)
+        self._show_held_out()
+
+    def reject(self) -> None:
+        """Begin the stage again, more slowly. The optimizer keeps its moments: fresh ones would begin with a leap."""
+        self.rate *= 0.5
+
+    def state(self) -> dict[str, Any]:
+        """Everything that changes, for a resume."""
+        return {
+            "eps": self.eps,
+            "reference": self.reference.state_dict(),
+            "step_size": self.step_size,
+            "rate": self.rate,
+            "done": self.done,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        self.eps = [e.to(old.device) for e, old in zip(state["eps"], self.eps, strict=True)]
+        self.reference.load_state_dict(state["reference"])
+        self.step_size, self.rate, self.done = state["step_size"], state["rate"], state["done"]
+        self._show_held_out()
+
+    def _move(self, rows: Tensor, steps: int, generator: torch.Generator) -> Moved:
+        """Steps of the draws `rows` under p_k."""
+        eps, accepted = [], []
+        for chunk in torch.split(rows, self.at_once):
+            state, acceptance, _ = run_chain(
+                partial(pcn_langevin_step, leapfrogs=self.config.leapfrogs),
+                start(self._potential, [e[chunk] for e in self.eps]),
+                self._potential,
+                steps,
+                step_size=torch.full((len(chunk),), self.step_size, dtype=self.eps[0].dtype, device=rows.device),
+                generator=generator,
+            )
+            eps.append(state.eps)
+            accepted.append(acceptance)
+        return Moved(rows, [torch.cat(group) for group in zip(*eps, strict=True)], torch.cat(accepted))
+
+    def _show_held_out(self) -> None:
+        self._held_out = self._seen([e[self.config.particles :] for e in self.eps])
+
+    def _log_weights(self, energy: JointEnergy) -> Tensor:
+        return log_ratio(energy, self.reference, self._held_out)
+
+    @torch.no_grad()
+    def _seen(self, eps: Sequence[Tensor]) -> list[Tensor]:
+        """T_β(ε) as the heads see it."""
+        parts = []
+        for chunk in zip(*(torch.split(e, BLOCK) for e in eps), strict=True):
+            parts.append(self.reference.inputs(self.backbone.reparameterize(chunk), chunk))
+        return [torch.cat(group) for group in zip(*parts, strict=True)]
+
+
+def log_ratio(energy: JointEnergy, reference: JointEnergy, inputs: Sequence[Tensor]) -> Tensor:
+    """f − f_k, (N,) on the CPU, for many latents as the heads see them."""
+    device = next(energy.parameters()).device
+    return values(energy, inputs, device) - values(reference, inputs, device)
+
+
+def _systematic(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """Systematic resampling: as many indices as `chances` (N,), each with its expected count up to rounding."""
+    n = len(chances)
+    first = torch.rand(1, generator=generator, device=chances.device, dtype=chances.dtype)
+    points = (first + torch.arange(n, device=chances.device)) / n
+    return torch.searchsorted(chances.cumsum(0), points).clamp(max=n - 1)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields, is_dataclass, replace
+from dataclasses import Field, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ebm_prior.errors import ConfigurationError
 
 Config = TypeVar("Config")
+Value = TypeVar("Value")
+
+
+def setting(default: Value, help: str) -> Value:
+    """A field of a configuration dataclass: its default, and the help of its command-line option."""
+    return cast(Value, field(default=default, metadata={"help": help}))
 
 
 def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) -> Config:
@@ -82,6 +88,7 @@ def _not_none(hint: Any) -> Any:
 
 
 def spelled(default: Any) -> str:
+    """A value as words of the command line; the parts of a tuple one by one."""
     return " ".join(str(v) for v in default) if isinstance(default, tuple) else str(default)
 
 

@@ -19,7 +19,7 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.evaluate import EvalConfig
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.settings import as_words, resolve
+from ebm_prior.settings import as_words, resolve, setting
 from ebm_prior.settings import settings as named
 from ebm_prior.training.fit_config import FitConfig, paper_preset
 from ebm_prior.training.pretrain_config import PretrainConfig
@@ -28,24 +28,24 @@ from ebm_prior.training.stages import StageConfig
 
 @dataclass(frozen=True)
 class Deep:
-    size: int = field(default=3, metadata={"help": "a size"})
+    size: int = setting(3, "a size")
 
 
 @dataclass(frozen=True)
 class Inner:
     deep: Deep = field(default_factory=lambda: Deep(4))
-    rate: float = field(default=0.5, metadata={"help": "a rate"})
+    rate: float = setting(0.5, "a rate")
 
 
 @dataclass(frozen=True)
 class Outer:
     inner: Inner = field(default_factory=lambda: Inner(Deep(5), 0.25))
     maybe: Deep | None = None
-    kind: Literal["a", "b"] = field(default="a", metadata={"help": "a kind"})
-    pair: tuple[float, float] = field(default=(1.0, 2.0), metadata={"help": "a pair"})
-    flag: bool = field(default=True, metadata={"help": "a flag"})
+    kind: Literal["a", "b"] = setting("a", "a kind")
+    pair: tuple[float, float] = setting((1.0, 2.0), "a pair")
+    flag: bool = setting(True, "a flag")
     hidden: int = 7
-    seed: int = field(default=0, metadata={"help": "a seed"})
+    seed: int = setting(0, "a seed")
 
 
 @click.command()

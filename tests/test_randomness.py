@@ -11,6 +11,7 @@ from torch import Tensor
 from ebm_prior.compute.randomness import (
     BLOCK,
     BlockGenerator,
+    Purpose,
     derived_generator,
     derived_seed,
     standard_normal,
@@ -115,3 +116,20 @@ def test_epochs_are_shuffled_anew_and_by_the_seed() -> None:
     rows = [batch_indices(200, 200, t, seed) for t in range(2) for seed in range(2)]
     assert len(torch.stack([*rows, torch.arange(200)]).unique(dim=0)) == 5
     assert torch.equal(batch_indices(200, 200, 1, 0), rows[2])
+
+
+def test_a_purpose_has_a_number_of_its_own() -> None:
+    """Two streams of one seed are the same where their numbers are: only what no run does both of may share one."""
+    shared: dict[int, set[str]] = {}
+    for name, purpose in Purpose.__members__.items():
+        shared.setdefault(int(purpose), set()).add(name)
+    assert [names for names in shared.values() if len(names) > 1] == [
+        {"INITIAL_WEIGHTS", "CLASSIFIER_WEIGHTS", "GAUGE_FOLDS"},
+        {"PRETRAIN_INITIALISATION", "CLASSIFIER_SHIFT"},
+        {"PRETRAIN_DROPOUT", "CLASSIFIER_MIRROR", "GAUGE_WEIGHTS"},
+        {"PRETRAIN_BATCH", "GAUGE_SUBSETS"},
+        {"STAGE_ANNEALING", "EVALUATION_CHOICE"},
+        {"OUTLIER_CHOICE", "ANOMALY_SPLIT"},
+        {"DOCTOR_CHOICE", "LATENTS_2D"},
+        {"KERNEL_ROWS", "PICTURE_CHAIN"},
+    ]

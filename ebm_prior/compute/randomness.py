@@ -9,13 +9,68 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 64
-_PURPOSE = 0xB10C  # keeps blocks apart from every other (seed, small number): see `derived_seed`
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for: the word after the seed in `derived_seed`.
+
+    A number is part of what a seed means: with another one the same seed would give other priors. Two purposes share a
+    number only where no run has both (`tests/compute/test_randomness.py` lists these pairs).
+    """
+
+    INITIAL_WEIGHTS = 0
+    PRETRAIN_INITIALISATION = 1  # the first batch, where the network's initial weights depend on the data
+    PRETRAIN_DROPOUT = 2
+    PRETRAIN_BATCH = 3
+    CLASSIFIER_WEIGHTS = 0
+    CLASSIFIER_SHIFT = 1
+    CLASSIFIER_MIRROR = 2
+    GAUGE_FOLDS = 0  # of the first set of latents; + 1: of the second
+    GAUGE_WEIGHTS = 2
+    GAUGE_SUBSETS = 3
+    HEADS = 10
+    FIT_BATCH = 11
+    FIT_DROPOUT = 12
+    HELD_OUT_POSTERIOR = 13
+    HELD_OUT_SPLIT = 14
+    MOMENTS = 15
+    HELD_OUT_PRIOR = 16
+    TYPICAL_NORM = 17
+    STAGE_START = 18
+    STAGE_SETTLING = 19
+    STAGE_ANNEALING = 20
+    EVALUATION_CHOICE = 20
+    EVALUATION_POSTERIOR = 21
+    JOINT_HEADS = 30
+    JOINT_INITIALISATION = 31
+    JOINT_FIRST_POSTERIOR = 32
+    JOINT_DROPOUT = 33
+    JOINT_BATCH = 34
+    VALIDATION_POSTERIOR = 35
+    VALIDATION_PRIOR = 36
+    OUTLIER_CHOICE = 40
+    ANOMALY_SPLIT = 40
+    DOCTOR_CHOICE = 50
+    DOCTOR_POSTERIOR = 51
+    DOCTOR_PRIOR = 52
+    LATENTS_2D = 50
+    KERNEL_ROWS = 60
+    PICTURE_CHAIN = 60
+    PICTURE_CHOICE = 61
+    PICTURE_POSTERIOR = 62
+    PICTURE_LOWER = 63
+    BLOCK = 0xB10C
+    BATCH_NORM = 0xBA7C
+    ELBO = 0xE1B0
+    SCORES = 0x5C03E
+    EPOCH = 0xE90C4
 
 
 class Source(ABC):
@@ -42,7 +97,7 @@ class BlockGenerator(Source):
             raise ValueError(f"a chunk starts at a multiple of {BLOCK} samples, found {first}")
         self._count = count
         self._generators = [
-            derived_generator(seed, _PURPOSE, block, device=device)
+            derived_generator(seed, Purpose.BLOCK, block, device=device)
             for block in range(first // BLOCK, -(-(first + count) // BLOCK))
         ]
 

@@ -8,7 +8,7 @@ that two distances with the same name are comparable (at equal sample sizes).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,17 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebm_prior.compute.randomness import derived_generator, derived_seed
+from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
 from ebm_prior.interfaces import Callback
-from ebm_prior.settings import require_choices, require_positive, require_seed
+from ebm_prior.settings import require_choices, require_positive, require_seed, setting
 from ebm_prior.storage.weights import fingerprint, load_strictly, read_tensors, write_tensors
 from ebm_prior.training.steps import batch_indices
 
 FEATURES = 64
 CLASSIFIER_KEY = "ebm_prior_classifier"
 _SMALLEST_SIDE = 8
-_MIRROR = 2  # keeps its random numbers apart from those of the shifts
 Shape = tuple[int, int, int]
 NetworkKind = Literal["plain", "residual"]
 
@@ -57,17 +56,17 @@ class ClassifierConfig:
     The defaults are for simple grey images; `suited` gives the recipe for images of a shape.
     """
 
-    data: str = field(default="images", metadata={"help": "name of the data set; part of the classifier's name"})
-    network: NetworkKind = field(default="plain", metadata={"help": "convolutions only, or residual blocks too"})
-    epochs: int = field(default=12, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=128, metadata={"help": "images per step"})
-    learning_rate: float = field(default=1e-2, metadata={"help": "peak learning rate"})
-    weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's decoupled weight decay"})
-    dropout: float = field(default=0.2, metadata={"help": "dropout before the feature layer"})
-    shift: int = field(default=2, metadata={"help": "largest random shift, in pixels"})
-    flip: bool = field(default=False, metadata={"help": "mirror half of the images"})
-    width: int = field(default=16, metadata={"help": "channels of the first stage"})
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    data: str = setting("images", "name of the data set; part of the classifier's name")
+    network: NetworkKind = setting("plain", "convolutions only, or residual blocks too")
+    epochs: int = setting(12, "passes over the training images")
+    batch_size: int = setting(128, "images per step")
+    learning_rate: float = setting(1e-2, "peak learning rate")
+    weight_decay: float = setting(1e-2, "AdamW's decoupled weight decay")
+    dropout: float = setting(0.2, "dropout before the feature layer")
+    shift: int = setting(2, "largest random shift, in pixels")
+    flip: bool = setting(False, "mirror half of the images")
+    width: int = setting(16, "channels of the first stage")
+    seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
         require_positive(self, "epochs", "batch_size", "learning_rate", "width")
@@ -186,7 +185,7 @@ def train_classifier(
         raise DataError(f"expected labels 0 … {classes - 1} in both splits, found others; renumber the classes")
     iterations = -(-config.epochs * len(source) // config.batch_size)
     with torch.random.fork_rng():  # initial weights and dropout
-        torch.manual_seed(derived_seed(config.seed, 0))
+        torch.manual_seed(derived_seed(config.seed, Purpose.CLASSIFIER_WEIGHTS))
         model = FeatureClassifier(
             source.shape, classes, network=config.network, width=config.width, dropout=config.dropout
         ).train()
@@ -196,9 +195,13 @@ def train_classifier(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=iterations + 1)
         for iteration in range(iterations):
             indices = batch_indices(len(source), config.batch_size, iteration, config.seed)
-            images = _shifted(source.batch(indices), config.shift, derived_generator(config.seed, 1, iteration))
+            images = _shifted(
+                source.batch(indices), config.shift, derived_generator(config.seed, Purpose.CLASSIFIER_SHIFT, iteration)
+            )
             if config.flip:
-                coin = torch.rand(len(images), 1, 1, 1, generator=derived_generator(config.seed, _MIRROR, iteration))
+                coin = torch.rand(
+                    len(images), 1, 1, 1, generator=derived_generator(config.seed, Purpose.CLASSIFIER_MIRROR, iteration)
+                )
                 images = torch.where(coin < 0.5, images.flip(3), images)
             loss = F.cross_entropy(model(images), labels[indices])
             optimizer.zero_grad()

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from ebm_prior.compute.randomness import BLOCK, BlockGenerator, derived_generator, derived_seed
+from ebm_prior.compute.randomness import BLOCK, BlockGenerator, Purpose, derived_generator, derived_seed
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.gauge import GaugeConfig, gauge_auc
 from ebm_prior.interfaces import Images
 from ebm_prior.model.backbone import Backbone
-from ebm_prior.settings import require_positive, require_seed
+from ebm_prior.settings import require_positive, require_seed, setting
 
 ACTIVE = 0.01  # variance of a unit's posterior mean over images, in units of the prior's (Burda et al. 2016)
 INACTIVE_KL = 0.1  # nats: a group with less says next to nothing about the image
@@ -33,10 +33,10 @@ HOLE, WIDE = 0.53, 0.95  # AUC: below, a classifier of this budget sees no hole;
 class DoctorConfig:
     """How closely the doctor looks."""
 
-    samples: int = field(default=2000, metadata={"help": "images (at most all), and as many draws of the prior"})
-    chunk: int = field(default=256, metadata={"help": "images at a time, rounded to blocks of 64; changes no result"})
+    samples: int = setting(2000, "images (at most all), and as many draws of the prior")
+    chunk: int = setting(256, "images at a time, rounded to blocks of 64; changes no result")
     gauge: GaugeConfig = field(default_factory=lambda: GaugeConfig(iterations=150))
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
         require_positive(self, "samples", "chunk")
@@ -162,14 +162,14 @@ def _posterior(
     like = next(backbone.parameters())
     rows = torch.arange(len(images))
     if len(images) > n:
-        rows = torch.randperm(len(images), generator=derived_generator(config.seed, 50))[:n]
+        rows = torch.randperm(len(images), generator=derived_generator(config.seed, Purpose.DOCTOR_CHOICE))[:n]
     moments = [_Moments() for _ in backbone.groups]
     latents: list[list[Tensor]] = []
     audit: dict[str, int] = {"weights": sum(int((~t.isfinite()).sum()) for t in backbone.state_dict().values())}
     size = max(1, config.chunk // BLOCK) * BLOCK
     for first in range(0, n, size):
         batch = images.batch(rows[first : first + size]).to(like.device, like.dtype)
-        generator = BlockGenerator(derived_seed(config.seed, 51), first, len(batch), like.device)
+        generator = BlockGenerator(derived_seed(config.seed, Purpose.DOCTOR_POSTERIOR), first, len(batch), like.device)
         x = backbone.observe(batch, generator=generator)
         noise = backbone.standard_normal(len(batch), generator=generator)
         draw = backbone.encode(x, noise)
@@ -191,7 +191,7 @@ def _prior(backbone: Backbone, n: int, config: DoctorConfig, audit: dict[str, in
     size = max(1, config.chunk // BLOCK) * BLOCK
     for first in range(0, n, size):
         count = min(size, n - first)
-        generator = BlockGenerator(derived_seed(config.seed, 52), first, count, device)
+        generator = BlockGenerator(derived_seed(config.seed, Purpose.DOCTOR_PRIOR), first, count, device)
         trace = backbone.transform(backbone.standard_normal(count, generator=generator))
         _count(audit, {"prior draws": trace.z, "samples": [backbone.likelihood(trace.features).mean]})
         latents.append([z.cpu() for z in trace.z])

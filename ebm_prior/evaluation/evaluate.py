@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.parallel import ALONE, Processes
-from ebm_prior.compute.randomness import BLOCK, derived_generator
+from ebm_prior.compute.randomness import BLOCK, Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.classifier import bundled_classifier, load_classifier
@@ -31,7 +31,7 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.settings import require_seed
+from ebm_prior.settings import require_seed, setting
 from ebm_prior.training.objectives import Gain, gain
 
 
@@ -39,12 +39,12 @@ from ebm_prior.training.objectives import Gain, gain
 class EvalConfig:
     """Settings of an evaluation. Distances depend on N: compare them at equal N only."""
 
-    samples: int = field(default=10_000, metadata={"help": "held-out images (at most all), and draws of each prior"})
-    chunk: int = field(default=128, metadata={"help": "samples at a time, rounded to blocks of 64; changes no result"})
+    samples: int = setting(10_000, "held-out images (at most all), and draws of each prior")
+    chunk: int = setting(128, "samples at a time, rounded to blocks of 64; changes no result")
     gauge: GaugeConfig = field(default_factory=GaugeConfig)
     fid: FidConfig = field(default_factory=FidConfig)
-    auc: bool = field(default=True, metadata={"help": "train fresh classifiers on posterior vs prior latents"})
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    auc: bool = setting(True, "train fresh classifiers on posterior vs prior latents")
+    seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.chunk < 1:
@@ -137,14 +137,18 @@ class Reference:
         like = next(self.backbone.parameters())
         chosen = torch.arange(len(images))
         if len(images) > self.n:
-            chosen = torch.randperm(len(images), generator=derived_generator(self.config.seed, 20, stream))[: self.n]
+            chosen = torch.randperm(
+                len(images), generator=derived_generator(self.config.seed, Purpose.EVALUATION_CHOICE, stream)
+            )[: self.n]
         blocks = list(enumerate(torch.split(chosen, BLOCK)))
         size = max(1, self.config.chunk // BLOCK)
 
         def seen(chunk: list[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], Tensor]:
             batches, observed, noise = [], [], []
             for number, indices in chunk:
-                generator = derived_generator(self.config.seed, 21, stream, number, device=like.device)
+                generator = derived_generator(
+                    self.config.seed, Purpose.EVALUATION_POSTERIOR, stream, number, device=like.device
+                )
                 batches.append(images.batch(indices).to(like.device, like.dtype))
                 observed.append(self.backbone.observe(batches[-1], generator=generator))
                 noise.append(self.backbone.standard_normal(len(indices), generator=generator))

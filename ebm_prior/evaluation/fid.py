@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.parallel import ALONE, Processes
-from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.evaluation.inception import Inception
@@ -28,7 +28,7 @@ from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_dis
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.settings import require_choices
+from ebm_prior.settings import require_choices, setting
 from ebm_prior.storage.atomic import user_cache, write_atomically
 
 SPLITS = 10  # of the Inception Score
@@ -41,8 +41,8 @@ OnImages = Callable[[int], None]
 class FidConfig:
     """What is compared with what. Published numbers have 50,000 samples (CelebA-HQ-256: 30,000) and all of train."""
 
-    samples: int = field(default=50_000, metadata={"help": "draws of each prior behind FID, KID and Inception Score"})
-    split: Literal["train", "test"] = field(default="train", metadata={"help": "all images of which they compare with"})
+    samples: int = setting(50_000, "draws of each prior behind FID, KID and Inception Score")
+    split: Literal["train", "test"] = setting("train", "all images of which they compare with")
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -98,7 +98,7 @@ def reference_statistics(
         return extract(network, images.batch(rows))
 
     features = torch.cat(processes.map(seen, torch.split(torch.arange(len(images)), 250)))
-    chosen = torch.randperm(len(features), generator=derived_generator(0, 60))[:KERNEL_ROWS]
+    chosen = torch.randperm(len(features), generator=derived_generator(0, Purpose.KERNEL_ROWS))[:KERNEL_ROWS]
     moments = FeatureStatistics.of(features)
     buffer = BytesIO()
     np.savez(

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebm_prior.compute.randomness import derived_generator, derived_seed, seeded
+from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed, seeded
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.metrics import auroc
 from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
-from ebm_prior.settings import require_positive, require_seed
+from ebm_prior.settings import require_positive, require_seed, setting
 from ebm_prior.training.objectives import nce_loss
 from ebm_prior.training.steps import batch_indices, update_average
 
@@ -40,8 +40,8 @@ class GaugeConfig:
             channels=32, hidden=64, vector_layers=2, joint=64, activation="leaky_relu", conditional=False, dropout=0.2
         )
     )  # all sizes stated: a yardstick does not change with the product's defaults
-    iterations: int = field(default=500, metadata={"help": "gradient steps at most, per network and fold"})
-    batch_size: int = field(default=256, metadata={"help": "posterior latents, and as many prior latents, per step"})
+    iterations: int = setting(500, "gradient steps at most, per network and fold")
+    batch_size: int = setting(256, "posterior latents, and as many prior latents, per step")
     learning_rate: float = 2e-3  # peak; decays to 0 along a cosine
     weight_decay: float = 1e-2  # AdamW's, decoupled
     ema: float = 0.98  # decay of the weights' moving average, which is what is scored
@@ -96,7 +96,9 @@ def gauge_auc(
     _check(posterior, prior, groups, config)
     device = device or posterior[0].device
     parts = [
-        torch.randperm(len(z[0]), generator=derived_generator(config.seed, which)).tensor_split(config.folds)
+        torch.randperm(len(z[0]), generator=derived_generator(config.seed, Purpose.GAUGE_FOLDS + which)).tensor_split(
+            config.folds
+        )
         for which, z in enumerate((posterior, prior))
     ]
     areas: dict[str, list[float]] = {group.name: [] for group in groups}
@@ -133,7 +135,7 @@ def _networks(
     stops it early, before it has found what small groups show. First its joint head alone, on the features found so
     far, then all of it; each stage keeps the state that is best on the inner split, so none makes it worse.
     """
-    with seeded(device, config.seed, 2, fold):  # initial weights and dropout
+    with seeded(device, config.seed, Purpose.GAUGE_WEIGHTS, fold):  # initial weights and dropout
         alone = []
         for index, group in enumerate(groups):
             network = JointEnergy([group], config.energy).to(posterior[index].dtype)
@@ -169,7 +171,7 @@ def _train(
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate * config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations)
-    seeds = [derived_seed(config.seed, 3, which, *stream) for which in range(2)]
+    seeds = [derived_seed(config.seed, Purpose.GAUGE_SUBSETS, which, *stream) for which in range(2)]
     size = min(config.batch_size, len(posterior[0]), len(prior[0]))
     network.train()
     for iteration in range(config.iterations):

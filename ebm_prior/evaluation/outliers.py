@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ebm_prior.compute.randomness import BLOCK, derived_generator
+from ebm_prior.compute.randomness import BLOCK, Purpose, derived_generator
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.detection import Detection, detection, interval, resampled
 from ebm_prior.interfaces import Images
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.scores import Form, Lower, Mode
-from ebm_prior.settings import require_positive, require_seed
+from ebm_prior.settings import require_positive, require_seed, setting
 
 Array = NDArray[np.float64]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -28,11 +28,11 @@ OnImages = Callable[[int], None]
 class OutlierConfig:
     """Settings of an evaluation of scores."""
 
-    samples: int = field(default=10_000, metadata={"help": "images per set, at most; every set gives as many"})
-    draws: int = field(default=8, metadata={"help": "S, draws of the latents per image, over which a score averages"})
-    resamples: int = field(default=500, metadata={"help": "bootstrap resamples behind the 95 % intervals"})
-    chunk: int = field(default=256, metadata={"help": "images at a time, rounded to blocks of 64; changes no result"})
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    samples: int = setting(10_000, "images per set, at most; every set gives as many")
+    draws: int = setting(8, "S, draws of the latents per image, over which a score averages")
+    resamples: int = setting(500, "bootstrap resamples behind the 95 % intervals")
+    chunk: int = setting(256, "images at a time, rounded to blocks of 64; changes no result")
+    seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
         require_positive(self, "samples", "draws", "resamples", "chunk")
@@ -79,7 +79,11 @@ def score_set(
     """Scores of n images, drawn without replacement where the set has more. `on_images` gets the number just done."""
     rows = torch.arange(len(images))
     if len(images) > n:
-        rows = torch.randperm(len(images), generator=derived_generator(config.seed, 40))[:n].sort().values
+        rows = (
+            torch.randperm(len(images), generator=derived_generator(config.seed, Purpose.OUTLIER_CHOICE))[:n]
+            .sort()
+            .values
+        )
     size = max(1, config.chunk // BLOCK) * BLOCK
     parts = []
     for first in range(0, len(rows), size):

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.detection import Detection, detection
@@ -63,7 +63,7 @@ def split_by_digit(labels: Tensor, digit: int, *, seed: int = 0) -> Split:
     if not bool(held_out.any()) or bool(held_out.all()):
         raise ConfigurationError(f"digit {digit}: expected some images with this label and some without")
     normal = held_out.logical_not().nonzero()[:, 0]
-    normal = normal[torch.randperm(len(normal), generator=derived_generator(seed, 40))]
+    normal = normal[torch.randperm(len(normal), generator=derived_generator(seed, Purpose.ANOMALY_SPLIT))]
     cut = int(0.8 * len(normal))
     test = torch.cat([normal[cut:], held_out.nonzero()[:, 0]])
     return Split(normal[:cut], test, held_out[test].numpy())

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import Callback
@@ -76,7 +76,7 @@ def transition(
 ) -> Transition:
     """Posterior codes of n images, and n chains every `EVERY` steps from their start."""
     backbone = prior.backbone
-    generator = derived_generator(seed, 50)
+    generator = derived_generator(seed, Purpose.LATENTS_2D)
     steps: list[int] = [0]
     chain: list[list[Tensor]] = []
 

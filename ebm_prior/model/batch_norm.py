@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.model.backbone import Backbone
 
 ITERATIONS, BATCH_SIZE = 500, 16  # as published
-_PURPOSE = 0xBA7C
 
 
 def readjust_batch_norm(
@@ -52,7 +51,9 @@ def readjust_batch_norm(
         for k in range(iterations):
             if on_batch and k:
                 on_batch(k)
-            yield backbone.standard_normal(batch_size, generator=derived_generator(seed, _PURPOSE, k, device=device))
+            yield backbone.standard_normal(
+                batch_size, generator=derived_generator(seed, Purpose.BATCH_NORM, k, device=device)
+            )
 
     try:
         return readjust_to(backbone, draws(), temperature=temperature)

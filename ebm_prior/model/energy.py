@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import LatentGroup
+from ebm_prior.settings import setting
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu": partial(nn.LeakyReLU, 0.2)}
 
@@ -29,18 +30,15 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu"
 class EnergyConfig:
     """The heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint head, leaky_relu."""
 
-    channels: int = field(default=48, metadata={"help": "channels of a spatial head's convolutions (nef)"})
-    hidden: int = field(default=128, metadata={"help": "width of the heads' linear layers (ndf)"})
-    vector_layers: int = field(default=2, metadata={"help": "hidden layers of the head of a flat group"})
-    joint: int = field(default=128, metadata={"help": "width of the joint head over all groups; 0: none"})
-    activation: Literal["silu", "leaky_relu"] = field(default="silu", metadata={"help": "leaky_relu: slope 0.2"})
-    conditional: bool = field(default=False, metadata={"help": "heads see z_i in units of p(z_i | z_<i), too"})
-    standardize: bool = field(default=True, metadata={"help": "heads see latents in units of posterior mean and std"})
-    dropout: float = field(default=0.0, metadata={"help": "dropout in the joint head"})
-    bound: float = field(
-        default=0.0,
-        metadata={"help": "heads see their inputs within ± this (tanh); 0: as they are. Stages have their own"},
-    )
+    channels: int = setting(48, "channels of a spatial head's convolutions (nef)")
+    hidden: int = setting(128, "width of the heads' linear layers (ndf)")
+    vector_layers: int = setting(2, "hidden layers of the head of a flat group")
+    joint: int = setting(128, "width of the joint head over all groups; 0: none")
+    activation: Literal["silu", "leaky_relu"] = setting("silu", "leaky_relu: slope 0.2")
+    conditional: bool = setting(False, "heads see z_i in units of p(z_i | z_<i), too")
+    standardize: bool = setting(True, "heads see latents in units of posterior mean and std")
+    dropout: float = setting(0.0, "dropout in the joint head")
+    bound: float = setting(0.0, "heads see their inputs within ± this (tanh); 0: as they are. Stages have their own")
 
     def __post_init__(self) -> None:
         if min(self.channels, self.hidden, self.vector_layers) < 1 or self.joint < 0 or not 0 <= self.dropout < 1:

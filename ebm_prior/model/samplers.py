@@ -21,6 +21,7 @@ from torch import Tensor
 from ebm_prior.compute.cuda_graphs import Graphs
 from ebm_prior.compute.randomness import Generator, standard_normal, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.settings import setting
 
 JITTER = 0.3  # of the step size of a trajectory, relative
 # Optimal are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013).
@@ -52,19 +53,13 @@ Kernel = Callable[[ChainState, Potential, Tensor, Generator], tuple[ChainState, 
 class SamplerConfig:
     """A sampler: importance resampling among `proposals` draws, then `steps` of a kernel; either may be nothing."""
 
-    proposals: int = field(
-        default=32, metadata={"help": "ancestral draws among which one is resampled (1: plain draw)"}
-    )
-    kernel: Literal["langevin", "pcn-langevin"] = field(default="pcn-langevin", metadata={"help": "Markov kernel"})
-    steps: int = field(default=40, metadata={"help": "steps of the kernel after resampling"})
-    step_size: float = field(default=0.15, metadata={"help": "s of Eq. 12, or δ of pCN-Langevin"})
-    adapt_steps: int = field(
-        default=0, metadata={"help": "the first steps, in which pCN-Langevin adapts its step size"}
-    )
-    leapfrogs: int = field(
-        default=1, metadata={"help": "of a step of pCN-Langevin: with several it is Hamiltonian Monte Carlo"}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "factor on Langevin's noise"})
+    proposals: int = setting(32, "ancestral draws among which one is resampled (1: plain draw)")
+    kernel: Literal["langevin", "pcn-langevin"] = setting("pcn-langevin", "Markov kernel")
+    steps: int = setting(40, "steps of the kernel after resampling")
+    step_size: float = setting(0.15, "s of Eq. 12, or δ of pCN-Langevin")
+    adapt_steps: int = setting(0, "the first steps, in which pCN-Langevin adapts its step size")
+    leapfrogs: int = setting(1, "of a step of pCN-Langevin: with several it is Hamiltonian Monte Carlo")
+    temperature: float = setting(1.0, "factor on Langevin's noise")
 
     def __post_init__(self) -> None:
         if self.proposals < 1 or self.steps < 0 or not 0 <= self.adapt_steps <= self.steps:

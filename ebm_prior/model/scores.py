@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ebm_prior.compute.randomness import BlockGenerator, Generator, derived_seed, standard_normal
+from ebm_prior.compute.randomness import BlockGenerator, Generator, Purpose, derived_seed, standard_normal
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Backbone, Gaussian, Posterior, Trace
 from ebm_prior.model.samplers import Potential, SamplerConfig, draw
@@ -140,7 +140,7 @@ class _Batch:
 
     def generator(self, purpose: int, *words: int) -> BlockGenerator:
         """The same numbers for image i of the set, whatever its batch, for each purpose anew."""
-        seed = derived_seed(self.seed, 0x5C03E, purpose + 1, *(word + 1 for word in words))
+        seed = derived_seed(self.seed, Purpose.SCORES, purpose + 1, *(word + 1 for word in words))
         return BlockGenerator(seed, self.first, self.size, self.device)
 
     def summands(self, number: int, k: int, lower: Lower, energy: bool) -> Summands:

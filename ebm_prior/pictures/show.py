@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ebm_prior.compute.randomness import BlockGenerator, derived_generator, derived_seed
+from ebm_prior.compute.randomness import BlockGenerator, Purpose, derived_generator, derived_seed
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import Images
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
@@ -26,7 +26,6 @@ from ebm_prior.pictures.plots import COLOURS, Series, plot
 from ebm_prior.pictures.sheets import matrix, page
 
 SHORT_RUN, LONG_RUN, SETTLED = 100, 2500, 500  # steps of Fig. 8; after the last, the energy has no trend left
-_CHAIN, _CHOICE, _POSTERIOR, _LOWER = 60, 61, 62, 63
 
 OnStep = Callable[[int], None]
 
@@ -294,7 +293,7 @@ def chain(
     """n chains of the prior's recorded kernel from the backbone's prior, kept at the steps `at`."""
     backbone, sampler = prior.backbone, prior.sampler
     device = next(backbone.parameters()).device
-    generator = BlockGenerator(derived_seed(seed, _CHAIN), 0, n, device)
+    generator = BlockGenerator(derived_seed(seed, Purpose.PICTURE_CHAIN), 0, n, device)
     kept: dict[int, list[Tensor]] = {}
     terms: list[Tensor] = []
 
@@ -324,7 +323,7 @@ def _redrawn(prior: EBMPrior, z: Sequence[Tensor], k: int, energy: bool, seed: i
     """Images with the k lowest groups drawn given the others, from p_α or from p_β."""
     n = len(z[0])
     free = FreeGroups(prior.backbone, prior.negative_energy, z[: len(z) - k], n)
-    generator = BlockGenerator(derived_seed(seed, _LOWER, k), 0, n, z[0].device)
+    generator = BlockGenerator(derived_seed(seed, Purpose.PICTURE_LOWER, k), 0, n, z[0].device)
     trace = free.trace(free.sample(prior.sampler if energy else None, generator))
     return prior.backbone.likelihood(trace.features).mean
 
@@ -335,9 +334,9 @@ def _inferred(prior: EBMPrior, images: Images, n: int, seed: int) -> tuple[Tenso
     if len(images) < n:
         raise ConfigurationError(f"expected at least {n} images, found {len(images)} of {images.name}: show fewer (-n)")
     like = next(prior.backbone.parameters())
-    rows = torch.randperm(len(images), generator=derived_generator(seed, _CHOICE))[:n]
+    rows = torch.randperm(len(images), generator=derived_generator(seed, Purpose.PICTURE_CHOICE))[:n]
     batch = images.batch(rows).to(like.device, like.dtype)
-    generator = BlockGenerator(derived_seed(seed, _POSTERIOR), 0, n, like.device)
+    generator = BlockGenerator(derived_seed(seed, Purpose.PICTURE_POSTERIOR), 0, n, like.device)
     observed = prior.backbone.observe(batch, generator=generator)
     return batch.cpu(), prior.backbone.infer(observed, generator=generator).z
 

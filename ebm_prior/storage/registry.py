@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ebm_prior.compute.randomness import seeded
+from ebm_prior.compute.randomness import Purpose, seeded
 from ebm_prior.errors import ConfigurationError, UnknownBackboneError
 from ebm_prior.model.backbone import Backbone
 
@@ -67,7 +67,7 @@ def _qualified_name(kind: type[Backbone]) -> str:
 
 def build(kind: type[Backbone], architecture: Mapping[str, Any], *, seed: int = 0) -> Backbone:
     """An untrained network of adapter class `kind`, whose initial weights depend on the seed alone."""
-    with seeded(torch.device("cpu"), seed, 0):
+    with seeded(torch.device("cpu"), seed, Purpose.INITIAL_WEIGHTS):
         try:
             return kind(**architecture)
         except Exception as error:  # an adapter can raise nearly anything over arguments that make no sense

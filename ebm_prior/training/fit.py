@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.parallel import ALONE, Processes
-from ebm_prior.compute.randomness import derived_generator, seeded
+from ebm_prior.compute.randomness import Purpose, derived_generator, seeded
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.interfaces import Callback, Images, Recorder
 from ebm_prior.model.backbone import Backbone
@@ -92,7 +92,7 @@ class _Fit(Training):
         dimensions = sum(math.prod(group.shape) for group in backbone.groups)
         if config.may_stage:
             config.stage.suited(backbone, config.parts)  # refused now, not when stages take over
-        with seeded(self.device, config.seed, 10):
+        with seeded(self.device, config.seed, Purpose.HEADS):
             self.energy = JointEnergy(backbone.groups, config.energy).to(self.device, self.dtype)
         self.draws = Draws(self.backbone, images, self.energy, config, processes)
         self.training, held_out = self.draws.split()
@@ -100,7 +100,7 @@ class _Fit(Training):
         if config.energy.standardize:
             self.energy.standardize(self.draws.moments(self.training[:2_000]))
         with torch.no_grad():
-            generator = derived_generator(config.seed, 17, device=self.device)
+            generator = derived_generator(config.seed, Purpose.TYPICAL_NORM, device=self.device)
             observed = self.draws.observed(self.training[: config.batch_size // config.parts], generator)
             typical = norm(self.backbone.infer(observed, generator=generator).eps).mean()
         self.norm_limit = NORM_LIMIT * max(1.0, float(typical)) + 4 / math.sqrt(2 * dimensions * config.batch_size)
@@ -150,7 +150,7 @@ class _Fit(Training):
         config, t = self.config, self.iteration
         indices = self.training[batch_indices(len(self.training), config.batch_size, t, config.seed)]
         groupwise = self.stages is not None and t < self.together
-        pieces, generators = indices.chunk(config.parts), self._generators(11, t)
+        pieces, generators = indices.chunk(config.parts), self._generators(Purpose.FIT_BATCH, t)
 
         def contribution(part: int) -> Part:
             return self._part(pieces[part], part, generators[part], groupwise)
@@ -201,7 +201,7 @@ class _Fit(Training):
                 chains = eps if config.chains == "persistent" else []
             negative, chain_norm = self.draws.of_prior(eps), norm(eps).mean()
         self.energy.train()
-        dropout = (config.seed, 12, self.iteration, *((part + 1,) if config.parts > 1 else ()))
+        dropout = (config.seed, Purpose.FIT_DROPOUT, self.iteration, *((part + 1,) if config.parts > 1 else ()))
         with seeded(self.device, *dropout), torch.enable_grad():  # dropout draws from the global generator
             both = [torch.cat(pair) for pair in zip(positive, negative, strict=True)]
             if groupwise:  # a ratio per group, (B, L): without the joint head, for which the negatives are no draw
@@ -241,7 +241,7 @@ class _Fit(Training):
     # -- one ratio or stages
 
     def _first_stage(self) -> Stages:
-        generator = derived_generator(self.config.seed, 18, device=self.device)
+        generator = derived_generator(self.config.seed, Purpose.STAGE_START, device=self.device)
         spread = max(self.average.spread(seen) for seen in self.held_out)
         self._squash(max(self.config.stage.bound, BEYOND * spread) if self.config.stage.bound else 0.0)
         energy = copy.deepcopy(self.average)
@@ -313,7 +313,7 @@ class _Fit(Training):
             self._require_finite(found)
             if found.nats <= max(ANNEAL_LEAST if tau < 1 else GAIN_STEP, 2 * error):
                 break
-            self._accept(stages, step, found, self._generators(20, number))
+            self._accept(stages, step, found, self._generators(Purpose.STAGE_ANNEALING, number))
             number += 1
             if self.on_step:
                 course = {"stage": len(stages.done), "gain": stages.gain}
@@ -330,7 +330,7 @@ class _Fit(Training):
         found, error = stages.look(self.average, self.held_out.posterior)
         self._require_finite(found)
         if found.nats > max(GAIN_STEP, 2 * error):
-            self._accept(stages, self.average, found, self._generators(19, self.iteration))
+            self._accept(stages, self.average, found, self._generators(Purpose.STAGE_SETTLING, self.iteration))
         else:
             stages.reject()
         self._put_back(stages.reference)  # after an accepted stage, too: the live heads run ahead of what was measured

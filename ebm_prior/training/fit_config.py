@@ -10,7 +10,7 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import Regime, Target
 from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.settings import require_choices, require_positive, require_seed
+from ebm_prior.settings import require_choices, require_positive, require_seed, setting
 from ebm_prior.training.stages import StageConfig
 
 
@@ -18,39 +18,36 @@ from ebm_prior.training.stages import StageConfig
 class FitConfig:
     """Settings of the second stage. The defaults are what measured best (README: Why these defaults)."""
 
-    objective: Literal["nce", "mle"] = field(default="nce", metadata={"help": "how the heads are trained"})
-    iterations: int = field(default=2_400, metadata={"help": "gradient steps"})
-    ratios: Literal["auto", "one", "staged"] = field(
-        default="auto",
-        metadata={"help": "nce: one density ratio, or stages of them; auto: one, and stages where it saturates"},
+    objective: Literal["nce", "mle"] = setting("nce", "how the heads are trained")
+    iterations: int = setting(2_400, "gradient steps")
+    ratios: Literal["auto", "one", "staged"] = setting(
+        "auto", "nce: one density ratio, or stages of them; auto: one, and stages where it saturates"
     )
     stage: StageConfig = field(default_factory=StageConfig)
-    batch_size: int = field(default=256, metadata={"help": "posterior draws, and as many prior draws, per step"})
-    parts: int = field(
-        default=1, metadata={"help": "parts of a batch, each with noise of its own, one at a time: less memory"}
-    )
-    learning_rate: float = field(default=4e-3, metadata={"help": "peak rate"})
-    warmup: int = field(default=50, metadata={"help": "iterations over which the rate rises linearly"})
-    decay: bool = field(default=True, metadata={"help": "let the rate fall to 0 along a cosine"})
-    optimizer: Literal["adamw", "adam"] = field(default="adamw", metadata={"help": "decoupled or L2 weight decay"})
-    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "moment decays of the optimizer"})
-    weight_decay: float = field(default=1e-2, metadata={"help": "weight decay"})
-    ema: float = field(default=0.99, metadata={"help": "decay of the weights' moving average; 0: none"})
+    batch_size: int = setting(256, "posterior draws, and as many prior draws, per step")
+    parts: int = setting(1, "parts of a batch, each with noise of its own, one at a time: less memory")
+    learning_rate: float = setting(4e-3, "peak rate")
+    warmup: int = setting(50, "iterations over which the rate rises linearly")
+    decay: bool = setting(True, "let the rate fall to 0 along a cosine")
+    optimizer: Literal["adamw", "adam"] = setting("adamw", "decoupled or L2 weight decay")
+    betas: tuple[float, float] = setting((0.9, 0.999), "moment decays of the optimizer")
+    weight_decay: float = setting(1e-2, "weight decay")
+    ema: float = setting(0.99, "decay of the weights' moving average; 0: none")
     energy: EnergyConfig = field(default_factory=EnergyConfig)
-    chains: Literal["fresh", "persistent"] = field(default="fresh", metadata={"help": "mle: where chains start"})
+    chains: Literal["fresh", "persistent"] = setting("fresh", "mle: where chains start")
     chain: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.01)
     )
-    refresh: float = field(default=0.05, metadata={"help": "mle: share of persistent chains restarted each step"})
-    penalty: float = field(default=1e-4, metadata={"help": "mle: weight of E[f_q² + f_p²]"})
+    refresh: float = setting(0.05, "mle: share of persistent chains restarted each step")
+    penalty: float = setting(1e-4, "mle: weight of E[f_q² + f_p²]")
     sampler: SamplerChanges = field(default_factory=SamplerChanges)  # of the one recorded: `recorded_sampler`
-    target: Target = field(default="exact", metadata={"help": "ε-target; published: to replicate only"})
-    regime: Regime = field(default="calibrated", metadata={"help": "what f is meant to be"})
-    held_out: int = field(default=5_000, metadata={"help": "images kept for held-out latents, at most a tenth"})
-    ess_floor: float = field(default=0.05, metadata={"help": "tempering keeps at least this ESS / number of draws"})
-    evaluate_every: int = field(default=100, metadata={"help": "iterations between held-out gains and resume states"})
-    patience: int = field(default=10, metadata={"help": "stop after so many held-out gains without a better one"})
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    target: Target = setting("exact", "ε-target; published: to replicate only")
+    regime: Regime = setting("calibrated", "what f is meant to be")
+    held_out: int = setting(5_000, "images kept for held-out latents, at most a tenth")
+    ess_floor: float = setting(0.05, "tempering keeps at least this ESS / number of draws")
+    evaluate_every: int = setting(100, "iterations between held-out gains and resume states")
+    patience: int = setting(10, "stop after so many held-out gains without a better one")
+    seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
         require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")

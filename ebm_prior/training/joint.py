@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.compute.cuda_graphs import runner
-from ebm_prior.compute.randomness import Generator, derived_generator, seeded
+from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, seeded
 from ebm_prior.errors import DivergenceError
 from ebm_prior.interfaces import Callback, Images, Recorder
 from ebm_prior.model.backbone import Backbone, Posterior
@@ -88,13 +88,19 @@ class _Joint(Training):
         self.config, self.images, self.validation, self.on_evaluate = config, images, validation, on_evaluate
         like = next(backbone.parameters())
         self.device, self.dtype = like.device, like.dtype
-        with seeded(self.device, config.seed, 30):
+        with seeded(self.device, config.seed, Purpose.JOINT_HEADS):
             energy = JointEnergy(backbone.groups, config.energy).to(self.device, self.dtype)
         self.backbone = backbone.train().requires_grad_(True)
         if config.channels_last:
             backbone.to(memory_format=torch.channels_last)
-        with seeded(self.device, config.seed, 31), torch.no_grad():  # data-dependent initialisation, where there is one
-            backbone.infer(self._batch(0)[0], generator=derived_generator(config.seed, 32, device=self.device))
+        with (
+            seeded(self.device, config.seed, Purpose.JOINT_INITIALISATION),
+            torch.no_grad(),
+        ):  # data-dependent initialisation, where there is one
+            backbone.infer(
+                self._batch(0)[0],
+                generator=derived_generator(config.seed, Purpose.JOINT_FIRST_POSTERIOR, device=self.device),
+            )
         self.model = _Model(backbone, energy)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(
@@ -131,7 +137,7 @@ class _Joint(Training):
             drawn = self._posterior_draws(x, generator) if self.config.posterior == "langevin" else []
             negative = self._prior_draws(len(x), generator) if energy is not None else []
         inputs = x, drawn, negative
-        with seeded(self.device, self.config.seed, 33, t):  # dropout draws from the global generator
+        with seeded(self.device, self.config.seed, Purpose.JOINT_DROPOUT, t):  # dropout draws from the global generator
             found: _Found = self._run(energy is not None, self._differentiate, inputs, generator)
         self._update(found)
         return {"iteration": self.iteration, **self._watch(found.terms, of_prior=bool(negative))}
@@ -293,7 +299,7 @@ class _Joint(Training):
     # -- its parts
 
     def _batch(self, iteration: int) -> tuple[Tensor, torch.Generator]:
-        generator = derived_generator(self.config.seed, 34, iteration, device=self.device)
+        generator = derived_generator(self.config.seed, Purpose.JOINT_BATCH, iteration, device=self.device)
         indices = batch_indices(len(self.images), self.config.batch_size, iteration, self.config.seed)
         x = self.images.batch(indices).to(self.device, self.dtype)
         return self.backbone.observe(x, generator=generator), generator
@@ -331,12 +337,14 @@ def validate(prior: EBMPrior, images: Images, *, seed: int = 0) -> dict[str, flo
     kept: list[Posterior] = []
     likelihood: list[Tensor] = []
     for number, part in enumerate(torch.split(torch.arange(min(EVALUATED, len(images))), 250)):
-        generator = derived_generator(seed, 35, number, device=like.device)
+        generator = derived_generator(seed, Purpose.VALIDATION_POSTERIOR, number, device=like.device)
         x = backbone.observe(images.batch(part).to(like.device, like.dtype), generator=generator)
         kept.append(backbone.infer(x, generator=generator))
         likelihood.append(backbone.likelihood(kept[-1].features).log_prob(x))
     count = sum(len(p.log_q) for p in kept)
-    eps = backbone.standard_normal(PRIOR_DRAWS * count, generator=derived_generator(seed, 36, device=like.device))
+    eps = backbone.standard_normal(
+        PRIOR_DRAWS * count, generator=derived_generator(seed, Purpose.VALIDATION_PRIOR, device=like.device)
+    )
     z = [torch.cat(group) for group in zip(*(p.z for p in kept), strict=True)]
     f_q, f_p = (values(prior.f, latents) for latents in (z, backbone.reparameterize(eps)))
     better = gain(f_q, f_p)

@@ -9,7 +9,7 @@ from typing import Literal
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.settings import require_choices, require_positive, require_seed
+from ebm_prior.settings import require_choices, require_positive, require_seed, setting
 
 Space = Literal["eps", "z"]
 
@@ -18,39 +18,37 @@ Space = Literal["eps", "z"]
 class JointConfig:
     """Settings of joint training. The published ones of the paper's Table 1 are `paper_joint()`."""
 
-    posterior: Literal["langevin", "inference"] = field(
-        default="inference", metadata={"help": "z of an image: chains through the generator, or the inference network"}
+    posterior: Literal["langevin", "inference"] = setting(
+        "inference", "z of an image: chains through the generator, or the inference network"
     )
-    prior: Literal["ebm", "gaussian"] = field(default="ebm", metadata={"help": "gaussian: f = 0, a VAE"})
-    iterations: int = field(default=5_000, metadata={"help": "gradient steps"})
-    batch_size: int = field(default=100, metadata={"help": "images, and as many prior chains, per step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak rate of generator and inference network"})
-    energy_learning_rate: float = field(default=1e-4, metadata={"help": "peak rate of the energy"})
-    energy_from: float = field(default=0.2, metadata={"help": "share of the run before the energy joins, with f = 0"})
-    warmup: int = field(default=100, metadata={"help": "iterations over which the rates rise linearly"})
-    decay: bool = field(default=True, metadata={"help": "let the rates fall to 0 along a cosine"})
-    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"help": "moment decays of Adam"})
-    gradient_clip: float = field(default=200.0, metadata={"help": "largest gradient norm of the generator's side"})
-    ema: float = field(default=0.999, metadata={"help": "decay of the weights' moving average; 0: none"})
+    prior: Literal["ebm", "gaussian"] = setting("ebm", "gaussian: f = 0, a VAE")
+    iterations: int = setting(5_000, "gradient steps")
+    batch_size: int = setting(100, "images, and as many prior chains, per step")
+    learning_rate: float = setting(1e-3, "peak rate of generator and inference network")
+    energy_learning_rate: float = setting(1e-4, "peak rate of the energy")
+    energy_from: float = setting(0.2, "share of the run before the energy joins, with f = 0")
+    warmup: int = setting(100, "iterations over which the rates rise linearly")
+    decay: bool = setting(True, "let the rates fall to 0 along a cosine")
+    betas: tuple[float, float] = setting((0.9, 0.999), "moment decays of Adam")
+    gradient_clip: float = setting(200.0, "largest gradient norm of the generator's side")
+    ema: float = setting(0.999, "decay of the weights' moving average; 0: none")
     energy: EnergyConfig = field(
         default_factory=lambda: EnergyConfig(hidden=200, vector_layers=4, joint=0, standardize=False)
     )
-    penalty: float = field(default=0.0, metadata={"help": "weight of E[f_q² + f_p²]"})
-    space: Space = field(default="eps", metadata={"help": "where chains move: ε of appendix A.3, or z itself"})
-    chains: Literal["fresh", "persistent"] = field(default="fresh", metadata={"help": "where prior chains start"})
-    refresh: float = field(default=0.05, metadata={"help": "share of persistent chains restarted each step"})
+    penalty: float = setting(0.0, "weight of E[f_q² + f_p²]")
+    space: Space = setting("eps", "where chains move: ε of appendix A.3, or z itself")
+    chains: Literal["fresh", "persistent"] = setting("fresh", "where prior chains start")
+    refresh: float = setting(0.05, "share of persistent chains restarted each step")
     prior_chain: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=40, step_size=0.08)
     )
     posterior_chain: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=40, step_size=0.005)
     )
-    bfloat16: bool = field(
-        default=False, metadata={"help": "the image head in bfloat16 in posterior chains, for about twice the speed"}
-    )
-    channels_last: bool = field(default=False, metadata={"help": "memory layout, for many networks faster on a CPU"})
-    evaluate_every: int = field(default=500, metadata={"help": "iterations between metrics, states and pictures"})
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    bfloat16: bool = setting(False, "the image head in bfloat16 in posterior chains, for about twice the speed")
+    channels_last: bool = setting(False, "memory layout, for many networks faster on a CPU")
+    evaluate_every: int = setting(500, "iterations between metrics, states and pictures")
+    seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
         positive = ("iterations", "batch_size", "learning_rate", "energy_learning_rate", "gradient_clip")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.parallel import Processes
-from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import Images
 from ebm_prior.model.backbone import Backbone
@@ -58,7 +58,7 @@ class Draws:
         held_out = min(self.config.held_out, most, n // 10)
         if held_out < 1:
             raise ConfigurationError(f"expected at least 10 images to fit a prior, found {n}")
-        order = torch.randperm(n, generator=derived_generator(self.config.seed, 14))
+        order = torch.randperm(n, generator=derived_generator(self.config.seed, Purpose.HELD_OUT_SPLIT))
         return order[held_out:], order[:held_out]
 
     def observed(self, indices: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,29 +93,30 @@ class Draws:
         """Posterior draws of held-out images, and `PRIOR_DRAWS` as many of p_β."""
 
         def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
-            generator = derived_generator(self.config.seed, 16, batch[0], device=self.like.device)
+            generator = derived_generator(self.config.seed, Purpose.HELD_OUT_PRIOR, batch[0], device=self.like.device)
             eps = (self.backbone.standard_normal(len(batch[1]), generator=generator) for _ in range(PRIOR_DRAWS))
             return [[seen.cpu() for seen in self.of_prior(e)] for e in eps]
 
         batches = self.processes.map(drawn, self._batches(indices))
         prior = [latents for batch in batches for latents in batch]
-        posterior = self._of_images(indices, 13, lambda seen: [z.cpu() for z in seen])
+        posterior = self._of_images(indices, Purpose.HELD_OUT_POSTERIOR, lambda seen: [z.cpu() for z in seen])
         joined = ([torch.cat(group) for group in zip(*kind, strict=True)] for kind in (posterior, prior))
         return HeldOut(*joined)
 
     def moments(self, indices: Tensor) -> list[Tensor]:
         """`JointEnergy.moments` of a posterior draw of each image."""
         return [
-            torch.stack(group).sum(0) for group in zip(*self._of_images(indices, 15, self.energy.moments), strict=True)
+            torch.stack(group).sum(0)
+            for group in zip(*self._of_images(indices, Purpose.MOMENTS, self.energy.moments), strict=True)
         ]
 
     def _of_images(
-        self, indices: Tensor, stream: int, read: Callable[[list[Tensor]], list[Tensor]]
+        self, indices: Tensor, purpose: Purpose, read: Callable[[list[Tensor]], list[Tensor]]
     ) -> list[list[Tensor]]:
         """What `read` makes of a posterior draw of each image, as the heads see it, batch by batch."""
 
         def drawn(batch: tuple[int, Tensor]) -> list[Tensor]:
-            generator = derived_generator(self.config.seed, stream, batch[0], device=self.like.device)
+            generator = derived_generator(self.config.seed, purpose, batch[0], device=self.like.device)
             return read(self.posterior(batch[1], generator))
 
         return self.processes.map(drawn, self._batches(indices))

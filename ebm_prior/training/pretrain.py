@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ebm_prior.compute.randomness import Generator, derived_generator, seeded, uniform
+from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, seeded, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.interfaces import Callback, Images, Recorder
 from ebm_prior.model.backbone import Backbone, LatentGroup
@@ -83,7 +83,10 @@ class _Pretraining(Training):
         self.device = next(backbone.parameters()).device
         if config.channels_last:
             backbone.to(memory_format=torch.channels_last)
-        with seeded(self.device, config.seed, 1), torch.no_grad():  # data-dependent initialisation, where there is one
+        with (
+            seeded(self.device, config.seed, Purpose.PRETRAIN_INITIALISATION),
+            torch.no_grad(),
+        ):  # data-dependent initialisation, where there is one
             x, generator = self._batch(0)
             backbone.infer(x, generator=generator)
         decay = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
@@ -130,7 +133,7 @@ class _Pretraining(Training):
             fall = 0.5 * (1 + math.cos(math.pi * t / config.iterations)) if config.decay else 1.0
             group["lr"] = self.rate * config.learning_rate * rise * fall
         x, generator = self._batch(t)
-        with seeded(self.device, config.seed, 2, t):  # dropout draws from the global generator
+        with seeded(self.device, config.seed, Purpose.PRETRAIN_DROPOUT, t):  # dropout draws from the global generator
             log_likelihood, kl = _elbo_terms(self.backbone, x, generator)
         beta = min(1.0, (t + 1) / max(1.0, config.kl_warmup * config.iterations))
         charged = kl if config.free_nats_per == "image" else kl.mean(0, keepdim=True)
@@ -158,7 +161,7 @@ class _Pretraining(Training):
 
     def _batch(self, iteration: int) -> tuple[Tensor, Generator]:
         config = self.config
-        generator = derived_generator(config.seed, 3, iteration, device=self.device)
+        generator = derived_generator(config.seed, Purpose.PRETRAIN_BATCH, iteration, device=self.device)
         indices = batch_indices(len(self.images), config.batch_size, iteration, config.seed)
         return _observed(self.backbone, self.images, indices, generator, flip=config.flip), generator
 
@@ -190,7 +193,7 @@ def evaluate_elbo(backbone: Backbone, images: Images, *, seed: int = 0, batch_si
     kl: list[Tensor] = []
     with torch.no_grad():
         for number, indices in enumerate(torch.split(torch.arange(len(images)), batch_size)):
-            generator = derived_generator(seed, 0xE1B0, number, device=device)
+            generator = derived_generator(seed, Purpose.ELBO, number, device=device)
             x = _observed(backbone, images, indices, generator)
             for part, found in zip((log_likelihood, kl), _elbo_terms(backbone, x, generator), strict=True):
                 part.append(found.double().cpu())

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.settings import require_choices, require_positive, require_seed
+from ebm_prior.settings import require_choices, require_positive, require_seed, setting
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Settings of the first stage; the defaults train the bundled HVAE."""
 
-    iterations: int = field(default=12_000, metadata={"help": "gradient steps"})
-    batch_size: int = field(default=128, metadata={"help": "images per step"})
-    optimizer: Literal["adam", "adamax"] = field(default="adam", metadata={"help": "NVAE's and BIVA's is adamax"})
-    epsilon: float = field(default=1e-8, metadata={"help": "of the optimizer's denominator; NVAE's is 1e-3"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak rate of the optimizer"})
-    rate_warmup: float = field(default=0.0, metadata={"help": "share of the run over which the rate rises from 0"})
-    decay: bool = field(default=True, metadata={"help": "let the rate fall to 0 along a cosine"})
-    weight_decay: float = field(default=0.0, metadata={"help": "of the optimizer, in the gradient (L2)"})
-    kl_warmup: float = field(default=0.1, metadata={"help": "share of the run over which β rises from 0 to 1"})
-    kl_balance: bool = field(default=False, metadata={"help": "weigh the groups' KL evenly while β < 1"})
-    free_nats: float = field(default=0.0, metadata={"help": "KL per group (nats) that costs nothing"})
-    free_nats_per: Literal["batch", "image"] = field(
-        default="batch", metadata={"help": "whose KL they are free of: the batch's mean, or each image's (BIVA)"}
+    iterations: int = setting(12_000, "gradient steps")
+    batch_size: int = setting(128, "images per step")
+    optimizer: Literal["adam", "adamax"] = setting("adam", "NVAE's and BIVA's is adamax")
+    epsilon: float = setting(1e-8, "of the optimizer's denominator; NVAE's is 1e-3")
+    learning_rate: float = setting(2e-3, "peak rate of the optimizer")
+    rate_warmup: float = setting(0.0, "share of the run over which the rate rises from 0")
+    decay: bool = setting(True, "let the rate fall to 0 along a cosine")
+    weight_decay: float = setting(0.0, "of the optimizer, in the gradient (L2)")
+    kl_warmup: float = setting(0.1, "share of the run over which β rises from 0 to 1")
+    kl_balance: bool = setting(False, "weigh the groups' KL evenly while β < 1")
+    free_nats: float = setting(0.0, "KL per group (nats) that costs nothing")
+    free_nats_per: Literal["batch", "image"] = setting(
+        "batch", "whose KL they are free of: the batch's mean, or each image's (BIVA)"
     )
-    regularization: float = field(default=0.0, metadata={"help": "times what the adapter regularises, e.g. NVAE"})
-    flip: bool = field(default=False, metadata={"help": "mirror half of the images, as suits natural ones"})
-    channels_last: bool = field(default=False, metadata={"help": "memory layout, for many networks faster on a CPU"})
-    ema: float = field(default=0.999, metadata={"help": "decay of the weights' moving average"})
-    gradient_clip: float = field(default=200.0, metadata={"help": "largest gradient norm"})
-    checkpoint_every: int = field(default=1_000, metadata={"help": "iterations between states, metrics and pictures"})
-    seed: int = field(default=0, metadata={"help": "seed of everything random"})
+    regularization: float = setting(0.0, "times what the adapter regularises, e.g. NVAE")
+    flip: bool = setting(False, "mirror half of the images, as suits natural ones")
+    channels_last: bool = setting(False, "memory layout, for many networks faster on a CPU")
+    ema: float = setting(0.999, "decay of the weights' moving average")
+    gradient_clip: float = setting(200.0, "largest gradient norm")
+    checkpoint_every: int = setting(1_000, "iterations between states, metrics and pictures")
+    seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
         require_positive(

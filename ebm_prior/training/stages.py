@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ from ebm_prior.model.samplers import (
     run_chain,
     start,
 )
+from ebm_prior.settings import setting
 from ebm_prior.training.objectives import Gain, gain
 
 COLD_STEPS = 16  # pCN-Langevin steps from p_β to p_k, each of `leapfrogs`
@@ -62,19 +63,16 @@ BEYOND = 2.0  # times the RMS of p_β's draws, in posterior stds: as far heads s
 class StageConfig:
     """The draws of the prior so far, and when it becomes the next one."""
 
-    particles: int = field(default=512, metadata={"help": "draws of the prior so far, the negatives"})
-    held_out: int = field(default=256, metadata={"help": "more of them, never trained on, by which stages end"})
-    moves: int = field(default=1, metadata={"help": "pCN-Langevin steps of a draw before it is a negative"})
-    leapfrogs: int = field(default=5, metadata={"help": "of each of these steps"})
-    settle: int = field(default=2, metadata={"help": "steps of all draws between two stages, to forget the first"})
-    step_size: float = field(default=0.06, metadata={"help": "δ of these steps at the start; it follows acceptance"})
-    ess: float = field(default=0.5, metadata={"help": "a stage ends when ESS / number of held-out draws falls to this"})
-    every: int = field(default=2, metadata={"help": "iterations between looks at the ESS"})
-    bound: float = field(
-        default=3.0,
-        metadata={"help": "heads see latents within ± so many posterior stds (tanh), or more; 0: as they are"},
-    )
-    groupwise: float = field(default=0.4, metadata={"help": "share of the iterations for each group's own ratio first"})
+    particles: int = setting(512, "draws of the prior so far, the negatives")
+    held_out: int = setting(256, "more of them, never trained on, by which stages end")
+    moves: int = setting(1, "pCN-Langevin steps of a draw before it is a negative")
+    leapfrogs: int = setting(5, "of each of these steps")
+    settle: int = setting(2, "steps of all draws between two stages, to forget the first")
+    step_size: float = setting(0.06, "δ of these steps at the start; it follows acceptance")
+    ess: float = setting(0.5, "a stage ends when ESS / number of held-out draws falls to this")
+    every: int = setting(2, "iterations between looks at the ESS")
+    bound: float = setting(3.0, "heads see latents within ± so many posterior stds (tanh), or more; 0: as they are")
+    groupwise: float = setting(0.4, "share of the iterations for each group's own ratio first")
 
     def __post_init__(self) -> None:
         if min(self.particles, self.held_out, self.moves, self.leapfrogs, self.settle, self.every) < 1:

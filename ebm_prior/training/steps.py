@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ebm_prior.compute.randomness import derived_generator
+from ebm_prior.compute.randomness import Purpose, derived_generator
 
 
 @torch.no_grad()
@@ -34,4 +34,4 @@ def batch_indices(n: int, batch_size: int, iteration: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=2)  # the epoch is the same for many iterations
 def _order(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=derived_generator(seed, 0xE90C4, epoch))
+    return torch.randperm(n, generator=derived_generator(seed, Purpose.EPOCH, epoch))

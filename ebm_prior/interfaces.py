@@ -11,6 +11,37 @@ Callback = Callable[[Mapping[str, Any]], None]
 """Called with what there is to show; in training loops at least "iteration" and "iterations"."""
 
 
+class Progress(Protocol):
+    """Somebody who is told how far a piece of work has come: the command line's bar, or `SILENT`."""
+
+    def step(self, shown: Mapping[str, Any]) -> None:
+        """An iteration is done: "iteration", "iterations", and the numbers to show."""
+
+    def stage(self, name: str) -> None:
+        """The next part of the work begins; `name` says what it does."""
+
+    def advance(self, count: int) -> None:
+        """`count` more items are done."""
+
+    def remark(self, text: str) -> None:
+        """A sentence that the user should read."""
+
+
+class _Silent:
+    """A `Progress` that nobody watches."""
+
+    def step(self, shown: Mapping[str, Any]) -> None: ...
+
+    def stage(self, name: str) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+    def remark(self, text: str) -> None: ...
+
+
+SILENT: Progress = _Silent()
+
+
 class Images(Protocol):
     """A random-access source of images (`ebm_prior.data.ImageSource` is one)."""
 

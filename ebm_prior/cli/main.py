@@ -1,5 +1,5 @@
-"""The command line: `ebm-prior COMMAND`. The commands that train, that read a prior,
-and that remake experiments have a module each.
+"""The command line: `ebm-prior COMMAND`. Commands that train, that use a prior, that score images, that describe what
+is there, and that remake experiments have a module each.
 
 Results go to stdout (`--json` for machines), progress and remarks to stderr.
 Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged.
@@ -10,25 +10,56 @@ from __future__ import annotations
 import click
 
 import ebm_prior
-from ebm_prior.cli import experiments, inspect, outliers, train, use
 from ebm_prior.cli.allocator import keep_freed_memory
-from ebm_prior.cli.shared import (
-    SHARED,
-    Group,
-    silence,
-)
-from ebm_prior.compute.parallel import launched
+from ebm_prior.cli.group import Entry, Group
 from ebm_prior.errors import ConfigurationError
 
+SECTIONS = {
+    "Use a prior": {
+        "demo": Entry("inspect:demo", "Fit a prior to a bundled VAE and show samples before and after."),
+        "fit": Entry("train:fit", "Train an energy-based prior on a frozen, pretrained VAE."),
+        "sample": Entry("use:sample", "Draw images from a prior."),
+        "eval": Entry("use:evaluate", "Measure priors against held-out images."),
+        "report": Entry("inspect:report", "Make one HTML page of a fit."),
+        "doctor": Entry("inspect:doctor", "Find out whether a VAE has a prior hole that an energy can fill."),
+        "info": Entry("inspect:info", "Describe a prior file or a backbone."),
+        "backbones": Entry("inspect:backbones", "List adapters, bundled backbones and bundled priors."),
+    },
+    "Read images": {
+        "ood": Entry("outliers:ood", "Score images as outliers, against images of the known kind."),
+        "anomaly": Entry("outliers:anomaly", "Score images as anomalies by their log posterior."),
+        "show": Entry("use:show", "Draw what a prior does: levels, chains, energies."),
+    },
+    "Train": {
+        "pretrain": Entry("train:pretrain", "Train a VAE by its ELBO."),
+        "train": Entry("train:train", "Train a generator and its energy-based prior together."),
+        "classifier": Entry("train:classifier", "Train the classifier on whose features FD is measured."),
+        "convert": Entry("inspect:convert", "Write a backbone in ebm-prior's own form."),
+    },
+    "Remake the paper": {
+        "anomaly-table": Entry("experiments:anomalies", "Table 4: one digit held out."),
+        "ablation": Entry("experiments:ablation", "Tables 1 and 5 to 8: layers, capacity, steps, posterior."),
+        "latents-2d": Entry("experiments:two_dimensions", "Figure 2: latents of two dimensions."),
+    },
+}
+SHARED = ("fit", "sample", "eval")  # commands that several processes of torchrun can do together
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+@click.group(
+    cls=Group,
+    sections=SECTIONS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(ebm_prior.__version__)
 def main() -> None:
     """Better samples and scores from a pretrained hierarchical VAE, by an energy-based prior trained on top of it.
 
     Start with `ebm-prior demo`. With a backbone of your own: `fit`, then `sample` and `eval`, which several processes
-    share: torchrun --nproc-per-node 2 -m ebm_prior fit …
+    share: torchrun --standalone --nproc-per-node 2 -m ebm_prior fit …
     """
+    from ebm_prior.cli.shared import silence  # here, with torch behind it, so that --help need not wait for it
+    from ebm_prior.compute.parallel import launched
+
     keep_freed_memory()
     context = click.get_current_context()
     processes = context.obj = context.with_resource(launched())
@@ -38,26 +69,3 @@ def main() -> None:
         )
     if not processes.first:
         context.with_resource(silence())
-
-
-for command in (
-    train.fit,
-    use.sample,
-    use.evaluate,
-    outliers.ood,
-    outliers.anomaly,
-    use.show,
-    train.pretrain,
-    train.train,
-    experiments.anomalies,
-    experiments.ablation,
-    experiments.two_dimensions,
-    train.classifier,
-    inspect.report,
-    inspect.doctor,
-    inspect.info,
-    inspect.convert,
-    inspect.demo,
-    inspect.backbones,
-):
-    main.add_command(command)

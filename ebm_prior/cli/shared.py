@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,17 +13,16 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from ebm_prior.cli.group import WORDS
 from ebm_prior.cli.preflight import Need, require
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
-from ebm_prior.errors import ConfigurationError, DivergenceError, EbmPriorError
+from ebm_prior.errors import ConfigurationError
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(exists=False, path_type=Path)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
-WORDS = "ebm_prior.words"  # of the command, in click's context
-SHARED = ("fit", "sample", "eval")  # what several processes of torchrun can do together
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -103,33 +100,6 @@ RUN = together(
 )
 
 
-class Group(click.Group):
-    """Turns errors into one line on stderr and their exit code, and remembers the command for its result."""
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        words = list(args)
-        context = super().make_context(info_name, args, parent, **extra)
-        context.meta[WORDS] = words
-        return context
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except DivergenceError as error:
-            complain(f"diverged: {error}")
-            ctx.exit(3)
-        except EbmPriorError as error:
-            complain(f"error: {error}")
-            ctx.exit(1)
-        except OSError as error:  # a disk or path of which no command has more to say
-            if error.errno == errno.EPIPE:  # whoever read stdout has had enough, of which click says nothing
-                raise
-            complain(f"error: {error}")
-            ctx.exit(1)
-
-
 def new_or_resumed(resume: bool, overwrite: bool) -> None:
     """Refuse to go on with a run and to start it anew at once."""
     if resume and overwrite:
@@ -160,15 +130,6 @@ def silence() -> Iterator[None]:
     """Nothing is printed: of several processes the first one speaks."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
-
-
-def complain(text: str) -> None:
-    """One line on stderr; of several processes each has its own."""
-    processes = launched_processes()
-    if processes.first:
-        click.echo(f"ebm-prior: {text}", err=True)
-    else:  # whose sys.stderr leads nowhere
-        click.echo(f"ebm-prior: process {processes.rank} of {processes.count}: {text}", file=sys.__stderr__)
 
 
 def torch_device(name: str) -> torch.device:

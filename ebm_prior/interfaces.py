@@ -43,7 +43,7 @@ SILENT: Progress = _Silent()
 
 
 class Images(Protocol):
-    """A random-access source of images (`ebm_prior.data.ImageSource` is one)."""
+    """A random-access source of images (`ebm_prior.data.images.ImageSource` is one)."""
 
     name: str
 
@@ -55,7 +55,7 @@ class Images(Protocol):
 
 
 class Recorder(Protocol):
-    """Where a training loop keeps its state and metrics (`ebm_prior.runs.Run` is one)."""
+    """Where a training loop keeps its state and metrics (`ebm_prior.runs.folder.Run` is one)."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append metrics, with the key "iteration"."""

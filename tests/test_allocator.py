@@ -10,7 +10,7 @@ import pytest
 
 MAPPED_BYTES = """
 import ctypes, sys, torch
-from ebm_prior.allocator import keep_freed_memory
+from ebm_prior.cli.allocator import keep_freed_memory
 mallinfo = ctypes.CDLL(None).mallinfo2
 class Info(ctypes.Structure):
     _fields_ = [(f"field_{i}", ctypes.c_size_t) for i in range(10)]

@@ -98,7 +98,7 @@ BROKEN = [
     (bad.LogProbPerPixel, r"log_prob has shape \(3, 1, 2, 2\), expected \(3,\): sum over pixels"),
     (bad.SampleIgnoresGenerator, r"likelihood.sample ignores its generator"),
     (bad.ObserveIgnoresGenerator, r"observe ignores its generator"),
-    (bad.ObserveKnowsOneKindOfGenerator, r"observe takes no BlockGenerator, draw through ebm_prior.randomness"),
+    (bad.ObserveKnowsOneKindOfGenerator, r"observe takes no BlockGenerator, draw through ebm_prior.compute.randomness"),
     (bad.HardCodedDtype, r"must take dtype and device from a parameter"),
     (bad.ComputesInFloat64, r"likelihood.mean has dtype torch.float64 where the parameters have torch.float32"),
     (bad.Counter, r"passes change the state dict: passes"),

@@ -71,7 +71,7 @@ def test_an_adapter_is_short() -> None:
 def test_the_registered_name_finds_the_class_and_the_saved_weights(third_party: Installed) -> None:
     program = """
 import torch
-from ebm_prior.checkpoint import load_backbone
+from ebm_prior import load_backbone
 vae = load_backbone("mine", "mine.safetensors")
 weights = torch.load("my_weights.pt", weights_only=True)
 print(type(vae).__module__, type(vae).__name__, all(torch.equal(t, weights[n]) for n, t in vae.state_dict().items()))

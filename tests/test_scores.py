@@ -16,7 +16,7 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.model.scores import Form, score
+from ebm_prior.model.scores import Form, scores
 
 EXACT = SamplerConfig(proposals=8, steps=10, step_size=0.5)
 
@@ -65,7 +65,7 @@ def test_without_f_the_elbo_form_of_all_groups_is_the_backbones_own_bound(toy: E
 def test_an_exact_posterior_makes_every_draw_the_evidence(linear: tuple[LinearGaussian, Tensor]) -> None:
     backbone, images = linear
     forms = [Form(0, mode="elbo", energy=False), Form(0, mode="iw", energy=False)]
-    for values in score(backbone, tilt, images, forms, draws=2, sampler=EXACT).values():
+    for values in scores(backbone, tilt, images, forms, draws=2, sampler=EXACT).values():
         torch.testing.assert_close(values, backbone.evidence(images))
 
 
@@ -86,7 +86,7 @@ def test_eq_20_on_a_linear_gaussian_model(linear: tuple[LinearGaussian, Tensor],
     backbone, images = linear
     a, s2, n = torch.tensor([0.8, -0.5, 0.3], dtype=torch.float64), (2 * backbone.log_s).exp(), 4096
     x = images[:1].expand(n, 1, 2, 2)
-    found = score(backbone, tilt, x, [Form(1, energy=energy)], draws=1, sampler=EXACT, seed=4)[Form(1, energy=energy)]
+    found = scores(backbone, tilt, x, [Form(1, energy=energy)], draws=1, sampler=EXACT, seed=4)[Form(1, energy=energy)]
     # The same z2.
     z2 = backbone.infer(x, generator=BlockGenerator(derived_seed(4, 0x5C03E, 2, 1), 0, n)).z[0]
     shift = energy * s2 * a
@@ -108,7 +108,7 @@ def test_lower_means_are_those_of_the_conditionals(linear: tuple[LinearGaussian,
     backbone, images = linear
     a = torch.tensor([0.8, -0.5, 0.3], dtype=torch.float64)
     forms = [Form(1, mode="elbo", lower="mean", energy=energy) for energy in (True, False)]
-    found = score(backbone, tilt, images, forms, draws=1, sampler=EXACT, seed=2)
+    found = scores(backbone, tilt, images, forms, draws=1, sampler=EXACT, seed=2)
     noise = backbone.standard_normal(3, generator=BlockGenerator(derived_seed(2, 0x5C03E, 2, 1), 0, 3))
     posterior = backbone.infer(images, noise=[noise[0], torch.zeros_like(noise[1])])
     z2 = posterior.z[0]
@@ -145,9 +145,9 @@ def test_with_heads_at_zero_f_and_f_0_are_one(pictures: Tensor) -> None:
 
 def test_one_free_group_needs_no_traversal(toy: EBMPrior, pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short cut of k = 1 gives what the traversal gives."""
-    short = toy.score(pictures[:4], k=1, draws=2)
+    short = toy.scores(pictures[:4], [Form(1)], draws=2)[Form(1)]
     monkeypatch.setattr("ebm_prior.model.scores.FreeGroups.alone", property(lambda self: False))
-    torch.testing.assert_close(short, toy.score(pictures[:4], k=1, draws=2))
+    torch.testing.assert_close(short, toy.scores(pictures[:4], [Form(1)], draws=2)[Form(1)])
 
 
 def test_no_score_depends_on_the_batch(toy: EBMPrior, pictures: Tensor) -> None:
@@ -159,15 +159,13 @@ def test_no_score_depends_on_the_batch(toy: EBMPrior, pictures: Tensor) -> None:
     assert not torch.allclose(toy.scores(pictures[64:], [form], draws=2)[form], whole[64:])
 
 
-def test_calls_repeat_and_generators_matter(toy: EBMPrior, pictures: Tensor) -> None:
-    def one(seed: int | None) -> Tensor:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return toy.score(pictures[:5], k=1, ratio=True, draws=2, generator=generator)
+def test_calls_repeat_and_seeds_matter(toy: EBMPrior, pictures: Tensor) -> None:
+    def one(seed: int) -> Tensor:
+        form = Form(1, ratio=True)
+        return toy.scores(pictures[:5], [form], draws=2, seed=seed)[form]
 
-    assert torch.equal(one(None), one(None))
     assert torch.equal(one(3), one(3))
     assert not torch.equal(one(3), one(4))
-    assert not torch.equal(one(3), one(None))
 
 
 def test_more_draws_go_on_where_fewer_stopped(toy: EBMPrior, pictures: Tensor) -> None:
@@ -175,8 +173,7 @@ def test_more_draws_go_on_where_fewer_stopped(toy: EBMPrior, pictures: Tensor) -
     two, four = (toy.scores(pictures[:5], [form], draws=n)[form] for n in (2, 4))
     assert (two - four).abs().max() > 1e-3
     first, second = (
-        score(toy.backbone, toy.negative_energy, pictures[:5], [form], draws=n, sampler=toy.sampler)[form]
-        for n in (1, 2)
+        scores(toy.backbone, toy.f, pictures[:5], [form], draws=n, sampler=toy.sampler)[form] for n in (1, 2)
     )
     assert torch.allclose(2 * second - first, 2 * two - first)
 
@@ -190,6 +187,6 @@ def test_a_form_that_is_none_is_refused(toy: EBMPrior, pictures: Tensor, form: F
 def test_a_refiner_has_no_scores_but_its_backbone_does(toy: EBMPrior, pictures: Tensor) -> None:
     refiner = EBMPrior(toy.backbone, toy.energy, regime="refiner")
     with pytest.raises(RegimeError, match="refiner"):
-        refiner.score(pictures[:2])
+        refiner.scores(pictures[:2], [Form(0)])
     form = Form(1, energy=False)
     torch.testing.assert_close(refiner.scores(pictures[:2], [form])[form], toy.scores(pictures[:2], [form])[form])

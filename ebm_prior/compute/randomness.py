@@ -85,6 +85,15 @@ class Source(ABC):
         """Uniform on [0, 1) of `shape`."""
 
 
+def chunks(n: int, size: int) -> list[tuple[int, int]]:
+    """Number of the first sample and count of samples of each chunk of n: `size` rounded down to whole blocks.
+
+    A chunk has at least one block; the last one ends at n.
+    """
+    whole = max(BLOCK, size // BLOCK * BLOCK)
+    return [(first, min(whole, n - first)) for first in range(0, n, whole)]
+
+
 class BlockGenerator(Source):
     """The source of a chunk of samples made of several blocks.
 

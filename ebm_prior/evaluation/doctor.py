@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from ebm_prior.compute.randomness import BLOCK, BlockGenerator, Purpose, derived_generator, derived_seed
+from ebm_prior.compute.randomness import BlockGenerator, Purpose, chunks, derived_generator, derived_seed
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.gauge import GaugeConfig, gauge_auc
 from ebm_prior.interfaces import Images
@@ -166,9 +166,8 @@ def _posterior(
     moments = [_Moments() for _ in backbone.groups]
     latents: list[list[Tensor]] = []
     audit: dict[str, int] = {"weights": sum(int((~t.isfinite()).sum()) for t in backbone.state_dict().values())}
-    size = max(1, config.chunk // BLOCK) * BLOCK
-    for first in range(0, n, size):
-        batch = images.batch(rows[first : first + size]).to(like.device, like.dtype)
+    for first, count in chunks(n, config.chunk):
+        batch = images.batch(rows[first : first + count]).to(like.device, like.dtype)
         generator = BlockGenerator(derived_seed(config.seed, Purpose.DOCTOR_POSTERIOR), first, len(batch), like.device)
         x = backbone.observe(batch, generator=generator)
         noise = backbone.standard_normal(len(batch), generator=generator)
@@ -188,9 +187,7 @@ def _posterior(
 def _prior(backbone: Backbone, n: int, config: DoctorConfig, audit: dict[str, int]) -> list[Tensor]:
     latents: list[list[Tensor]] = []
     device = next(backbone.parameters()).device
-    size = max(1, config.chunk // BLOCK) * BLOCK
-    for first in range(0, n, size):
-        count = min(size, n - first)
+    for first, count in chunks(n, config.chunk):
         generator = BlockGenerator(derived_seed(config.seed, Purpose.DOCTOR_PRIOR), first, count, device)
         trace = backbone.transform(backbone.standard_normal(count, generator=generator))
         _count(audit, {"prior draws": trace.z, "samples": [backbone.likelihood(trace.features).mean]})

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ebm_prior.compute.randomness import BLOCK, Purpose, derived_generator
+from ebm_prior.compute.randomness import Purpose, chunks, derived_generator
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.detection import Detection, detection, interval, resampled
 from ebm_prior.interfaces import Images
@@ -84,11 +84,10 @@ def score_set(
             .sort()
             .values
         )
-    size = max(1, config.chunk // BLOCK) * BLOCK
     parts = []
-    for first in range(0, len(rows), size):
-        batch = images.batch(rows[first : first + size])
-        found = prior.scores(batch, forms, draws=config.draws, seed=config.seed, first=first, chunk=size)
+    for first, count in chunks(len(rows), config.chunk):
+        batch = images.batch(rows[first : first + count])
+        found = prior.scores(batch, forms, draws=config.draws, seed=config.seed, first=first, chunk=config.chunk)
         parts.append(torch.stack([found[form] for form in forms], dim=1).double().cpu().numpy())
         on_images(len(batch))
     return Scored(images.name, rows.numpy(), np.concatenate(parts))

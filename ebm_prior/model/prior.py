@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.parallel import ALONE, Processes
-from ebm_prior.compute.randomness import BLOCK, BlockGenerator
+from ebm_prior.compute.randomness import BlockGenerator, chunks
 from ebm_prior.errors import ConfigurationError, RegimeError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.samplers import SamplerConfig, draw, effective_sample_size, graphed
-from ebm_prior.model.scores import Form, Lower, Mode, score
+from ebm_prior.model.scores import Form, scores
 
 Regime = Literal["calibrated", "refiner"]
 Target = Literal["exact", "published"]
@@ -73,12 +73,13 @@ class EBMPrior:
         self.sampler = sampler or SamplerConfig()
         self.record = dict(record or {})
 
-    def f(self, z: Sequence[Tensor]) -> Tensor:
-        """The negative energy min(τ f(z), ceiling) in nats, (B,), for z a list of (B, *group.shape)."""
-        return self.negative_energy(z, self.backbone.standardize(z) if self.energy.config.conditional else z)
+    def f(self, z: Sequence[Tensor], eps: Sequence[Tensor] | None = None) -> Tensor:
+        """The negative energy min(τ f(z), ceiling) in nats, (B,), for z a list of (B, *group.shape).
 
-    def negative_energy(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> Tensor:
-        """`f` of z where ε = T_β⁻¹(z) is known already, (B,)."""
+        eps: T_β⁻¹(z), of z's shapes, where the caller knows it; else it is computed if the heads see it.
+        """
+        if eps is None:
+            eps = self.backbone.standardize(z) if self.energy.config.conditional else z
         value: Tensor = self.tau * self.energy(self.energy.inputs(z, eps))
         return value if self.ceiling == math.inf else value.clamp(max=self.ceiling)
 
@@ -86,20 +87,20 @@ class EBMPrior:
         """g(ε), (B,): the target's log density is g(ε) − ½‖ε‖² + const (Appendix A.3)."""
         trace = self.backbone.transform(eps)
         if self.target == "exact":
-            return self.negative_energy(trace.z, eps)
+            return self.f(trace.z, eps)
         squares = torch.stack([e.square().flatten(1).sum(1) for e in eps], dim=1)
-        return self.negative_energy(trace.z, eps) + (trace.log_prior + 0.5 * squares).sum(1)
+        return self.f(trace.z, eps) + (trace.log_prior + 0.5 * squares).sum(1)
 
     def log_density(self, eps: Sequence[Tensor]) -> Tensor:
         """log p_α(ε) + log Z in nats, (B,): τ f(T_β(ε)) + log N(ε; 0, I)."""
         self._require_calibrated("log_density")
-        return self.negative_energy(self.backbone.reparameterize(eps), eps) + _log_standard_normal(eps)
+        return self.f(self.backbone.reparameterize(eps), eps) + _log_standard_normal(eps)
 
     def log_prior(self, z: Sequence[Tensor]) -> Tensor:
         """log p_α(z) + log Z in nats, (B,): τ f(z) + log p_β(z) (Eq. 6)."""
         self._require_calibrated("log_prior")
         trace = self.backbone.given(z)
-        return self.negative_energy(z, trace.eps) + trace.log_prior.sum(1)
+        return self.f(z, trace.eps) + trace.log_prior.sum(1)
 
     def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 128) -> tuple[float, float]:
         """log Z = log E_{p_β}[e^{τf}] from n ancestral draws, and the ESS of the estimate as a fraction of n.
@@ -110,9 +111,9 @@ class EBMPrior:
         device = next(self.backbone.parameters()).device
         parts: list[Tensor] = []
         with torch.no_grad():
-            for first, count in _blocks(n, chunk):
+            for first, count in chunks(n, chunk):
                 eps = self.backbone.standard_normal(count, generator=BlockGenerator(seed, first, count, device))
-                parts.append(self.negative_energy(self.backbone.reparameterize(eps), eps).double())
+                parts.append(self.f(self.backbone.reparameterize(eps), eps).double())
         f = torch.cat(parts)
         return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
@@ -145,7 +146,7 @@ class EBMPrior:
             images = self.backbone.likelihood(trace.features).mean
             return see(Samples(trace.z, found.eps, images, found.acceptance, found.norm, found.ess_fraction))
 
-        return processes.map(drawn, _blocks(n, chunk))
+        return processes.map(drawn, chunks(n, chunk))
 
     def sample(
         self,
@@ -192,15 +193,15 @@ class EBMPrior:
 
         sampler: of the lower groups (default: the one recorded with the prior). Image i's draws depend on
         (seed, first + i) alone, `first` being a multiple of 64; not on `chunk`. Raises RegimeError for a refiner unless
-        all forms are without f, and as `ebm_prior.scores.score` does.
+        all forms are without f, and as `model.scores.scores` does.
         """
         forms = list(forms)
         if any(form.energy for form in forms):
             self._require_calibrated("a score")
         parts = [
-            score(
+            scores(
                 self.backbone,
-                self.negative_energy,
+                self.f,
                 images[start : start + count],
                 forms,
                 draws=draws,
@@ -208,29 +209,9 @@ class EBMPrior:
                 seed=seed,
                 first=first + start,
             )
-            for start, count in _blocks(len(images), chunk)
+            for start, count in chunks(len(images), chunk)
         ]
         return {form: torch.cat([part[form] for part in parts]) for form in forms}
-
-    def score(
-        self,
-        images: Tensor,
-        *,
-        k: int = 0,
-        ratio: bool = False,
-        mode: Mode = "eq20",
-        lower: Lower = "sample",
-        draws: int = 8,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """L^{>k}_EBM (Eq. 20), or with `ratio` LLR^{>k}_EBM (Eq. 21), of images (B, C, H, W) in [0, 1]: (B,) nats.
-
-        Large L is probable, large LLR is an outlier; `ebm_prior.scores.Form` has the meaning of k, mode and lower. The
-        draws are those of one seed, taken from `generator` (None: 0, the same at every call).
-        """
-        seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        form = Form(k, ratio, mode, lower)
-        return self.scores(images, [form], draws=draws, seed=seed)[form]
 
     def _require_calibrated(self, what: str) -> None:
         if self.regime != "calibrated":
@@ -239,12 +220,6 @@ class EBMPrior:
                 "log density ratio. Fit with --objective nce, or use "
                 "this prior for samples only"
             )
-
-
-def _blocks(n: int, chunk: int) -> list[tuple[int, int]]:
-    """First sample and size of each chunk: `chunk` rounded down to whole blocks, at least one."""
-    size = max(BLOCK, chunk // BLOCK * BLOCK)
-    return [(first, min(size, n - first)) for first in range(0, n, size)]
 
 
 def _log_standard_normal(eps: Sequence[Tensor]) -> Tensor:

@@ -76,7 +76,7 @@ class Summands(NamedTuple):
     f: Tensor  # τ f(z); 0 without the energy
 
     def value(self, mode: Mode) -> Tensor:
-        """What L^{>k} averages, (B,)."""
+        """The quantity that L^{>k} averages over draws, (B,) nats."""
         if mode == "eq20":
             return self.log_likelihood + self.log_p_upper + self.log_p_lower + self.f
         if mode == "prior":
@@ -84,7 +84,7 @@ class Summands(NamedTuple):
         return self.log_likelihood + self.log_p_upper - self.log_q_upper + self.f
 
 
-def score(
+def scores(
     backbone: Backbone,
     f: NegativeEnergy,
     images: Tensor,

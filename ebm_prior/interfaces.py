@@ -1,4 +1,4 @@
-"""What a training needs from the outside: images, a recorder, callbacks."""
+"""What long work needs from the outside: images, a recorder, and somebody who is told how far it has come."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Progress(Protocol):
         """A sentence that the user should read."""
 
 
-class _Silent:
-    """A `Progress` that nobody watches."""
+class Silent:
+    """A `Progress` that nobody watches, and a base for one that is told of some things alone."""
 
     def step(self, shown: Mapping[str, Any]) -> None: ...
 
@@ -39,7 +39,7 @@ class _Silent:
     def remark(self, text: str) -> None: ...
 
 
-SILENT: Progress = _Silent()
+SILENT: Progress = Silent()
 
 
 class Images(Protocol):

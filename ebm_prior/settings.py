@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import Field, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ebm_prior.errors import ConfigurationError
 
@@ -18,11 +18,16 @@ Value = TypeVar("Value")
 
 def setting(default: Value, help: str) -> Value:
     """A field of a configuration dataclass: its default, and the help of its command-line option."""
-    return cast(Value, field(default=default, metadata={"help": help}))
+    return field(default=default, metadata={"help": help})
 
 
 def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) -> Config:
-    """`base` with the values of the JSON `file` and of the options `given` (None: not given) put in."""
+    """A copy of `base` in which the settings in a JSON `file`, then those in `given`, replace its own.
+
+    given: values by the name of their option; None means that the option was not given, and names that are no settings
+    of `base` are left out. Raises ConfigurationError for a file that cannot be read, an unknown setting in it, or a
+    value of the wrong kind.
+    """
     values: dict[str, Any] = {}
     if file is not None:
         try:
@@ -32,15 +37,14 @@ def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) ->
         if not isinstance(values, dict):
             raise ConfigurationError(f"--config {file}: expected a JSON object, found {type(values).__name__}")
         values = values.get("config", values)  # a run's config.json can be given as it stands
-    known = {name for name, *_ in leaves(type(base), ())}
-    resolved: Config = _put(
-        _put(base, values), _nested(base, {k: v for k, v in given.items() if v is not None and k in known})
-    )
+    known = {name for name, *_ in every_setting(type(base), ())}
+    chosen = {name: value for name, value in given.items() if value is not None and name in known}
+    resolved: Config = _replaced(_replaced(base, values), _by_dataclass(base, chosen))
     return resolved
 
 
 def settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting by the name of its option: {"energy_channels": 64}."""
+    """Every setting of a configuration, nested ones too, by the name of its option: {"energy_channels": 64}."""
     flat: dict[str, Any] = {}
     for entry in fields(config):
         value = getattr(config, entry.name)
@@ -52,7 +56,7 @@ def settings(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def as_words(config: Any, base: Any) -> list[str]:
-    """The options by which `resolve` makes `config` of `base`, e.g. ["--energy-channels", "64"]."""
+    """The options that turn `base` into `config`, as words of a command, e.g. ["--energy-channels", "64"]."""
     before, words = settings(base), list[str]()
     for name, value in settings(config).items():
         if value != before.get(name):
@@ -65,10 +69,14 @@ def as_words(config: Any, base: Any) -> list[str]:
     return words
 
 
-def leaves(
+def every_setting(
     kind: type[Any], skip: tuple[str, ...], prefix: str = "", blank: Any = None
 ) -> Iterator[tuple[str, Any, Field[Any], Any]]:
-    """Name, type, field and default of every setting; the default is that of the outermost dataclass."""
+    """Name, type, field and default of every setting of a configuration dataclass that has a help text.
+
+    skip: names of fields to leave out, of nested dataclasses too.  prefix: what the names begin with.  blank: the
+    instance whose values are the defaults; None means `kind()`, whose defaults win over those of nested dataclasses.
+    """
     hints = get_type_hints(kind)
     blank = kind() if blank is None else blank
     for entry in fields(kind):
@@ -76,7 +84,7 @@ def leaves(
         if entry.name in skip:
             continue
         if is_dataclass(hint) and isinstance(hint, type):
-            yield from leaves(hint, skip, f"{prefix}{entry.name}_", default)
+            yield from every_setting(hint, skip, f"{prefix}{entry.name}_", default)
         elif "help" in entry.metadata:
             yield prefix + entry.name, hint, entry, default
 
@@ -88,11 +96,11 @@ def _not_none(hint: Any) -> Any:
 
 
 def spelled(default: Any) -> str:
-    """A value as words of the command line; the parts of a tuple one by one."""
+    """A value as it is typed on the command line; the parts of a tuple with spaces between them."""
     return " ".join(str(v) for v in default) if isinstance(default, tuple) else str(default)
 
 
-def _nested(base: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
+def _by_dataclass(base: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"energy_channels": 64} -> {"energy": {"channels": 64}}, to any depth."""
     result: dict[str, Any] = {}
     kind = base if isinstance(base, type) else type(base)
@@ -104,10 +112,11 @@ def _nested(base: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
             result[key] = value
         else:
             owned.setdefault(owner, {})[key[len(owner) + 1 :]] = value
-    return result | {owner: _nested(hints[owner], part) for owner, part in owned.items()}
+    return result | {owner: _by_dataclass(hints[owner], part) for owner, part in owned.items()}
 
 
-def _put(base: Any, values: Mapping[str, Any]) -> Any:
+def _replaced(base: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of the dataclass `base` with `values`, checked against its types; mappings set nested dataclasses."""
     hints = get_type_hints(type(base))
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -117,7 +126,7 @@ def _put(base: Any, values: Mapping[str, Any]) -> Any:
         hint = _not_none(hints[name])
         if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
             current = getattr(base, name)
-            new[name] = _put(hint() if current is None else current, value)
+            new[name] = _replaced(hint() if current is None else current, value)
         elif not (_fits(value, hint) or (value is None and hint is not hints[name])):
             raise ConfigurationError(f"{type(base).__name__}: {name} must be {_described(hint)}, found {value!r}")
         else:
@@ -146,14 +155,14 @@ def _described(hint: Any) -> str:
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raise ConfigurationError where one of these fields is not a positive finite number."""
+    """Raise ConfigurationError unless all fields of `config` with these names are positive finite numbers."""
     for name in names:
         if not 0 < getattr(config, name) < math.inf:
             raise ConfigurationError(f"{name} must be positive, found {getattr(config, name)}")
 
 
 def require_seed(config: Any) -> None:
-    """Raise ConfigurationError where the seed of a configuration is one that `derived_seed` does not take."""
+    """Raise ConfigurationError where the seed of a configuration is negative, which `derived_seed` does not take."""
     if config.seed < 0:
         raise ConfigurationError(f"seed must not be negative, found {config.seed}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import SMALL_FIT, Workshop
+from listener import Listener
 
 from ebm_prior.data.images import ImageSource
 from ebm_prior.model.backbone import Backbone
@@ -36,5 +37,7 @@ SATURATING = small(iterations=24, ess_floor=0.9999, learning_rate=2e-2, ema=0.0,
 def into(
     out: Path, workshop: Workshop, backbone: Backbone, images: ImageSource, config: FitConfig, **how: Any
 ) -> bytes:
+    if "on_step" in how:
+        how["progress"] = Listener(how.pop("on_step"))
     fit_into(out, backbone, images, config, checkpoint=str(workshop.backbone), **how)
     return (out / "prior.safetensors").read_bytes()

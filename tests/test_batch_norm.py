@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from listener import Listener
 from torch import Tensor, nn
 from toys import LinearGaussian
 
@@ -42,10 +43,10 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
 def test_the_statistics_become_those_of_samples_at_the_temperature() -> None:
     model = Normed()
     before = state(model)
-    told: list[int] = []
+    told = Listener()
     adjust = {"iterations": 200, "batch_size": 64, "temperature": 0.7}
-    assert readjust_batch_norm(model, **adjust, on_batch=told.append) == ["norm"]  # type: ignore[arg-type]
-    assert told == list(range(1, 200))
+    assert readjust_batch_norm(model, **adjust, progress=told) == ["norm"]  # type: ignore[arg-type]
+    assert told.remarks == ["batch norms: 100 of 200 batches"]
     assert changed(model, before) == {f"norm.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")}
     torch.testing.assert_close(model.norm.running_mean, torch.zeros(2), atol=0.05, rtol=0)
     torch.testing.assert_close(model.norm.running_var, torch.full((2,), 0.49), atol=0.06, rtol=0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from listener import Listener
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -52,10 +53,10 @@ def test_training_learns_and_reports_its_held_out_accuracy(trained):
 
 def test_training_depends_on_the_seed_alone(trained):
     torch.rand(3)
-    seen = []
-    again, _ = train_classifier(bars(600, 0), bars(200, 1), QUICK, on_step=seen.append)
+    told = Listener()
+    again, _ = train_classifier(bars(600, 0), bars(200, 1), QUICK, progress=told)
     assert again.name == trained[0].name
-    assert [m["iteration"] for m in seen] == list(range(1, 4 * 600 // 32 + 1))
+    assert [m["iteration"] for m in told.steps] == list(range(1, 4 * 600 // 32 + 1))
     other, _ = train_classifier(bars(600, 0), bars(200, 1), ClassifierConfig(**{**vars(QUICK), "seed": 1}))
     assert other.name != trained[0].name
 

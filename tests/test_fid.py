@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Workshop
+from listener import Listener
 from torch import Tensor
 
 from ebm_prior.data.images import ImageSource, from_array
@@ -64,11 +65,11 @@ def source() -> ImageSource:
 
 
 def test_cached_statistics_are_the_fresh_ones(source: ImageSource, tmp_path: Path) -> None:
-    counts: list[int] = []
+    told = Listener()
     fresh, cached = (
-        reference_statistics(source, "train", stand_in(), cache_dir=tmp_path, on_images=counts.append) for _ in range(2)
+        reference_statistics(source, "train", stand_in(), cache_dir=tmp_path, progress=told) for _ in range(2)
     )
-    assert sum(counts) == 2 * len(source)
+    assert sum(told.counts) == 2 * len(source)
     features = extract(stand_in(), source.batch(range(90)))
     direct = FeatureStatistics.of(features)
     for each in (fresh, cached):

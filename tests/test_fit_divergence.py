@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Workshop
+from listener import Listener
 from run_folders import Interrupted, metrics
 from small_fits import OBJECTIVES, into, small
 
@@ -47,7 +48,7 @@ def spoiled(at: set[int], monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_picture_whose_chains_diverge_is_left_out_and_training_goes_on(
     workshop: Workshop, backbone: Backbone, images: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, drawn, said = small(iterations=10), EBMPrior.sample, list[str]()
+    config, drawn, told = small(iterations=10), EBMPrior.sample, Listener()
 
     def sample(self: EBMPrior, n: int, **how: Any) -> Any:
         if n == 32:
@@ -55,8 +56,8 @@ def test_a_picture_whose_chains_diverge_is_left_out_and_training_goes_on(
         return drawn(self, n, **how)
 
     monkeypatch.setattr(EBMPrior, "sample", sample)
-    into(tmp_path / "run", workshop, backbone, images, config, on_stage=said.append)
-    assert said == ["no picture of iteration 10: 3 of 32 chains left"]
+    into(tmp_path / "run", workshop, backbone, images, config, progress=told)
+    assert told.remarks == ["no picture of iteration 10: 3 of 32 chains left"]
     assert load_prior(tmp_path / "run" / "prior.safetensors").record["rollbacks"] == 0
 
 
@@ -89,7 +90,7 @@ def test_a_roll_back_is_part_of_the_state(
     with monkeypatch.context() as patch:
         spoiled({4}, patch)
         with pytest.raises(Interrupted):
-            into(tmp_path / "cut", workshop, backbone, images, config, on_step=stop)
+            into(tmp_path / "cut", workshop, backbone, images, config, progress=Listener(stop))
     assert into(tmp_path / "cut", workshop, backbone, images, config, resume=True) == whole
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 

@@ -101,8 +101,8 @@ def test_free_memory_is_what_the_machine_and_the_container_leave(
     assert memory._left_in_container(tmp_path) == 400
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._left_in_container(tmp_path) is None
-    monkeypatch.setattr(preflight, "_available", lambda: 900)
-    monkeypatch.setattr(preflight, "_left_in_container", lambda: 600)
+    monkeypatch.setattr(memory, "_available", lambda: 900)
+    monkeypatch.setattr(memory, "_left_in_container", lambda: 600)
     assert memory.free_bytes(CPU) == 600
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert memory.free_bytes(CPU) == 300

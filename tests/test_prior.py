@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from closed_form import P_LIMIT, flat
+from listener import Listener
 from scipy.stats import kstest
 from torch import Tensor, nn
 from toys import LinearGaussian, ToyConv
@@ -99,11 +100,11 @@ def test_where_arithmetic_is_per_sample_the_same_draw_is_the_same_bits(name: str
 
 def test_samples_have_the_shapes_and_the_latents_that_they_say() -> None:
     backbone = ToyConv().eval()
-    done: list[int] = []
-    samples = EBMPrior(backbone, trained(backbone)).sample(150, chunk=64, on_chunk=done.append)
+    told = Listener()
+    samples = EBMPrior(backbone, trained(backbone)).sample(150, chunk=64, progress=told)
     assert [tuple(z.shape) for z in samples.z] == [(150, 4), (150, 2, 1, 1), (150, 3, 4, 4)]
     assert all(column.shape == (150,) for column in samples[3:])
-    assert done == [64, 128, 150]
+    assert told.counts == [64, 64, 22]
     torch.testing.assert_close(backbone.reparameterize(samples.eps), samples.z)
     torch.testing.assert_close(backbone.decode(samples.z).mean, samples.images)
     assert samples.images.shape == (150, 1, 8, 8)

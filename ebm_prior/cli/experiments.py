@@ -117,7 +117,7 @@ def anomalies(
     with Bar("anomaly-table", len(calls)) as bar:
 
         def keep(found: Sequence[Sequence[dict[str, Any]]]) -> None:
-            bar.to(len(found))
+            bar.advance(1)
             _write(_flat(found), out)
 
         rows = _flat(jobs.run_all(anomaly_table.run_digit, calls, jobs=at_once, on_done=keep))
@@ -165,7 +165,7 @@ def ablation(
     with Bar(name, len(calls)) as bar:
 
         def keep(found: Sequence[dict[str, Any]]) -> None:
-            bar.to(len(found))
+            bar.advance(1)
             _write(found, out)
 
         rows = jobs.run_all(ablations.measure, calls, jobs=at_once, on_done=keep)
@@ -199,6 +199,6 @@ def two_dimensions(
     images = latents_2d.with_labels(open_images(data, data_root=data_root, download=download), digits)
     config = latents_2d.config_2d(iterations=iterations, seed=seed)
     with Bar("latents-2d", iterations) as bar:
-        prior = latents_2d.train_2d(images, config, on_step=bar.step)
+        prior = latents_2d.train_2d(images, config, progress=bar)
     save_png(latents_2d.picture_2d(latents_2d.transition(prior, images, config.prior_chain, seed=seed)), out)
     click.echo(f"wrote {out}")

@@ -11,10 +11,11 @@ import torch
 
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
-from ebm_prior.cli.shared import BACKBONE, DEVICE, DTYPES, JSON, OWN_DATA, PATH, SEED, show_result, torch_device
+from ebm_prior.cli.shared import BACKBONE, JSON, OWN_DATA, PATH, PLACE, SEED, show_result
 from ebm_prior.data.images import open_images
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.doctor import DoctorConfig, examine
+from ebm_prior.model.passes import Passes
 from ebm_prior.reports import findings, summaries
 from ebm_prior.reports.run_page import run_page
 from ebm_prior.runs import describe
@@ -58,7 +59,7 @@ def report(
 @OWN_DATA
 @config_options(DoctorConfig, skip=("seed", "energy"))
 @SEED
-@DEVICE
+@PLACE
 @JSON
 def doctor(
     adapter_name: str | None,
@@ -67,19 +68,18 @@ def doctor(
     data_root: Path | None,
     download: bool,
     seed: int,
-    device: str,
-    dtype: str,
+    passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Say whether a VAE has a prior hole that an energy can fill, and in which groups."""
     config = resolve(DoctorConfig(), given)
     config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
-    backbone = load_backbone(adapter_name, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])
+    backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
     data = data or own_data(checkpoint, backbone)
     images = open_images(data, split="test", data_root=data_root, download=download, image_shape=backbone.image_shape)
     with Bar("doctor", 3) as bar:
-        result = examine(backbone, images, config, on_stage=bar.stage)
+        result = examine(backbone, images, config, progress=bar)
     show_result(result, as_json, findings.doctor_card)
 
 
@@ -145,7 +145,7 @@ def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:
     """Fit a prior to the bundled HVAE and show samples before and after. Offline, a few minutes on two cores."""
     require_demo_folder(out, overwrite)
     with Bar("demo", demo_config().iterations) as bar:
-        result = run_demo(out, seed=seed, overwrite=overwrite, on_step=bar.step, on_stage=bar.remark)
+        result = run_demo(out, seed=seed, overwrite=overwrite, progress=bar)
     show_result(result, as_json, findings.demo_summary)
 
 

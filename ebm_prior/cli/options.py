@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
-from ebm_prior.settings import leaves, spelled
+from ebm_prior.settings import every_setting, spelled
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 WORDING = "{help}  [default: {default}]"
@@ -32,7 +32,7 @@ def config_options(
     """
 
     def decorate(command: Command) -> Command:
-        for name, hint, entry, value in reversed(list(leaves(kind, skip))):
+        for name, hint, entry, value in reversed(list(every_setting(kind, skip))):
             option_type = _click_type(hint)
             multiple = option_type[1] if isinstance(option_type, tuple) else 1
             said = next((text for start, text in (wording or {}).items() if name.startswith(start)), WORDING)

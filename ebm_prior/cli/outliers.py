@@ -13,16 +13,14 @@ from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
     DATA_FORMS,
     DATA_ROOT,
-    DEVICE,
-    DTYPES,
     JSON,
     PATH,
+    PLACE,
     PRIOR,
     RECORDED,
     SEED,
     show_result,
     together,
-    torch_device,
     typed_command,
 )
 from ebm_prior.data import outlier_sets
@@ -37,6 +35,7 @@ from ebm_prior.evaluation.outliers import (
     parsed_k,
     set_size,
 )
+from ebm_prior.model.passes import Passes
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.model.scores import Lower, Mode
 from ebm_prior.reports import findings
@@ -85,7 +84,7 @@ RESULTS = together(
 @config_options(OutlierConfig)
 @config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
-@DEVICE
+@PLACE
 @JSON
 def ood(
     prior: Path,
@@ -101,14 +100,13 @@ def ood(
     to: Path | None,
     overwrite: bool,
     seed: int,
-    device: str,
-    dtype: str,
+    passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Tell outliers from images of the known kind by L^{>k} and LLR^{>k} (Eqs. 20, 21), with f and without."""
     config = replace(resolve(OutlierConfig(), given), seed=seed)
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     to = to or places.next_free(prior.parent, "ood")
     require_folder(to, overwrite)
     loaded.sampler = resolve(loaded.sampler, given)
@@ -121,7 +119,7 @@ def ood(
     numbers = parsed_k(ks, len(loaded.backbone.groups))
     forms = every_form(numbers, modes or MODES, lowers or LOWERS)
     with Bar("ood", len(sets) * set_size(sets[0], sets[1:], config)) as bar:
-        result, columns, scored = find_outliers(loaded, sets[0], sets[1:], forms, config, on_images=bar.advance)
+        result, columns, scored = find_outliers(loaded, sets[0], sets[1:], forms, config, progress=bar)
     title = f"{scored[0].name} (in) and {', '.join(each.name for each in scored[1:])} (out)"
     result |= {"prior": str(prior), "command": typed_command()}
     result["files"] = write_results(to, result, columns, scored, title)
@@ -137,7 +135,7 @@ def ood(
 @RESULTS
 @config_options(OutlierConfig, skip=("seed", "samples"))
 @SEED
-@DEVICE
+@PLACE
 @JSON
 def anomaly(
     prior: Path,
@@ -151,14 +149,13 @@ def anomaly(
     to: Path | None,
     overwrite: bool,
     seed: int,
-    device: str,
-    dtype: str,
+    passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Tell anomalies from normal images by L^{>0}, the unnormalised log-posterior (§5.4, Table 4)."""
     config = replace(resolve(OutlierConfig(), given), seed=seed)
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     to = to or places.next_free(prior.parent, "anomaly")
     require_folder(to, overwrite)
     shape = loaded.backbone.image_shape
@@ -171,7 +168,7 @@ def anomaly(
         outlier_sets.labelled(strange, labels, among=True),
     )
     with Bar("anomaly", len(known) + len(strange)) as bar:
-        result, columns, scored = find_anomalies(loaded, known, strange, config, on_images=bar.advance)
+        result, columns, scored = find_anomalies(loaded, known, strange, config, progress=bar)
     result |= {"prior": str(prior), "command": typed_command()}
     result["files"] = write_results(
         to, result, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"

@@ -1,13 +1,15 @@
-"""How much memory a command will take, said before it starts, and refused where the device has not as much.
+"""How much memory a command will take: said before it starts, and refused where the device does not have it.
 
-Nearly all of it is what a step keeps for its backward pass, which grows in proportion to the chains: a step of two of
-them is made, with every tensor counted as long as it lives, and multiplied.
+Nearly all of it is what a step keeps for its backward pass, which grows in proportion to the number of chains. So one
+step of two chains is run, every tensor is counted for as long as it lives, and the peak is multiplied.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,26 +20,33 @@ from ebm_prior.compute.randomness import BLOCK, derived_generator
 from ebm_prior.errors import MemoryLimitError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import JointEnergy
+from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig, start
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.stages import draws_at_once
 
 UNITS = {"KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
-MEASURED = 2  # chains
-HOLES = {"cpu": 2.5}  # times the tensors, measured: 1.9 to 2.9, for the C library does not fill all that it has freed
+MEASURED = 2  # chains in the step that is measured
+# Memory taken, as a multiple of the tensors' own. On a CPU 1.9 to 2.9 were measured: the C library does not reuse all
+# that was freed.
+OVERHEAD = {"cpu": 2.5}
 
 
 class Need(NamedTuple):
-    """Memory that a command will take beside what the process has already."""
+    """Memory that a command will take, in addition to what the process has already."""
 
     bytes: int
-    of: str  # e.g. "128 chains at a time"
-    remedy: str  # what to do where it does not fit
+    of: str  # what needs it, e.g. "128 chains at a time"
+    remedy: str  # the options that make it smaller
 
 
-def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig) -> Need:
-    """Of n draws in chunks, with z, ε and images of all of them, twice while they are joined."""
+def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig, passes: Passes = PLAIN) -> Need:
+    """Memory for n draws in chunks: a chunk's chains, and z, ε and images of all draws, twice while they are joined.
+
+    `passes`: how the backbone is going to be computed.
+    """
+    prior = _measured(prior, passes)
     chains = min(n, max(BLOCK, chunk // BLOCK * BLOCK))
     smaller = [f"-n or --samples below {n}", *([f"--chunk {BLOCK}"] if chains > BLOCK else [])]
     numbers = 2 * sum(math.prod(group.shape) for group in prior.backbone.groups) + math.prod(prior.backbone.image_shape)
@@ -46,15 +55,19 @@ def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig) -> 
     return Need(draws + at_work, f"{n} draws, {chains} at a time", _one_of(*smaller, *_cells(prior.backbone)))
 
 
-def for_fit(backbone: Backbone, config: FitConfig) -> Need:
-    """Of an iteration: its chains, or the gradient of the heads, whichever takes more."""
-    prior = EBMPrior(backbone, JointEnergy(backbone.groups, config.energy), regime=config.regime, target=config.target)
+def for_fit(backbone: Backbone, config: FitConfig, passes: Passes = PLAIN) -> Need:
+    """Memory for an iteration of a fit: its chains, or the gradient of the heads, whichever takes more.
+
+    `passes`: how the backbone is going to be computed.
+    """
+    heads = JointEnergy(backbone.groups, config.energy)
+    prior = _measured(EBMPrior(backbone, heads, regime=config.regime, target=config.target), passes)
     rows = config.batch_size // config.parts
     smaller = (f"--parts above {config.parts}", f"--batch-size below {config.batch_size}")
-    heads = Need(2 * rows * _head_bytes(prior), f"the heads at {2 * rows} latents", _one_of(*smaller))
+    learning = Need(2 * rows * _head_bytes(prior), f"the heads at {2 * rows} latents", _one_of(*smaller))
     staged = config.ratios == "staged" or config.may_stage
     if config.objective == "nce" and not staged:
-        return heads
+        return learning
     device = next(backbone.parameters()).device
     chains = rows
     if staged:
@@ -64,12 +77,12 @@ def for_fit(backbone: Backbone, config: FitConfig) -> Need:
     remedy = _one_of(*smaller, *(["--ratios one"] if staged else []), *_cells(backbone))
     moving = Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy)
     if device.type == "cuda":  # whose graphs keep the memory of the chains
-        return moving._replace(bytes=moving.bytes + heads.bytes, of=f"{moving.of} and {heads.of}")
-    return max(heads, moving)
+        return moving._replace(bytes=moving.bytes + learning.bytes, of=f"{moving.of} and {learning.of}")
+    return max(learning, moving)
 
 
 def require(need: Need, device: torch.device) -> str:
-    """One line that says what is needed and what is there. Raises MemoryLimitError where it does not fit."""
+    """One line that says how much is needed and how much is free. Raises MemoryLimitError where it does not fit."""
     free = free_bytes(device)
     there = "" if free is None else f", {_size(free)} free"
     if free is not None and need.bytes > free:
@@ -86,8 +99,15 @@ def chain_bytes(prior: EBMPrior) -> int:
     return _taken(lambda: start(prior.potential, eps), eps[0].device)
 
 
+def _measured(prior: EBMPrior, passes: Passes) -> EBMPrior:
+    """The prior with its backbone computed as `passes` say, but not compiled: that takes long, and other memory."""
+    prior = copy.copy(prior)
+    prior.backbone = replace(passes, compiled=False).apply(prior.backbone)
+    return prior
+
+
 def _head_bytes(prior: EBMPrior) -> int:
-    """Bytes that a latent takes at the peak of the heads' gradient."""
+    """Bytes per latent at the peak of the heads' gradient."""
     with torch.no_grad():
         eps = _noise(prior.backbone)
         inputs = prior.energy.inputs(prior.backbone.reparameterize(eps), eps)
@@ -104,12 +124,12 @@ def _noise(backbone: Backbone) -> list[Tensor]:
 
 
 def _taken(run: Callable[[], object], device: torch.device) -> int:
-    """Of memory on the device, for each of the chains measured."""
-    return int(HOLES.get(device.type, 1.2) * peak_bytes(run) / MEASURED)
+    """Bytes on the device that `run`, which works on `MEASURED` chains or latents, takes for each of them."""
+    return int(OVERHEAD.get(device.type, 1.2) * peak_bytes(run) / MEASURED)
 
 
 def _cells(backbone: Backbone) -> list[str]:
-    """What makes the passes of a backbone smaller, where it has cells for it."""
+    """The options by which this backbone's passes take less memory; none where its adapter has no such cells."""
     return [] if type(backbone).checkpointing is Backbone.checkpointing else ["--checkpointing", "--precision bf16"]
 
 
@@ -118,6 +138,6 @@ def _one_of(*remedies: str) -> str:
 
 
 def _size(number: int) -> str:
-    """In binary units, to at most three digits."""
+    """A number of bytes in binary units, to at most three digits."""
     unit = next((unit for unit in ("KiB", "MiB", "GiB") if number < 1000 * 1024 ** UNITS[unit]), "TiB")
     return f"{number / 1024 ** UNITS[unit]:.3g} {unit}"

@@ -8,8 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ebm_prior.interfaces import Progress
 
-class Bar:
+
+class Bar(Progress):
     """A progress bar that shows the latest numbers. `total` 0: not known yet."""
 
     def __init__(self, name: str, total: int) -> None:
@@ -23,14 +25,6 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def to(self, done: int) -> None:
-        """Move to `done`."""
-        self._bar.update(done - self._bar.n)
-
-    def advance(self, count: int) -> None:
-        """Move on by `count`."""
-        self._bar.update(count)
-
     def step(self, shown: Mapping[str, Any]) -> None:
         """Move to an iteration and show its numbers, and a remark on it."""
         if "remark" in shown:
@@ -38,12 +32,16 @@ class Bar:
         numbers = {k: f"{v:.3g}" for k, v in shown.items() if isinstance(v, float)}
         self._bar.total = shown["iterations"]
         self._bar.set_postfix(numbers, refresh=False)
-        self.to(shown["iteration"])
+        self._bar.update(shown["iteration"] - self._bar.n)
 
     def stage(self, name: str) -> None:
         """Move on by one and say what is being done."""
         self._bar.set_postfix_str(name)
         self._bar.update(1)
+
+    def advance(self, count: int) -> None:
+        """Move on by `count`."""
+        self._bar.update(count)
 
     def remark(self, text: str) -> None:
         """Print a line above the bar."""

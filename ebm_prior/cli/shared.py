@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 import torch
@@ -17,6 +18,7 @@ from ebm_prior.cli.group import WORDS
 from ebm_prior.cli.preflight import Need, require
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
 from ebm_prior.errors import ConfigurationError
+from ebm_prior.model.passes import Passes
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan
 
@@ -39,24 +41,38 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 DEVICE_NAME = click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda")
 
 
-def _device_options(*dtypes: str) -> Callable[[Command], Command]:
-    half = "; bf16: in the cells of an NVAE, all else in float32" if "bf16" in dtypes else ""
-    return together(
+def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command], Command]:
+    """Options that say how a backbone is computed; the command gets them as one argument, `passes: Passes`.
+
+    `precisions`: choices of --precision. `cells`: with the options for what an NVAE's cells do, too.
+    """
+    half = "; bf16: in the cells of an NVAE, all else in float32" if "bf16" in precisions else ""
+    options = [
         DEVICE_NAME,
         click.option(
             "--precision",
             "dtype",
-            type=click.Choice(dtypes),
+            type=click.Choice(precisions),
             default="float32",
             show_default=True,
             help=f"of computation{half}",
         ),
-    )
+    ]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_passes(
+            *, device: str, dtype: str, checkpointing: bool = False, compiled: bool = False, **given: Any
+        ) -> Any:
+            passes = Passes(torch_device(device), DTYPES[dtype], checkpointing, compiled)
+            return command(passes=passes, **given)
+
+        return cast(Command, together(*(CELLS if cells else ()), *options)(with_passes))
+
+    return decorate
 
 
-DEVICE = _device_options(*DTYPES)
-TRAINING_DEVICE = _device_options("float32", "float64")
-PASSES = together(
+CELLS = (
     click.option(
         "--checkpointing",
         is_flag=True,
@@ -69,6 +85,9 @@ PASSES = together(
         help="fuse the cells of an NVAE by torch.compile: 10 s at first, then less time on a GPU",
     ),
 )
+PASSES = passes_options(*DTYPES, cells=True)  # commands whose time and memory the chains take
+PLACE = passes_options(*DTYPES)  # commands that read a prior or a backbone
+TRAINING_PLACE = passes_options("float32", "float64")  # commands that train a network
 SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of everything random")
 RUN_SEED = click.option("--seed", type=click.IntRange(0), help="seed of everything random  [default: 0, or --config's]")
 JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -142,9 +161,9 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def preflight(need: Need, device: str) -> None:
+def preflight(need: Need, device: torch.device) -> None:
     """Say how much memory will be taken. Raises MemoryLimitError where it does not fit."""
-    click.echo(require(need, torch_device(device)), err=True)
+    click.echo(require(need, device), err=True)
 
 
 def typed_command() -> str:

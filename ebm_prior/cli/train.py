@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from click.core import ParameterSource
 
 from ebm_prior.cli.options import config_options
@@ -15,8 +16,6 @@ from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
     BACKBONE,
     DATA,
-    DEVICE,
-    DTYPES,
     JSON,
     OWN_DATA,
     PASSES,
@@ -24,18 +23,18 @@ from ebm_prior.cli.shared import (
     RUN,
     RUN_SEED,
     SEED,
-    TRAINING_DEVICE,
+    TRAINING_PLACE,
     launched_processes,
     new_or_resumed,
     preflight,
     refuse_unused,
     run_directory,
     show_result,
-    torch_device,
 )
 from ebm_prior.data.images import open_images
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.classifier import ClassifierConfig, save_classifier, train_classifier
+from ebm_prior.model.passes import Passes
 from ebm_prior.reports import summaries
 from ebm_prior.runs.backbones import new_backbone, new_network, own_data
 from ebm_prior.runs.fit import fit_into
@@ -73,7 +72,6 @@ SUITED = {
 )
 @RUN_SEED
 @PASSES
-@DEVICE
 @JSON
 def fit(
     adapter_name: str | None,
@@ -88,10 +86,7 @@ def fit(
     bn_readjust: bool,
     preset: str,
     seed: int | None,
-    device: str,
-    checkpointing: bool,
-    compiled: bool,
-    dtype: str,
+    passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -106,14 +101,14 @@ def fit(
     refuse_unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
     staged = config.ratios == "staged" or config.may_stage
     refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
-    if bn_readjust and dtype == "bf16":
+    if bn_readjust and passes.dtype == torch.bfloat16:
         raise click.UsageError("batch norms are re-adjusted in float32 or float64: leave out --precision bf16")
-    backbone = load_backbone(adapter_name, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])
+    backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
     if data is None:
         data = own_data(checkpoint, backbone)
         click.echo(f"images: {data}, which {checkpoint} was trained on (--data takes others)", err=True)
     images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
-    preflight(for_fit(backbone.checkpointing() if checkpointing else backbone, config), device)
+    preflight(for_fit(backbone, config, passes), passes.device)
     directory = processes.of_first(lambda: run_directory(out, "fit", resume))
     with Bar("fit", config.iterations) as bar:
         result = fit_into(
@@ -123,12 +118,10 @@ def fit(
             config,
             checkpoint=checkpoint,
             bn_readjust=bn_readjust,
-            checkpointing=checkpointing,
-            compiled=compiled,
+            passes=passes,
             resume=resume,
             overwrite=overwrite,
-            on_step=bar.step,
-            on_stage=bar.remark,
+            progress=bar,
             processes=processes,
         )
     show_result(result, as_json, summaries.fit_summary)
@@ -144,7 +137,7 @@ def fit(
 @RUN
 @config_options(PretrainConfig)
 @RUN_SEED
-@TRAINING_DEVICE
+@TRAINING_PLACE
 @JSON
 def pretrain(
     adapter_name: str | None,
@@ -158,8 +151,7 @@ def pretrain(
     resume: bool,
     config_file: Path | None,
     seed: int | None,
-    device: str,
-    dtype: str,
+    passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -169,9 +161,9 @@ def pretrain(
     if checkpoint is not None:
         if architecture is not None:
             raise click.UsageError("--ckpt has its own architecture: leave --architecture out")
-        backbone = load_backbone(adapter_name, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])
+        backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
     elif adapter_name is not None:
-        backbone = new_backbone(adapter_name, architecture, config.seed).to(torch_device(device), DTYPES[dtype])
+        backbone = passes.place(new_backbone(adapter_name, architecture, config.seed))
     else:
         raise click.UsageError("say what to train: --backbone, or --ckpt to go on from trained weights")
     train, test = (
@@ -212,7 +204,7 @@ def pretrain(
 )
 @config_options(JointConfig, skip=("seed", "standardize"))
 @RUN_SEED
-@TRAINING_DEVICE
+@TRAINING_PLACE
 @JSON
 def train(
     adapter_name: str,
@@ -228,8 +220,7 @@ def train(
     config_file: Path | None,
     preset: str,
     seed: int | None,
-    device: str,
-    dtype: str,
+    passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -250,10 +241,9 @@ def train(
     if checkpoint is not None:
         chosen = click.get_current_context().get_parameter_source("adapter_name")
         named = adapter_name if chosen is ParameterSource.COMMANDLINE else None
-        backbone = load_backbone(named, checkpoint, device=torch_device(device), dtype=DTYPES[dtype])
+        backbone = load_backbone(named, checkpoint, device=passes.device, dtype=passes.dtype)
     else:
-        backbone = new_network(adapter_name, architecture, changes, images.shape, config.seed)
-        backbone = backbone.to(torch_device(device), DTYPES[dtype])
+        backbone = passes.place(new_network(adapter_name, architecture, changes, images.shape, config.seed))
     if images.shape != backbone.image_shape:
         raise ConfigurationError(f"the network is of images {backbone.image_shape}, found {data} with {images.shape}")
     directory = run_directory(out, "train", resume)
@@ -287,6 +277,6 @@ def classifier(
     train, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
     config = replace(resolve(ClassifierConfig.suited(train.shape, Path(data).stem), given), seed=seed)
     with Bar("classifier", 0) as bar:
-        trained, accuracy = train_classifier(train, test, config, on_step=bar.step)
+        trained, accuracy = train_classifier(train, test, config, progress=bar)
     save_classifier(trained, out)
     click.echo(f"wrote {out}: test accuracy {accuracy:.4f}")

@@ -1,7 +1,8 @@
-"""The commands that read a trained prior: sample, eval, ood, anomaly, show."""
+"""The commands that use a trained prior: sample, eval, show."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,27 @@ from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
     DATA_FORMS,
     DATA_ROOT,
-    DEVICE,
-    DTYPES,
     JSON,
     OWN_DATA,
     PASSES,
     PATH,
+    PLACE,
     PRIOR,
     RECORDED,
     SEED,
     launched_processes,
     preflight,
     show_result,
-    torch_device,
 )
 from ebm_prior.data.images import open_images
 from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, feature_classifier
 from ebm_prior.evaluation.fid import amount, published
 from ebm_prior.evaluation.inception import MODES, load_inception
 from ebm_prior.evaluation.inception import Mode as InceptionMode
+from ebm_prior.model.passes import Passes
+from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.pictures.sheets import save_page
 from ebm_prior.pictures.show import LONG_RUN, PICTURES, WITH_CHAINS, WITH_IMAGES, draw_picture
 from ebm_prior.reports import findings, summaries
 from ebm_prior.runs import backbones, samples
@@ -65,7 +67,6 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
 @config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
 @PASSES
-@DEVICE
 @JSON
 def sample(
     prior: Path | None,
@@ -77,10 +78,7 @@ def sample(
     force: bool,
     chunk: int,
     seed: int,
-    device: str,
-    checkpointing: bool,
-    compiled: bool,
-    dtype: str,
+    passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -97,16 +95,13 @@ def sample(
         raise click.UsageError(f"--out is a .png, an .npz or a folder (without suffix), found {out}")
     if compare and out.suffix != ".png":
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
-    places.require_free(out, overwrite, folder=not out.suffix)
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
-    if checkpointing:
-        loaded.backbone = loaded.backbone.checkpointing()
+    samples.require_place(out, overwrite)
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     sampler = resolve(loaded.sampler, given)
-    preflight(for_samples(loaded, number, chunk, sampler), device)
-    if compiled:  # for the batches to come, not for those of the measurement
-        loaded.backbone = loaded.backbone.compiled()
+    preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)
+    loaded.backbone = passes.apply(loaded.backbone)
     with Bar("sample", number) as bar:
-        drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, on_chunk=bar.to, processes=processes)
+        drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, progress=bar, processes=processes)
     if not processes.first:
         return
     files = samples.write_samples(loaded, drawn, out, seed=seed, compare=compare)
@@ -136,7 +131,6 @@ def sample(
 @config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
 @PASSES
-@DEVICE
 @JSON
 def evaluate(
     priors: tuple[Path, ...],
@@ -150,10 +144,7 @@ def evaluate(
     fid: bool,
     modes: tuple[InceptionMode, ...],
     seed: int,
-    device: str,
-    checkpointing: bool,
-    compiled: bool,
-    dtype: str,
+    passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -163,54 +154,59 @@ def evaluate(
     features the figures that are published are added: FID, KID and Inception Score of --fid-samples draws against all
     images of --fid-split, each with its card.
     """
+    _require_one_network(classifier, inception, fid, modes, given)
+    config = resolve(EvalConfig(), given)
+    config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
+    loaded = _loaded(priors, checkpoint, force, passes, given)
+    backbone = loaded[0].backbone
+    preflight(for_samples(loaded[0], config.samples, config.chunk, loaded[0].sampler, passes), passes.device)
+    backbone = passes.apply(backbone)
+    for prior in loaded:
+        prior.backbone = backbone
+    spec = data or backbones.named_data(prior_record(priors[0])["record"], str(priors[0]))
+    test, train = (
+        open_images(spec, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
+        for split in ("test", "train")
+    )
+    networks = [
+        load_inception(inception, mode=mode, download=download, device=passes.device)
+        for mode in (dict.fromkeys(modes or ("clean",)) if inception or fid else ())
+    ]
+    extractor = networks[0] if networks else feature_classifier(test, classifier, passes.device)
+    processes = launched_processes()
+    with Bar("eval", 4 * len(loaded) + 1) as bar:
+        results = evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar, processes)
+    if networks:
+        compared = train if config.fid.split == "train" else test
+        with Bar("FID", amount(len(loaded), len(networks), len(compared), config.fid)) as bar:
+            cards = published(
+                loaded, networks, compared, config.fid, seed=seed, chunk=config.chunk, progress=bar, processes=processes
+            )
+        results = [result | {"published": card} for result, card in zip(results, cards, strict=True)]
+    show_result(results, as_json, findings.evaluation_tables)
+
+
+def _require_one_network(
+    classifier: Path | None, inception: Path | None, fid: bool, modes: Sequence[str], given: Mapping[str, Any]
+) -> None:
+    """Refuse options that name several networks of features, or that mean nothing without Inception's."""
     if sum(map(bool, (classifier, inception, fid))) > 1:
         raise click.UsageError("--classifier, --inception and --fid each name the network of features: give one")
     lacking = [key for key in ("fid_samples", "fid_split") if given[key] is not None] + ["fid_mode"] * bool(modes)
     if lacking and not (inception or fid):
         names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
-        raise click.UsageError(f"{names}: of Inception's features; pass --fid or --inception with it")
-    config = resolve(EvalConfig(), given)
-    config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
-    first = load_prior(priors[0], checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
-    if checkpointing:
-        first.backbone = first.backbone.checkpointing()
-    loaded = [first, *(load_prior(path, first.backbone, force=force) for path in priors[1:])]
+        raise click.UsageError(f"{names}: only Inception's features have these; pass --fid or --inception with it")
+
+
+def _loaded(
+    paths: Sequence[Path], checkpoint: str | None, force: bool, passes: Passes, given: Mapping[str, Any]
+) -> list[EBMPrior]:
+    """The priors, on one backbone, with the options of the sampler that are given in place of those recorded."""
+    first = load_prior(paths[0], checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
+    loaded = [first, *(load_prior(path, first.backbone, force=force) for path in paths[1:])]
     for prior in loaded:
         prior.sampler = resolve(prior.sampler, given)
-    preflight(for_samples(loaded[0], config.samples, config.chunk, loaded[0].sampler), device)
-    if compiled:
-        for prior in loaded:
-            prior.backbone = prior.backbone.compiled()
-    spec = data or backbones.named_data(prior_record(priors[0])["record"], str(priors[0]))
-    test, train = (
-        open_images(
-            spec, split=split, data_root=data_root, download=download, image_shape=loaded[0].backbone.image_shape
-        )
-        for split in ("test", "train")
-    )
-    networks = [
-        load_inception(inception, mode=mode, download=download, device=torch_device(device))
-        for mode in (dict.fromkeys(modes or ("clean",)) if inception or fid else ())
-    ]
-    extractor = networks[0] if networks else feature_classifier(test, classifier, torch_device(device))
-    processes = launched_processes()
-    with Bar("eval", 4 * len(loaded) + 1) as bar:
-        results = evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar.stage, processes)
-    if networks:
-        compared = train if config.fid.split == "train" else test
-        with Bar("FID", amount(len(loaded), len(networks), len(compared), config.fid)) as bar:
-            cards = published(
-                loaded,
-                networks,
-                compared,
-                config.fid,
-                seed=seed,
-                chunk=config.chunk,
-                on_images=bar.advance,
-                processes=processes,
-            )
-        results = [result | {"published": card} for result, card in zip(results, cards, strict=True)]
-    show_result(results, as_json, findings.evaluation_tables)
+    return loaded
 
 
 @click.command()
@@ -225,7 +221,7 @@ def evaluate(
 @click.option("--overwrite", is_flag=True, help="replace what is at --out")
 @config_options(SamplerConfig, wording={"": RECORDED})
 @SEED
-@DEVICE
+@PLACE
 @JSON
 def show(
     prior: Path,
@@ -239,8 +235,7 @@ def show(
     out: Path | None,
     overwrite: bool,
     seed: int,
-    device: str,
-    dtype: str,
+    passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -254,7 +249,7 @@ def show(
     interpolate     from one image to another in ε-space
     latents         posterior codes and chains, two dimensions per group (Fig. 2)
     """
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     if what == "energy":
         given["steps"] = given["steps"] or LONG_RUN
     loaded.sampler = resolve(loaded.sampler, given)
@@ -271,5 +266,6 @@ def show(
     elif data is not None:
         raise click.UsageError(f"{what} starts from no images: leave --data out")
     with Bar("show", loaded.sampler.steps if what in WITH_CHAINS else 1) as bar:
-        shown = draw_picture(loaded, what, images, number, seed=seed, on_step=bar.to)
-    show_result(samples.write_page(shown.image, shown.arrays, out), as_json, summaries.files_written)
+        drawn = draw_picture(loaded, what, images, number, seed=seed, progress=bar)
+    files = save_page(drawn.image, drawn.arrays, out)
+    show_result({"files": [str(file) for file in files]}, as_json, summaries.files_written)

@@ -1,9 +1,10 @@
 """CUDA graphs: what a GPU does for one step of its chains, recorded once and replayed without the host in between.
 
-A step is thousands of small kernels, which a host launches more slowly than a GPU runs them unless batches are large. A
-function is recorded at the second call with inputs of one kind: the noise that the first one draws is kept, as the
-memory into which later calls draw theirs. Weights are read where they are, so that a replay follows changes in place,
-and no others. What a function takes of memory at its peak stays reserved while its graph lives.
+A step is thousands of small kernels, which a host launches more slowly than a GPU runs them unless batches are large.
+The first call of a function runs normally, and the buffers of the noise that it draws are kept; the second call with
+inputs of the same shapes records the graph; later calls refill the buffers with new noise, and replay. A replay reads
+the weights at the addresses they had when it was recorded, so it follows changes in place and no others. The memory
+that a function takes at its peak stays reserved as long as its graph exists.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ebm_prior.compute.randomness import Generator, Source, standard_normal, uniform
 
 Function = Callable[[Any, Generator], Any]
-"""Of a tree of tensors and a source of noise to a tree of tensors: pure, and never waiting for a number."""
+"""(tree of tensors, source of noise) -> tree of tensors. It is pure, and never waits for a number from the device."""
 
 
 class Tape(Source):
-    """Stands where a Generator does: keeps what it draws from one and, rewound, hands out the same memory in order."""
+    """A source of noise that keeps what it draws from a generator; rewound, it hands out the same memory in order."""
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
@@ -40,11 +41,11 @@ class Tape(Source):
         return self._take(uniform, shape, dtype, device)
 
     def rewind(self) -> None:
-        """From now on hand out what was drawn, from the beginning."""
+        """From now on hand out the kept noise, from the beginning, instead of drawing."""
         self._next, self._generator = 0, None
 
     def refill(self, generator: Generator) -> None:
-        """Draw all of it anew, in the order of the recording."""
+        """Draw new noise into the kept memory, in the order of the recording."""
         for draw, memory in self._kept:
             memory.copy_(draw(memory.shape, generator, dtype=memory.dtype, device=memory.device))
 
@@ -59,7 +60,7 @@ class Tape(Source):
 
 
 class Graph:
-    """A function recorded for inputs of one kind, with the noise of a tape."""
+    """A function recorded for inputs of certain shapes, types and device, with the noise of a tape."""
 
     def __init__(self, function: Function, inputs: Any, tape: Tape, where: Place) -> None:
         """Raises RuntimeError where the function cannot be recorded: it waits for the device, say."""
@@ -74,7 +75,7 @@ class Graph:
                 self._results = function(self._inputs, tape)
 
     def __call__(self, inputs: Any, generator: Generator) -> Any:
-        """What the function makes of other inputs and noise."""
+        """The function's results for other inputs of the same shapes, and other noise."""
         for memory, tensor in zip(tree_leaves(self._inputs), tree_leaves(inputs), strict=True):
             memory.copy_(tensor)
         self._tape.refill(generator)
@@ -83,7 +84,7 @@ class Graph:
 
 
 class Place:
-    """Where graphs are recorded that are replayed one after another: a stream of a device, and shared memory."""
+    """A stream of a device and a memory pool, shared by graphs that are replayed one after another."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
@@ -91,7 +92,7 @@ class Place:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """On the stream, after all that was asked of the device before and before all that is asked after."""
+        """Work on the stream: it begins after all work queued before, and later work waits for it."""
         before = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(before)
         try:
@@ -103,10 +104,10 @@ class Place:
 
 
 class Graphs:
-    """The graphs of one owner's functions, by name and kind of inputs. Where one cannot be recorded all run without."""
+    """The graphs of one owner's functions, by name and kind of inputs. If one cannot be recorded, none is used."""
 
     def __init__(self) -> None:
-        self._met: dict[Hashable, Tape | Graph] = {}  # a tape: met once
+        self._met: dict[Hashable, Tape | Graph] = {}  # a tape after the first call, then a graph
         self._places: dict[torch.device, Place] = {}
         self._broken = False
 
@@ -127,7 +128,7 @@ class Graphs:
     def _recorded(
         self, key: Hashable, function: Function, inputs: Any, tape: Tape, device: torch.device
     ) -> Graph | None:
-        """The graph of what was met once; None where there can be none."""
+        """Record a function that was called once, with the noise of its tape; None where it cannot be recorded."""
         try:
             if device not in self._places:
                 self._places[device] = Place(device)
@@ -136,14 +137,17 @@ class Graphs:
         except RuntimeError as error:  # out of memory, too
             reason = str(error).splitlines()[0]
         self._broken = True
-        self._met.clear()  # with all the memory that graphs keep
+        self._met.clear()  # which frees the memory that graphs keep
         self._places.clear()
         warnings.warn(f"runs without CUDA graphs, slower: {reason}", stacklevel=3)
         return None
 
 
 def runner(device: torch.device) -> Callable[[Hashable, Function, Any, Generator], Any]:
-    """`Graphs.run` of its own for a GPU; elsewhere what calls a function and is done."""
+    """A way to call functions on `device`: through CUDA graphs of the caller's own on a GPU, directly elsewhere.
+
+    It takes a name, the function, its inputs and a generator, as `Graphs.run` does.
+    """
     if device.type == "cuda":
         return Graphs().run
     return lambda name, function, inputs, generator: function(inputs, generator)
@@ -151,7 +155,7 @@ def runner(device: torch.device) -> Callable[[Hashable, Function, Any, Generator
 
 @contextlib.contextmanager
 def _refusing_to_wait() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises RuntimeError."""
+    """Inside the block, an operation that makes the host wait for the device raises RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Bytes of all tensors that `run` makes, where they are most; those of an operation's inside are not seen."""
+    """The largest number of bytes that tensors made by `run` take at one time.
+
+    Memory that an operation takes for itself while it runs is not seen.
+    """
     living = _Living()
     with living:
         run()
@@ -27,7 +30,7 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.most = self._now = 0
+        self.most = self._now = 0  # bytes: the peak so far, and at present
         self._known: dict[int, int] = {}  # bytes by the storage's identity
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,7 +66,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _available(path: Path = Path("/proc/meminfo")) -> int | None:
-    """What Linux can give to a program without swapping."""
+    """Bytes that Linux can give to a program without swapping; None where it does not say."""
     try:
         lines = dict(line.split(":") for line in path.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
@@ -72,7 +75,7 @@ def _available(path: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container (cgroup v2) may still take; files that are merely cached are given up."""
+    """Bytes that a container (cgroup v2) may still take; None without a limit. Cached files count as free."""
     try:
         most, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node N -m ebm_prior fit|sample|eval …
 
-Every process runs the same program on the same settings. What is worth sharing is a `map` over items whose results do
-not depend on who computes them: chunks of samples, parts of a batch, batches of held-out images. So a run is the same,
-bit for bit, in any number of processes on machines of one kind. What travels is small beside what it takes to compute
-(gradients of the heads, moved chains, finished samples), so it goes through the hosts (gloo), from GPUs, too.
+Every process runs the same program on the same settings. The work is shared by a `map` over items whose results do not
+depend on the process that computes them: chunks of samples, parts of a batch, batches of held-out images. So a run is
+the same, bit for bit, in any number of processes on machines of one kind. Results (gradients of the heads, moved
+chains, samples) are small beside the work behind them, so they are exchanged through the hosts (gloo), from GPUs, too.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Processes:
         return [result for found, _ in shares for result in found]
 
     def of_first(self, make: Callable[[], Result]) -> Result:
-        """What the first process makes, in every one."""
+        """The result of `make`, called in the first process alone and handed to all."""
         return self.map(lambda _: make(), range(1))[0]
 
     def _exchange(self, own: Any) -> list[Any]:
-        """What each process brings, by rank."""
+        """Hand `own` to every process; returns the values of all processes, by rank."""
         buffer = io.BytesIO()
         torch.save(own, buffer)
         found: list[Any] = [None] * self.count
@@ -81,7 +81,7 @@ class Processes:
 
 
 ALONE = Processes()
-"""One process, in which everything is the identity."""
+"""The processes of a run that has only one."""
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def launched() -> Iterator[Processes]:
 
 
 def own_device(name: str) -> str:
-    """The device that a process takes where its user says `name`: of several processes each has a GPU of its own."""
+    """The device of this process for a device `name` that a user gave: of several processes each has its own GPU."""
     if name != "cuda" or not (dist.is_available() and dist.is_initialized()):
         return name
     torch.cuda.set_device(dist.get_node_local_rank())
@@ -117,5 +117,5 @@ def own_device(name: str) -> str:
 
 
 def _here(storage: Any, location: str) -> Any:
-    """Where a tensor of another process goes: from its GPU to the current one of this."""
+    """Put a tensor that another process sent from its GPU on this process's current GPU (`map_location`)."""
     return storage.cuda() if location.startswith("cuda") else storage

@@ -74,7 +74,7 @@ class Purpose(IntEnum):
 
 
 class Source(ABC):
-    """What stands where a torch.Generator does."""
+    """A source of random numbers that can take the place of a torch.Generator."""
 
     @abstractmethod
     def normal(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

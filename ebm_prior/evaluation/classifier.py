@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
-from ebm_prior.interfaces import Callback
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.settings import require_choices, require_positive, require_seed, setting
 from ebm_prior.storage.weights import fingerprint, load_strictly, read_tensors, write_tensors
 from ebm_prior.training.steps import batch_indices
@@ -171,7 +171,8 @@ def train_classifier(
     source: LabelledImages,
     test_source: LabelledImages,
     config: ClassifierConfig | None = None,
-    on_step: Callback | None = None,
+    *,
+    progress: Progress = SILENT,
 ) -> tuple[FeatureClassifier, float]:
     """Train on `source`; return the classifier in eval mode and its accuracy on `test_source`, a share in [0, 1].
 
@@ -208,8 +209,7 @@ def train_classifier(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            if on_step is not None:
-                on_step({"iteration": iteration + 1, "iterations": iterations, "loss": loss.item()})
+            progress.step({"iteration": iteration + 1, "iterations": iterations, "loss": loss.item()})
     model.eval().requires_grad_(False)
     test_accuracy = accuracy(model, test_source)
     recipe = asdict(config)

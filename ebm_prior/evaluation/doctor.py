@@ -8,7 +8,6 @@ the standardised codes ε say why.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ebm_prior.compute.randomness import BlockGenerator, Purpose, chunks, derived_generator, derived_seed
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.gauge import GaugeConfig, gauge_auc
-from ebm_prior.interfaces import Images
+from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.settings import require_positive, require_seed, setting
 
@@ -82,7 +81,7 @@ def examine(
     images: Images,
     config: DoctorConfig,
     *,
-    on_stage: Callable[[str], None] = lambda stage: None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Per group: KL, active units, moments of ε, σ's range, AUC of posterior against prior; audits; a verdict.
 
@@ -91,9 +90,9 @@ def examine(
     n = min(config.samples, len(images))
     if n < config.gauge.least:
         raise DataError(f"expected at least {config.gauge.least} images, found {n} of {images.name}")
-    on_stage("posterior codes")
+    progress.stage("posterior codes")
     moments, posterior, audit = _posterior(backbone, images, n, config)
-    on_stage("prior draws")
+    progress.stage("prior draws")
     prior = _prior(backbone, n, config, audit)
     groups: list[dict[str, Any]] = [
         {"group": group.name, **each.described()} for group, each in zip(backbone.groups, moments, strict=True)
@@ -106,7 +105,7 @@ def examine(
         **_state(backbone),
     }
     if not result["not_finite"]:
-        on_stage("AUC of posterior against prior latents")
+        progress.stage("AUC of posterior against prior latents")
         device = next(backbone.parameters()).device
         with torch.enable_grad():
             found = gauge_auc(posterior, prior, backbone.groups, config=config.gauge, device=device)

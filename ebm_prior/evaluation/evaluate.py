@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from ebm_prior.evaluation.metrics import (
     gap_closed,
     kernel_distance,
 )
-from ebm_prior.interfaces import Images
+from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
@@ -163,17 +163,16 @@ class Reference:
         return torch.cat(real), [torch.cat(group) for group in zip(*latents, strict=True)], torch.cat(decoded)
 
 
-def evaluate(prior: EBMPrior, reference: Reference, *, on_stage: Callable[[str], None] | None = None) -> dict[str, Any]:
+def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILENT) -> dict[str, Any]:
     """Distances, gap closed, held-out gain and AUC of a prior. Plain numbers, ready for JSON.
 
     fd_*: Fréchet distance to held-out images; fdrec_*: to decoded posterior samples of these; kid_*: kernel distance to
     held-out images. gap_closed*: share of the distance between backbone prior and reconstructions that is closed.
     """
     config = reference.config
-    say = on_stage or (lambda stage: None)
-    say("sampling the prior")
+    progress.stage("sampling the prior")
     latents, features, info = reference.sampled(prior, prior.sampler)
-    say("distances")
+    progress.stage("distances")
     rows = {
         "backbone": reference.backbone_features,
         "prior": features,
@@ -209,7 +208,7 @@ def evaluate(prior: EBMPrior, reference: Reference, *, on_stage: Callable[[str],
     result |= {"gain_nats": held_out.nats, "ess_fraction": held_out.ess_fraction, "tau": prior.tau}
     result |= {"f_posterior": float(f_q.mean()), "f_backbone": float(f_p.mean()), "f_prior": float(f_drawn.mean())}
     if config.auc:
-        say("AUC of posterior against prior latents")
+        progress.stage("AUC of posterior against prior latents")
         before, after = reference.auc_before, reference.auc(latents)
         result |= {
             "auc_before": before.overall,
@@ -233,12 +232,11 @@ def evaluate_all(
     train: ImageSource,
     extractor: FeatureExtractor,
     config: EvalConfig,
-    on_stage: Callable[[str], None] | None = None,
+    progress: Progress = SILENT,
     processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Evaluate priors of one backbone against the same reference."""
-    if on_stage:
-        on_stage("held-out images and backbone samples")
+    progress.stage("held-out images and backbone samples")
     shown = test.fingerprint()
     same = train.fingerprint() == shown  # a source without splits: its own images are no floor
     other = None if same else train
@@ -247,7 +245,7 @@ def evaluate_all(
         {
             "prior": name,
             "held_out": not _trained_on(prior, test.name, shown),
-            **evaluate(prior, reference, on_stage=on_stage),
+            **evaluate(prior, reference, progress=progress),
         }
         for name, prior in zip(names, priors, strict=True)
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +25,7 @@ from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.evaluation.inception import Inception
 from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
@@ -34,7 +35,6 @@ from ebm_prior.storage.atomic import user_cache, write_atomically
 SPLITS = 10  # of the Inception Score
 KERNEL_ROWS = 10_000  # images whose features are kept for KID, at most: its subsets have 1,000
 FORMAT = 1
-OnImages = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ def reference_statistics(
     network: Inception,
     *,
     cache_dir: Path | None = None,
-    on_images: OnImages = lambda count: None,
+    progress: Progress = SILENT,
     processes: Processes = ALONE,
 ) -> ReferenceStatistics:
     """Statistics of all `images`: from the cache, else computed and kept there, as .npz with their provenance.
 
-    `cache_dir`: by default `statistics` in ebm-prior's cache directory. `on_images` gets the number just done. The file
+    `cache_dir`: by default `statistics` in ebm-prior's cache directory. progress: advances by the images. The file
     is found by the content of the images and the weights, so neither a renamed data set nor other weights are taken for
     it. Raises CheckpointError for a damaged file, OutputError where none can be written.
     """
@@ -90,11 +90,11 @@ def reference_statistics(
     name = f"{len(images)}-{network.mode}-{str(provenance['images_sha256'])[:16]}-{network.sha256[:16]}.npz"
     path = (cache_dir or user_cache() / "statistics") / name
     if path.is_file():
-        on_images(len(images))
+        progress.advance(len(images))
         return _read(path, provenance)
 
     def seen(rows: Tensor) -> Tensor:
-        on_images(processes.count * len(rows))
+        progress.advance(processes.count * len(rows))  # the others are about as far
         return extract(network, images.batch(rows))
 
     features = torch.cat(processes.map(seen, torch.split(torch.arange(len(images)), 250)))
@@ -154,25 +154,23 @@ def published(
     seed: int = 0,
     chunk: int = 512,
     cache_dir: Path | None = None,
-    on_images: OnImages = lambda count: None,
+    progress: Progress = SILENT,
     processes: Processes = ALONE,
 ) -> list[list[dict[str, Any]]]:
     """One card per prior and network: its figures and the backbone's, with all that they depend on. Plain values.
 
     `priors`: of one backbone. Every sample is drawn once, by the prior's own sampler, and seen by all networks.
-    `images`: those of `config.split`. `on_images` gets the number just done, out of `amount`;
-    of several `processes`, which share the work, it is told about all of them.
+    `images`: those of `config.split`. progress: advances by the images, `amount` in all,
+    of all `processes`, which share the work.
     """
     references = [
-        reference_statistics(
-            images, config.split, network, cache_dir=cache_dir, on_images=on_images, processes=processes
-        )
+        reference_statistics(images, config.split, network, cache_dir=cache_dir, progress=progress, processes=processes)
         for network in networks
     ]
 
     def measured(prior: EBMPrior, sampler: SamplerConfig) -> list[dict[str, float]]:
         def see(part: Samples) -> list[Tensor]:
-            on_images(processes.count * len(part.images))  # the others are about as far
+            progress.advance(processes.count * len(part.images))  # the others are about as far
             return [extract(network, part.images) for network in networks]
 
         seen = prior.map_chunks(see, config.samples, seed=seed, sampler=sampler, chunk=chunk, processes=processes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, get_args
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ebm_prior.compute.randomness import Purpose, chunks, derived_generator
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.detection import Detection, detection, interval, resampled
-from ebm_prior.interfaces import Images
+from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.scores import Form, Lower, Mode
 from ebm_prior.settings import require_positive, require_seed, setting
@@ -21,7 +21,6 @@ from ebm_prior.settings import require_positive, require_seed, setting
 Array = NDArray[np.float64]
 MODES: tuple[Mode, ...] = get_args(Mode)
 LOWERS: tuple[Lower, ...] = get_args(Lower)
-OnImages = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,15 @@ def parsed_k(text: str, groups: int) -> list[int]:
 
 
 def score_set(
-    prior: EBMPrior, images: Images, forms: Sequence[Form], config: OutlierConfig, *, n: int, on_images: OnImages
+    prior: EBMPrior,
+    images: Images,
+    forms: Sequence[Form],
+    config: OutlierConfig,
+    *,
+    n: int,
+    progress: Progress = SILENT,
 ) -> Scored:
-    """Scores of n images, drawn without replacement where the set has more. `on_images` gets the number just done."""
+    """Scores of n images, drawn without replacement where the set has more. progress: advances by the images."""
     rows = torch.arange(len(images))
     if len(images) > n:
         rows = (
@@ -89,7 +94,7 @@ def score_set(
         batch = images.batch(rows[first : first + count])
         found = prior.scores(batch, forms, draws=config.draws, seed=config.seed, first=first, chunk=config.chunk)
         parts.append(torch.stack([found[form] for form in forms], dim=1).double().cpu().numpy())
-        on_images(len(batch))
+        progress.advance(len(batch))
     return Scored(images.name, rows.numpy(), np.concatenate(parts))
 
 
@@ -130,7 +135,7 @@ def find_outliers(
     forms: Sequence[Form],
     config: OutlierConfig,
     *,
-    on_images: OnImages = lambda count: None,
+    progress: Progress = SILENT,
 ) -> tuple[dict[str, Any], list[Form], list[Scored]]:
     """Scores of equally many images of every set, `inside` first, and how well they tell each other set from it.
 
@@ -139,7 +144,7 @@ def find_outliers(
     """
     n = set_size(inside, outside, config)
     both = [variant for form in forms for variant in (form, form._replace(energy=False))]
-    scored = [score_set(prior, images, both, config, n=n, on_images=on_images) for images in (inside, *outside)]
+    scored = [score_set(prior, images, both, config, n=n, progress=progress) for images in (inside, *outside)]
     result = {
         "in": inside.name,
         "images": n,
@@ -171,14 +176,14 @@ def find_anomalies(
     anomalous: Images,
     config: OutlierConfig,
     *,
-    on_images: OnImages = lambda count: None,
+    progress: Progress = SILENT,
 ) -> tuple[dict[str, Any], list[Form], list[Scored]]:
     """L^{>0} as the decision function (§5.4, Table 4), in every mode, over all images of both sets.
 
     AUPRC depends on the "prevalence" of anomalies, which is what a useless score has. Returns as `find_outliers`.
     """
     forms = [Form(0, mode=mode, energy=energy) for mode in MODES for energy in (True, False)]
-    scored = [score_set(prior, s, forms, config, n=len(s), on_images=on_images) for s in (normal, anomalous)]
+    scored = [score_set(prior, s, forms, config, n=len(s), progress=progress) for s in (normal, anomalous)]
     result = {
         "in": normal.name,
         "images": [len(normal), len(anomalous)],

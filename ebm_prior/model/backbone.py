@@ -60,7 +60,7 @@ class PosteriorDraw:
     `conditional(i, prior, context)` returns z_i (B, *shape) and log q_i (B,).
     """
 
-    z: list[Tensor] | None = None  # where they are known before the groups are met
+    z: list[Tensor] | None = None  # all latents, where the encoder has drawn them before the groups are met
 
     def __init__(self, conditional: Callable[[int, Gaussian, Any], tuple[Tensor, Tensor]]) -> None:
         self._conditional = conditional
@@ -133,10 +133,9 @@ class Backbone(nn.Module, ABC):
     groups: tuple[LatentGroup, ...]
     image_shape: tuple[int, int, int]
     architecture: Mapping[str, Any]
-    discretised: bool = (
-        False  # p(x | z) is over images of so many bits: ELBOs are then shown in bits per dimension, too
-    )
-    data_name: str | None = None  # the data set that an official file says it was trained on, as it calls it
+    # Whether p(x | z) is over images of a fixed bit depth: ELBOs are then shown in bits per dimension, too.
+    discretised: bool = False
+    data_name: str | None = None  # the data set that an official file names as its training data
     official_format: ClassVar[str] = "this adapter reads no foreign checkpoint format"
 
     @abstractmethod
@@ -164,15 +163,15 @@ class Backbone(nn.Module, ABC):
 
     @property
     def precision(self) -> str:
-        """Of computation, as the command line names it: float32, float64, or another."""
+        """The precision of computation as the command line names it: float32, float64, bf16."""
         return str(next(self.parameters()).dtype).removeprefix("torch.")
 
     def for_inference(self, *, cells: torch.dtype | None = None) -> Backbone:
         """The frozen backbone that priors and fits run on: it computes the same, faster. Default: itself.
 
-        Its state dict, too, is the same, so that it has the same file and fingerprint. It need not follow when weights
-        change afterwards. `cells`: a lower precision for the network's cells, where the adapter has such, which does
-        change the result; ConfigurationError where it has not.
+        It has the same state dict, and so the same file and fingerprint, but need not follow later changes of weights.
+        `cells`: a lower precision for the network's cells, which does change the result. Raises ConfigurationError
+        where the adapter has no cells that run in it.
         """
         if cells is not None:
             raise ConfigurationError(
@@ -181,21 +180,21 @@ class Backbone(nn.Module, ABC):
         return self
 
     def checkpointing(self) -> Backbone:
-        """The backbone `for_inference` that keeps less for a backward pass and computes it again: the same results.
+        """The backbone `for_inference`, keeping less for a backward pass and computing the rest again: equal results.
 
-        Raises ConfigurationError where the adapter has none.
+        Raises ConfigurationError where the adapter has no checkpointing.
         """
         raise ConfigurationError(f"{type(self).__name__} has no checkpointing: leave out --checkpointing")
 
     def compiled(self) -> Backbone:
-        """The backbone `for_inference` with what torch.compile makes faster, to rounding: seconds once, at first.
+        """The backbone `for_inference` with parts fused by torch.compile: equal up to rounding, slow at the first call.
 
-        Raises ConfigurationError where the adapter has none.
+        Raises ConfigurationError where the adapter has nothing to compile.
         """
         raise ConfigurationError(f"{type(self).__name__} has nothing to compile: leave out --compile")
 
     def regularization(self) -> Tensor:
-        """What the first stage adds to its loss, times `PretrainConfig.regularization`: a scalar. Default: 0."""
+        """The term that pretraining adds to its loss, times `PretrainConfig.regularization`: a scalar. Default: 0."""
         return next(self.parameters()).new_zeros(())
 
     @classmethod
@@ -223,7 +222,7 @@ class Backbone(nn.Module, ABC):
         return Trace(z, priors, self.top_down(recording, batch_size))
 
     def transform(self, eps: Sequence[Tensor], *, temperature: float = 1.0) -> Trace:
-        """T_β (Eqs. 28-29) with everything that it met: z_i = mean_i + t·std_i·ε_i."""
+        """T_β (Eqs. 28-29), z_i = mean_i + t·std_i·ε_i, with the conditional priors and features of the traversal."""
         self._check("eps", eps)
         return self.trace(lambda i, p, _: torch.addcmul(p.mean, p.std, eps[i], value=temperature), len(eps[0]))
 

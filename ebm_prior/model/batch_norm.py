@@ -1,15 +1,15 @@
 """Batch-norm re-adjustment: running statistics of the generative path from the backbone's own samples.
 
-The statistics that a VAE leaves behind are those of posterior draws. Sampling at another temperature, or from p(z) at
-all, meets other features, and deep networks feel it (NVAE, §5.2): so run the generator in train mode on prior samples,
-throw the images away, and keep the statistics. No weight changes. With momentum m the old values keep the weight
-(1 − m)^iterations, at NVAE's 0.05 and 500 iterations 7e-12.
+A trained VAE holds the statistics of posterior draws. Samples of p(z), and more so at another temperature, have other
+features, which degrades the images of deep networks (NVAE, §5.2). So the generator runs in train mode on prior samples,
+the images are thrown away, and the statistics kept. No weight changes. With momentum m the old values keep the weight
+(1 − m)^iterations: 7e-12 for NVAE's 0.05 and 500 iterations.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 
 ITERATIONS, BATCH_SIZE = 500, 16  # as published
@@ -29,13 +30,13 @@ def readjust_batch_norm(
     batch_size: int = BATCH_SIZE,
     temperature: float = 1.0,
     seed: int = 0,
-    on_batch: Callable[[int], object] | None = None,
+    progress: Progress = SILENT,
 ) -> list[str]:
     """Re-adjust to samples of p_β at `temperature`: `iterations` batches, in float32 or better, then eval mode.
 
-    `on_batch` gets the number of batches behind it. Returns the names of the layers that were re-adjusted, those on the
-    generative path. Raises ConfigurationError
-    where there are none, DivergenceError where a statistic is not finite: the old ones are then put back.
+    progress: gets a remark every 100 batches. Returns the names of the layers that were re-adjusted, those on the
+    generative path. Raises ConfigurationError where there are none, DivergenceError where a statistic is not finite:
+    the old ones are then put back.
     """
     if iterations < 1 or batch_size < 2 or temperature <= 0:
         raise ConfigurationError(
@@ -49,8 +50,8 @@ def readjust_batch_norm(
 
     def draws() -> Iterator[list[Tensor]]:
         for k in range(iterations):
-            if on_batch and k:
-                on_batch(k)
+            if k and k % 100 == 0:
+                progress.remark(f"batch norms: {k} of {iterations} batches")
             yield backbone.standard_normal(
                 batch_size, generator=derived_generator(seed, Purpose.BATCH_NORM, k, device=device)
             )
@@ -63,7 +64,7 @@ def readjust_batch_norm(
 
 @torch.no_grad()
 def readjust_to(backbone: Backbone, draws: Iterable[Sequence[Tensor]], *, temperature: float = 1.0) -> list[str]:
-    """`readjust_batch_norm` with the ε of each batch given, each a list of (B, *group.shape), in the dtype at hand."""
+    """`readjust_batch_norm` on batches of ε that the caller draws, lists of (B, *group.shape) in the weights' dtype."""
     layers = adjustable(backbone)
     before = {name: {key: t.clone() for key, t in layer.named_buffers()} for name, layer in layers.items()}
     backbone.eval()  # dropout stays off
@@ -82,13 +83,13 @@ def readjust_to(backbone: Backbone, draws: Iterable[Sequence[Tensor]], *, temper
     finally:
         backbone.eval()
     if not met:
-        raise _nothing(backbone)
+        raise _no_batch_norm(backbone)
     return met
 
 
 @contextlib.contextmanager
 def keeping_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norms in training use, inside the block, the running statistics that they have, and keep them."""
+    """Inside the block, batch norms in train mode use their running statistics, and leave them as they are."""
     moving = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
     for module in moving:
         module.eval()
@@ -103,11 +104,11 @@ def adjustable(backbone: Backbone) -> dict[str, _BatchNorm]:
     """The batch norms with running statistics, on either path, by name. Raises ConfigurationError without any."""
     layers = {name: m for name, m in backbone.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
     if not layers:
-        raise _nothing(backbone)
+        raise _no_batch_norm(backbone)
     return layers
 
 
-def _nothing(backbone: Backbone) -> ConfigurationError:
+def _no_batch_norm(backbone: Backbone) -> ConfigurationError:
     return ConfigurationError(
         f"{type(backbone).__name__} has no batch norm on its generative path: there is nothing to re-adjust"
     )

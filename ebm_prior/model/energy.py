@@ -4,8 +4,8 @@ f is the NEGATIVE energy: p_α(z) ∝ exp(f(z)) p_β(z), larger is more probable
 with posterior statistics and ends in a linear layer that starts at zero, so that f = 0 exactly before training: an
 untrained prior IS the backbone's.
 
-A conditional head also sees ε_i = (z_i − mean_i)/std_i, where z_i lies in its own p_β(z_i | z_<i): there the backbone's
-prior is white noise, and what a conditional has missed stands out. ε is a function of z, so f still is one.
+A conditional head also sees ε_i = (z_i − mean_i)/std_i, the place of z_i in its own p_β(z_i | z_<i): there the
+backbone's prior is white noise, and what its conditionals have missed stands out. ε is a function of z, and so is f.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class EnergyConfig:
     vector_layers: int = setting(2, "hidden layers of the head of a flat group")
     joint: int = setting(128, "width of the joint head over all groups; 0: none")
     activation: Literal["silu", "leaky_relu"] = setting("silu", "leaky_relu: slope 0.2")
-    conditional: bool = setting(False, "heads see z_i in units of p(z_i | z_<i), too")
-    standardize: bool = setting(True, "heads see latents in units of posterior mean and std")
+    conditional: bool = setting(False, "heads also see z_i in units of its prior p(z_i | z_<i)")
+    standardize: bool = setting(True, "heads see latents in units of their posterior mean and standard deviation")
     dropout: float = setting(0.0, "dropout in the joint head")
-    bound: float = setting(0.0, "heads see their inputs within ± this (tanh); 0: as they are. Stages have their own")
+    bound: float = setting(0.0, "heads' inputs are squashed to ± this by tanh; 0: not squashed. Stages set their own")
 
     def __post_init__(self) -> None:
         if min(self.channels, self.hidden, self.vector_layers) < 1 or self.joint < 0 or not 0 <= self.dropout < 1:
@@ -117,7 +117,7 @@ class JointEnergy(nn.Module):
         if unfit:  # names are keys of the state dict, as they stand in the prior file
             raise ConfigurationError(f"latent groups cannot be named {unfit}: no dots, no names of torch's methods")
         shapes = [group.shape for group in groups]
-        if config.conditional:  # twice the channels; not at the top, where the prior is constant and ε says what z does
+        if config.conditional:  # twice the channels; not at the top, whose prior is constant: there ε repeats z
             shapes[1:] = [(2 * channels, *sides) for channels, *sides in shapes[1:]]
         self.heads = nn.ModuleDict({name: Head(shape, config) for name, shape in zip(self.names, shapes, strict=True)})
         self.joint = (
@@ -133,7 +133,7 @@ class JointEnergy(nn.Module):
         )
 
     def inputs(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> list[Tensor]:
-        """What the heads see of z with ε = T_β⁻¹(z), lists of (B, *group.shape): z_i, or z_i and ε_i along axis 1."""
+        """The heads' inputs for z and ε = T_β⁻¹(z), lists of (B, *group.shape): z_i, or z_i and ε_i along axis 1."""
         if not self.config.conditional:
             return list(z)
         return [z[0], *(torch.cat(pair, dim=1) for pair in zip(z[1:], eps[1:], strict=True))]
@@ -147,14 +147,14 @@ class JointEnergy(nn.Module):
         return torch.stack(columns, dim=1)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """f(z) in nats, (B,), for what `inputs` makes of z, a list in generation order."""
+        """f(z) in nats, (B,), from the heads' inputs that `inputs` returned, a list in generation order."""
         return self.terms(inputs).sum(1)
 
     @torch.no_grad()
     def moments(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Sums of 1, x and x² over what each head sees, (3, C) in float64, per dimension (vectors) or channel (maps).
+        """Sums of 1, x and x² over each head's input x, (3, C) in float64, per dimension (vectors) or channel (maps).
 
-        Those of several batches add up.
+        The sums of several batches add up.
         """
         found = []
         for seen in inputs:
@@ -172,14 +172,14 @@ class JointEnergy(nn.Module):
             head.scale.copy_(std.reshape(head.scale.shape))
 
     def squash(self, bound: float) -> None:
-        """Let the heads see their inputs x, in their own units, as bound · tanh(x / bound). 0: as they are."""
+        """Replace the heads' standardised inputs x by bound · tanh(x / bound). With 0 they stay as they are."""
         self.config = replace(self.config, bound=bound)
         for head in self._heads():
             head.bound = bound
 
     @torch.no_grad()
     def spread(self, inputs: Sequence[Tensor]) -> float:
-        """The largest RMS of a channel or dimension that a head sees, in its units: 1 for posterior latents."""
+        """The largest RMS of any channel or dimension of the heads' standardised inputs: 1 for posterior latents."""
         found = []
         for head, (count, total, squares) in zip(self._heads(), self.moments(inputs), strict=True):
             shift, scale = head.shift.flatten().to(total), head.scale.flatten().to(total)
@@ -189,12 +189,12 @@ class JointEnergy(nn.Module):
 
     @torch.no_grad()
     def add(self, nats: float) -> None:
-        """f ← f + a constant, which changes the normaliser and nothing else: in the top head's bias."""
+        """Add a constant to f, through the top head's bias: this changes the normaliser and nothing else."""
         self._heads()[0].last.bias.add_(nats)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
-        """f ← factor · f: in the last layers, in which f is linear."""
+        """Multiply f by a factor, through the last layers, in which f is linear."""
         last = [head.last for head in self._heads()] + ([] if self.joint is None else [self.joint[-1]])
         for parameter in (parameter for layer in last for parameter in layer.parameters()):
             parameter.mul_(factor)
@@ -213,6 +213,6 @@ def zero_linear(features: int) -> nn.Linear:
 
 @torch.no_grad()
 def values(f: Callable[[Sequence[Tensor]], Tensor], z: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
-    """f (of latents, or of a head's inputs) at many, (N,) on the CPU: in chunks of 1,000, moved to `device` in turn."""
+    """f at N latents, or N inputs of a head, in chunks of 1,000 that are moved to `device` in turn: (N,) on the CPU."""
     chunks = ([group[i : i + 1000].to(device) for group in z] for i in range(0, len(z[0]), 1000))
     return torch.cat([f(chunk).cpu() for chunk in chunks])

@@ -15,6 +15,7 @@ from torch import Tensor
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import BlockGenerator, chunks
 from ebm_prior.errors import ConfigurationError, RegimeError
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.samplers import SamplerConfig, draw, effective_sample_size, graphed
@@ -42,8 +43,8 @@ class Samples(NamedTuple):
 class EBMPrior:
     """A trained (or, with f = 0, untrained) energy-based prior.
 
-    `tau` multiplies f (tempering after training), and no τ f is above `ceiling`, in nats: where the heads see what no
-    latents had in training, f is no ratio of anything. `regime`: "calibrated" (f is a log density ratio: scores and
+    `tau` multiplies f (tempering after training), and τ f is cut off at `ceiling`, in nats: at latents unlike any in
+    training, f is no density ratio. `regime`: "calibrated" (f is a log density ratio: scores and
     log Z mean something) or "refiner" (short-run dynamics as published: samples only). `target`: "exact", the density
     of Appendix A.3, or "published", which differentiates log p_β(T(ε)) where that has log N(ε); for replication only.
     """
@@ -128,9 +129,10 @@ class EBMPrior:
         chunk: int = 128,
         processes: Processes = ALONE,
     ) -> list[Seen]:
-        """`see` of each chunk of n draws, in order. The `processes` share the chunks.
+        """Draw n samples in chunks, and return the results of `see`, called with each chunk, in order.
 
-        Draw i depends on (seed, i) alone, not on `chunk` (design: blocks of 64).
+        Draw i depends on (seed, i) alone, not on `chunk` (blocks of 64). The `processes` share the chunks. sampler:
+        default, the one recorded with the prior. Raises DivergenceError when a chain leaves the finite numbers.
         """
         sampler = sampler or self.sampler
         device = next(self.backbone.parameters()).device
@@ -155,20 +157,20 @@ class EBMPrior:
         seed: int = 0,
         sampler: SamplerConfig | None = None,
         chunk: int = 128,
-        on_chunk: Callable[[int], None] | None = None,
+        progress: Progress = SILENT,
         processes: Processes = ALONE,
     ) -> Samples:
-        """n draws of p_α by `sampler` (default: the one recorded with the prior). `on_chunk` gets the number done.
+        """n draws of p_α by `sampler` (default: the one recorded with the prior); image i depends on (seed, i) alone.
 
-        Raises DivergenceError when a chain leaves the finite numbers.
+        progress: advances by the draws. Raises DivergenceError when a chain leaves the finite numbers.
         """
         done = 0
 
         def see(part: Samples) -> Samples:
             nonlocal done
-            done = min(n, done + processes.count * len(part.images))  # the others are about as far
-            if on_chunk:
-                on_chunk(done)
+            now = min(n, done + processes.count * len(part.images))  # the others are about as far
+            progress.advance(now - done)
+            done = now
             return part
 
         parts = self.map_chunks(see, n, seed=seed, sampler=sampler, chunk=chunk, processes=processes)

@@ -23,8 +23,8 @@ from ebm_prior.compute.randomness import Generator, standard_normal, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.settings import setting
 
-JITTER = 0.3  # of the step size of a trajectory, relative
-# Optimal are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013).
+JITTER = 0.3  # largest relative change of a trajectory's step size
+# Optimal acceptances are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013).
 TARGET_ACCEPTANCE = 0.6
 
 Potential = Callable[[Sequence[Tensor]], Tensor]
@@ -53,12 +53,12 @@ Kernel = Callable[[ChainState, Potential, Tensor, Generator], tuple[ChainState, 
 class SamplerConfig:
     """A sampler: importance resampling among `proposals` draws, then `steps` of a kernel; either may be nothing."""
 
-    proposals: int = setting(32, "ancestral draws among which one is resampled (1: plain draw)")
+    proposals: int = setting(32, "ancestral draws of which one is kept, by its weight exp f (1: a plain draw)")
     kernel: Literal["langevin", "pcn-langevin"] = setting("pcn-langevin", "Markov kernel")
     steps: int = setting(40, "steps of the kernel after resampling")
-    step_size: float = setting(0.15, "s of Eq. 12, or δ of pCN-Langevin")
-    adapt_steps: int = setting(0, "the first steps, in which pCN-Langevin adapts its step size")
-    leapfrogs: int = setting(1, "of a step of pCN-Langevin: with several it is Hamiltonian Monte Carlo")
+    step_size: float = setting(0.15, "step size: s of Eq. 12, or δ of pCN-Langevin")
+    adapt_steps: int = setting(0, "number of first steps in which pCN-Langevin adapts its step size")
+    leapfrogs: int = setting(1, "leapfrogs in each step of pCN-Langevin: with several it is Hamiltonian Monte Carlo")
     temperature: float = setting(1.0, "factor on Langevin's noise")
 
     def __post_init__(self) -> None:
@@ -78,24 +78,25 @@ class SamplerConfig:
             raise ConfigurationError("Langevin (Eq. 12) accepts every step: there is no acceptance to adapt to")
 
 
-def _unless_asked(name: str) -> Any:
+def _unchanged(name: str) -> Any:
+    """A field that is None by default, with the help text of the sampler's setting of this name."""
     return field(default=None, metadata=SamplerConfig.__dataclass_fields__[name].metadata)
 
 
 @dataclass(frozen=True)
 class SamplerChanges:
-    """What is asked of a sampler whose other settings are found elsewhere; None: not asked."""
+    """Settings that replace those of another sampler; None leaves the other's setting as it is."""
 
-    proposals: int | None = _unless_asked("proposals")
-    kernel: Literal["langevin", "pcn-langevin"] | None = _unless_asked("kernel")
-    steps: int | None = _unless_asked("steps")
-    step_size: float | None = _unless_asked("step_size")
-    leapfrogs: int | None = _unless_asked("leapfrogs")
-    adapt_steps: int | None = _unless_asked("adapt_steps")
-    temperature: float | None = _unless_asked("temperature")
+    proposals: int | None = _unchanged("proposals")
+    kernel: Literal["langevin", "pcn-langevin"] | None = _unchanged("kernel")
+    steps: int | None = _unchanged("steps")
+    step_size: float | None = _unchanged("step_size")
+    leapfrogs: int | None = _unchanged("leapfrogs")
+    adapt_steps: int | None = _unchanged("adapt_steps")
+    temperature: float | None = _unchanged("temperature")
 
     def of(self, sampler: SamplerConfig) -> SamplerConfig:
-        """`sampler` with these settings put in. Raises ConfigurationError where they do not fit together."""
+        """A copy of `sampler` with these settings. Raises ConfigurationError where they do not fit together."""
         return replace(sampler, **{name: value for name, value in asdict(self).items() if value is not None})
 
 
@@ -141,7 +142,7 @@ class GraphedPotential:
 
 
 def graphed(potential: Potential, device: torch.device) -> Potential:
-    """The potential as chains on `device` run it fastest, for as long as the caller keeps it."""
+    """The potential in the form that chains on `device` run fastest; a graph lasts as long as the caller keeps it."""
     return GraphedPotential(potential) if device.type == "cuda" else potential
 
 
@@ -185,7 +186,9 @@ def pcn_langevin_step(
     if leapfrogs > 1:
         t = t * (1 + JITTER * (2 * uniform(t.shape, generator, dtype=t.dtype, device=t.device) - 1))
     cosine, sine = (1 - t**2) / (1 + t**2), 2 * t / (1 + t**2)
-    work = torch.zeros_like(state.value)  # ½‖v‖² that the kicks put in; turns keep ½‖ε‖² + ½‖v‖²
+    # The energy is H = −g(ε) + ½‖ε‖² + ½‖v‖², and a trajectory is accepted with probability min(1, e^{−ΔH}). Turns keep
+    # ½‖ε‖² + ½‖v‖²; a kick adds ½‖v + t∇g‖² − ½‖v‖² = t v·∇g + ½t²‖∇g‖². The sum over all kicks is what they change.
+    work = torch.zeros_like(state.value)
 
     def kick() -> Tensor:
         done = t * _dot(velocity, new.gradient) + 0.5 * t**2 * _dot(new.gradient, new.gradient)

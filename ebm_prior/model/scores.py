@@ -4,8 +4,8 @@
     LLR^{>k} = L^{>0} − L^{>k}                                                                            (21)
 
 k is the paper's: it counts latent groups from the BOTTOM, so the k last of `backbone.groups` are redrawn. The upper
-latents are shared by the two terms of a ratio, by every k, and by f and f = 0: of a difference of two scores, little
-but the difference is left. Nothing is normalised; log Z is one constant for all images.
+latents are shared by the two terms of a ratio, by every k, and by f and f = 0, so that their noise cancels in
+differences of scores. Nothing is normalised; log Z is one constant for all images.
 
 Everything random of image i comes from (seed, i): no score depends on the batch that an image is scored in.
 """
@@ -30,7 +30,7 @@ Lower = Literal["sample", "mean"]
 NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """τ f of z and ε = T_β⁻¹(z), lists of (B, *group.shape), in nats: (B,)."""
 
-_OBSERVATION, _POSTERIOR, _LOWER = 0, 1, 2  # what a generator is for
+_OBSERVATION, _POSTERIOR, _LOWER = 0, 1, 2  # purposes of a generator
 
 
 class Form(NamedTuple):
@@ -38,12 +38,12 @@ class Form(NamedTuple):
 
     k: how many groups, from the bottom, are not inferred.  ratio: LLR^{>k} instead of L^{>k}.
     mode: "eq20", the paper's, literally; "elbo", with −log q(z_{>k}|x) and without log p_β(z_{≤k}|z_{>k}), as the
-    backbone's own bound has it: of draws from their prior, that is; "iw", the same, where L^{>0} is the
+    backbone's own bound has it: these groups are drawn from their prior; "iw", the same, where L^{>0} is the
     importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016); "prior", Eq. 20 without
     log p(x|z), which is log p_α(z) + log Z: a reconstruction varies by more nats than all that a prior has to say.
     lower: "sample", draws of z_{≤k} ~ p_α given z_{>k}; "mean", the backbone's own conditional means (ε = 0), and means
     for the posterior draws of these groups too, which bottom-up encoders feed upwards: with "iw" and without f, that is
-    the score of HVAE's code (Havtorn et al. 2021). One draw is much noisier than the difference that is sought.
+    the score of HVAE's code (Havtorn et al. 2021). A single draw is much noisier than the differences of interest.
     energy: False leaves f out, both as a term and in the lower groups.
     """
 
@@ -126,7 +126,7 @@ def scores(
 
 
 class _Batch:
-    """Images, and the draws of their latents."""
+    """A batch of images with the posterior draws and summands last computed for it, which several forms share."""
 
     def __init__(
         self, backbone: Backbone, f: NegativeEnergy, images: Tensor, sampler: SamplerConfig, seed: int, first: int
@@ -139,7 +139,7 @@ class _Batch:
         self._summands: tuple[tuple[int, int, Lower], Summands] | None = None
 
     def generator(self, purpose: int, *words: int) -> BlockGenerator:
-        """The same numbers for image i of the set, whatever its batch, for each purpose anew."""
+        """A generator for a purpose, which gives image i of the set the same numbers in any batch."""
         seed = derived_seed(self.seed, Purpose.SCORES, purpose + 1, *(word + 1 for word in words))
         return BlockGenerator(seed, self.first, self.size, self.device)
 
@@ -228,14 +228,14 @@ class FreeGroups:
 
 
 def _expectation(form: Form, values: Tensor) -> Tensor:
-    """Over the draws, (S, B) -> (B,)."""
+    """The expectation over the draws, (S, B) -> (B,)."""
     if form.mode == "iw" and form.k == 0:
         return values.logsumexp(0) - math.log(len(values))
     return values.mean(0)
 
 
 def _lower(form: Form) -> Lower:
-    """With k = 0 there are no lower groups to choose between."""
+    """The form's kind of lower groups; "sample" with k = 0, where there are none."""
     return form.lower if form.k else "sample"
 
 

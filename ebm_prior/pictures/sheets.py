@@ -1,15 +1,21 @@
-"""Pages of pictures for people: images in titled rows and columns, and plots put together over a caption."""
+"""Pages of pictures for people: images in titled rows and columns, plots put together over a caption, their files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.pictures.grids import grid, wrap
+from ebm_prior.pictures.grids import grid, save_png, wrap
+from ebm_prior.storage.atomic import write_atomically
 
 _GAP, _MARGIN = 2, 20
 _TITLE, _TEXT = 18, 14
@@ -19,7 +25,7 @@ _INK, _SOFT, _PAPER = (25, 25, 25), (95, 95, 95), (255, 255, 255)
 def matrix(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> Image.Image:
     """Images in titled rows (title, (N, C, H, W) in [0, 1]), one image per column, under the titles of the columns.
 
-    Raises ConfigurationError for rows of unequal length or another number of titles, and as `figures.grid` does.
+    Raises ConfigurationError for rows of unequal length or another number of titles, and as `grids.grid` does.
     """
     counts = {len(images) for _, images in rows}
     if len(counts) != 1 or (columns and {len(columns)} != counts):
@@ -77,3 +83,13 @@ def page(title: str, rows: Sequence[Sequence[Image.Image]], caption: str | Seque
     for index, line in enumerate(lines):
         pen.text((_MARGIN, top + index * step), line, _SOFT, font)
     return sheet
+
+
+def save_page(image: Image.Image, arrays: Mapping[str, NDArray[Any]], out: Path) -> list[Path]:
+    """Write a page as PNG to `out` and, beside it as .npz, the arrays behind it; returns both paths."""
+    beside = out.with_suffix(".npz")
+    buffer = BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(beside, buffer.getvalue())
+    save_png(image, out)
+    return [out, beside]

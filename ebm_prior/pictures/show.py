@@ -7,7 +7,7 @@ from the bottom, as the paper does. Everything random comes from (seed, row).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ebm_prior.compute.randomness import BlockGenerator, Purpose, derived_generator, derived_seed
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.interfaces import Images
+from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import ChainInfo, ChainState, graphed, kernel_of, run_chain, start
 from ebm_prior.model.scores import FreeGroups
@@ -26,8 +26,6 @@ from ebm_prior.pictures.plots import COLOURS, Series, plot
 from ebm_prior.pictures.sheets import matrix, page
 
 SHORT_RUN, LONG_RUN, SETTLED = 100, 2500, 500  # steps of Fig. 8; after the last, the energy has no trend left
-
-OnStep = Callable[[int], None]
 
 
 class Shown(NamedTuple):
@@ -37,11 +35,11 @@ class Shown(NamedTuple):
     arrays: dict[str, NDArray[Any]]
 
 
-def transitions(prior: EBMPrior, n: int, *, seed: int = 0, on_step: OnStep = lambda step: None) -> Shown:
+def transitions(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Shown:
     """Chains from the backbone's prior to the energy-based prior, as images at growing steps (Figs. 5, 14)."""
     steps = _steps(prior)
     at = sorted({0, *(round(steps * share) for share in (0.025, 0.05, 0.125, 0.25, 0.5, 1))})
-    kept = chain(prior, n, steps, at, seed=seed, on_step=on_step).eps
+    kept = chain(prior, n, steps, at, seed=seed, progress=progress).eps
     frames = torch.stack([_decoded(prior, kept[step]) for step in at], dim=1)  # (n, columns, C, H, W)
     rows = [(f"chain {row + 1}", frames[row]) for row in range(n)]
     image = page(
@@ -53,7 +51,7 @@ def transitions(prior: EBMPrior, n: int, *, seed: int = 0, on_step: OnStep = lam
     return Shown(image, {"images": frames.cpu().numpy(), "steps": np.array(at)})
 
 
-def energy(prior: EBMPrior, n: int, *, seed: int = 0, on_step: OnStep = lambda step: None) -> Shown:
+def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Shown:
     """Energy per head along a short run and all steps of the sampler, with images beneath (Fig. 8).
 
     The caption says by how much the total energy still moves after the first `SETTLED` steps: the mean slope of the
@@ -63,7 +61,7 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, on_step: OnStep = lambda s
     short = min(SHORT_RUN, steps)
     columns = {run: [round(run * share / 7) for share in range(8)] for run in (short, steps)}
     at = sorted({step for run in columns.values() for step in run})
-    walked = chain(prior, n, steps, at, seed=seed, on_step=on_step)
+    walked = chain(prior, n, steps, at, seed=seed, progress=progress)
     energies = -walked.terms  # (steps + 1, n, heads)
     totals = energies.sum(2).clip(min=-prior.ceiling)
     names = [*prior.energy.names, *(["joint head"] if prior.energy.joint is not None else [])]
@@ -190,7 +188,7 @@ def great_circle(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, on_step: OnStep = lambda step: None) -> Shown:
+def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Shown:
     """Posterior codes and chains of the prior in two dimensions per group, at growing steps (Fig. 2).
 
     A group of more than two units is shown along the two principal directions of its posterior codes.
@@ -198,7 +196,7 @@ def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, on_step: 
     steps = _steps(prior)
     at = [0, steps // 4, steps // 2, steps]
     _, posterior = _inferred(prior, images, n, seed)
-    walked = chain(prior, n, steps, at, seed=seed, on_step=on_step)
+    walked = chain(prior, n, steps, at, seed=seed, progress=progress)
     drawn = {step: prior.backbone.reparameterize(eps) for step, eps in walked.eps.items()}
     rows, arrays = [], {"steps": np.array(at)}
     for index, group in enumerate(prior.backbone.groups):
@@ -262,20 +260,20 @@ def draw_picture(
     n: int | None = None,
     *,
     seed: int = 0,
-    on_step: OnStep = lambda step: None,
+    progress: Progress = SILENT,
 ) -> Shown:
     """One of `PICTURES` by name, of `images` where it is of `WITH_IMAGES`."""
     n = n or PICTURES[what]
     if what == "transitions":
-        return transitions(prior, n, seed=seed, on_step=on_step)
+        return transitions(prior, n, seed=seed, progress=progress)
     if what == "energy":
-        return energy(prior, n, seed=seed, on_step=on_step)
+        return energy(prior, n, seed=seed, progress=progress)
     if what == "hierarchy":
         return hierarchy(prior, n, seed=seed)
     if images is None:
         raise ConfigurationError(f"{what} starts from images: give some")
     if what == "latents":
-        return latents(prior, images, n, seed=seed, on_step=on_step)
+        return latents(prior, images, n, seed=seed, progress=progress)
     return {"reconstruction": reconstruction, "interpolate": interpolate}[what](prior, images, n, seed=seed)
 
 
@@ -287,9 +285,7 @@ class Walked(NamedTuple):
 
 
 @torch.no_grad()
-def chain(
-    prior: EBMPrior, n: int, steps: int, at: Sequence[int], *, seed: int, on_step: OnStep = lambda step: None
-) -> Walked:
+def chain(prior: EBMPrior, n: int, steps: int, at: Sequence[int], *, seed: int, progress: Progress = SILENT) -> Walked:
     """n chains of the prior's recorded kernel from the backbone's prior, kept at the steps `at`."""
     backbone, sampler = prior.backbone, prior.sampler
     device = next(backbone.parameters()).device
@@ -302,7 +298,8 @@ def chain(
             kept[step + 1] = state.eps
         z = backbone.reparameterize(state.eps)
         terms.append(prior.tau * prior.energy.terms(prior.energy.inputs(z, state.eps)).double().cpu())
-        on_step(step + 1)
+        if step >= 0:
+            progress.advance(1)
 
     potential = graphed(prior.potential, device)
     state = start(potential, backbone.standard_normal(n, generator=generator))

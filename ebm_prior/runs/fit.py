@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import DivergenceError, OutputError
-from ebm_prior.interfaces import Callback
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.batch_norm import BATCH_SIZE, ITERATIONS, adjustable
+from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.pictures.grids import grid, save_png
 from ebm_prior.runs.backbones import readjusted
@@ -36,18 +37,16 @@ def fit_into(
     *,
     checkpoint: str,
     bn_readjust: bool = False,
-    checkpointing: bool = False,
-    compiled: bool = False,
+    passes: Passes = PLAIN,
     resume: bool = False,
     overwrite: bool = False,
-    on_step: Callback | None = None,
-    on_stage: Callable[[str], None] | None = None,
+    progress: Progress = SILENT,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
 
     `bn_readjust`: first re-adjust the batch norms of `backbone`, which is then another one: it is written to
-    backbone.safetensors, and this is the backbone of the prior. `checkpointing`, `compiled`: of its cells. Where
+    backbone.safetensors, and this is the backbone of the prior. `passes`: how its cells are computed. Where
     training diverges for good, the best prior so far is written before DivergenceError goes on. The first of the
     `processes` writes, and none of the others.
     """
@@ -64,13 +63,10 @@ def fit_into(
     run = processes.of_first(lambda: Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite))
     if settings is not None:
         adjust = partial(readjusted, backbone, own, checkpoint, settings)
-        processes.of_first(lambda: adjust(resume=resume, on_stage=on_stage) and None)
+        processes.of_first(lambda: adjust(resume=resume, progress=progress) and None)
         backbone = adjust(resume=True)  # the others read what the first has written
         where = own.name  # beside the prior: wherever the run is, equal runs give equal bytes
-    if checkpointing:
-        backbone = backbone.checkpointing()
-    if compiled:
-        backbone = backbone.compiled()
+    backbone = passes.apply(backbone)
 
     def keep(prior: EBMPrior) -> None:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
@@ -84,13 +80,13 @@ def fit_into(
             try:
                 drawn = shown["prior"].sample(32, seed=config.seed)
             except DivergenceError as error:  # of a picture's chains: training watches its own
-                return on_stage(f"no picture of iteration {shown['iteration']}: {error}") if on_stage else None
+                return progress.remark(f"no picture of iteration {shown['iteration']}: {error}")
             save_png(grid(drawn.images, columns=8), directory / f"samples-{shown['iteration']:06d}.png")
 
     began = time.process_time()
     try:
         if processes.first:
-            prior = fit(backbone, images, config, run=run, on_step=on_step, on_evaluate=show, processes=processes)
+            prior = fit(backbone, images, config, run=run, on_step=progress.step, on_evaluate=show, processes=processes)
         else:
             prior = fit(backbone, images, config, processes=processes)
     except DivergenceError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -11,15 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL.Image import Image
 
 from ebm_prior.errors import OutputError
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.pictures.grids import grid, picture, save_png, titled_grids
 from ebm_prior.storage.atomic import write_atomically
-from ebm_prior.storage.places import _is_sample
+from ebm_prior.storage.places import require_absent, require_free, require_writable
 
 
 def write_comparison(prior: EBMPrior, path: Path, *, seed: int, number: int = 64, caption: Sequence[str] = ()) -> None:
@@ -28,6 +26,26 @@ def write_comparison(prior: EBMPrior, path: Path, *, seed: int, number: int = 64
     after = prior.sample(number, seed=seed).images
     panels = [("before: the backbone's prior", before), ("after: the energy-based prior", after)]
     save_png(titled_grids(panels, columns=8, caption=caption), path)
+
+
+def require_place(out: Path, overwrite: bool) -> None:
+    """Refuse a place for samples, a file or (without suffix) a folder, that is taken or where nothing can be written.
+
+    Raises OutputError, before work is done.
+    """
+    if out.suffix:
+        require_free(out, overwrite)
+        return
+    require_writable(out)
+    require_absent(out, overwrite)
+    if out.is_file():
+        raise OutputError(f"{out} is a file; expected a folder for samples: choose another --out")
+    if out.is_dir() and not all(_is_sample(path) or path.name.startswith(".") for path in out.iterdir()):
+        raise OutputError(f"{out} is a folder that holds other files than samples (0.png, …): choose another --out")
+
+
+def _is_sample(path: Path) -> bool:
+    return path.suffix == ".png" and path.stem.isdigit()
 
 
 def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, compare: bool) -> list[Path]:
@@ -67,15 +85,6 @@ def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, comp
             f"cannot write into {out}: {error.strerror or error}; free some space or choose another --out"
         ) from error
     return [out]
-
-
-def write_page(image: Image, arrays: Mapping[str, NDArray[Any]], out: Path) -> dict[str, Any]:
-    """Write a picture and, beside it as .npz, the arrays behind it."""
-    buffer = BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomically(out.with_suffix(".npz"), buffer.getvalue())
-    save_png(image, out)
-    return {"files": [str(out), str(out.with_suffix(".npz"))]}
 
 
 def describe_samples(drawn: Samples, sampler: SamplerConfig, seed: int, files: Sequence[Path]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writing files such that nothing written before is lost: beside, flushed, then renamed."""
+"""Files of our own: written beside, flushed and renamed, so that nothing written before is lost; JSON without NaN."""
 
 from __future__ import annotations
 

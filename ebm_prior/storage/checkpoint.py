@@ -17,6 +17,7 @@ import ebm_prior
 from ebm_prior.errors import BackboneMismatchError, CheckpointError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior, Regime, Target
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.storage.registry import adapter, adapter_name
@@ -88,9 +89,8 @@ def load_backbone(
     else:
         backbone = adapter(name).load_official(path)
         require_finite(backbone.state_dict(), path)
-    half = dtype == torch.bfloat16
-    backbone = backbone.to(device=device, dtype=torch.float32 if half else dtype).eval().requires_grad_(False)
-    return backbone.for_inference(cells=dtype) if half else backbone
+    passes = Passes(torch.device(device), dtype)
+    return passes.apply(passes.place(backbone).eval().requires_grad_(False))
 
 
 def _load_own(name: str | None, path: Path) -> Backbone:
@@ -186,7 +186,7 @@ def load_prior(
     path = Path(path)
     tensors, record = _read_prior(path)
     trained_on, tau, regime, target = (record[key] for key in ("backbone", "tau", "regime", "target"))
-    ceiling = math.inf if record.get("ceiling") is None else record["ceiling"]  # not in files of before there was one
+    ceiling = math.inf if record.get("ceiling") is None else record["ceiling"]  # older files have none
     try:
         config, sampler = EnergyConfig(**record["energy"]), SamplerConfig(**record["sampler"])
         if not (
@@ -197,7 +197,7 @@ def load_prior(
         raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
     if backbone is None:
         where = str(checkpoint or trained_on["checkpoint"])
-        beside = path.parent / Path(where).name  # where it is sought first, if the file says no folder
+        beside = path.parent / Path(where).name  # looked at first if the record names no folder
         if checkpoint is None and os.path.exists(beside) and (Path(where).name == where or not os.path.exists(where)):
             where = str(beside)
         if where not in bundled() and not os.path.exists(where):

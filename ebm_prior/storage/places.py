@@ -1,4 +1,4 @@
-"""Where results go: the next free folder or file, and refusals before work is done."""
+"""Places for results: the next free folder or file, the newest prior, and refusals before work is done."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ebm_prior.errors import ConfigurationError, OutputError
 from ebm_prior.storage.checkpoint import prior_record
 
 
-def run_directory(out: Path | None, stage: str, *, resume: bool) -> Path:
-    """`out`, or the next free runs/<stage>-NNN."""
+def run_directory(out: Path | None, command: str, *, resume: bool) -> Path:
+    """`out`, or the next free runs/<command>-NNN. Raises ConfigurationError for a resume without `out`."""
     if out is not None:
         return out
     if resume:
         raise ConfigurationError("--resume needs --out: which run is to go on?")
-    return next_free(Path("runs"), stage)
+    return next_free(Path("runs"), command)
 
 
 def newest_prior() -> Path:
@@ -33,7 +33,7 @@ def newest_prior() -> Path:
 
 def next_drawing(prior: Path) -> Path:
     """The next free drawn-NNN.png beside a prior. Raises CheckpointError where there is no prior."""
-    prior_record(prior)  # first, for the folder of a name that is mistyped would be made
+    prior_record(prior)  # first: for a mistyped name a folder would be made
     return next_free(prior.parent, "drawn", ".png")
 
 
@@ -43,7 +43,10 @@ def next_free(folder: Path, stem: str, suffix: str = "") -> Path:
 
 
 def require_writable(out: Path) -> None:
-    """Make `out`'s parent folder; refuse a place where nothing can be written, before work is done: OutputError."""
+    """Make the parent folder of `out`, and refuse a place where nothing can be written, before work is done.
+
+    Raises OutputError.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent, prefix="."):
@@ -52,21 +55,18 @@ def require_writable(out: Path) -> None:
         raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
 
 
-def require_free(out: Path, overwrite: bool, *, folder: bool = False) -> None:
-    """Refuse to write over something, or where nothing can be written, before work is done. Raises OutputError.
+def require_free(out: Path, overwrite: bool) -> None:
+    """Refuse to write a file over another or over a folder, or where nothing can be written, before work is done.
 
-    `folder`: `out` is to be a folder of samples, not a file.
+    Raises OutputError.
     """
     require_writable(out)
-    if out.is_dir() and not folder:
+    if out.is_dir():
         raise OutputError(f"{out} is a folder; expected the name of a file: choose another --out")
+    require_absent(out, overwrite)
+
+
+def require_absent(out: Path, overwrite: bool) -> None:
+    """Refuse to replace what lies at `out` unless `overwrite` says so. Raises OutputError."""
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists: pass --overwrite to replace it, or another --out")
-    if out.is_file() and folder:
-        raise OutputError(f"{out} is a file; expected a folder for samples: choose another --out")
-    if out.is_dir() and not all(_is_sample(path) or path.name.startswith(".") for path in out.iterdir()):
-        raise OutputError(f"{out} is a folder that holds other files than samples (0.png, …): choose another --out")
-
-
-def _is_sample(path: Path) -> bool:
-    return path.suffix == ".png" and path.stem.isdigit()

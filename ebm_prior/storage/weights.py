@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with one metadata key of sorted JSON, and what names and checks a set of weights.
+"""Weights on disk: safetensors with one metadata key of sorted JSON; checks and fingerprints of weights.
 
 One key, because several are written in random order and equal runs would give unequal bytes. Nothing here unpickles.
 """

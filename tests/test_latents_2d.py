@@ -10,7 +10,7 @@ import torch
 
 from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.experiments.latents_2d import config_2d, picture_2d, train_2d, transition, with_labels
+from ebm_prior.experiments.latents_2d import config_2d, picture_2d, train_2d, transition
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.pictures.grids import scatters
@@ -19,14 +19,6 @@ from ebm_prior.pictures.grids import scatters
 @pytest.fixture(scope="module")
 def pictures() -> ImageSource:
     return from_array(np.random.default_rng(0).random((40, 8, 8)).astype(np.float32), np.arange(40) % 4)
-
-
-def test_labels(pictures: ImageSource) -> None:
-    chosen = with_labels(pictures, (1, 3))
-    assert chosen.labels is not None
-    assert chosen.labels.tolist() == [1, 3] * 10
-    with pytest.raises(ConfigurationError, match="9"):
-        with_labels(pictures, (9,))
 
 
 def test_the_chain_starts_in_the_gaussian_prior_and_is_kept_every_ten_steps(pictures: ImageSource) -> None:

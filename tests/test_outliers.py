@@ -12,11 +12,12 @@ import torch
 from conftest import Workshop
 from PIL import Image
 
+from ebm_prior.cli.outliers import parsed_k
 from ebm_prior.data.images import from_array, open_images
 from ebm_prior.data.outlier_sets import Adapted, labelled, open_set
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.detection import detection
-from ebm_prior.evaluation.outliers import OutlierConfig, every_form, parsed_k
+from ebm_prior.evaluation.outliers import OutlierConfig, every_form
 from ebm_prior.model.scores import Form
 from ebm_prior.storage.checkpoint import load_prior
 

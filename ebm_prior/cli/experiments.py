@@ -14,6 +14,7 @@ import torch
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import DATA, DATA_ROOT, DEVICE_NAME, PATH, SEED, together, torch_device
 from ebm_prior.data.images import open_images
+from ebm_prior.data.outlier_sets import labelled
 from ebm_prior.evaluation import evaluate
 from ebm_prior.experiments import ablations, anomaly_table, jobs, latents_2d
 from ebm_prior.pictures.grids import save_png
@@ -196,7 +197,7 @@ def two_dimensions(
     """Remake the paper's Fig. 2: two latents in each of two layers, posterior codes and the prior's chain."""
     _require_suffix(out, ".png")
     places.require_free(out, overwrite)
-    images = latents_2d.with_labels(open_images(data, data_root=data_root, download=download), digits)
+    images = labelled(open_images(data, data_root=data_root, download=download), digits, among=True)
     config = latents_2d.config_2d(iterations=iterations, seed=seed)
     with Bar("latents-2d", iterations) as bar:
         prior = latents_2d.train_2d(images, config, progress=bar)

@@ -25,19 +25,11 @@ from ebm_prior.cli.shared import (
 )
 from ebm_prior.data import outlier_sets
 from ebm_prior.data.images import open_images
-from ebm_prior.evaluation.outliers import (
-    LOWERS,
-    MODES,
-    OutlierConfig,
-    every_form,
-    find_anomalies,
-    find_outliers,
-    parsed_k,
-    set_size,
-)
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.evaluation.outliers import OutlierConfig, every_form, find_anomalies, find_outliers, set_size
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.model.scores import Lower, Mode
+from ebm_prior.model.scores import LOWERS, MODES, Lower, Mode
 from ebm_prior.reports import findings
 from ebm_prior.runs import backbones
 from ebm_prior.runs.outliers import require_folder, write_results
@@ -124,6 +116,22 @@ def ood(
     result |= {"prior": str(prior), "command": typed_command()}
     result["files"] = write_results(to, result, columns, scored, title)
     show_result(result, as_json, findings.outlier_tables)
+
+
+def parsed_k(text: str, groups: int) -> list[int]:
+    """`all`, or numbers with commas between them: 0,1,2. Raises ConfigurationError."""
+    if text == "all":
+        return list(range(groups))
+    try:
+        ks = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        ks = [-1]
+    if not 0 <= ks[0] <= ks[-1] < groups:
+        raise ConfigurationError(
+            f"--k: expected all, or numbers from 0 to {groups - 1} with commas between them (the backbone has {groups} "
+            f"groups), found {text!r}"
+        )
+    return ks
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Reading images from files as numpy arrays: pictures, idx, .npy and .npz. `ebm_prior.data` makes sources of them.
+"""Reading images from files as numpy arrays: pictures, idx, .npy and .npz. `data.images` makes sources of them.
 
 No file is trusted: nothing is unpickled, sizes in headers are checked before memory is taken for them, and whatever a
 decoder raises becomes a DataError with the file's name.
@@ -118,7 +118,7 @@ def find_pictures(folder: Path, image_shape: Shape | None) -> tuple[list[Path], 
 
 
 def picture_classes(folder: Path, paths: Sequence[Path]) -> list[str] | None:
-    """The subfolder of `folder` in which each of these files lies; None where one lies in no subfolder."""
+    """The name of the subfolder of `folder` that holds each of the files; None if a file lies in no subfolder."""
     parts = [path.relative_to(folder).parts for path in paths]
     return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else None
 

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ebm_prior.data.arrays import channels_first, checked_labels, require_unit_interval
 from ebm_prior.data.image_files import (
     Shape,
     Split,
@@ -205,7 +206,7 @@ def open_images(
 
 def known_data_set(name: str) -> str | None:
     """What `DATA_SET_NAMES` calls the data set; case, hyphens and underscores do not matter. None: not known."""
-    return {_plain(known): known for known in DATA_SET_NAMES}.get(_plain(name))
+    return {plain_name(known): known for known in DATA_SET_NAMES}.get(plain_name(name))
 
 
 def default_data_root() -> Path:
@@ -228,7 +229,7 @@ def from_array(
         raise DataError(f"{name}: no images, the array has shape {array.shape}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise DataError(f"{name}: expected uint8 in 0..255 or floats in [0, 1], found {array.dtype}; convert the array")
-    array = _channels_first(array, name, image_shape)
+    array = channels_first(array, name, image_shape)
     shape = (array.shape[1], array.shape[2], array.shape[3])
     if image_shape is not None:
         require_shape(name, shape, image_shape)
@@ -236,8 +237,8 @@ def from_array(
         dtype = np.uint8 if array.dtype == np.uint8 else np.float32
         pixels = torch.from_numpy(np.require(array, dtype, ["C", "W"]))
     if pixels.is_floating_point():
-        _require_unit_interval(name, pixels)
-    return ImageSource(name, _Arrays(pixels, shape), _labels(labels, len(pixels), name))
+        require_unit_interval(name, pixels)
+    return ImageSource(name, _Arrays(pixels, shape), checked_labels(labels, len(pixels), name))
 
 
 def from_dataset(dataset: Dataset[Any], *, name: str = "dataset", image_shape: Shape | None = None) -> ImageSource:
@@ -344,53 +345,6 @@ def _torchvision(class_name: str, root: Path, split: Split, download: bool) -> A
         return getattr(datasets, class_name)(root, download=download, **which)
 
 
-# Checks of arrays.
-
-
-def _require_unit_interval(name: str, pixels: Tensor) -> None:
-    low, high = pixels.flatten(1).amin(1), pixels.flatten(1).amax(1)  # NaN spreads to both
-    bad = ~((low >= 0) & (high <= 1))
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        finite = bool(pixels[first].isfinite().all())
-        problem = f"values from {low[first]:g} to {high[first]:g}" if finite else "NaN or infinite values"
-        raise DataError(
-            f"{name}: expected float images in [0, 1], found {problem} in image {first} (the first of {int(bad.sum())}"
-            f" such); {'rescale them, or store uint8 in 0..255' if finite else 'repair or remove them'}"
-        )
-
-
-def _channels_first(array: NDArray[Any], name: str, image_shape: Shape | None) -> NDArray[Any]:
-    """(N, H, W), (N, C, H, W) or (N, H, W, C) as (N, C, H, W); `image_shape` decides where both would do."""
-    readings = []
-    if array.ndim == 3:
-        readings = [array[:, None]]
-    elif array.ndim == 4:
-        readings += [array] if array.shape[1] in (1, 3) else []
-        readings += [array.transpose(0, 3, 1, 2)] if array.shape[3] in (1, 3) else []
-    if len(readings) == 2 and image_shape is not None:
-        readings = [reading for reading in readings if reading.shape[1:] == tuple(image_shape)] or readings
-    if len(readings) != 1:
-        raise DataError(
-            f"{name}: expected an array (N, H, W), (N, C, H, W) or (N, H, W, C) with C = 1 or 3, found {array.shape}"
-            f"{', which can be read in two ways' if readings else ''}"
-        )
-    return readings[0]
-
-
-def _labels(labels: ArrayLike | None, count: int, name: str) -> Tensor | None:
-    if labels is None:
-        return None
-    array = np.asarray(labels)
-    if array.ndim == 2 and array.shape[1] == 1:  # as Keras stores CIFAR's
-        array = array[:, 0]
-    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) != count:
-        raise DataError(
-            f"{name}: expected one integer label per image ({count}), found {array.dtype} of shape {array.shape}"
-        )
-    return torch.from_numpy(array.astype(np.int64))
-
-
 def _item(dataset: Dataset[Any], index: int, name: str) -> tuple[NDArray[Any], int | None]:
     item = dataset[index]
     image, *rest = item if isinstance(item, (tuple, list)) else (item,)
@@ -403,5 +357,6 @@ def _item(dataset: Dataset[Any], index: int, name: str) -> tuple[NDArray[Any], i
     return np.asarray(image), int(label) if label.ndim == 0 and label.dtype.kind in "iu" else None
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A data set's name without case, hyphens and underscores, by which names are compared."""
     return name.lower().replace("-", "").replace("_", "")

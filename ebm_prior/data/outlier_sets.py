@@ -17,11 +17,11 @@ SYNTHETIC = ("noise", "constant")
 
 
 def open_set(spec: str, shape: tuple[int, int, int], n: int, *, seed: int, **where: Any) -> Images:
-    """The test images of `spec`, brought to the shape of the backbone's as far as nothing is lost by it.
+    """The test images of `spec`, in the `shape` (C, H, W) of the backbone's images if that loses nothing of them.
 
-    Grey images become colour images of three equal channels, smaller ones get a black frame; the name says so. `noise`
-    is n images of independent uniform pixels, `constant` n images of one colour each. `where`: of `open_images`.
-    Raises DataError for images that do not fit.
+    Grey images become colour images of three equal channels, smaller ones get a black frame; the name says so. The
+    spec `noise` means n images of independent uniform pixels, `constant` n images of one colour each. `where`: further
+    arguments of `open_images`. Raises DataError for images that do not fit.
     """
     if spec in SYNTHETIC:
         random = np.random.default_rng([seed, SYNTHETIC.index(spec)])
@@ -32,7 +32,7 @@ def open_set(spec: str, shape: tuple[int, int, int], n: int, *, seed: int, **whe
 
 
 class Adapted:
-    """Images of a source as colour images, or within a black frame."""
+    """The images of a source, made colour images or put into a black frame so that they have another shape."""
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int]) -> None:
         self._source, self._shape = source, shape
@@ -65,9 +65,10 @@ def labelled(source: ImageSource, labels: Sequence[int], *, among: bool) -> Imag
     if not labels:
         return source
     if source.labels is None:
-        raise DataError(f"{source.name} has no labels: leave --labels out, or give labelled images")
+        raise DataError(f"{source.name} has no labels to choose images by: give labelled images")
     chosen = torch.isin(source.labels, torch.tensor(labels)) == among
     if not chosen.any():
         found = ", ".join(map(str, sorted(set(source.labels.tolist()))))
-        raise DataError(f"{source.name}: no image is left with --labels {labels}; its labels are {found}")
+        which = "among" if among else "other than"
+        raise DataError(f"{source.name} has no image with a label {which} {list(labels)}; its labels are {found}")
     return source.subset(chosen.nonzero()[:, 0])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed
+from ebm_prior.data.images import plain_name
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.settings import require_choices, require_positive, require_seed, setting
@@ -32,7 +33,7 @@ NetworkKind = Literal["plain", "residual"]
 
 
 class LabelledImages(Protocol):
-    """What training needs of an image source."""
+    """An image source with labels, as training the classifier needs it."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -257,7 +258,7 @@ def bundled_classifier(shape: Shape, data: str = "") -> FeatureClassifier:
             f"no bundled classifier was made for images {tuple(shape)}, only for {made_for}. Pass --classifier with "
             "one trained on such images (ebm-prior classifier makes it), or --fid"
         )
-    return next((c for c in fit if _plain(data).startswith(_plain(c.record.get("data", "?")))), fit[0])
+    return next((c for c in fit if plain_name(data).startswith(plain_name(c.record.get("data", "?")))), fit[0])
 
 
 def load_classifier(path: Path) -> FeatureClassifier:
@@ -280,10 +281,6 @@ def load_classifier(path: Path) -> FeatureClassifier:
         raise CheckpointError(f"{path} describes no network that can be built ({error!r}); expected {what}") from error
     load_strictly(classifier, tensors, path)
     return classifier.eval().requires_grad_(False)
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
 
 
 def _labels(source: LabelledImages) -> Tensor:

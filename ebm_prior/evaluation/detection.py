@@ -1,4 +1,4 @@
-"""How well a score tells outliers from the rest: AUROC, AUPRC, FPR80, and what they are worth.
+"""How well a score tells outliers from other images: AUROC, AUPRC and FPR80, with confidence intervals.
 
 The outliers are the positive class, and larger scores are more outlying. Intervals are percentiles over a bootstrap of
 the images (Efron 1979), drawn within each class; all scores of a call see the same resamples, so that the difference of

@@ -1,8 +1,8 @@
-"""What `ebm-prior doctor` finds: does this VAE have a prior hole, and is it one that an energy can fill?
+"""The doctor (`ebm-prior doctor`): does this VAE have a prior hole, and is it one that an energy can fill?
 
-Good reconstructions beside bad samples mean that the latents which the encoder produces are not those which the prior
-draws. How far they are apart, and in which groups, is what a classifier can tell; KL, active units and the moments of
-the standardised codes ε say why.
+Good reconstructions beside bad samples mean that the encoder's latents are distributed unlike the prior's. A classifier
+measures how far they are apart, and in which groups; KL, active units and the moments of the standardised codes ε show
+the reason.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.settings import require_positive, require_seed, setting
 
 ACTIVE = 0.01  # variance of a unit's posterior mean over images, in units of the prior's (Burda et al. 2016)
-INACTIVE_KL = 0.1  # nats: a group with less says next to nothing about the image
-HOLE, WIDE = 0.53, 0.95  # AUC: below, a classifier of this budget sees no hole; above, one density ratio saturates
+INACTIVE_KL = 0.1  # nats: a group with less holds next to nothing of the image
+HOLE = 0.53  # AUC below which a classifier of this budget sees no hole
+WIDE = 0.95  # AUC above which a single density ratio saturates
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """How closely the doctor looks."""
+    """Settings of the doctor's examination."""
 
     samples: int = setting(2000, "images (at most all), and as many draws of the prior")
     chunk: int = setting(256, "images at a time, rounded to blocks of 64; changes no result")
@@ -45,7 +46,7 @@ class DoctorConfig:
 
 
 class _Moments:
-    """Sums over images of one group: of its KL, of ε and ε², of the noiseless ε and its square, and σ's range."""
+    """Sums over images for one group: its KL, ε and ε², the noiseless ε and its square; and the range of σ."""
 
     def __init__(self) -> None:
         self.count, self.kl = 0, 0.0
@@ -117,7 +118,7 @@ def examine(
 
 
 def verdict(result: dict[str, Any]) -> dict[str, Any]:
-    """In words, and the groups of which a head is worth its parameters."""
+    """The verdict on an examination in words, and the names of the groups whose head is worth its parameters."""
     broken = result["not_finite"]
     if broken:
         what = ", ".join(f"{count:,} in {name}" for name, count in broken.items())
@@ -158,6 +159,7 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
 def _posterior(
     backbone: Backbone, images: Images, n: int, config: DoctorConfig
 ) -> tuple[list[_Moments], list[Tensor], dict[str, int]]:
+    """Moments per group and posterior latents of n images, and counts of numbers that are not finite."""
     like = next(backbone.parameters())
     rows = torch.arange(len(images))
     if len(images) > n:
@@ -184,6 +186,7 @@ def _posterior(
 
 
 def _prior(backbone: Backbone, n: int, config: DoctorConfig, audit: dict[str, int]) -> list[Tensor]:
+    """n draws of the backbone's prior, whose numbers that are not finite are added to the audit."""
     latents: list[list[Tensor]] = []
     device = next(backbone.parameters()).device
     for first, count in chunks(n, config.chunk):
@@ -195,13 +198,13 @@ def _prior(backbone: Backbone, n: int, config: DoctorConfig, audit: dict[str, in
 
 
 def _count(audit: dict[str, int], found: dict[str, list[Tensor]]) -> None:
-    """Add up the numbers that are not finite."""
+    """Add to the audit how many numbers of each kind are not finite."""
     for name, tensors in found.items():
         audit[name] = audit.get(name, 0) + sum(int((~tensor.isfinite()).sum()) for tensor in tensors)
 
 
 def _state(backbone: Backbone) -> dict[str, Any]:
-    """Dropout and batch norm: how many layers, and whether anything is in training mode."""
+    """Number and range of dropout layers and batch norms, and whether anything is in training mode."""
     modules: list[nn.Module] = list(backbone.modules())
     norms = [m for m in modules if isinstance(m, _BatchNorm) and m.running_var is not None]
     variances = [m.running_var for m in norms if m.running_var is not None]

@@ -1,4 +1,4 @@
-"""What `ebm-prior eval` measures: is the prior closer to the data and to the posterior than the backbone's own?"""
+"""The evaluation (`ebm-prior eval`): is a prior closer to the data and to the posterior than the backbone's own?"""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class EvalConfig:
 
 
 class Reference:
-    """What does not depend on the prior: features of held-out images, of their reconstructions, of backbone samples.
+    """The parts of an evaluation that are the same for all priors of a backbone, made once.
 
-    Made once and shared by the evaluations of several priors on one backbone. `processes` share what is drawn and
-    decoded; what is then measured, each measures for itself.
+    These are features of held-out images, of their reconstructions and of the backbone's samples. `processes` share
+    the drawing and decoding; each measures for itself.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Reference:
         return z, torch.cat(features), {"acceptance": acceptance, "norm": norm, "resampling_ess_fraction": ess}
 
     def _check(self) -> None:
-        """Find before the work what would end it: too few images for the AUC, features of other images."""
+        """Raise DataError before the work for too few images, or a network of features that does not take them."""
         least = self.config.gauge.least
         if self.config.auc and self.n < least:
             raise DataError(
@@ -221,7 +221,7 @@ def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILE
 
 
 def feature_classifier(images: ImageSource, path: Path | None, device: torch.device) -> FeatureExtractor:
-    """The classifier on whose features FD is measured: of a file, else the bundled one that suits the `images`."""
+    """The classifier on whose features FD is measured: from the file `path`, else the bundled one for such `images`."""
     return (load_classifier(path) if path else bundled_classifier(images.shape, images.name)).to(device)
 
 
@@ -235,7 +235,10 @@ def evaluate_all(
     progress: Progress = SILENT,
     processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
-    """Evaluate priors of one backbone against the same reference."""
+    """Evaluate priors of one backbone against the same reference; one result per prior, in order.
+
+    names: of the priors, for the results.  train: images for the floor of FDrec, unless they are the `test` images.
+    """
     progress.stage("held-out images and backbone samples")
     shown = test.fingerprint()
     same = train.fingerprint() == shown  # a source without splits: its own images are no floor

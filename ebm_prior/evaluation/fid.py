@@ -39,10 +39,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class FidConfig:
-    """What is compared with what. Published numbers have 50,000 samples (CelebA-HQ-256: 30,000) and all of train."""
+    """Numbers of samples, and the images to compare with.
+
+    Published figures compare 50,000 samples (CelebA-HQ-256: 30,000) with all images of the training split.
+    """
 
     samples: int = setting(50_000, "draws of each prior behind FID, KID and Inception Score")
-    split: Literal["train", "test"] = setting("train", "all images of which they compare with")
+    split: Literal["train", "test"] = setting(
+        "train", "split of the data set whose images, all of them, are compared with"
+    )
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -54,10 +59,10 @@ class FidConfig:
 
 
 class ReferenceStatistics(NamedTuple):
-    """All that is kept of a set of images: the moments of its features, and some of these for KID."""
+    """The statistics of a set of images: the moments of its features, and a part of the features for KID."""
 
     moments: FeatureStatistics
-    features: Tensor  # (min(N, KERNEL_ROWS), D), float32: a random part of them
+    features: Tensor  # (min(N, KERNEL_ROWS), D), float32: a random part of all features
     provenance: dict[str, Any]
     path: Path
 
@@ -114,7 +119,7 @@ def reference_statistics(
 
 
 def _read(path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
-    """The statistics in a file, which must be of what `provenance` says, whatever name each thing had."""
+    """The statistics in a file, whose images, mode and weights must be those of `provenance`; names may differ."""
     try:
         with np.load(path) as file:
             recorded = json.loads(str(file["provenance"]))
@@ -188,7 +193,7 @@ def published(
 
 
 def amount(priors: int, networks: int, images: int, config: FidConfig) -> int:
-    """How many images `published` deals with."""
+    """Number of images that `published` draws or reads in all, for its progress."""
     return images * networks + config.samples * (1 + priors)
 
 

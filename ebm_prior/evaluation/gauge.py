@@ -24,15 +24,15 @@ from ebm_prior.settings import require_positive, require_seed, setting
 from ebm_prior.training.objectives import nce_loss
 from ebm_prior.training.steps import batch_indices, update_average
 
-FINE_TUNING = 0.3  # the last stage's share of the learning rate
-LEAST = 20  # latents per part
+FINE_TUNING = 0.3  # share of the learning rate when all of the network is trained
+FEWEST_PER_FOLD = 20  # latents of each kind
 
 
 @dataclass(frozen=True)
 class GaugeConfig:
     """The classifier and its training. The network is a joint energy, so it sees what a learned prior could correct.
 
-    Only what has a help text is an option of the command line: a yardstick that everybody sets anew measures nothing.
+    Only settings with a help text are options of the command line: AUCs compare at equal settings alone.
     """
 
     energy: EnergyConfig = field(
@@ -63,8 +63,8 @@ class GaugeConfig:
 
     @property
     def least(self) -> int:
-        """How many latents of each kind are needed."""
-        return LEAST * self.folds
+        """The smallest number of latents of each kind that can be gauged."""
+        return FEWEST_PER_FOLD * self.folds
 
 
 class GaugeResult(NamedTuple):
@@ -129,11 +129,11 @@ def _networks(
     device: torch.device,
     fold: int,
 ) -> tuple[JointEnergy, list[JointEnergy]]:
-    """The classifier of all groups together, and one per group alone.
+    """A classifier of all groups together, and one for each group alone.
 
-    The whole one starts from the single ones: trained from scratch, a large group without signal is overfitted, and
-    stops it early, before it has found what small groups show. First its joint head alone, on the features found so
-    far, then all of it; each stage keeps the state that is best on the inner split, so none makes it worse.
+    The one of all groups starts from the heads of the others. Trained from scratch it would overfit a large group
+    without signal, and be stopped before it had found the signal of small groups. So its joint head is trained first,
+    on the heads' features, and then all of it; both trainings keep the state that is best on the inner split.
     """
     with seeded(device, config.seed, Purpose.GAUGE_WEIGHTS, fold):  # initial weights and dropout
         alone = []

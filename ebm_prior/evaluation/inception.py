@@ -2,7 +2,7 @@
 
 The networks and the resizing are clean-fid's (Parmar et al. 2022). Its downloads are not used: they go to a fixed place
 and are not checked. Here the weights come from a path, or from our own cache, and are known by their SHA-256, which
-several public projects pin; weights with another hash work, but what they give is named FD(inception-<hash>, mode).
+several public projects pin; weights with another hash work, but their distance is named FD(inception-<hash>, mode).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FEATURES = 2048
 
 
 class Network(NamedTuple):
-    """A network without its preprocessing."""
+    """Inception without its preprocessing."""
 
     features: Callable[[Tensor], Tensor]  # resized images (B, 3, H, W) in [0, 255] -> (B, 2048)
     classes: Tensor | None  # (K, 2048): the weights that make logits of features; None: a network without them
@@ -70,12 +70,12 @@ class Inception:
 
     @property
     def official(self) -> bool:
-        """Are these the published weights?"""
+        """Whether these are the published weights."""
         return self.sha256 == OFFICIAL[self.mode].sha256
 
     @property
     def name(self) -> str:
-        """Which network, with which preprocessing: inception, or inception-<hash> for weights that are not official."""
+        """Network and preprocessing: inception, or inception-<hash> for weights that are not official, and the mode."""
         return f"{'inception' if self.official else f'inception-{self.sha256[:8]}'}, {self.mode}"
 
     @property
@@ -137,10 +137,13 @@ def load_inception(
         content = source.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read the Inception weights {source}: {error.strerror or error}") from error
-    build = _from_state_dict if mode == "legacy_pytorch" else _from_torchscript
     device = torch.device(device)
     try:
-        inception = Inception(build(content, mode, device), mode, hashlib.sha256(content).hexdigest(), device)
+        if mode == "legacy_pytorch":
+            network = _from_state_dict(content, device)
+        else:
+            network = _from_torchscript(content, device, resize_inside=mode == "legacy_tensorflow")
+        inception = Inception(network, mode, hashlib.sha256(content).hexdigest(), device)
         size = inception.features(torch.zeros(1, 1, 32, 32)).shape[1]  # a network of another kind fails here, not later
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError) as error:
         raise CheckpointError(
@@ -193,19 +196,19 @@ def _cached(mode: Mode, download: bool, cache_dir: Path) -> Path:
     return place
 
 
-def _from_torchscript(content: bytes, mode: Mode, device: torch.device) -> Network:
+def _from_torchscript(content: bytes, device: torch.device, *, resize_inside: bool) -> Network:
     from cleanfid.inception_torchscript import InceptionV3W
 
     with tempfile.TemporaryDirectory() as folder:  # clean-fid reads a fixed name in a folder
         (Path(folder) / TORCHSCRIPT.name).write_bytes(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is; but it is what is published
-            network = InceptionV3W(folder, download=False, resize_inside=mode == "legacy_tensorflow")
+            network = InceptionV3W(folder, download=False, resize_inside=resize_inside)
     network = network.to(device).eval()
     return Network(network, network.base.state_dict().get("output.weight"))
 
 
-def _from_state_dict(content: bytes, mode: Mode, device: torch.device) -> Network:
+def _from_state_dict(content: bytes, device: torch.device) -> Network:
     from cleanfid import inception_pytorch
 
     state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -1,8 +1,8 @@
-"""Distances between two sets of images, in the feature space of a named network, and the numbers made of them.
+"""Distances between two sets of images in the feature space of a named network, and scores derived from them.
 
 Every distance depends on the number of samples (the Fréchet distance is biased upwards, about as 1/N), on the network
 and on the preprocessing: say all of them beside the number, and compare only at equal N. A Fréchet distance is called
-FID only on Inception's official features (`ebm_prior.inception`); on any other it is FD(name of the network).
+FID only on Inception's official features (`evaluation.inception`); on any other it is FD(name of the network).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FeatureExtractor(Protocol):
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean (D,) and covariance (D, D) of n feature vectors, in float64: all that a Fréchet distance needs of a set."""
+    """Mean (D,) and covariance (D, D) of n feature vectors, in float64: all that a Fréchet distance depends on."""
 
     mean: Array
     covariance: Array
@@ -56,7 +56,7 @@ class FeatureStatistics:
 
     @property
     def digest(self) -> str:
-        """The first 8 hex digits of SHA-256 of these very numbers: what a printed distance was measured against."""
+        """The first 8 hex digits of SHA-256 of these numbers, printed beside a distance that was measured against them."""
         numbers = (np.ascontiguousarray(x, dtype=np.float64).tobytes() for x in (self.mean, self.covariance))
         return hashlib.sha256(b"".join(numbers) + str(self.n).encode()).hexdigest()[:8]
 

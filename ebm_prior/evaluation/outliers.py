@@ -1,33 +1,30 @@
-"""What `ebm-prior ood` and `ebm-prior anomaly` do: score sets of images, and say how well that tells them apart."""
+"""Scores of sets of images, and how well they tell outliers and anomalies (`ebm-prior ood` and `anomaly`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ebm_prior.compute.randomness import Purpose, chunks, derived_generator
-from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.detection import Detection, detection, interval, resampled
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.scores import Form, Lower, Mode
+from ebm_prior.model.scores import MODES, Form, Lower, Mode
 from ebm_prior.settings import require_positive, require_seed, setting
 
 Array = NDArray[np.float64]
-MODES: tuple[Mode, ...] = get_args(Mode)
-LOWERS: tuple[Lower, ...] = get_args(Lower)
 
 
 @dataclass(frozen=True)
 class OutlierConfig:
-    """Settings of an evaluation of scores."""
+    """Settings of an evaluation of outlier scores."""
 
-    samples: int = setting(10_000, "images per set, at most; every set gives as many")
+    samples: int = setting(10_000, "largest number of images per set; the smallest set limits all")
     draws: int = setting(8, "S, draws of the latents per image, over which a score averages")
     resamples: int = setting(500, "bootstrap resamples behind the 95 % intervals")
     chunk: int = setting(256, "images at a time, rounded to blocks of 64; changes no result")
@@ -54,22 +51,6 @@ def every_form(ks: Sequence[int], modes: Sequence[Mode], lowers: Sequence[Lower]
     ways = [(k, mode, lower) for k in ks for mode in modes for lower in (lowers if k else lowers[:1])]
     plain = [Form(k, False, mode, lower) for k, mode, lower in ways if mode in ("eq20", "elbo") or not k]
     return plain + [Form(k, True, mode, lower) for k, mode, lower in ways if k and mode != "prior"]
-
-
-def parsed_k(text: str, groups: int) -> list[int]:
-    """`all`, or numbers with commas between them: 0,1,2. Raises ConfigurationError."""
-    if text == "all":
-        return list(range(groups))
-    try:
-        ks = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        ks = [-1]
-    if not 0 <= ks[0] <= ks[-1] < groups:
-        raise ConfigurationError(
-            f"--k: expected all, or numbers from 0 to {groups - 1} with commas between them (the backbone has {groups} "
-            f"groups), found {text!r}"
-        )
-    return ks
 
 
 def score_set(
@@ -148,14 +129,14 @@ def find_outliers(
     result = {
         "in": inside.name,
         "images": n,
-        **settings(prior, config),
+        **_conditions(prior, config),
         "sets": [{"out": other.name, "rows": compare(both, other, scored[0], config)} for other in scored[1:]],
     }
     return result, both, scored
 
 
-def settings(prior: EBMPrior, config: OutlierConfig) -> dict[str, Any]:
-    """What the scores depend on."""
+def _conditions(prior: EBMPrior, config: OutlierConfig) -> dict[str, Any]:
+    """The settings on which scores and intervals depend, for the result."""
     return {
         "draws": config.draws,
         "resamples": config.resamples,
@@ -166,7 +147,7 @@ def settings(prior: EBMPrior, config: OutlierConfig) -> dict[str, Any]:
 
 
 def set_size(inside: Images, outside: Sequence[Images], config: OutlierConfig) -> int:
-    """Images per set: as many as the smallest has, at most `config.samples`."""
+    """Number of images per set: that of the smallest set, at most `config.samples`."""
     return min(config.samples, *(len(images) for images in (inside, *outside)))
 
 
@@ -180,7 +161,8 @@ def find_anomalies(
 ) -> tuple[dict[str, Any], list[Form], list[Scored]]:
     """L^{>0} as the decision function (§5.4, Table 4), in every mode, over all images of both sets.
 
-    AUPRC depends on the "prevalence" of anomalies, which is what a useless score has. Returns as `find_outliers`.
+    The result has the "prevalence" of anomalies: it is the AUPRC of a score that tells nothing. Returns the same three
+    things as `find_outliers`.
     """
     forms = [Form(0, mode=mode, energy=energy) for mode in MODES for energy in (True, False)]
     scored = [score_set(prior, s, forms, config, n=len(s), progress=progress) for s in (normal, anomalous)]
@@ -188,7 +170,7 @@ def find_anomalies(
         "in": normal.name,
         "images": [len(normal), len(anomalous)],
         "prevalence": len(anomalous) / (len(normal) + len(anomalous)),
-        **settings(prior, config),
+        **_conditions(prior, config),
         "sets": [{"out": anomalous.name, "rows": compare(forms, scored[1], scored[0], config)}],
     }
     return result, forms, scored

@@ -5,7 +5,6 @@ The chain starts in the Gaussian prior and should end on the modes of the poster
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import EBMPrior
@@ -25,26 +23,16 @@ from ebm_prior.training.joint import train_jointly
 from ebm_prior.training.joint_config import JointConfig
 from ebm_prior.training.joint_loss import potential
 
-EVERY = 10  # steps of the chain between its pictures
+PICTURE_EVERY = 10  # steps of the chain between its pictures
 POSTERIOR, CHAIN = "orange", "royalblue"  # the paper's colours
 
 
 class Transition(NamedTuple):
-    """What Fig. 2 shows, per latent group in generation order."""
+    """The points of Fig. 2, per latent group in generation order."""
 
     posterior: list[Tensor]  # codes of images by the inference network, (N, 2)
     steps: list[int]
     chain: list[list[Tensor]]  # at each of the steps, (N, 2)
-
-
-def with_labels(images: ImageSource, labels: Sequence[int]) -> ImageSource:
-    """The images that have one of these labels. Raises ConfigurationError where there is none."""
-    if images.labels is None:
-        raise ConfigurationError(f"{images.name} has no labels by which to choose")
-    chosen = torch.isin(images.labels, torch.tensor(list(labels))).nonzero()[:, 0]
-    if not len(chosen):
-        raise ConfigurationError(f"{images.name} has no image with a label among {list(labels)}")
-    return images.subset(chosen)
 
 
 def config_2d(*, iterations: int = 2_000, seed: int = 0) -> JointConfig:
@@ -66,7 +54,7 @@ def config_2d(*, iterations: int = 2_000, seed: int = 0) -> JointConfig:
 def train_2d(
     images: ImageSource, config: JointConfig, *, width: int = 8, sigma: float = 0.3, progress: Progress = SILENT
 ) -> EBMPrior:
-    """L = 2, two latents in each layer."""
+    """Train a model of two layers with two latents each, jointly, on the CPU. progress: gets every step."""
     network = {"image_shape": list(images.shape), "latents": [2, 2], "width": width, "sigma": sigma}
     return train_jointly(build(adapter("shallow"), network, seed=config.seed), images, config, on_step=progress.step)
 
@@ -74,7 +62,7 @@ def train_2d(
 def transition(
     prior: EBMPrior, images: ImageSource, sampler: SamplerConfig, *, n: int = 500, seed: int = 0
 ) -> Transition:
-    """Posterior codes of n images, and n chains every `EVERY` steps from their start."""
+    """Posterior codes of n images, and n chains every `PICTURE_EVERY` steps from their start."""
     backbone = prior.backbone
     generator = derived_generator(seed, Purpose.LATENTS_2D)
     steps: list[int] = [0]
@@ -86,7 +74,7 @@ def transition(
         return start
 
     def keep(step: int, state: ChainState, info: object) -> None:
-        if (step + 1) % EVERY == 0:
+        if (step + 1) % PICTURE_EVERY == 0:
             steps.append(step + 1)
             chain.append(backbone.reparameterize(state.eps))
 

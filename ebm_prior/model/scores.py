@@ -26,6 +26,8 @@ from ebm_prior.model.samplers import Potential, SamplerConfig, draw
 
 Mode = Literal["eq20", "elbo", "iw", "prior"]
 Lower = Literal["sample", "mean"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+LOWERS: tuple[Lower, ...] = get_args(Lower)
 
 NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """τ f of z and ε = T_β⁻¹(z), lists of (B, *group.shape), in nats: (B,)."""
@@ -241,10 +243,10 @@ def _lower(form: Form) -> Lower:
 
 def _check(forms: Sequence[Form], groups: int, draws: int) -> None:
     for form in forms:
-        if not 0 <= form.k < groups or form.mode not in get_args(Mode) or form.lower not in get_args(Lower):
+        if not 0 <= form.k < groups or form.mode not in MODES or form.lower not in LOWERS:
             raise ConfigurationError(
                 f"expected k from 0 to {groups - 1} (the backbone has {groups} groups), mode "
-                f"{' or '.join(get_args(Mode))}, lower {' or '.join(get_args(Lower))}; found {form}"
+                f"{' or '.join(MODES)}, lower {' or '.join(LOWERS)}; found {form}"
             )
         if form.ratio and not form.k:
             raise ConfigurationError("LLR^{>k} compares L^{>0} with L^{>k}: expected k of 1 or more, found 0")

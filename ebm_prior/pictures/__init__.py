@@ -1,1 +1,1 @@
-"""Pictures: grids of images, plots, contact sheets, and what a prior does."""
+"""Pictures: grids of images, plots, pages that combine them, and pictures of a prior at work (`ebm-prior show`)."""

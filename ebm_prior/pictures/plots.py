@@ -1,7 +1,7 @@
 """Plots for people: lines, points and histograms between axes with titles, ticks and units.
 
-Drawn with Pillow, as all pictures here are: lines at `_FINE` times the size, then reduced, which makes them smooth;
-text at its own size, which keeps it sharp.
+Drawn with Pillow, as all pictures here are: lines at `_OVERSAMPLING` times the size, then reduced, which makes them
+smooth; text at its own size, which keeps it sharp.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.pictures.grids import spelled, wrap
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
-_FINE = 3
-_FEW = 20  # points that are drawn large
+_OVERSAMPLING = 3
+_MOST_LARGE_POINTS = 20  # points of a longer series are drawn small
 _TITLE, _LABEL, _TICK = 17, 14, 12  # font sizes
 _INK, _GRID, _PAPER = (40, 40, 40), (226, 226, 226), (255, 255, 255)
 
@@ -155,20 +155,20 @@ def _draw(
     points: Sequence[tuple[float, float]],
     floor: float,
 ) -> None:
-    """Draw one series into the box: as a mask at `_FINE` times the size, which is reduced."""
+    """Draw one series into the box: as a mask at `_OVERSAMPLING` times the size, which is reduced."""
     width, height = box[2] - box[0], box[3] - box[1]
-    mask = Image.new("L", (width * _FINE, height * _FINE))
+    mask = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING))
     pen = ImageDraw.Draw(mask)
-    fine = [(x * _FINE, y * _FINE) for x, y in points]
+    fine = [(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in points]
     if entry.kind == "points":
-        radius = (3.0 if len(fine) <= _FEW else 1.6) * _FINE
+        radius = (3.0 if len(fine) <= _MOST_LARGE_POINTS else 1.6) * _OVERSAMPLING
         for x, y in fine:
             pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
     elif entry.kind == "area" and fine:
-        pen.polygon([(fine[0][0], floor * _FINE), *fine, (fine[-1][0], floor * _FINE)], fill=255)
+        pen.polygon([(fine[0][0], floor * _OVERSAMPLING), *fine, (fine[-1][0], floor * _OVERSAMPLING)], fill=255)
     elif len(fine) > 1:
-        pen.line(fine, fill=255, width=round(1.5 * _FINE), joint="curve")
-    mask = mask.reduce(_FINE).point(lambda value: round(value * entry.opacity))
+        pen.line(fine, fill=255, width=round(1.5 * _OVERSAMPLING), joint="curve")
+    mask = mask.reduce(_OVERSAMPLING).point(lambda value: round(value * entry.opacity))
     page.paste(ImageColor.getrgb(entry.colour), box, mask)
 
 

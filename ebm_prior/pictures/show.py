@@ -1,6 +1,6 @@
-"""Pictures of what a prior and each layer of its hierarchy do (`ebm-prior show`), with the arrays behind them.
+"""Pictures of a prior and of each layer of its hierarchy at work (`ebm-prior show`), with the arrays behind them.
 
-Each function returns a page for people and the arrays of what is on it. Lists and columns that count k count groups
+Each function returns a page for people and the arrays that it shows. Lists and columns that count k count groups
 from the bottom, as the paper does. Everything random comes from (seed, row).
 """
 
@@ -25,17 +25,18 @@ from ebm_prior.model.scores import FreeGroups
 from ebm_prior.pictures.plots import COLOURS, Series, plot
 from ebm_prior.pictures.sheets import matrix, page
 
-SHORT_RUN, LONG_RUN, SETTLED = 100, 2500, 500  # steps of Fig. 8; after the last, the energy has no trend left
+SHORT_RUN, LONG_RUN = 100, 2500  # steps of Fig. 8
+SETTLED = 500  # steps after which the energy of a mixing chain has no trend left
 
 
-class Shown(NamedTuple):
-    """A page, and the arrays behind it."""
+class Page(NamedTuple):
+    """A picture for people, and the arrays that it shows."""
 
     image: Image.Image
     arrays: dict[str, NDArray[Any]]
 
 
-def transitions(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Shown:
+def transitions(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Page:
     """Chains from the backbone's prior to the energy-based prior, as images at growing steps (Figs. 5, 14)."""
     steps = _steps(prior)
     at = sorted({0, *(round(steps * share) for share in (0.025, 0.05, 0.125, 0.25, 0.5, 1))})
@@ -48,10 +49,10 @@ def transitions(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = 
         f"Each row is one chain of {_kernel(prior)}. Step 0 is a draw of the backbone's own Gaussian prior; the images "
         "are the means of p(x | z).",
     )
-    return Shown(image, {"images": frames.cpu().numpy(), "steps": np.array(at)})
+    return Page(image, {"images": frames.cpu().numpy(), "steps": np.array(at)})
 
 
-def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Shown:
+def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Page:
     """Energy per head along a short run and all steps of the sampler, with images beneath (Fig. 8).
 
     The caption says by how much the total energy still moves after the first `SETTLED` steps: the mean slope of the
@@ -61,12 +62,12 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILEN
     short = min(SHORT_RUN, steps)
     columns = {run: [round(run * share / 7) for share in range(8)] for run in (short, steps)}
     at = sorted({step for run in columns.values() for step in run})
-    walked = chain(prior, n, steps, at, seed=seed, progress=progress)
-    energies = -walked.terms  # (steps + 1, n, heads)
+    chains = chain(prior, n, steps, at, seed=seed, progress=progress)
+    energies = -chains.terms  # (steps + 1, n, heads)
     totals = energies.sum(2).clip(min=-prior.ceiling)
     names = [*prior.energy.names, *(["joint head"] if prior.energy.joint is not None else [])]
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(names))]
-    frames = {step: _decoded(prior, eps) for step, eps in walked.eps.items()}
+    frames = {step: _decoded(prior, eps) for step, eps in chains.eps.items()}
     pictures = []
     for run in (short, steps):
         x, shown = np.arange(run + 1), energies[: run + 1].mean(1)
@@ -98,7 +99,7 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILEN
             f"slope of the chains ± its standard error). Pixels beyond 1 or 99 % of the range: "
             f"{_extreme(frames[0]):.1%} at step 0, {_extreme(frames[steps]):.1%} at step {steps:,}."
         )
-    return Shown(page("The energy along long chains", pictures, caption), arrays)
+    return Page(page("The energy along long chains", pictures, caption), arrays)
 
 
 def trend(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -109,7 +110,7 @@ def trend(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def hierarchy(prior: EBMPrior, n: int, *, seed: int = 0) -> Shown:
+def hierarchy(prior: EBMPrior, n: int, *, seed: int = 0) -> Page:
     """Samples with their k lowest groups redrawn, k growing from left to right, f above f = 0 (Figs. 7, 11)."""
     names = [group.name for group in reversed(prior.backbone.groups)]
     titles = ["sample", *(f"+ {name} redrawn" for name in names[:-1])]
@@ -132,11 +133,11 @@ def hierarchy(prior: EBMPrior, n: int, *, seed: int = 0) -> Shown:
         "are: what changes is what the group decides. With the energy the lower groups are drawn from p_α given the "
         "upper.",
     )
-    return Shown(image, arrays)
+    return Page(image, arrays)
 
 
 @torch.no_grad()
-def reconstruction(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Shown:
+def reconstruction(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Page:
     """Images, and their reconstructions with the k lowest groups drawn from the prior instead of inferred (Fig. 12)."""
     real, z = _inferred(prior, images, n, seed)
     depth = len(z)
@@ -151,11 +152,11 @@ def reconstruction(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) ->
         "The k lowest latent groups come from the energy-based prior given the others, which are inferred from the "
         "image: details give way to what is common, and what the upper groups know stays.",
     )
-    return Shown(picture, {"images": frames.cpu().numpy(), "k": np.arange(depth)})
+    return Page(picture, {"images": frames.cpu().numpy(), "k": np.arange(depth)})
 
 
 @torch.no_grad()
-def interpolate(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Shown:
+def interpolate(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Page:
     """From one image's latents to another's along great circles in ε-space, group by group."""
     real, z = _inferred(prior, images, 2 * n, seed)
     eps = prior.backbone.standardize(z)
@@ -169,7 +170,7 @@ def interpolate(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Sh
         "0 % and 100 % are the reconstructions of the two images. Between them the standardised latents ε of each "
         "group go along a great circle: a straight line would leave the shell on which a Gaussian prior lies.",
     )
-    return Shown(picture, {"images": frames.cpu().numpy(), "share": np.array(shares)})
+    return Page(picture, {"images": frames.cpu().numpy(), "share": np.array(shares)})
 
 
 def great_circle(a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -188,7 +189,7 @@ def great_circle(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Shown:
+def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Page:
     """Posterior codes and chains of the prior in two dimensions per group, at growing steps (Fig. 2).
 
     A group of more than two units is shown along the two principal directions of its posterior codes.
@@ -196,8 +197,8 @@ def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress:
     steps = _steps(prior)
     at = [0, steps // 4, steps // 2, steps]
     _, posterior = _inferred(prior, images, n, seed)
-    walked = chain(prior, n, steps, at, seed=seed, progress=progress)
-    drawn = {step: prior.backbone.reparameterize(eps) for step, eps in walked.eps.items()}
+    chains = chain(prior, n, steps, at, seed=seed, progress=progress)
+    drawn = {step: prior.backbone.reparameterize(eps) for step, eps in chains.eps.items()}
     rows, arrays = [], {"steps": np.array(at)}
     for index, group in enumerate(prior.backbone.groups):
         codes = posterior[index].flatten(1).double()
@@ -244,11 +245,11 @@ def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress:
         f"Orange: codes of {n} images. Blue: as many chains of {_kernel(prior)}, which start at the backbone's prior "
         "(step 0). Where the prior is learned, blue ends where orange is.",
     )
-    return Shown(image, arrays)
+    return Page(image, arrays)
 
 
 PICTURES = {"transitions": 8, "energy": 16, "hierarchy": 4, "reconstruction": 6, "interpolate": 6, "latents": 500}
-"""The pictures, and how many rows, chains or codes each shows unless told."""
+"""Name of each picture, and the number of rows, chains or codes that it shows by default."""
 WITH_CHAINS = ("transitions", "energy", "latents")
 WITH_IMAGES = ("reconstruction", "interpolate", "latents")
 
@@ -261,8 +262,12 @@ def draw_picture(
     *,
     seed: int = 0,
     progress: Progress = SILENT,
-) -> Shown:
-    """One of `PICTURES` by name, of `images` where it is of `WITH_IMAGES`."""
+) -> Page:
+    """Draw the picture of `PICTURES` called `what`.
+
+    images: needed by the pictures in `WITH_IMAGES`.  n: number of rows, chains or codes.  progress: advances by the
+    steps of the pictures in `WITH_CHAINS`.
+    """
     n = n or PICTURES[what]
     if what == "transitions":
         return transitions(prior, n, seed=seed, progress=progress)
@@ -277,16 +282,16 @@ def draw_picture(
     return {"reconstruction": reconstruction, "interpolate": interpolate}[what](prior, images, n, seed=seed)
 
 
-class Walked(NamedTuple):
-    """Chains: ε at some steps, and the summands of f at all, in nats."""
+class Chains(NamedTuple):
+    """Chains of a prior: ε at some of the steps, and the summands of τ f at every step, in nats."""
 
     eps: dict[int, list[Tensor]]
     terms: NDArray[np.float64]  # (steps + 1, n, heads)
 
 
 @torch.no_grad()
-def chain(prior: EBMPrior, n: int, steps: int, at: Sequence[int], *, seed: int, progress: Progress = SILENT) -> Walked:
-    """n chains of the prior's recorded kernel from the backbone's prior, kept at the steps `at`."""
+def chain(prior: EBMPrior, n: int, steps: int, at: Sequence[int], *, seed: int, progress: Progress = SILENT) -> Chains:
+    """Run n chains of the prior's kernel from draws of the backbone's prior, and keep ε at the steps `at`."""
     backbone, sampler = prior.backbone, prior.sampler
     device = next(backbone.parameters()).device
     generator = BlockGenerator(derived_seed(seed, Purpose.PICTURE_CHAIN), 0, n, device)
@@ -306,11 +311,12 @@ def chain(prior: EBMPrior, n: int, steps: int, at: Sequence[int], *, seed: int, 
     keep(-1, state)
     step_size = torch.full_like(state.value, sampler.step_size)
     run_chain(kernel_of(sampler), state, potential, steps, step_size=step_size, generator=generator, callback=keep)
-    return Walked(kept, torch.stack(terms).numpy())
+    return Chains(kept, torch.stack(terms).numpy())
 
 
 @torch.no_grad()
 def _decoded(prior: EBMPrior, eps: Sequence[Tensor]) -> Tensor:
+    """Means of p(x | z) at z = T_β(ε), (B, C, H, W) on the CPU."""
     trace = prior.backbone.transform(eps)
     return prior.backbone.likelihood(trace.features).mean.cpu()
 
@@ -339,12 +345,14 @@ def _inferred(prior: EBMPrior, images: Images, n: int, seed: int) -> tuple[Tenso
 
 
 def _steps(prior: EBMPrior) -> int:
+    """Steps of the prior's sampler. Raises ConfigurationError where it has none."""
     if not prior.sampler.steps:
         raise ConfigurationError("this prior's sampler is resampling alone: give the chain some --steps")
     return prior.sampler.steps
 
 
 def _kernel(prior: EBMPrior) -> str:
+    """The sampler's kernel in words, for captions."""
     return f"{prior.sampler.kernel} at step size {prior.sampler.step_size:g}"
 
 

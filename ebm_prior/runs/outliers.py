@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ebm_prior.errors import OutputError
-from ebm_prior.evaluation.outliers import LOWERS, MODES, Scored
-from ebm_prior.model.scores import Form
+from ebm_prior.evaluation.outliers import Scored
+from ebm_prior.model.scores import LOWERS, MODES, Form
 from ebm_prior.pictures.grids import save_png
 from ebm_prior.pictures.plots import histogram
 from ebm_prior.pictures.sheets import page

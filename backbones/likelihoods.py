@@ -1,4 +1,4 @@
-"""Image distributions p(x | z): implementations of `ebm_prior.backbone.ImageDistribution`, for images in [0, 1]."""
+"""Image distributions p(x | z) for images in [0, 1]: each is an `ebm_prior.model.backbone.ImageDistribution`."""
 
 from __future__ import annotations
 

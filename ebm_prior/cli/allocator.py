@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what it has: a training step allocates the same tensors again and again."""
+"""The C library's allocator, told to keep freed memory: a training step allocates the same tensors again and again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEPT_IN_ALL = 2**30
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks of up to 32 MiB; by default it returns them to the kernel and faults them in again.
 
-    For the whole process, so for a program to decide and not for a library. Elsewhere than on glibc: nothing.
+    It holds for the whole process, so a program may decide it but not a library. Without glibc it does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

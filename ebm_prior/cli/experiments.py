@@ -31,7 +31,7 @@ REPEATED = together(
         multiple=True,
         default=(0,),
         show_default=True,
-        help="several times for several: mean and spread",
+        help="repeat the option for several: mean and spread",
     ),
     click.option(
         "--jobs",
@@ -39,7 +39,7 @@ REPEATED = together(
         type=click.IntRange(1),
         default=1,
         show_default=True,
-        help="trainings at a time, each on one thread; a GPU, too, is better used by several",
+        help="number of trainings at a time, each on one thread; several use a GPU better, too",
     ),
     DEVICE_NAME,
 )
@@ -68,7 +68,7 @@ def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     multiple=True,
     default=anomaly_table.DIGITS,
     show_default=True,
-    help="held-out label, several times for several",
+    help="held-out label; repeat the option for several",
 )
 @click.option(
     "--model",
@@ -77,12 +77,12 @@ def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     multiple=True,
     default=tuple(anomaly_table.MODELS),
     show_default=True,
-    help="several times for several",
+    help="model to train; repeat the option for several",
 )
 @click.option("--latents", type=(int, int), default=(16, 8), show_default=True, help="dimensions of z_1 and z_2")
-@click.option("--width", type=click.IntRange(1), default=32, show_default=True, help="of the generator")
+@click.option("--width", type=click.IntRange(1), default=32, show_default=True, help="width of the generator")
 @click.option("--sigma", type=float, default=0.3, show_default=True, help="standard deviation of a pixel on [-1, 1]")
-@click.option("--epochs", type=click.IntRange(1), default=16, show_default=True, help="of each training")
+@click.option("--epochs", type=click.IntRange(1), default=16, show_default=True, help="epochs of each training")
 @click.option("--draws", type=click.IntRange(1), default=8, show_default=True, help="posterior draws of a score")
 @REPEATED
 def anomalies(
@@ -100,7 +100,7 @@ def anomalies(
 ) -> None:
     """Remake the paper's Table 4: train with one digit held out, and find it again by the un-normalised posterior.
 
-    Rows are written as they come, so that what was found before a failure is there.
+    Rows are written as they come, so that a failure loses none of them.
     """
     _require_suffix(out, ".json")
     places.require_free(out, overwrite)
@@ -108,8 +108,8 @@ def anomalies(
     pool = anomaly_table.pooled(
         [open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test")]
     )
-    assert pool.labels is not None  # or it had been no pool
-    for digit in digits:  # now, not when its turn comes
+    assert pool.labels is not None  # `pooled` refuses images without labels
+    for digit in digits:  # refuses a digit that is not there, before any training
         anomaly_table.split_by_digit(pool.labels, digit)
     calls = [
         {"pool": pool, "digit": digit, "model": model, "seed": seed, "device": device, **settings}
@@ -128,9 +128,11 @@ def anomalies(
 @click.command()
 @click.argument("name", type=click.Choice(list(ablations.ABLATIONS)))
 @DATA
-@click.option("--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="of each training")
+@click.option(
+    "--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="iterations of each training"
+)
 @click.option("--latents", type=(int, int), default=(32, 16), show_default=True, help="dimensions of z_1 and z_2")
-@click.option("--width", type=click.IntRange(1), default=12, show_default=True, help="of the generator")
+@click.option("--width", type=click.IntRange(1), default=12, show_default=True, help="width of the generator")
 @click.option("--samples", type=click.IntRange(2), default=2_000, show_default=True, help="N of every distance")
 @click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
 @REPEATED
@@ -178,7 +180,13 @@ def ablation(
 @click.option("--data", default="mnist", show_default=True, help="labelled data set")
 @DATA_ROOT
 @click.option(
-    "--digit", "digits", type=int, multiple=True, default=(0, 1), show_default=True, help="labels, several times"
+    "--digit",
+    "digits",
+    type=int,
+    multiple=True,
+    default=(0, 1),
+    show_default=True,
+    help="label of images to take; repeat the option for several",
 )
 @click.option("--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="gradient steps")
 @click.option("--out", type=PATH, required=True, help="the .png to write")

@@ -1,4 +1,4 @@
-"""Commands that read what is there and say what it is: report, doctor, info, convert, demo, backbones."""
+"""The commands that look at runs, priors and backbones: report, doctor, info, convert, demo, backbones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def report(
 ) -> None:
     """Make one HTML page of a fit, for any browser and without a network: pictures, curves, tables, commands.
 
-    RUN is the folder of a fit. What is missing in it (eval, ood, doctor) the page says how to make.
+    RUN is the folder of a fit. For results that it lacks (eval, ood, doctor) the page has the commands.
     """
     out = out or run / "report.html"
     given = {"eval": evaluation, "ood": outlying, "doctor": diagnosis}
@@ -89,7 +89,7 @@ def doctor(
 @click.option("--ckpt", "checkpoint", help="a backbone instead of a prior: official, own form, or bundled name")
 @JSON
 def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, as_json: bool) -> None:
-    """Say what a prior file or a backbone is: groups, parameters, how it was trained."""
+    """Describe a prior file or a backbone: groups, parameters, how it was trained."""
     if (prior is None) == (checkpoint is None):
         raise click.UsageError("give either a prior file or --ckpt")
     if prior is not None:
@@ -108,7 +108,7 @@ def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, a
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="of the weights in the file",
+    help="precision of the weights in the file",
 )
 @click.option(
     "--set",
@@ -125,7 +125,7 @@ def convert(
     """Write a backbone in ebm-prior's own form, one safetensors file that every command takes as --ckpt."""
     options = parsed_options(changes)
     if out.suffix != ".safetensors":
-        raise ConfigurationError(f"--out must end in .safetensors, by which its form is known; found {out}")
+        raise ConfigurationError(f"--out must end in .safetensors, which names its form to all commands; found {out}")
     places.require_free(out, overwrite)
     backbone = load_backbone(adapter_name, checkpoint)
     record = {**source_record(checkpoint, backbone), "stage": "convert"}
@@ -138,7 +138,7 @@ def convert(
 
 @click.command()
 @click.option("--out", type=PATH, default=Path("ebm-prior-demo"), show_default=True, help="where results are written")
-@click.option("--overwrite", is_flag=True, help="write into --out though it holds something else than a demo")
+@click.option("--overwrite", is_flag=True, help="write into --out even if it holds other files than a demo's")
 @SEED
 @JSON
 def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:

@@ -26,9 +26,8 @@ def config_options(
 ) -> Callable[[Command], Command]:
     """Decorate a command with an option for every field of a configuration dataclass that has a help text.
 
-    `skip`: fields, of nested dataclasses too, that become no options. `wording`: what the help says, in place of
-    `WORDING`, of options whose names start so, where a command has more to say or starts from other defaults. `also`:
-    further spellings of an option.
+    skip: names of fields, of nested dataclasses too, that become no options.  wording: by the beginning of an option's
+    name, a pattern of its help in place of `WORDING`.  also: further spellings of an option.
     """
 
     def decorate(command: Command) -> Command:

@@ -1,4 +1,4 @@
-"""Commands that score images: ood and anomaly."""
+"""The commands that score images: ood and anomaly."""
 
 from __future__ import annotations
 
@@ -53,24 +53,31 @@ RESULTS = together(
     "outside",
     multiple=True,
     required=True,
-    help=f"outliers, {DATA_FORMS}, or noise, constant; several times for several",
+    help=f"outliers, {DATA_FORMS}, or noise, constant; repeat the option for several",
 )
 @DATA_ROOT
-@click.option("--k", "ks", default="all", show_default=True, help="groups not inferred, from the bottom: e.g. 0,1,2")
+@click.option(
+    "--k",
+    "ks",
+    default="all",
+    show_default=True,
+    help="numbers of groups, counted from the bottom, that are not inferred: e.g. 0,1,2",
+)
 @click.option(
     "--mode",
     "modes",
     type=click.Choice(MODES),
     multiple=True,
-    help="eq20: the paper's, literally; elbo: as the backbone's own bound; iw: that with L^{>0} importance-weighted; "
-    "prior: L^{>0} without log p(x|z)  [default: each]",
+    help="eq20: as in the paper; elbo: as in the backbone's own bound; iw: elbo with L^{>0} importance-weighted; "
+    "prior: L^{>0} as in eq20, without log p(x|z)  [default: all]",
 )
 @click.option(
     "--lower",
     "lowers",
     type=click.Choice(LOWERS),
     multiple=True,
-    help="groups not inferred: drawn from the prior given the others, or means of the backbone's  [default: each]",
+    help="groups that are not inferred: drawn from the prior given the others, or means of the backbone's prior  "
+    "[default: both]",
 )
 @RESULTS
 @config_options(OutlierConfig)
@@ -138,7 +145,7 @@ def parsed_k(text: str, groups: int) -> list[int]:
 @PRIOR
 @click.option("--normal", required=True, help=f"normal images, {DATA_FORMS}; those with --labels are left out")
 @click.option("--test", "anomalies", required=True, help=f"anomalies, {DATA_FORMS}: the images with --labels, or all")
-@click.option("--labels", type=int, multiple=True, help="label of an anomaly; several times for several")
+@click.option("--labels", type=int, multiple=True, help="label of anomalies; repeat the option for several")
 @DATA_ROOT
 @RESULTS
 @config_options(OutlierConfig, skip=("seed", "samples"))

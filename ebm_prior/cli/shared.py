@@ -1,4 +1,4 @@
-"""What the commands share: options that mean the same everywhere, errors as exit codes, results as text or JSON."""
+"""Shared by the commands: options that mean the same everywhere, errors as exit codes, results as text or JSON."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command],
             type=click.Choice(precisions),
             default="float32",
             show_default=True,
-            help=f"of computation{half}",
+            help=f"precision of computation{half}",
         ),
     ]
 
@@ -120,27 +120,27 @@ RUN = together(
 
 
 def new_or_resumed(resume: bool, overwrite: bool) -> None:
-    """Refuse to go on with a run and to start it anew at once."""
+    """Refuse --resume together with --overwrite."""
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run, --overwrite starts it anew: give one of them")
 
 
 def refuse_unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool, why: str) -> None:
-    """Refuse options that would change nothing."""
+    """Unless they are `used`, refuse options given whose names begin with one of `starts`; `why`: for the message."""
     names = [f"--{key.replace('_', '-')}" for key, v in given.items() if key.startswith(starts) and v is not None]
     if names and not used:
         raise click.UsageError(f"{why}: leave out {', '.join(names)}")
 
 
 def run_directory(out: Path | None, command: str, resume: bool) -> Path:
-    """`commands.run_directory`, named before the work begins: a run that is killed can then be resumed."""
+    """`places.run_directory`, printed before the work begins, so that a run that is killed can be resumed."""
     directory = places.run_directory(out, command, resume=resume)
     click.echo(f"run: {directory}", err=True)
     return directory
 
 
 def launched_processes() -> Processes:
-    """Those that torchrun has started, connected by `main`."""
+    """The processes that torchrun has started, connected by `main`; one alone without torchrun."""
     return click.get_current_context().find_object(Processes) or ALONE
 
 
@@ -152,7 +152,7 @@ def silence() -> Iterator[None]:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of this process. Raises ConfigurationError where it cannot be used."""
+    """The device of this process for --device `name`. Raises ConfigurationError where it cannot be used."""
     try:
         device = torch.device(own_device(name))
         torch.empty(1, device=device)

@@ -62,7 +62,8 @@ SUITED = {
 @click.option(
     "--bn-readjust",
     is_flag=True,
-    help="first re-adjust the backbone's batch norms to its own samples (NVAE, §5.2); it is kept beside the prior",
+    help="first recompute the batch-norm statistics from the backbone's own samples (NVAE, §5.2); the changed "
+    "backbone is kept beside the prior",
 )
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help="base settings")
 @config_options(
@@ -90,7 +91,7 @@ def fit(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Train an energy-based prior on a frozen backbone (second stage)."""
+    """Train an energy-based prior on a frozen backbone."""
     new_or_resumed(resume, overwrite)
     config, processes = resolve(PRESETS[preset](), given | {"seed": seed}, config_file), launched_processes()
     if given["parts"] is None and config.parts == 1:
@@ -106,7 +107,7 @@ def fit(
     backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
     if data is None:
         data = own_data(checkpoint, backbone)
-        click.echo(f"images: {data}, which {checkpoint} was trained on (--data takes others)", err=True)
+        click.echo(f"images: {data}, on which {checkpoint} was trained (--data takes others)", err=True)
     images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
     preflight(for_fit(backbone, config, passes), passes.device)
     directory = processes.of_first(lambda: run_directory(out, "fit", resume))
@@ -155,7 +156,7 @@ def pretrain(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Train a hierarchical VAE by its ELBO (first stage), from scratch or from the weights of --ckpt."""
+    """Train a hierarchical VAE by its ELBO, from scratch or from the weights of --ckpt."""
     new_or_resumed(resume, overwrite)
     config = resolve(PretrainConfig(), given | {"seed": seed}, config_file)
     if checkpoint is not None:
@@ -227,7 +228,7 @@ def train(
     """Train a whole model, generator and energy-based prior together (maximum likelihood or variational)."""
     new_or_resumed(resume, overwrite)
     if bool(architecture) + bool(changes) + bool(checkpoint) > 1:
-        raise click.UsageError("--architecture, --set and --ckpt each say what network it is: give one")
+        raise click.UsageError("--architecture, --set and --ckpt each name the network: give one")
     config = resolve(JOINT_PRESETS[preset](), given | {"seed": seed}, config_file)
     ebm, langevin = config.prior == "ebm", config.posterior == "langevin"
     refuse_unused(
@@ -245,7 +246,7 @@ def train(
     else:
         backbone = passes.place(new_network(adapter_name, architecture, changes, images.shape, config.seed))
     if images.shape != backbone.image_shape:
-        raise ConfigurationError(f"the network is of images {backbone.image_shape}, found {data} with {images.shape}")
+        raise ConfigurationError(f"the network takes images {backbone.image_shape}, found {data} with {images.shape}")
     directory = run_directory(out, "train", resume)
     with Bar("train", config.iterations) as bar:
         result = train_into(

@@ -46,7 +46,7 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
 
 @click.command()
 @click.argument("prior", type=PATH, required=False)
-@click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="how many samples")
+@click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="number of samples")
 @click.option(
     "--out",
     type=PATH,
@@ -118,13 +118,13 @@ def sample(
 @click.option(
     "--inception", type=PATH, help="Inception weights, a file or a folder of both: take their features, and add FID"
 )
-@click.option("--fid", is_flag=True, help="the same with the weights in the cache (--download fetches them)")
+@click.option("--fid", is_flag=True, help="as --inception, with the weights in the cache (--download fetches them)")
 @click.option(
     "--fid-mode",
     "modes",
     type=click.Choice(MODES),
     multiple=True,
-    help="clean-fid's preprocessing, several times for several; legacy_pytorch is comparable with the paper  "
+    help="clean-fid's preprocessing; repeat the option for several; legacy_pytorch is comparable with the paper  "
     "[default: clean]",
 )
 @config_options(EvalConfig, skip=("seed", "energy"))
@@ -150,8 +150,8 @@ def evaluate(
 ) -> None:
     """Measure priors of one backbone against held-out images: FD, KID, gap closed, held-out gain, AUC.
 
-    With several PRIORS (training seeds, say) the mean and standard deviation are printed as well. On Inception's
-    features the figures that are published are added: FID, KID and Inception Score of --fid-samples draws against all
+    With several PRIORS (training seeds, say) the mean and standard deviation are printed as well. With Inception's
+    features come the figures that papers publish: FID, KID and Inception Score of --fid-samples draws against all
     images of --fid-split, each with its card.
     """
     _require_one_network(classifier, inception, fid, modes, given)
@@ -239,7 +239,7 @@ def show(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Draw what a prior does, as a PNG with the arrays behind it: WHAT is
+    """Draw pictures of a prior at work, as a PNG with the arrays behind it. WHAT is one of
 
     \b
     transitions     chains from the backbone's prior to the energy-based one (Figs. 5, 14)

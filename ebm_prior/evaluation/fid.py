@@ -45,9 +45,7 @@ class FidConfig:
     """
 
     samples: int = setting(50_000, "draws of each prior behind FID, KID and Inception Score")
-    split: Literal["train", "test"] = setting(
-        "train", "split of the data set whose images, all of them, are compared with"
-    )
+    split: Literal["train", "test"] = setting("train", "split whose images, all of them, FID and KID compare with")
 
     def __post_init__(self) -> None:
         require_choices(self)

@@ -56,7 +56,7 @@ class FeatureStatistics:
 
     @property
     def digest(self) -> str:
-        """The first 8 hex digits of SHA-256 of these numbers, printed beside a distance that was measured against them."""
+        """The first 8 hex digits of SHA-256 of these numbers, printed beside distances measured against them."""
         numbers = (np.ascontiguousarray(x, dtype=np.float64).tobytes() for x in (self.mean, self.covariance))
         return hashlib.sha256(b"".join(numbers) + str(self.n).encode()).hexdigest()[:8]
 

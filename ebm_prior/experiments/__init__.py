@@ -1,1 +1,1 @@
-"""Remakes of the paper's experiments. Users of the add-on never need this room."""
+"""Remakes of the paper's experiments. Nobody needs them to use a prior."""

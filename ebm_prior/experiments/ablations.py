@@ -28,11 +28,11 @@ from ebm_prior.storage.weights import count_parameters
 from ebm_prior.training.joint import train_jointly
 from ebm_prior.training.joint_config import JointConfig
 
-HIDDEN = 200  # of the MLP conditionals (Table 12)
+HIDDEN = 200  # hidden units of the MLP conditionals (Table 12)
 
 
 class Paper(NamedTuple):
-    """What the paper measured."""
+    """The paper's measurements."""
 
     fid: float
     seconds: float | None = None  # per iteration
@@ -44,17 +44,17 @@ class Variant(NamedTuple):
     name: str
     at: float  # on the plot's horizontal axis
     paper: Paper
-    training: Mapping[str, Any] = {}  # changes of JointConfig; "energy_hidden", "prior_steps" of what is inside
+    training: Mapping[str, Any] = {}  # changes of JointConfig; "energy_hidden", "prior_steps": of its heads and chain
     layers: int = 2
-    capacity: float = 1.0  # times the parameters, by the widths
-    line: str = "EBM, L=2"  # what joins points on the plot
+    capacity: float = 1.0  # factor on the number of parameters, by wider layers
+    line: str = "EBM, L=2"  # points of one name are joined on the plot
 
 
 class Ablation(NamedTuple):
     """A table of the paper."""
 
     axis: str
-    published: str  # where: data and table
+    published: str  # the paper's data and table
     variants: tuple[Variant, ...]
 
 
@@ -142,9 +142,9 @@ def base_config(iterations: int, seed: int) -> JointConfig:
 
 
 def widened(network: Mapping[str, Any], times: float) -> Mapping[str, Any]:
-    """The shallow generator's arguments with widths such that it has `times` the parameters, as nearly as one width is.
+    """The shallow generator's arguments, widened so that it has about `times` the parameters.
 
-    Parameters of width and hidden units go with something between their first and second power.
+    The number of parameters grows with a power between 1 and 2 of the widths, so every width is tried.
     """
     width, hidden = network["width"], network["hidden"]
     choices = [
@@ -175,7 +175,7 @@ def measure(
 ) -> dict[str, Any]:
     """Train a variant and score it: a row with FD, FD of its f = 0, seconds per iteration, parameters, roll-backs.
 
-    One that falls begins anew at half the rate; its seconds are per iteration that was run.
+    A training that diverges begins anew at half the rate; its seconds are per iteration that was run.
     """
     n = min(samples, len(test))
     network = widened(
@@ -247,7 +247,7 @@ def as_picture(name: str, rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     shown = ABLATIONS[name]
 
     def panel(title: str, label: str, of: Callable[[Variant], Sequence[float | None]]) -> Image.Image:
-        """A line through the means of what `of` a variant was found, and a point for each."""
+        """A plot of the numbers `of` each variant: a point for each, and a line through their means."""
         series: list[Series] = []
         for line, colour in zip(dict.fromkeys(v.line for v in shown.variants), COLOURS, strict=False):
             points = {v.at: [y for y in of(v) if y is not None] for v in shown.variants if v.line == line}

@@ -2,8 +2,8 @@
 
 The pool is the whole data set, train and test split together. 80 % of the normal images train; the other 20 % and all
 anomalies are the test. Score: the un-normalised log posterior L^{>0} (Eq. 20 with k = 0), low for an anomaly; beside it
-what is left without log p(x|z), the un-normalised log prior of the latents. Nothing is chosen on the test images: a
-figure is the mean over the last epochs, whatever they gave.
+the same without log p(x|z), which is the un-normalised log prior of the latents. Nothing is chosen on the test images:
+a figure is the mean over the last epochs, good or bad.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ebm_prior.training.joint_config import JointConfig
 
 DIGITS = (1, 4, 5, 7, 9)
 PAPER = {1: 0.470, 4: 0.941, 5: 0.964, 7: 0.815, 9: 0.796}  # AUPRC, Table 4
-LAST = 10  # epochs averaged over, at most
+MOST_AVERAGED = 10  # final epochs
 
 MODELS: dict[str, dict[str, Any]] = {
     "EBM, L=2": {"prior": "ebm", "layers": 2},
@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-FORMS = {  # of a score, by what a row's name ends with
+FORMS = {  # the forms of the score, by the end of a row's name
     "": Form(0),
     ", f = 0": Form(0, energy=False),
     ", prior alone": Form(0, mode="prior"),
@@ -75,7 +75,7 @@ def pooled(parts: Sequence[ImageSource]) -> ImageSource:
         parts = parts[:1]
     pixels = torch.cat([part.batch(range(len(part))).mul(255).round().to(torch.uint8) for part in parts])
     if any(part.labels is None for part in parts):
-        raise ConfigurationError(f"{parts[0].name} has no labels, by which a digit could be held out")
+        raise ConfigurationError(f"{parts[0].name} has no labels: give a labelled data set")
     labels = torch.cat([part.labels for part in parts if part.labels is not None])
     return from_array(pixels.numpy(), labels.numpy(), name=parts[0].name.partition("/")[0])
 
@@ -91,7 +91,7 @@ def detector_config(train: int, **changes: Any) -> JointConfig:
         energy_learning_rate=3e-4,
         energy_from=0.4,
         chains="persistent",
-        # Chains that keep up with f: by as many single steps the energy ran away from them on digit 1.
+        # Leapfrogs, so that chains keep up with f: with as many single steps the energy ran away from them on digit 1.
         prior_chain=SamplerConfig(proposals=1, kernel="pcn-langevin", steps=2, step_size=0.15, leapfrogs=3),
         channels_last=True,
     )
@@ -99,8 +99,8 @@ def detector_config(train: int, **changes: Any) -> JointConfig:
 
 
 def averaged(epochs: int) -> int:
-    """How many of the last `epochs` a figure is the mean of: LAST, of few the half, in which the energy has a part."""
-    return max(1, min(LAST, epochs // 2))
+    """Number of final epochs that a figure averages: 10, or half of the epochs if there are fewer than 20."""
+    return max(1, min(MOST_AVERAGED, epochs // 2))
 
 
 def run_digit(
@@ -122,14 +122,14 @@ def run_digit(
     (`jobs.clock`). Raises ConfigurationError for a digit that is not there.
     """
     if pool.labels is None:
-        raise ConfigurationError(f"{pool.name} has no labels, by which a digit could be held out")
+        raise ConfigurationError(f"{pool.name} has no labels: give a labelled data set")
     split = split_by_digit(pool.labels, digit, seed=seed)
     train, test, chance = pool.subset(split.train), pool.batch(split.test).to(device), float(split.anomalous.mean())
     prior, layers = MODELS[model]["prior"], MODELS[model]["layers"]
     config = detector_config(len(train), epochs=epochs, prior=prior, seed=seed)
     network = {"image_shape": list(pool.shape), "latents": list(latents)[:layers], "width": width, "sigma": sigma}
     backbone = build(adapter("shallow"), network, seed=seed).to(device)
-    # Without an energy f is 0, and not said to be.
+    # Without an energy f is 0 in any case, and rows do not say so.
     forms = {model + name: form for name, form in FORMS.items() if form.energy or prior == "ebm"}
     course: dict[str, list[Detection]] = {row: [] for row in forms}
     scoring = 0.0

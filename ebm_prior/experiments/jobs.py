@@ -24,7 +24,7 @@ def run_all(
     jobs: int = 1,
     on_done: Callable[[Sequence[Result]], None] | None = None,
 ) -> list[Result]:
-    """`[function(**call) for call in calls]`, `jobs` of them at a time; what one raises ends all, at once.
+    """`[function(**call) for call in calls]`, with `jobs` of them at a time; an error in one ends all at once.
 
     With one job they run in this process; with more, the function and all arguments are pickled. `on_done` gets the
     results so far, in the order of the calls, after each. Raises ProcessError where a process was killed.
@@ -55,7 +55,7 @@ def run_all(
             process.terminate()
         if isinstance(error, BrokenProcessPool):
             raise ProcessError(
-                f"one of {jobs} jobs was killed, for want of memory most often: give fewer --jobs"
+                f"one of {jobs} jobs was killed, most often because memory ran out: give fewer --jobs"
             ) from error
         raise
     pool.shutdown()
@@ -64,7 +64,7 @@ def run_all(
 
 @contextlib.contextmanager
 def named(what: str) -> Iterator[None]:
-    """A DivergenceError inside the block says of what; without the model, which need not come from a process."""
+    """Inside the block, prefix a DivergenceError with `what`, and drop its model, which may not be picklable."""
     try:
         yield
     except DivergenceError as error:
@@ -72,5 +72,5 @@ def named(what: str) -> Iterator[None]:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of this process's own work on a CPU, which others do not lengthen; on the wall with a GPU."""
+    """Seconds of this process's own work on a CPU, which other processes do not lengthen; of wall time on a GPU."""
     return time.process_time() if device.type == "cpu" else time.perf_counter()

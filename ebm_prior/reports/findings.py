@@ -1,4 +1,4 @@
-"""What eval, ood, anomaly, doctor and demo found, as the blocks of `report`, and as text."""
+"""Results of eval, ood, anomaly, doctor and demo: as text for the terminal, as blocks for the page of `report`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluation_blocks(results: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def fid_card(card: Mapping[str, Any]) -> list[Block]:
-    """FID, KID and Inception Score with all that they depend on (never without the backbone's own)."""
+    """FID, KID and Inception Score of a prior and its backbone, with all that they depend on."""
     official, reference = card["official"], card["reference"]
     name, kid, score = ("FID", "KID", "Inception Score") if official else ("FD", "KD", "score by classes")
     rows = [
@@ -129,12 +129,12 @@ def _evaluation(result: Mapping[str, Any]) -> list[Block]:
 
 
 def outlier_tables(result: Mapping[str, Any]) -> str:
-    """How well every score tells the outliers, and where the results are."""
+    """The result of ood or anomaly as text, with the files that were written."""
     return text([*outlier_blocks(result), *(["", files_written(result)] if "files" in result else [])])
 
 
 def outlier_blocks(result: Mapping[str, Any]) -> list[Block]:
-    """How well every score tells the outliers, with f and without, one table per set."""
+    """The result of ood or anomaly: one table per set of outliers, with a row per score, with f and without."""
     n = result["images"]
     count = f"{n:,} images of each set" if isinstance(n, int) else f"{n[0]:,} normal and {n[1]:,} anomalous images"
     chance = f", chance level of AUPRC {result['prevalence']:.3f}" if "prevalence" in result else ""
@@ -167,13 +167,13 @@ def outlier_blocks(result: Mapping[str, Any]) -> list[Block]:
 
 
 def doctor_card(result: Mapping[str, Any]) -> str:
-    """What the doctor found, the verdict last."""
+    """The doctor's examination as text, the verdict last."""
     *blocks, verdict = doctor_blocks(result)
     return text([*blocks, *textwrap.wrap(str(verdict), 110)])
 
 
 def doctor_blocks(result: Mapping[str, Any]) -> list[Block]:
-    """What the doctor found, the verdict last."""
+    """The doctor's examination as blocks, the verdict last."""
     rows = []
     for row in result["groups"]:
         rows.append(
@@ -210,6 +210,6 @@ def doctor_blocks(result: Mapping[str, Any]) -> list[Block]:
 
 
 def demo_summary(result: Mapping[str, Any]) -> str:
-    """The demo's table, and where to look."""
+    """The demo's evaluation as text, and its files."""
     lines = [evaluation_tables([result]), "", f"{result['seconds']:.0f} s on {result['cores']} cores. Look at:"]
     return "\n".join([*lines, *(f"  {file}" for file in result["files"])])

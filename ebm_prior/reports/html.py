@@ -14,14 +14,14 @@ from ebm_prior.reports.text import Block, Table
 
 
 class Picture(NamedTuple):
-    """A PNG, and what is seen on it."""
+    """A PNG and its caption."""
 
     png: bytes
     caption: str
 
 
 class Pictures(NamedTuple):
-    """Small pictures that say themselves what is seen, side by side where there is room."""
+    """Small pictures with titles of their own, side by side where there is room."""
 
     pictures: Sequence[Picture]
 
@@ -33,13 +33,13 @@ class Code(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """What matters most of a section, in words."""
+    """The main finding of a section, in words."""
 
     text: str
 
 
 class Figure(NamedTuple):
-    """A number at the top of the page: what it is, the number, and what it is to be compared with."""
+    """A number at the top of the page: its name, its value, and a note to compare it with."""
 
     name: str
     value: str
@@ -53,7 +53,7 @@ class Figures(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """Something long that opens when it is asked for."""
+    """Something long that a reader can unfold."""
 
     title: str
     part: Table | Picture

@@ -1,4 +1,4 @@
-"""What `ebm-prior report RUN` puts on its page: everything that lies in the folder of a fit, for a person to read."""
+"""The page of `ebm-prior report RUN`: everything in the folder of a fit, for a person to read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ebm_prior.storage.atomic import with_nan
 from ebm_prior.storage.checkpoint import backbone_record, prior_record
 from ebm_prior.training.fit_config import PRESETS, FitConfig
 
-# title, unit and the columns of metrics.jsonl with their labels: the curves of a second stage
+# The curves of a fit: title, unit, and columns of metrics.jsonl with their labels.
 CURVES = (
     ("Loss", "loss (nats)", {"loss": "in training"}),
     ("Held-out gain", "gain (nats)", {"gain": "f as trained", "tempered_gain": "tempered"}),
@@ -86,13 +86,13 @@ def run_page(run: Path, given: Mapping[str, Path | None]) -> str:
 
 
 def fit_command(config: FitConfig, inputs: Mapping[str, Any], backbone: Mapping[str, Any], run: Path) -> str:
-    """The command of a fit, by its record: whatever configuration file or options it was, these give the same bytes."""
+    """The shortest command that repeats a fit, byte for byte, whatever options or file of settings it was given."""
     name, words = min(
         ((name, as_words(config, preset())) for name, preset in PRESETS.items()),
         key=lambda pair: len(pair[1]),
     )
     own = run / "backbone.safetensors"
-    if inputs.get("bn_readjust") and own.is_file():  # it was another one before, of which the file keeps the name
+    if inputs.get("bn_readjust") and own.is_file():  # the file keeps the name of the backbone before that
         backbone = {**backbone, "checkpoint": backbone_record(own)["record"]["source"]}
     words = [
         *_backbone(backbone, run),
@@ -108,7 +108,7 @@ def fit_command(config: FitConfig, inputs: Mapping[str, Any], backbone: Mapping[
 
 
 def training_curves(metrics: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """Plots over the iterations of what a fit logs, as far as it logged it."""
+    """Plots of `CURVES` over the iterations, as far as the metrics of a fit hold them."""
     pictures = []
     for title, unit, columns in CURVES:
         series = []
@@ -143,7 +143,7 @@ def _read_run(run: Path) -> tuple[dict[str, Any], FitConfig, dict[str, Any], dic
 
 
 def _resolved(config: FitConfig) -> FitConfig:
-    """With the sampler that is recorded in the prior spelled out."""
+    """The settings, with all settings of the sampler that the prior records."""
     return resolve(config, {f"sampler_{k}": v for k, v in settings(config.recorded_sampler).items()})
 
 
@@ -213,7 +213,7 @@ def _named(data: str) -> str:
 
 
 def configuration_blocks(asked: FitConfig, trained: Mapping[str, Any]) -> list[Part]:
-    """What was asked that is not the default, what became of it where one ratio saturated, and everything."""
+    """Settings that are not the default, those of the stages where one ratio saturated, and all settings."""
     config = _resolved(asked)
     changed = _changes(_resolved(FitConfig()), config)
     parts: list[Part] = [

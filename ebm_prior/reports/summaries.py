@@ -1,4 +1,4 @@
-"""Results for a person, as blocks: tables and lines. Here they become text; `ebm_prior.web_page` makes HTML of them."""
+"""Results of training and sampling, and descriptions of files, for a person: blocks of tables and lines, or text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ebm_prior.reports.text import Block, Table, table, text
 
 
 def files_written(result: Mapping[str, Any]) -> str:
-    """Where the results are."""
+    """The line that says which files were written."""
     return f"wrote {', '.join(result['files'])}"
 
 
 def fit_summary(result: Mapping[str, Any]) -> str:
-    """What a fit gave, and what to do next."""
+    """The result of a fit as text, and the command to go on with."""
     count = result["parameters"]
     return text(
         [
@@ -29,7 +29,7 @@ def fit_summary(result: Mapping[str, Any]) -> str:
 
 
 def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
-    """What a second stage gave, out of its prior's record."""
+    """The result of a fit as blocks, from the record of its prior."""
     plain, tempered = record["held_out"]["plain"], record["held_out"]["tempered"]
     rows = [
         ["f as trained", f"{plain['nats']:+.3f}", f"{plain['ess_fraction']:.1%}", "1"],
@@ -43,7 +43,7 @@ def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
 
 
 def _ratios(record: Mapping[str, Any]) -> str:
-    """What the heads were trained on, and why."""
+    """Which density ratios the heads were trained on, and the reason for it."""
     stages, saturated = record["stages"], record["saturated"]
     if stages is None:
         return "maximum likelihood by chains, as asked"
@@ -60,7 +60,7 @@ def _ratios(record: Mapping[str, Any]) -> str:
 
 
 def sample_summary(result: Mapping[str, Any]) -> str:
-    """What was drawn and where it is."""
+    """The result of sampling as text: number, sampler, diagnostics, files."""
     return (
         f"{result['samples']} samples, {sampler_text(result['sampler'])}; acceptance {result['acceptance']:.2f}, "
         f"‖ε‖/√D {result['norm']:.3f}, ESS / proposals {result['ess_fraction']:.2f}\nwrote {', '.join(result['files'])}"
@@ -68,7 +68,7 @@ def sample_summary(result: Mapping[str, Any]) -> str:
 
 
 def pretrain_summary(result: Mapping[str, Any]) -> str:
-    """What a first stage gave."""
+    """The result of pretraining as text."""
     elbo = result["test_elbo"]
     measured = "no test ELBO: the data have no test split"
     if elbo is not None:
@@ -85,7 +85,7 @@ def pretrain_summary(result: Mapping[str, Any]) -> str:
 
 
 def train_summary(result: Mapping[str, Any]) -> str:
-    """What joint training gave."""
+    """The result of joint training as text."""
     found, count = result["validation"], result["parameters"]
     heads = f"the heads {count['heads']:,} more ({count['ratio']:.1%})" if count["heads"] else "no energy"
     return (
@@ -97,12 +97,12 @@ def train_summary(result: Mapping[str, Any]) -> str:
 
 
 def prior_card(record: Mapping[str, Any]) -> str:
-    """What a prior file says of itself, as text."""
+    """The record of a prior file as text."""
     return text(prior_blocks(record))
 
 
 def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
-    """What a prior file says of itself."""
+    """The record of a prior file, with "heads" (see `head_parameters`), as blocks."""
     backbone, training = record["backbone"], record["record"]
     heads = sum(record["heads"].values())
     rows = [
@@ -135,7 +135,7 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
 
 
 def backbone_card(described: Mapping[str, Any]) -> str:
-    """A backbone's groups, parameter counts, the plain values of its architecture, and what is known of its making."""
+    """A description of a backbone (see `describe_backbone`) as text."""
     count, paper = described["parameters"], described["parameters_paper"]
     rows = [[name, "×".join(map(str, shape))] for name, shape in described["groups"]]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Where a backbone comes from: its data set and its record; and what is made of it."""
+"""Backbones for the commands: new or changed ones, and the records and data sets that a checkpoint names."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from ebm_prior.storage.registry import adapter, build
 
 
 def own_data(checkpoint: str, backbone: Backbone) -> str:
-    """The data set that a checkpoint says it was trained on. Raises ConfigurationError."""
+    """The known data set that a checkpoint names as its training data. Raises ConfigurationError if it names none."""
     return named_data(own_record(checkpoint, backbone), checkpoint)
 
 
 def named_data(record: Mapping[str, Any], what: str, *, option: str = "--data") -> str:
-    """The data set that a training record names. A path is not taken: it may hold no other split, or be elsewhere.
+    """The known data set that a training record names. A path is not taken: it may have no other split, or have moved.
 
-    `option`: where a user says it otherwise. Raises ConfigurationError.
+    `what`: whose record it is, and `option`: by which a user names the data instead; both for the message. Raises
+    ConfigurationError.
     """
     data = record.get("data")
     recorded = data.get("name") if isinstance(data, Mapping) else None
@@ -43,7 +44,7 @@ def named_data(record: Mapping[str, Any], what: str, *, option: str = "--data") 
 
 
 def source_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
-    """Where a backbone comes from: name and SHA-256 over its files, and what the checkpoint says of itself."""
+    """The origin of a backbone: the checkpoint's own record, with its name and the SHA-256 over its files."""
     path = bundled().get(checkpoint, Path(checkpoint))
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -56,7 +57,7 @@ def source_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
 
 
 def own_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
-    """What a checkpoint says of itself: an own form's record; an official one's data set, where it names that."""
+    """The record in a checkpoint of our own form; for an official one its data set, if it names one."""
     path = bundled().get(checkpoint, Path(checkpoint))
     if path.suffix == ".safetensors":
         return dict(backbone_record(path)["record"])
@@ -75,10 +76,10 @@ def readjusted(
     resume: bool = False,
     progress: Progress = SILENT,
 ) -> Backbone:
-    """The backbone with its batch norms re-adjusted, as it is read from the own form that is written to `path`.
+    """Re-adjust a backbone's batch norms, write it to `path` in our own form, and return it as read from there.
 
-    `settings`: the keyword arguments of `readjust_batch_norm`, which changes `backbone` in place. `checkpoint`: where
-    it comes from, for the record. With `resume` a file that is there already is the one.
+    settings: keyword arguments of `readjust_batch_norm`, which changes `backbone` in place.  checkpoint: where the
+    backbone comes from, for the record.  resume: take the file at `path` if there is one.  progress: gets remarks.
     """
     if not resume:
         path.unlink(missing_ok=True)  # of an earlier run; a kill while this one works must not leave it to a resume
@@ -92,7 +93,7 @@ def readjusted(
 
 
 def parsed_options(words: Sequence[str]) -> dict[str, Any]:
-    """Options of an architecture from words KEY=VALUE, each value in JSON. Raises ConfigurationError."""
+    """Arguments of an adapter from words KEY=VALUE, each value in JSON. Raises ConfigurationError."""
     options: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
@@ -107,9 +108,9 @@ def parsed_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
-    """The network with these options in its architecture and the same weights. Raises ConfigurationError.
+    """A network with the same weights, and `options` in place of those of its architecture.
 
-    An option that the architecture does not have is an error, and so is one on which the weights depend.
+    Raises ConfigurationError for an option that the architecture does not have, or on which its weights depend.
     """
     kind, architecture = type(backbone), dict(backbone.architecture)
     if unknown := sorted(set(options) - set(architecture)):
@@ -123,7 +124,7 @@ def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
     ours, theirs = ({key: t.shape for key, t in network.state_dict().items()} for network in (backbone, changed))
     if unfit := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         raise ConfigurationError(
-            f"{named}: expected options that hold no weights, found {len(unfit)} weights that would be others: "
+            f"{named}: expected options that change no weights, found {len(unfit)} weights that would change: "
             f"{', '.join(unfit[:5])}{', …' * (len(unfit) > 5)}"
         )
     changed.load_state_dict(backbone.state_dict())

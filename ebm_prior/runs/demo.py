@@ -25,11 +25,11 @@ from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
 
 DEMO_BACKBONE = "hvae_fashion_mnist"
-PRIOR, PICTURE, TABLE = "prior.safetensors", "before-after.png", "result.json"  # what the demo writes
+PRIOR, PICTURE, TABLE = "prior.safetensors", "before-after.png", "result.json"  # the files of a demo
 
 
 def demo_config() -> FitConfig:
-    """The demo's second stage: the default one, cut to a minute or two on the bundled 6,000 images."""
+    """The demo's fit: the default settings, cut to a minute or two on the bundled 6,000 images."""
     return replace(FitConfig(), iterations=800)
 
 
@@ -66,9 +66,10 @@ def run_demo(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Fit a prior to the bundled backbone on the bundled images and measure it. Writes into `out`.
+    """Fit a prior to the bundled backbone on the bundled images, and measure it; the files are written into `out`.
 
-    An earlier demo there is replaced; a folder of something else only with `overwrite`, or OutputError is raised.
+    overwrite: write into `out` even if it holds other files than an earlier demo's; else OutputError is raised.
+    progress: gets the steps of the fit, and remarks. Returns the result, as plain values.
     """
     require_demo_folder(out, overwrite)
     began = time.monotonic()
@@ -101,5 +102,5 @@ def run_demo(
 
 
 def _is_demo(folder: Path) -> bool:
-    """Whether nothing else is in it than what a demo writes, also one that was interrupted."""
+    """Whether a folder holds the files of a demo alone, be it finished or interrupted."""
     return all(path.name in (PRIOR, PICTURE, TABLE) or path.name.startswith(".") for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""What a prior file or a backbone is, as plain values: sizes, parameters, records."""
+"""Descriptions of prior files and backbones, as plain values: sizes, parameter counts, records."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ from ebm_prior.storage.registry import adapter, registered
 from ebm_prior.storage.weights import count_parameters, fingerprint, read_tensors
 from ebm_prior.training.fit_config import FitConfig, paper_preset
 
-# Of a prior's record:
-RESULTS = ("iterations", "best_iteration", "rollbacks", "held_out", "stages", "saturated", "narrow")
-
 
 def parameters(backbone: Backbone, energy: EnergyConfig) -> dict[str, float]:
-    """Parameter counts of a backbone and of such heads on it, and their ratio (Table 9)."""
+    """Parameter counts of a backbone and of heads with this configuration on it, and their ratio (Table 9)."""
     with torch.device("meta"):  # counted, not made
         heads = count_parameters(JointEnergy(backbone.groups, energy))
     count = count_parameters(backbone)
@@ -42,7 +39,7 @@ def head_parameters(path: Path) -> dict[str, int]:
 def describe_backbone(backbone: Backbone, record: Mapping[str, Any]) -> dict[str, Any]:
     """A backbone's groups and parameter counts, with those of the default heads and of the paper's (Table 9).
 
-    `record`: what its checkpoint says of itself.
+    `record`: the record in its checkpoint (see `own_record`).
     """
     return {
         "class": type(backbone).__name__,

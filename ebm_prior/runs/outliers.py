@@ -25,7 +25,7 @@ FILES = ("scores.npz", "result.json", "histograms.png")
 
 
 def write_scores(path: Path, forms: Sequence[Form], scored: Sequence[Scored]) -> None:
-    """An .npz: `scores`, the names of columns; `sets`, names; and of set i `values_i` (N, columns), `rows_i` (N,)."""
+    """Write an .npz: `scores`, names of columns; `sets`, names; of set i `values_i` (N, columns) and `rows_i` (N,)."""
     arrays: dict[str, Any] = {"scores": np.array([form.name for form in forms])}
     arrays["sets"] = np.array([each.name for each in scored])
     for index, each in enumerate(scored):
@@ -38,7 +38,7 @@ def write_scores(path: Path, forms: Sequence[Form], scored: Sequence[Scored]) ->
 def write_results(
     folder: Path, result: Mapping[str, Any], forms: Sequence[Form], scored: Sequence[Scored], title: str
 ) -> list[str]:
-    """scores.npz, result.json and histograms.png in a folder; returns their paths."""
+    """Write scores.npz, result.json and histograms.png into a folder; returns their paths. `title`: of the picture."""
     write_scores(folder / "scores.npz", forms, scored)
     write_atomically(
         folder / "result.json", (json.dumps(without_nan(result), indent=2, sort_keys=True) + "\n").encode()

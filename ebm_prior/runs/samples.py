@@ -1,4 +1,4 @@
-"""Samples as files: grids, arrays, folders of PNG files, before-and-after pictures."""
+"""Samples as files: grids, arrays, folders of PNG files, before-and-after pictures; and the places for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ebm_prior.storage.places import require_absent, require_free, require_writa
 
 
 def write_comparison(prior: EBMPrior, path: Path, *, seed: int, number: int = 64, caption: Sequence[str] = ()) -> None:
-    """A picture: samples of the backbone's prior beside those of the energy-based prior."""
+    """Write a picture of `number` samples of the backbone's prior beside as many of the energy-based prior."""
     before = prior.sample(number, seed=seed, sampler=ANCESTRAL).images
     after = prior.sample(number, seed=seed).images
     panels = [("before: the backbone's prior", before), ("after: the energy-based prior", after)]
@@ -49,7 +49,10 @@ def _is_sample(path: Path) -> bool:
 
 
 def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, compare: bool) -> list[Path]:
-    """Write samples as `out`'s suffix says: .png a grid, .npz arrays, else a folder of PNG files."""
+    """Write samples in the form that the suffix of `out` names: .png a grid, .npz arrays, none a folder of PNG files.
+
+    compare: with a grid of the backbone's own samples beside it, drawn from `seed`. Returns the paths written.
+    """
     images = drawn.images.cpu()
     if out.suffix == ".png":
         columns = max(1, round(len(images) ** 0.5))
@@ -88,7 +91,7 @@ def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, comp
 
 
 def describe_samples(drawn: Samples, sampler: SamplerConfig, seed: int, files: Sequence[Path]) -> dict[str, Any]:
-    """What was drawn, by which sampler, and the mean diagnostics."""
+    """The result of `ebm-prior sample`, as plain values: sampler, seed, mean diagnostics and files."""
     return {
         "samples": len(drawn.images),
         "seed": seed,

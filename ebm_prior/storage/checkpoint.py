@@ -196,10 +196,7 @@ def load_prior(
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
     if backbone is None:
-        where = str(checkpoint or trained_on["checkpoint"])
-        beside = path.parent / Path(where).name  # looked at first if the record names no folder
-        if checkpoint is None and os.path.exists(beside) and (Path(where).name == where or not os.path.exists(where)):
-            where = str(beside)
+        where = _backbone_path(path, trained_on["checkpoint"]) if checkpoint is None else str(checkpoint)
         if where not in bundled() and not os.path.exists(where):
             raise CheckpointError(
                 f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
@@ -231,6 +228,16 @@ def load_prior(
         sampler=sampler,
         record=record["record"],
     )
+
+
+def _backbone_path(prior: Path, recorded: str) -> str:
+    """Where the backbone of a prior file is: the path recorded in it, or beside the file.
+
+    Beside the file is looked at first if the record names no folder, and else where nothing is at the recorded path.
+    """
+    beside = prior.parent / Path(recorded).name
+    moved = Path(recorded).name == recorded or not os.path.exists(recorded)
+    return str(beside) if moved and os.path.exists(beside) else recorded
 
 
 def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

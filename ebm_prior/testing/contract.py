@@ -59,7 +59,7 @@ class ContractReport(NamedTuple):
 def check_backbone(
     backbone: Backbone, images: Tensor | None = None, *, batch_size: int = 3, seed: int = 0
 ) -> ContractReport:
-    """Prove that `backbone` keeps the contract of `ebm_prior.backbone`; raise ContractError naming its mistakes.
+    """Prove that `backbone` keeps the contract of `ebm_prior.model.backbone`; raise ContractError naming its mistakes.
 
     `images`: (B, *image_shape) in [0, 1], at least two; uniform random ones, `batch_size` of them, if None. They pass
     through `backbone.observe`. The backbone is put back as it was: dtype, mode, flags, values, torch's random state.

@@ -58,7 +58,10 @@ def _takes_blocks(what: str, draw: Callable[[Generator], Tensor], case: Case) ->
         draw(BlockGenerator(case.seed, 0, len(case.images), case.images.device))
     except (TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        yield f"{what} takes no BlockGenerator, draw through ebm_prior.compute.randomness.uniform or standard_normal: {reason}"
+        yield (
+            f"{what} takes no BlockGenerator, draw through ebm_prior.compute.randomness.uniform or standard_normal: "
+            f"{reason}"
+        )
 
 
 def _image(what: str, found: Tensor, case: Case) -> Iterator[str]:

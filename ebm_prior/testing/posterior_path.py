@@ -13,7 +13,7 @@ from ebm_prior.testing.case import Case, Skipped, close, given_z, random_state, 
 from ebm_prior.testing.prior_path import log_normal
 
 EXACT_DIMENSIONS = 320
-"""Up to so many latent dimensions a Jacobian is formed whole: one backward pass for each."""
+"""The largest number of latent dimensions for which a Jacobian is formed whole, by one backward pass for each."""
 
 
 def noise_map(case: Case) -> Iterator[str]:

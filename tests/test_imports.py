@@ -1,10 +1,11 @@
-"""Rooms and who may call whom: imports go one way, and `import ebm_prior` is light."""
+"""Folders and who may import whom: imports go one way, and `import ebm_prior` is light."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,53 +13,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ebm_prior"
 
-# From the mathematics to the command line; a module imports from its own room and those before it.
-ROOMS = (
-    {"errors", "randomness", "parallel", "cuda_graphs"},
-    {"backbone", "energy", "samplers", "objectives", "metrics", "detection", "batch_norm"},
-    {
-        "scores",
-        "prior",
-        "training",
-        "stages",
-        "recipes",
-        "draws",
-        "fit",
-        "pretrain",
-        "joint_config",
-        "joint_loss",
-        "joint",
-        "gauge",
-    },
-    {"files", "weights", "registry", "checkpoint", "image_files", "data", "runs"}
-    | {"figures", "plots", "pages", "classifier", "inception"},
-    {
-        "fid",
-        "evaluate",
-        "outliers",
-        "doctor",
-        "show",
-        "options",
-        "sources",
-        "memory",
-        "commands",
-        "joint_run",
-        "pretrain_run",
-        "jobs",
-        "anomaly_table",
-        "latents_2d",
-        "ablations",
-    }
-    | {"report", "findings", "web_page", "run_report", "demo", "progress", "allocator"},
-    {"command_line", "training_commands", "reading_commands", "experiment_commands", "cli", "__main__"},
+# From the mathematics to the command line: a module imports from its own folder and from those before it.
+FOLDERS = (
+    *("errors", "settings", "interfaces", "compute", "model", "training", "storage", "data", "pictures"),
+    *("evaluation", "runs", "reports", "experiments", "cli"),
 )
+MATHEMATICS = ("compute", "model", "training")
+FILES = {"pathlib", "os", "io", "shutil", "tempfile", "sys", "json"}
+# What the mathematics knows of files: a signature, bytes to send, and where Linux says how much memory is free.
+FILES_OF_THE_MATHEMATICS = {"backbone": {"pathlib"}, "parallel": {"io"}, "memory": {"os", "pathlib"}}
 
 
-def imports(path: Path, *, at_the_top: bool = False) -> set[str]:
-    """Dotted names of what a module imports: anywhere in it, or only when it is itself imported."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def dotted(path: Path) -> str:
+    return ".".join(("ebm_prior", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of what a module imports, at the top or within a function."""
     found: set[str] = set()
-    for node in tree.body if at_the_top else ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -67,52 +43,63 @@ def imports(path: Path, *, at_the_top: bool = False) -> set[str]:
 
 
 def own_modules(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("ebm_prior.")}
+    """The modules of the package that one imports."""
+    names = {name for name in imports(path) if name.startswith("ebm_prior.")}
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names}
 
 
-def room(module: str) -> int:
-    return next(number for number, modules in enumerate(ROOMS) if module in modules)
+def folder(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+def test_every_module_lies_in_a_folder() -> None:
+    assert {folder(module) for module in MODULES} == {*FOLDERS, "testing", "__main__", ""}
 
 
-def test_every_module_has_a_room() -> None:
-    assert sorted(set().union(*ROOMS) & set(MODULES)) == MODULES
+@pytest.mark.parametrize("name", FOLDERS)
+def test_imports_go_one_way(name: str) -> None:
+    allowed = {*FOLDERS[: FOLDERS.index(name) + 1], ""}
+    for module, path in MODULES.items():
+        if folder(module) == name:
+            later = {other for other in own_modules(path) if folder(other) not in allowed}
+            assert not later, f"{module} imports {', '.join(sorted(later))} of a later folder"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_one_way(module: str) -> None:
-    known = set().union(*ROOMS)
-    later = {name for name in own_modules(PACKAGE / f"{module}.py") & known if room(name) > room(module)}
-    assert not later, f"{module} imports {', '.join(sorted(later))} of a later room"
+def test_no_modules_import_one_another() -> None:
+    graph = {module: own_modules(path) - {"ebm_prior", module} for module, path in MODULES.items() if "." in module}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-@pytest.mark.parametrize("module", sorted(ROOMS[0] | ROOMS[1] | ROOMS[2]))
+@pytest.mark.parametrize("module", [module for module in MODULES if folder(module) in MATHEMATICS])
 def test_the_mathematics_knows_torch_and_numpy_only(module: str) -> None:
-    outside = {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py")} - {"ebm_prior"}
-    foreign = {name for name in outside if name not in sys.stdlib_module_names} - {"torch", "numpy"}
-    assert not foreign
-    assert not outside & {"pathlib", "os", "io", "shutil", "tempfile", "sys", "json"} - (
-        {"backbone": {"pathlib"}, "parallel": {"io"}}.get(module, set())  # load_official's signature; bytes to send
-    )
+    outside = {name.split(".")[0] for name in imports(MODULES[module])} - {"ebm_prior"}
+    assert {name for name in outside if name not in sys.stdlib_module_names} <= {"torch", "numpy"}
+    assert outside & FILES <= FILES_OF_THE_MATHEMATICS.get(module.rpartition(".")[2], set())
 
 
 def test_click_is_the_command_lines_alone() -> None:
-    users = {path.stem for path in PACKAGE.rglob("*.py") if "click" in {n.split(".")[0] for n in imports(path)}}
-    assert users == {"options", "command_line", "training_commands", "reading_commands", "experiment_commands", "cli"}
+    users = {folder(module) for module, path in MODULES.items() if "click" in {n.split(".")[0] for n in imports(path)}}
+    assert users == {"cli"}
+
+
+def test_the_contract_kit_knows_the_contract_alone() -> None:
+    for module, path in MODULES.items():
+        if folder(module) == "testing":
+            assert {folder(other) for other in own_modules(path)} <= {"testing", "errors", "compute", "model"}, module
 
 
 def test_backbones_know_the_contract_and_no_energies() -> None:
-    for path in (ROOT / "backbones").glob("*.py"):
-        assert own_modules(path) <= {"backbone", "errors", "randomness", "weights"}, path.name
+    known = ("errors", "compute.", "model.backbone", "storage.weights", "backbones")
+    for path in (ROOT / "backbones").rglob("*.py"):
+        names = {name.removeprefix("ebm_prior.") for name in imports(path) if name.startswith("ebm_prior.")}
+        assert all(name.startswith(known) for name in names), f"{path}: {names}"
 
 
 def test_import_is_light() -> None:
     """Nor must `ebm-prior --help` wait for clean-fid or torchvision, which only some commands need."""
-    program = "import sys, ebm_prior; print(*sys.modules); import ebm_prior.cli; print(*sys.modules)"
+    program = "import sys, ebm_prior; print(*sys.modules); import ebm_prior.cli.main; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     library, commands = ({name.split(".")[0] for name in line.split()} for line in done.stdout.splitlines())
-    assert "torch" in library
     assert not library & {"torchvision", "cleanfid", "matplotlib", "click", "safetensors", "scipy", "PIL"}
+    assert "torch" in commands
     assert not commands & {"torchvision", "cleanfid", "matplotlib"}

@@ -196,7 +196,7 @@ def load_prior(
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
     if backbone is None:
-        where = _backbone_path(path, trained_on["checkpoint"]) if checkpoint is None else str(checkpoint)
+        where = str(checkpoint) if checkpoint else _backbone_path(path, str(trained_on["checkpoint"]))
         if where not in bundled() and not os.path.exists(where):
             raise CheckpointError(
                 f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"

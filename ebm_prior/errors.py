@@ -38,17 +38,17 @@ class OutputError(EbmPriorError):
 
 
 class MemoryLimitError(EbmPriorError):
-    """What a command needs does not fit in the memory of its device."""
+    """A command needs more memory than its device has free."""
 
 
 class ProcessError(EbmPriorError):
-    """Of the processes of one run another has ended, or cannot be reached."""
+    """Another process of the same run has ended, or cannot be reached."""
 
 
 class DivergenceError(EbmPriorError):
     """Training or sampling diverged; the command line turns it into exit code 3.
 
-    `kept`: the best prior, or the last good backbone, before that; None where there is none.
+    `kept`: the best prior, or the last good backbone, from before the divergence; None where there is none.
     """
 
     def __init__(self, message: str, *, kept: object = None) -> None:

@@ -1,4 +1,4 @@
-"""What long work needs from the outside: images, a recorder, and somebody who is told how far it has come."""
+"""Interfaces of long work to the outside: images, a recorder, and somebody who is told how far it has come."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 Callback = Callable[[Mapping[str, Any]], None]
-"""Called with what there is to show; in training loops at least "iteration" and "iterations"."""
+"""Called with names and values to show; in training loops at least "iteration" and "iterations"."""
 
 
 class Progress(Protocol):
@@ -55,7 +55,7 @@ class Images(Protocol):
 
 
 class Recorder(Protocol):
-    """Where a training loop keeps its state and metrics (`ebm_prior.runs.folder.Run` is one)."""
+    """Keeper of the state and metrics of a training loop (`ebm_prior.runs.folder.Run` is one)."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append metrics, with the key "iteration"."""

@@ -1,1 +1,1 @@
-"""What knows machines and nothing of priors: randomness, processes, CUDA graphs, memory."""
+"""The machine, without priors: randomness, processes, CUDA graphs, memory."""

@@ -19,7 +19,7 @@ BLOCK = 64
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for: the word after the seed in `derived_seed`.
+    """The purpose of a stream of random numbers: the word after the seed in `derived_seed`.
 
     A number is part of what a seed means: with another one the same seed would give other priors. Two purposes share a
     number only where no run has both (`tests/compute/test_randomness.py` lists these pairs).

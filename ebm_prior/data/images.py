@@ -57,7 +57,7 @@ DATA_SET_NAMES = (*_DATA_SETS, SUBSET)
 
 
 class _Store(Protocol):
-    """Where the pixels are. `rows`: int64 (B,), already checked."""
+    """A store of pixels. `rows`: int64 (B,), already checked."""
 
     @property
     def shape(self) -> Shape: ...
@@ -205,12 +205,12 @@ def open_images(
 
 
 def known_data_set(name: str) -> str | None:
-    """What `DATA_SET_NAMES` calls the data set; case, hyphens and underscores do not matter. None: not known."""
+    """The name in `DATA_SET_NAMES` of a data set; case, hyphens and underscores do not matter. None if it has none."""
     return {plain_name(known): known for known in DATA_SET_NAMES}.get(plain_name(name))
 
 
 def default_data_root() -> Path:
-    """Where data sets are looked for: $EBM_PRIOR_DATA, else ebm-prior/data in the user's cache directory."""
+    """The folder of data sets: $EBM_PRIOR_DATA, else ebm-prior/data in the user's cache directory."""
     if chosen := os.environ.get("EBM_PRIOR_DATA"):
         return Path(chosen).expanduser()
     return user_cache() / "data"

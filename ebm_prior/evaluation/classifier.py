@@ -164,7 +164,7 @@ class FeatureClassifier(nn.Module):
 
     @property
     def distance_name(self) -> str:
-        """How a Fréchet distance on these features is printed."""
+        """The name under which a Fréchet distance on these features is printed."""
         return f"FD({self.name})"
 
 
@@ -290,7 +290,7 @@ def _labels(source: LabelledImages) -> Tensor:
 
 
 def _shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """One shift per image of up to `most` pixels along each axis; what comes in at the edge repeats the border."""
+    """One shift per image of up to `most` pixels along each axis; new pixels at the edge repeat the border."""
     if most == 0:
         return images
     batch, _, height, breadth = images.shape

@@ -88,11 +88,11 @@ class Reference:
 
     @cached_property
     def auc_before(self) -> GaugeResult:
-        """How well a fresh classifier tells posterior latents from the backbone's prior."""
+        """The AUC with which a fresh classifier tells posterior latents from draws of the backbone's prior."""
         return self.auc(self.backbone_latents)
 
     def auc(self, latents: list[Tensor]) -> GaugeResult:
-        """How well a fresh classifier tells posterior latents from as many of the given ones."""
+        """The AUC with which a fresh classifier tells posterior latents from the given ones, overall and per group."""
         device = next(self.backbone.parameters()).device
         return gauge_auc(self.posterior, latents, self.backbone.groups, config=self.config.gauge, device=device)
 
@@ -200,8 +200,8 @@ def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILE
     }
     device = next(prior.energy.parameters()).device
     f_q, f_p, f_drawn = (values(prior.f, z, device) for z in (reference.posterior, reference.backbone_latents, latents))
-    stages = prior.record.get("stages")
-    if stages:  # whose normaliser, 0, is known from the fit: weights of p_β's draws alone do not reach that far
+    if prior.record.get("stages"):
+        # The fit of stages has set log Z to 0. Here it cannot be estimated: draws of p_β alone do not reach that far.
         held_out = Gain(float(f_q.mean()), prior.record["held_out"]["tempered"]["ess_fraction"], 1.0)
     else:
         held_out = gain(f_q, f_p)

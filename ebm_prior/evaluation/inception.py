@@ -80,7 +80,7 @@ class Inception:
 
     @property
     def distance_name(self) -> str:
-        """How a Fréchet distance on these features is printed."""
+        """The name under which a Fréchet distance on these features is printed."""
         return f"FID({self.mode})" if self.official else f"FD({self.name})"
 
     @property

@@ -28,11 +28,11 @@ class FeatureExtractor(Protocol):
 
     @property
     def name(self) -> str:
-        """Which network, with which weights."""
+        """The network and its weights."""
 
     @property
     def distance_name(self) -> str:
-        """How a Fréchet distance on its features is printed: FD(name), or FID for Inception's official weights."""
+        """The printed name of a Fréchet distance on its features: FD(name), or FID for Inception's official weights."""
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> features (B, D)."""

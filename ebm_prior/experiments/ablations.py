@@ -39,7 +39,7 @@ class Paper(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One row of a table, one point of a plot: what differs in training and network, and what the paper measured."""
+    """One row of a table and one point of a plot: changes of training and network, and the paper's measurements."""
 
     name: str
     at: float  # on the plot's horizontal axis

@@ -55,7 +55,7 @@ Draw = Callable[[int, Gaussian, Any], Tensor]
 
 
 class PosteriorDraw:
-    """What `encode` returns: a Draw of z_i ~ q(z_i | x, z_<i) that records log q_i (B,) as the groups are met.
+    """The result of `encode`: a Draw of z_i ~ q(z_i | x, z_<i) that records log q_i (B,) as the groups are met.
 
     `conditional(i, prior, context)` returns z_i (B, *shape) and log q_i (B,).
     """
@@ -104,7 +104,7 @@ class Posterior(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What one traversal met: the latents, their conditional priors, and the features that end it."""
+    """The results of one traversal: the latents, their conditional priors, and the features at its end."""
 
     z: list[Tensor]
     priors: list[Gaussian]

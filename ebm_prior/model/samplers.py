@@ -32,7 +32,7 @@ Potential = Callable[[Sequence[Tensor]], Tensor]
 
 
 class ChainState(NamedTuple):
-    """What the next step needs: the position ε and g with its gradient there."""
+    """The state of chains between two steps: the position ε, and g with its gradient there."""
 
     eps: list[Tensor]
     value: Tensor  # g(ε), (B,)

@@ -12,12 +12,12 @@ from ebm_prior.reports.text import Block, Table, text
 
 
 def evaluation_tables(results: Sequence[Mapping[str, Any]]) -> str:
-    """One evaluation in full; of several, the distances of each and their mean and standard deviation."""
+    """Evaluations as text: see `evaluation_blocks`."""
     return text(evaluation_blocks(results))
 
 
 def evaluation_blocks(results: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """One evaluation in full; of several, the distances of each and their mean and standard deviation."""
+    """Evaluations as blocks; where there are several, their mean and standard deviation follow."""
     blocks: list[Block] = []
     for result in results:
         blocks += ["", *_evaluation(result)]

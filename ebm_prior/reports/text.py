@@ -19,7 +19,7 @@ Block = Table | str  # a string is a line; an empty one sets apart what follows
 
 
 def text(blocks: Sequence[Block]) -> str:
-    """Blocks as they are printed."""
+    """Blocks as text for the terminal."""
     return "\n".join(table(*block) if isinstance(block, Table) else block for block in blocks)
 
 

@@ -1,1 +1,1 @@
-"""What each command does, without click: a library user can call the same functions."""
+"""The work of each command, without click: a library user can call the same functions."""

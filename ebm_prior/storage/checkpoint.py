@@ -148,7 +148,7 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
 
 
 def prior_record(path: str | Path) -> dict[str, Any]:
-    """What a prior file says of itself. Raises CheckpointError for another kind of file or a newer format."""
+    """The record in a prior file. Raises CheckpointError for another kind of file or a newer format."""
     return _read_prior(Path(path))[1]
 
 

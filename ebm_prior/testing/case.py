@@ -1,4 +1,4 @@
-"""What the checks of the contract kit share: one situation to check, and the module put aside while they run."""
+"""Shared by the checks of the contract kit: a situation to check, and the module's own state put aside meanwhile."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What one run of `top_down` met, recorded without the help of the base class."""
+    """The results of one run of `top_down`, recorded without the help of the base class."""
 
     z: list[Tensor]
     priors: list[Gaussian]
@@ -97,7 +97,7 @@ def random_state(device: torch.device) -> Tensor:
 
 @contextmanager
 def frozen(backbone: Backbone) -> Iterator[None]:
-    """In eval mode and without parameter gradients; modes, flags and torch's random state are put back."""
+    """Inside the block the module is in eval mode, without parameter gradients; afterwards all is put back, RNG too."""
     modes = [(module, module.training) for module in backbone.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
     device = next(backbone.parameters()).device

@@ -50,7 +50,7 @@ REST: Checks = {
 
 
 class ContractReport(NamedTuple):
-    """What was proved, and what could not be checked and why: one sentence each."""
+    """The checks that passed, and for each that could not be made a sentence that says why."""
 
     checks: tuple[str, ...]
     skipped: tuple[str, ...]

@@ -47,7 +47,7 @@ def evaluation_mode(backbone: Backbone) -> Iterator[str]:
 
 
 def own_dtype(case: Case) -> Iterator[str]:
-    """In the parameters' own dtype, before anything is converted, every pass runs and returns that dtype."""
+    """Every pass runs in the parameters' own dtype, before anything is converted, and returns that dtype."""
     expected = case.images.dtype
     met = given_eps(case.backbone, case.eps)
     seen = case.backbone.observe(case.images, generator=case.generator(5))

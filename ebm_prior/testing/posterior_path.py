@@ -123,7 +123,7 @@ def _log_normal(noise: Tensor) -> Tensor:
 
 
 def _factor_of_std(difference: Tensor, dimensions: int) -> str:
-    """The same difference for all images is what a wrong scale of the standard deviation would leave."""
+    """A hint for messages: a wrong scale of the standard deviation leaves the same difference for all images."""
     if not close(difference, difference.mean().expand_as(difference), tolerance=1e-6):
         return ""
     return f" (as if std were wrong by a factor {math.exp(-difference.mean().item() / dimensions):.4g})"

@@ -148,7 +148,7 @@ def gradients(case: Case) -> Iterator[str]:
 
 
 def no_clamp(case: Case) -> Iterator[str]:
-    """What was drawn is used as it was drawn: the rest of the pass feels a group at 0, and between 5 and 6 std."""
+    """Draws are used as they were drawn: the rest of the pass depends on a group at 0, and between 5 and 6 std."""
     for j, name in enumerate(case.names):
         signs = case.normal_like(case.eps, purpose=3)[j].sign()
         drawn, other, at5, at6 = (

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import torch
 
+from ebm_prior.cli.help import Command
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import BACKBONE, JSON, OWN_DATA, PATH, PLACE, SEED, show_result
@@ -54,7 +55,9 @@ def report(
     click.echo(f"wrote {out}")
 
 
-@click.command()
+@click.command(
+    cls=Command, first=("adapter_name", "checkpoint", "data", "data_root", "samples", "seed", "device", "as_json")
+)
 @BACKBONE
 @OWN_DATA
 @config_options(DoctorConfig, skip=("seed", "energy"))

@@ -11,10 +11,21 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
+from ebm_prior.cli.help import Option
 from ebm_prior.settings import every_setting, spelled
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 WORDING = "{help}  [default: {default}]"
+SECTIONS = {  # of --help-all, by how the names of options begin
+    "stage_": "Stages (density ratios one after another)",
+    "energy_": "Energy heads",
+    "prior_chain_": "Chains of the prior",
+    "posterior_chain_": "Chains of the posterior",
+    "chain_": "Chains in training (mle)",
+    "sampler_": "The sampler that is recorded in the prior",
+    "gauge_": "Classifier test between latents",
+    "fid_": "FID",
+}
 
 
 def config_options(
@@ -23,11 +34,13 @@ def config_options(
     skip: tuple[str, ...] = ("seed",),
     wording: Mapping[str, str] | None = None,
     also: Mapping[str, Sequence[str]] | None = None,
+    section: str = "Settings",
 ) -> Callable[[Command], Command]:
     """Decorate a command with an option for every field of a configuration dataclass that has a help text.
 
     skip: names of fields, of nested dataclasses too, that become no options.  wording: by the beginning of an option's
     name, a pattern of its help in place of `WORDING`.  also: further spellings of an option.
+    section: where --help-all lists settings that are in no nested dataclass.
     """
 
     def decorate(command: Command) -> Command:
@@ -44,6 +57,8 @@ def config_options(
                 type=None if option_type is bool else option_type[0] if multiple > 1 else option_type,
                 nargs=multiple,
                 default=None,
+                cls=Option,
+                section=next((title for start, title in SECTIONS.items() if name.startswith(start)), section),
                 help=said.format(help=entry.metadata["help"], default=spelled(value)),
             )(command)
         return command

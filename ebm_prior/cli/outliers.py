@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ebm_prior.cli.help import Command
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
@@ -43,7 +44,10 @@ RESULTS = together(
 )
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    first=("inside", "outside", "data_root", "ks", "modes", "to", "samples", "draws", "seed", "device", "as_json"),
+)
 @PRIOR
 @click.option(
     "--in", "inside", help=f"images of the known kind, {DATA_FORMS}  [default: what the prior was trained on]"
@@ -81,7 +85,7 @@ RESULTS = together(
 )
 @RESULTS
 @config_options(OutlierConfig)
-@config_options(SamplerConfig, wording={"": RECORDED})
+@config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
 @SEED
 @PLACE
 @JSON
@@ -141,7 +145,10 @@ def parsed_k(text: str, groups: int) -> list[int]:
     return ks
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    first=("normal", "anomalies", "labels", "data_root", "to", "overwrite", "draws", "seed", "device", "as_json"),
+)
 @PRIOR
 @click.option("--normal", required=True, help=f"normal images, {DATA_FORMS}; those with --labels are left out")
 @click.option("--test", "anomalies", required=True, help=f"anomalies, {DATA_FORMS}: the images with --labels, or all")

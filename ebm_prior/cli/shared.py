@@ -15,6 +15,7 @@ import click
 import torch
 
 from ebm_prior.cli.group import WORDS
+from ebm_prior.cli.help import Option
 from ebm_prior.cli.preflight import Need, require
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
 from ebm_prior.errors import ConfigurationError
@@ -38,7 +39,10 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-DEVICE_NAME = click.option("--device", default="cpu", show_default=True, help="torch device, e.g. cuda")
+MACHINE = "Device, precision, memory"
+DEVICE_NAME = click.option(
+    "--device", cls=Option, section=MACHINE, default="cpu", show_default=True, help="torch device, e.g. cuda"
+)
 
 
 def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command], Command]:
@@ -52,6 +56,8 @@ def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command],
         click.option(
             "--precision",
             "dtype",
+            cls=Option,
+            section=MACHINE,
             type=click.Choice(precisions),
             default="float32",
             show_default=True,
@@ -75,12 +81,16 @@ def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command],
 CELLS = (
     click.option(
         "--checkpointing",
+        cls=Option,
+        section=MACHINE,
         is_flag=True,
         help="in the cells of an NVAE, keep less for the backward pass and compute it again: less memory, same results",
     ),
     click.option(
         "--compile",
         "compiled",
+        cls=Option,
+        section=MACHINE,
         is_flag=True,
         help="fuse the cells of an NVAE by torch.compile: 10 s at first, then less time on a GPU",
     ),

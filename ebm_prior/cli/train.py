@@ -10,6 +10,7 @@ import click
 import torch
 from click.core import ParameterSource
 
+from ebm_prior.cli.help import Command
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.preflight import for_fit
 from ebm_prior.cli.progress import Bar
@@ -55,7 +56,23 @@ SUITED = {
 }
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    first=(
+        "adapter_name",
+        "checkpoint",
+        "data",
+        "data_root",
+        "out",
+        "resume",
+        "preset",
+        "iterations",
+        "objective",
+        "seed",
+        "device",
+        "as_json",
+    ),
+)
 @BACKBONE
 @OWN_DATA
 @RUN
@@ -128,7 +145,24 @@ def fit(
     show_result(result, as_json, summaries.fit_summary)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    first=(
+        "adapter_name",
+        "architecture",
+        "checkpoint",
+        "data",
+        "data_root",
+        "out",
+        "resume",
+        "iterations",
+        "batch_size",
+        "learning_rate",
+        "seed",
+        "device",
+        "as_json",
+    ),
+)
 @click.option("--backbone", "adapter_name", help="adapter to train (needed without --ckpt)")
 @click.option(
     "--architecture", help="bundled backbone, or JSON file of the adapter's arguments  [default: its own, if any]"
@@ -187,7 +221,24 @@ def pretrain(
     show_result(result, as_json, summaries.pretrain_summary)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    first=(
+        "adapter_name",
+        "changes",
+        "checkpoint",
+        "data",
+        "data_root",
+        "out",
+        "resume",
+        "posterior",
+        "prior",
+        "iterations",
+        "seed",
+        "device",
+        "as_json",
+    ),
+)
 @click.option("--backbone", "adapter_name", default="shallow", show_default=True, help="adapter to train")
 @click.option("--architecture", help="bundled backbone, or JSON file of the adapter's arguments")
 @click.option(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ebm_prior.cli.help import Command
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.preflight import for_samples
 from ebm_prior.cli.progress import Bar
@@ -44,7 +45,10 @@ from ebm_prior.storage import places
 from ebm_prior.storage.checkpoint import load_prior, prior_record
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    first=("number", "out", "compare", "overwrite", "checkpoint", "steps", "temperature", "seed", "device", "as_json"),
+)
 @click.argument("prior", type=PATH, required=False)
 @click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="number of samples")
 @click.option(
@@ -64,7 +68,7 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
     show_default=True,
     help="samples at a time, rounded to blocks of 64; changes no result",
 )
-@config_options(SamplerConfig, wording={"": RECORDED})
+@config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
 @SEED
 @PASSES
 @JSON
@@ -109,7 +113,11 @@ def sample(
     show_result(result, as_json, summaries.sample_summary)
 
 
-@click.command("eval")
+@click.command(
+    "eval",
+    cls=Command,
+    first=("data", "data_root", "samples", "fid", "classifier", "checkpoint", "seed", "device", "as_json"),
+)
 @click.argument("priors", type=PATH, nargs=-1, required=True)
 @OWN_DATA
 @click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
@@ -128,7 +136,7 @@ def sample(
     "[default: clean]",
 )
 @config_options(EvalConfig, skip=("seed", "energy"))
-@config_options(SamplerConfig, wording={"": RECORDED})
+@config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
 @SEED
 @PASSES
 @JSON
@@ -209,7 +217,9 @@ def _loaded(
     return loaded
 
 
-@click.command()
+@click.command(
+    cls=Command, first=("data", "data_root", "number", "out", "overwrite", "steps", "seed", "device", "as_json")
+)
 @PRIOR
 @click.argument("what", type=click.Choice(list(PICTURES)))
 @click.option("--data", help=f"images to start from, {DATA_FORMS}  [default: what the prior was trained on]")
@@ -219,7 +229,7 @@ def _loaded(
     "--out", type=PATH, help="the .png; its arrays lie beside it as .npz  [default: the next free beside PRIOR]"
 )
 @click.option("--overwrite", is_flag=True, help="replace what is at --out")
-@config_options(SamplerConfig, wording={"": RECORDED})
+@config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
 @SEED
 @PLACE
 @JSON

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_cases import AdapterCase, Official
 from ebm_prior.backbones.nvae.adapter import NVAE
 from torch import Tensor
 
@@ -82,10 +83,14 @@ def tiny_args(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**options, **changes})
 
 
+def seeded(**changes: Any) -> NVAE:
+    torch.manual_seed(0)
+    return trained(tiny(**changes))
+
+
 @cache
 def trained_tiny() -> NVAE:
-    torch.manual_seed(0)
-    return trained(tiny())
+    return seeded()
 
 
 def weights(model: NVAE) -> dict[str, Tensor]:
@@ -109,3 +114,21 @@ def write(folder: Path, *, args: Any = None, state: Any = None, **more: Any) -> 
     }
     torch.save(content, folder / "checkpoint.pt")
     return folder / "checkpoint.pt"
+
+
+CASE = AdapterCase(
+    NVAE,
+    {
+        "": trained_tiny,
+        "of one group": lambda: seeded(groups_per_scale=[1], encoder_channels=4, squeeze_excite=False),
+        "of combiners": lambda: seeded(blocks=0, encoder_cells=0, decoder_cells=0, image_shape=[3, 4, 4]),
+    },
+    ({"image_shape": [3, 8, 4]}, "square"),
+    Official(
+        write,
+        trained_tiny,
+        lambda: weights(trained_tiny()),
+        ("checkpoint.pt",),
+        {name: FIXTURES / name / "checkpoint.pt" for name in REFERENCES},
+    ),
+)

@@ -2,105 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import pickle
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from ebm_prior.backbones.biva.adapter import BIVA
 from ebm_prior.backbones.safe_loading import load_json, load_pickle
-from tiny_biva import FIXTURES, REFERENCES, STAGES, initialised, needs_fixtures, tiny
-from torch import Tensor
-from workshop import Workshop
+from exploits import Exploit
+from tiny_biva import CONV, DENSE, ELSEWHERE, STAGE, dumps, tiny, tiny_config, tiny_record, weights, write_run
 
 from ebm_prior.errors import CheckpointError
-from ebm_prior.storage.checkpoint import backbone_record, load_backbone, save_backbone
-
-FILES = ["hyperparameters.p", "config.json", "model.pth"]
 
 
-def named(module: str, name: str) -> type:
-    """A class that a pickle names module.name."""
-    return type(name, (), {"__module__": module})
-
-
-STAGE = {kind: named("biva.model.stage", f"{kind.capitalize()}Stage") for kind in ("biva", "lvae", "vae")}
-DENSE, CONV = (named("biva.model.stochastic", name) for name in ("DenseNormal", "ConvNormal"))
-
-
-def dumps(value: Any, protocol: int = 3) -> bytes:
-    """A pickle, written as if the official package were installed."""
-    modules = {name: types.ModuleType(name) for name in ("biva", "biva.model", "biva.model.stage", "elsewhere")}
-    modules["biva.model.stochastic"] = types.ModuleType("biva.model.stochastic")
-    for kind in (*STAGE.values(), DENSE, CONV, ELSEWHERE):
-        setattr(modules[kind.__module__], kind.__name__, kind)
-    with mock.patch.dict(sys.modules, modules):
-        return pickle.dumps(value, protocol=protocol)
-
-
-ELSEWHERE = named("elsewhere", "Normal")
-
-
-def tiny_record(**changes: Any) -> dict[str, Any]:
-    """`tiny()` as the official code records it."""
-    latents: list[dict[str, Any]] = [
-        {"N": latent["features"], "kernel": latent["kernel"], "block": CONV}
-        if "kernel" in latent
-        else {"N": latent["features"], "block": DENSE}
-        for latent in (stage["latent"] for stage in STAGES)
-    ]
-    return {
-        "Stage": STAGE["biva"],
-        "tensor_shp": (-1, 1, 8, 8),
-        "stages": [[[b["filters"], 3, b.get("stride", 1)] for b in s["blocks"]] for s in STAGES],
-        "latents": latents,
-        "nonlinearity": "elu",
-        "q_dropout": 0.5,
-        "p_dropout": 0,
-        "type": "biva",
-        "features_out": 1,
-        "no_skip": False,
-        "log_var_act": torch.nn.Softplus,
-        **changes,
-    }
-
-
-def tiny_config(**changes: Any) -> dict[str, Any]:
-    return {"root": "runs/", "dataset": "binmnist", "model_type": "biva", "nr_mix": 10, **changes}
-
-
-def write_run(
-    folder: Path,
-    *,
-    record: Any = None,
-    config: Any = None,
-    state: dict[str, Tensor] | None = None,
-    protocol: int = 3,
-    legacy: bool = True,
-) -> Path:
-    """The folder that the official code leaves behind, of `tiny()` unless told otherwise; torch 1.3 wrote no zips."""
-    state = weights() if state is None else state
-    (folder / "hyperparameters.p").write_bytes(dumps(tiny_record() if record is None else record, protocol))
-    (folder / "config.json").write_text(json.dumps(tiny_config() if config is None else config))
-    torch.save(state, folder / "model.pth", _use_new_zipfile_serialization=not legacy)
-    return folder
-
-
-def weights(**changes: Any) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    state: dict[str, Tensor] = initialised(tiny(**changes)).network.state_dict()
-    return state
-
-
-@pytest.mark.parametrize(("protocol", "legacy"), [(0, True), (3, True), (4, False), (5, False)])
+@pytest.mark.parametrize(("protocol", "legacy"), [(0, True), (4, False), (5, False)])
 def test_an_official_folder_gives_back_the_network(tmp_path: Path, protocol: int, legacy: bool) -> None:
     loaded = BIVA.load_official(write_run(tmp_path, protocol=protocol, legacy=legacy))
     assert loaded.architecture == tiny(q_dropout=0.5, p_dropout=0, init_std=0.01).architecture
@@ -139,23 +57,10 @@ def test_every_option_of_the_official_code_is_understood(tmp_path: Path) -> None
 # Refusals.
 
 
-class Exploit:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, victim: Path) -> None:
-        self.victim = str(victim)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.victim,)
-
-
-@pytest.mark.parametrize("place", ["whole", "Stage", "new option", "weights"])
+@pytest.mark.parametrize("place", ["Stage", "new option"])
 def test_a_malicious_file_is_refused_and_does_not_run(tmp_path: Path, place: str) -> None:
     exploit = Exploit(tmp_path / "run")
-    write_run(tmp_path, record=exploit if place == "whole" else tiny_record(**{place: exploit}))
-    if place == "weights":
-        write_run(tmp_path)
-        torch.save({"stages": exploit}, tmp_path / "model.pth")
+    write_run(tmp_path, record=tiny_record(**{place: exploit}))
     with pytest.raises(CheckpointError, match=r"mkdir, refused because loading it could run code"):
         BIVA.load_official(tmp_path)
     assert not (tmp_path / "run").exists()
@@ -231,23 +136,6 @@ def test_other_files_of_the_folder_are_not_opened(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_missing_and_truncated_files_are_named(tmp_path: Path, file: str) -> None:
-    path = write_run(tmp_path, legacy=False) / file
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=f"{file}, found a damaged file"):
-        BIVA.load_official(tmp_path)
-    path.unlink()
-    with pytest.raises(CheckpointError, match=f"{file}, found no such file"):
-        BIVA.load_official(tmp_path)
-
-
-def test_a_path_that_is_no_folder_is_told_the_format(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is not a folder, and the official format of BIVA is a folder with"):
-        BIVA.load_official(tmp_path / "absent")
-
-
 def change(path: tuple[Any, ...], value: Any) -> Callable[[dict[str, Any]], None]:
     def apply(record: Any) -> None:
         for key in path[:-1]:
@@ -318,25 +206,7 @@ def test_training_options_that_name_no_likelihood_are_refused(tmp_path: Path, co
         BIVA.load_official(write_run(tmp_path, config=config, state={}))
 
 
-def test_every_weight_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    state = weights()
-    first, second, third = (key for key in list(state) if key.startswith("stages.0.merge.conv1.conv"))
-    del state[first]
-    state[second] = torch.ones(7)
-    state[third] = state[third].to(torch.int64)
-    state["surprise"] = torch.ones(2)
-    with pytest.raises(CheckpointError) as caught:
-        BIVA.load_official(write_run(tmp_path, state=state))
-    for line in (
-        f"missing: {first}",
-        f"mis-shaped: {second}",
-        f"of another type: {third}",
-        "unexpected: surprise (2,)",
-    ):
-        assert line in str(caught.value)
-
-
-def test_weights_that_are_not_finite_or_never_met_data_are_refused(tmp_path: Path) -> None:
+def test_weights_that_never_met_data_are_refused(tmp_path: Path) -> None:
     state = weights()
     flags = [key for key in state if key.endswith("initialized")]
     assert len(flags) == len([key for key in state if key.endswith("weight_g")])
@@ -344,25 +214,3 @@ def test_weights_that_are_not_finite_or_never_met_data_are_refused(tmp_path: Pat
         layer = key.removesuffix(".initialized")
         with pytest.raises(CheckpointError, match=rf"never initialised from data \({layer}\)"):
             BIVA.load_official(write_run(tmp_path, state={**state, key: torch.tensor(False)}))
-    bias = "projection.1.conv.bias"
-    with pytest.raises(CheckpointError, match=f"found NaN or infinity in {bias}"):
-        BIVA.load_official(write_run(tmp_path, state={**state, bias: torch.tensor([math.nan])}))
-
-
-# The own form.
-
-
-@needs_fixtures
-@pytest.mark.parametrize("name", REFERENCES)
-def test_the_own_form_is_the_same_network(name: str, tmp_path: Path, workshop: Workshop) -> None:
-    own = tmp_path / "own.safetensors"
-    workshop.run("convert", "--backbone", "biva", "--ckpt", FIXTURES / name, "--out", own)
-    assert backbone_record(own)["adapter"] == "biva"
-    first, second = load_backbone("biva", FIXTURES / name), load_backbone(None, own)
-    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
-    save_backbone(first, tmp_path / "half.safetensors", dtype=torch.float16)
-    half = load_backbone(None, tmp_path / "half.safetensors")
-    eps = first.standard_normal(2, generator=torch.Generator().manual_seed(0))
-    for a, b, c in zip(first.reparameterize(eps), second.reparameterize(eps), half.reparameterize(eps), strict=True):
-        assert torch.equal(a, b)
-        torch.testing.assert_close(a, c, rtol=0, atol=0.05 * float(a.abs().max()))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -14,25 +12,21 @@ import pytest
 import torch
 from ebm_prior.backbones.nvae.adapter import NVAE
 from ebm_prior.backbones.nvae.official import translate
-from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, tiny_args, trained, weights, write
+from exploits import Exploit
+from tiny_nvae import tiny, tiny_args, trained, weights, write
 from workshop import Workshop
 
 from ebm_prior.errors import CheckpointError
-from ebm_prior.storage.checkpoint import backbone_record, load_backbone, save_backbone
+from ebm_prior.storage.checkpoint import backbone_record, load_backbone
 from ebm_prior.storage.weights import fingerprint
 
 
-def test_an_official_file_gives_back_the_network(tmp_path: Path) -> None:
+def test_weights_that_the_file_holds_twice_are_read_once(tmp_path: Path) -> None:
     path = write(tmp_path)
-    loaded = NVAE.load_official(path)
-    assert loaded.architecture == tiny().architecture
-    assert not loaded.training
     state = torch.load(path, weights_only=False)["state_dict"]
-    assert sum(key.endswith(".weight_normalized") for key in state) == 3 * 4  # three decoder cells, one behind them
-    for key, tensor in loaded.network.state_dict().items():
-        assert torch.equal(tensor, state.pop(key)), key
-    assert all(key.endswith(".weight_normalized") for key in state)
-    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    more = state.keys() - NVAE.load_official(path).network.state_dict().keys()
+    assert len(more) == 3 * 4  # three decoder cells, one behind them
+    assert all(key.endswith(".weight_normalized") for key in more)
 
 
 def test_old_files_lack_aliases_and_options(tmp_path: Path) -> None:
@@ -65,23 +59,10 @@ def test_weights_from_a_gpu_load_without_one(tmp_path: Path, monkeypatch: pytest
 # Refusals.
 
 
-class Exploit:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, victim: Path) -> None:
-        self.victim = str(victim)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.victim,)
-
-
-@pytest.mark.parametrize("place", ["args", "epoch", "whole"])
+@pytest.mark.parametrize("place", ["args", "epoch"])
 def test_a_malicious_file_is_refused_and_does_not_run(tmp_path: Path, place: str) -> None:
     exploit = Exploit(tmp_path / "run")
-    if place == "whole":
-        torch.save(exploit, tmp_path / "checkpoint.pt")
-    else:
-        write(tmp_path, **{place: tiny_args(save=exploit) if place == "args" else exploit})
+    write(tmp_path, **{place: tiny_args(save=exploit) if place == "args" else exploit})
     with pytest.raises(CheckpointError, match="mkdir, refused because loading it could run code"):
         NVAE.load_official(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "run").exists()
@@ -91,15 +72,6 @@ def test_namespaces_are_read_here_alone(tmp_path: Path) -> None:
     write(tmp_path)
     NVAE.load_official(tmp_path / "checkpoint.pt")
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
-def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
-    path = write(tmp_path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole))])
-    with pytest.raises(CheckpointError, match=r"checkpoint.pt, found a damaged file"):
-        NVAE.load_official(path)
 
 
 def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
@@ -116,11 +88,6 @@ def test_bits_mean_nothing_to_binary_images(tmp_path: Path) -> None:
     assert translate(vars(tiny_args(dataset="mnist", num_x_bits=5)))["bits"] == 8
 
 
-def test_what_is_no_file_is_told_the_format(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a file, and the official format of NVAE is a checkpoint"):
-        NVAE.load_official(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("content", "found"),
     [
@@ -135,30 +102,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: Any, found: 
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match=f"expected an NVAE checkpoint in .*{found}.*a dict with state_dict and"):
         NVAE.load_official(tmp_path / "checkpoint.pt")
-
-
-def test_every_weight_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    state = weights(tiny())
-    state["dec_tower.1.renamed"] = state.pop("dec_tower.0.conv.bias")
-    state["stem.bias"] = torch.ones(7)
-    state["pre_process.0._ops.0.bn_act.running_var"] = torch.ones(3, dtype=torch.int64)
-    with pytest.raises(CheckpointError) as caught:
-        NVAE.load_official(write(tmp_path, state=state))
-    for line in (
-        "missing: dec_tower.0.conv.bias (16,)",
-        "unexpected: dec_tower.1.renamed (16,)",
-        "mis-shaped: stem.bias expected (3,), found (7,)",
-        "of another type: pre_process.0._ops.0.bn_act.running_var",
-    ):
-        assert line in str(caught.value)
-
-
-def test_weights_that_are_no_finite_tensors_are_refused(tmp_path: Path) -> None:
-    state = {**weights(tiny()), "stem.bias": torch.tensor([math.nan, 0, 0])}
-    with pytest.raises(CheckpointError, match=r"NaN or infinity in stem.bias"):
-        NVAE.load_official(write(tmp_path, state=state))
-    with pytest.raises(CheckpointError, match="something else than a dict of dense tensors"):
-        NVAE.load_official(write(tmp_path, state={**state, "stem.bias": [1.0]}))
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
@@ -192,18 +135,13 @@ def test_a_missing_option_is_named(tmp_path: Path) -> None:
 
 
 def test_converts_to_a_third_and_half_of_that(workshop: Workshop, tmp_path: Path) -> None:
+    """The file of the official code holds an optimizer's state too."""
     official, own = write(tmp_path), tmp_path / "own.safetensors"
-    assert "wrote" in workshop.run("convert", "--backbone", "nvae", "--ckpt", official, "--out", own).stdout
-    assert backbone_record(own)["adapter"] == "nvae"
+    workshop.run("convert", "--backbone", "nvae", "--ckpt", official, "--out", own)
     assert own.stat().st_size < official.stat().st_size / 3
     half = tmp_path / "half.safetensors"
     workshop.run("convert", "--ckpt", own, "--out", half, "--precision", "float16")
     assert half.stat().st_size < 0.75 * own.stat().st_size  # names weigh, in so small a network
-    first, second = NVAE.load_official(official), load_backbone(None, own)
-    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
-    assert workshop.run("info", "--ckpt", own).stdout
-    with pytest.raises(CheckpointError, match="use --backbone nvae"):
-        load_backbone("hvae", own)
 
 
 def test_a_gaussian_file_is_scored_as_its_converter_says(workshop: Workshop, tmp_path: Path) -> None:
@@ -236,26 +174,3 @@ def test_a_gaussian_file_is_scored_as_its_converter_says(workshop: Workshop, tmp
     ):
         assert re.search(message, workshop.error(*convert, tmp_path / "not.safetensors", "--set", changes))
     assert not (tmp_path / "not.safetensors").exists()
-
-
-@needs_fixtures
-@pytest.mark.parametrize("name", REFERENCES)
-def test_half_precision_files_run_in_float32(name: str, tmp_path: Path) -> None:
-    whole = load_backbone("nvae", FIXTURES / name / "checkpoint.pt")
-    save_backbone(whole, tmp_path / "half.safetensors", dtype=torch.float16)
-    half = load_backbone(None, tmp_path / "half.safetensors")
-    weights_of, counts = 0, 0
-    for (key, a), b in zip(whole.state_dict().items(), half.state_dict().values(), strict=True):
-        if key.endswith("num_batches_tracked"):
-            assert b.dtype == torch.int64
-            assert torch.equal(a, b)
-            counts += 1
-        else:
-            assert b.dtype == torch.float32
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-            weights_of += 1
-    assert counts
-    assert weights_of
-    eps = whole.standard_normal(2, generator=torch.Generator().manual_seed(0))
-    for a, b in zip(whole.reparameterize(eps), half.reparameterize(eps), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0.05 * float(a.abs().max()))

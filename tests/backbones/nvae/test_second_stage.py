@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ebm_prior.backbones.nvae.adapter import NVAE
 from run_folders import Interrupted
-from tiny_nvae import FIXTURES, REFERENCES, needs_fixtures, tiny, tiny_args, trained, weights, write
+from tiny_nvae import tiny, tiny_args, trained, weights, write
 from workshop import Workshop
 
 from ebm_prior.compute.randomness import derived_generator
@@ -24,11 +23,10 @@ from ebm_prior.storage.weights import fingerprint
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which "cifar10" and "mnist" have few and random images."""
+    """A folder in which "cifar10" has few and random images."""
     root, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name, shape in (("cifar10", (32, 32, 3)), ("mnist", (28, 28))):
-        splits = {split: random.integers(0, 256, (40, *shape), np.uint8) for split in ("x_train", "x_test")}
-        np.savez(root / f"{name}.npz", **splits)
+    splits = {split: random.integers(0, 256, (40, 32, 32, 3), np.uint8) for split in ("x_train", "x_test")}
+    np.savez(root / "cifar10.npz", **splits)
     return root
 
 
@@ -172,24 +170,7 @@ def test_what_cannot_be_readjusted_is_refused_before_the_run(
     assert own.read_bytes() == before
 
 
-# Every official model.
-
-
-@needs_fixtures
-@pytest.mark.parametrize("name", REFERENCES)
-def test_fit_and_sample_on_official_models(
-    workshop: Workshop, data_root: Path, small_options: list[str], tmp_path: Path, name: str
-) -> None:
-    checkpoint = FIXTURES / name / "checkpoint.pt"
-    channels, side, _ = NVAE.load_official(checkpoint).image_shape
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, side, side, channels), np.uint8))
-    data = ["--data-root", data_root] if name in ("mnist", "cifar10-logistic") else ["--data", tmp_path / "images.npy"]
-    quick = ("--max-steps", 2, "--sampler-steps", 1)
-    run = tmp_path / "run"
-    workshop.run("fit", "--backbone", "nvae", "--ckpt", checkpoint, *data, *small_options, *quick, "--out", run)
-    workshop.run("sample", run / "prior.safetensors", "-n", 2, "--out", run / "drawn.npz")
-    with np.load(run / "drawn.npz") as drawn:
-        assert drawn["images"].shape == (2, side, side, channels)
+# The bundled prior.
 
 
 def test_chains_of_the_bundled_prior_climb_from_the_backbones() -> None:

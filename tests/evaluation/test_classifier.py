@@ -84,13 +84,13 @@ def test_file_gives_the_same_network_back(trained, tmp_path):
 
 
 @pytest.mark.parametrize("network", ["plain", "residual"])
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 20), (3, 17, 31), (1, 28, 28), (3, 64, 64)])
-def test_images_of_any_size_have_64_features(shape, network):
-    classifier = FeatureClassifier(shape, 7, network=network, width=4).eval()
-    images = torch.rand(2, *shape)
-    assert classifier.features(images).shape == (2, 64)
-    assert classifier.features(images.double()).dtype == torch.float32
-    assert classifier(images).shape == (2, 7)
+def test_images_of_any_size_have_64_features(network):
+    for shape in ((1, 8, 8), (3, 8, 20), (3, 17, 31), (1, 28, 28), (3, 64, 64)):
+        classifier = FeatureClassifier(shape, 7, network=network, width=4).eval()
+        images = torch.rand(2, *shape)
+        assert classifier.features(images).shape == (2, 64)
+        assert classifier.features(images.double()).dtype == torch.float32
+        assert classifier(images).shape == (2, 7)
 
 
 COLOURS = replace(ClassifierConfig.suited((3, 16, 16), "bars"), epochs=3, batch_size=32, width=4)

@@ -40,18 +40,18 @@ def numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("side", range(1, 65))
-def test_a_map_of_any_side_has_zero_energy_at_first(side: int) -> None:
-    z = torch.randn(2, 2, side, side, generator=derived_generator(41, side))
-    head = Head((2, side, side), SMALL)
-    assert torch.equal(head(z), torch.zeros(2))
-    assert head.features(z).shape == (2, 5)
-    assert (head.features(z) != 0).all()  # it is the last layer alone that is zero
+def test_a_map_of_any_side_has_zero_energy_at_first() -> None:
+    for side in range(1, 65):
+        z = torch.randn(2, 2, side, side, generator=derived_generator(41, side))
+        head = Head((2, side, side), SMALL)
+        assert torch.equal(head(z), torch.zeros(2)), side
+        assert head.features(z).shape == (2, 5), side
+        assert (head.features(z) != 0).all(), side  # it is the last layer alone that is zero
 
 
-@pytest.mark.parametrize("shape", [(1,), (7,), (400,), (3, 7, 20), (1, 1, 9)])
-def test_other_shapes_have_zero_energy_at_first(shape: tuple[int, ...]) -> None:
-    assert torch.equal(Head(shape, SMALL)(torch.randn(3, *shape)), torch.zeros(3))
+def test_other_shapes_have_zero_energy_at_first() -> None:
+    for shape in ((1,), (7,), (400,), (3, 7, 20), (1, 1, 9)):
+        assert torch.equal(Head(shape, SMALL)(torch.randn(3, *shape)), torch.zeros(3)), shape
 
 
 @pytest.mark.parametrize("joint", [0, 4])

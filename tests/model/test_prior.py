@@ -49,10 +49,9 @@ def columns(samples: Samples) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("build", [LinearGaussian, ToyConv])
-def test_draw_i_is_the_same_for_any_chunk_and_number_of_draws(build: type[Backbone], name: str) -> None:
+def test_draw_i_is_the_same_for_any_chunk_and_number_of_draws(name: str) -> None:
     """In float64, where other orders of summation in a matrix product cannot turn an acceptance round."""
-    backbone = build().double().eval()
+    backbone = ToyConv().double().eval()
     prior = EBMPrior(backbone, trained(backbone), sampler=SAMPLERS[name])
     whole = prior.sample(200, seed=3, chunk=512)
     for other in (prior.sample(200, seed=3, chunk=64), prior.sample(200, seed=3, chunk=150)):

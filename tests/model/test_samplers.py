@@ -82,9 +82,7 @@ EXACT = {
     "hamiltonian": SamplerConfig(proposals=1, steps=3, step_size=0.15, leapfrogs=4),
 }
 UNADJUSTED = {
-    "langevin .02": SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.02),
     "langevin .5": SamplerConfig(proposals=4, kernel="langevin", steps=20, step_size=0.5),
-    "langevin 1": SamplerConfig(proposals=1, kernel="langevin", steps=3, step_size=1.0),
     "langevin 1.5": SamplerConfig(proposals=1, kernel="langevin", steps=30, step_size=1.5),
     "langevin .2 cold": SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.2, temperature=0.7),
 }
@@ -102,8 +100,7 @@ def test_without_an_energy_every_sampler_returns_the_reference(name: str) -> Non
     torch.testing.assert_close(drawn.norm, norm(drawn.eps))
 
 
-@pytest.mark.parametrize("dimensions", [1, 30, 3_000])
-@pytest.mark.parametrize("delta", [0.05, 0.5, 2.0])
+@pytest.mark.parametrize(("dimensions", "delta"), [(1, 2.0), (30, 0.05), (3_000, 0.5)])
 @pytest.mark.parametrize("leapfrogs", [1, 3])
 def test_pcn_langevin_accepts_every_step_without_an_energy_and_forgets_its_start(
     dimensions: int, delta: float, leapfrogs: int
@@ -398,8 +395,14 @@ def test_the_callback_sees_every_step() -> None:
 # What is not finite.
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["value", "gradient", "value and gradient"])
+@pytest.mark.parametrize(
+    ("where", "bad"),
+    [
+        *(("value", bad) for bad in (math.nan, math.inf, -math.inf)),
+        ("gradient", math.nan),
+        ("value and gradient", math.inf),
+    ],
+)
 def test_pcn_langevin_refuses_proposals_where_g_is_not_finite(bad: float, where: str) -> None:
     """g = 0 inside |ε| ≤ 1 and not finite outside: every chain stays inside, and moves."""
 

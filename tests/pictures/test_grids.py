@@ -59,9 +59,9 @@ def test_a_faint_image_stays_faint() -> None:
     assert (page.min(), page.max()) == (26, 51)
 
 
-@pytest.mark.parametrize(("side", "shown"), [(28, 84), (32, 64), (64, 64), (256, 256), (5, 65)])
-def test_small_images_are_enlarged_until_a_person_can_see_them(side: int, shown: int) -> None:
-    assert grid(torch.zeros(1, 1, side, side), columns=1).size == (shown, shown)
+def test_small_images_are_enlarged_until_a_person_can_see_them() -> None:
+    for side, shown in {28: 84, 32: 64, 64: 64, 256: 256, 5: 65}.items():
+        assert grid(torch.zeros(1, 1, side, side), columns=1).size == (shown, shown)
 
 
 @pytest.mark.parametrize(

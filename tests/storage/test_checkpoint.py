@@ -95,12 +95,12 @@ def test_equal_priors_give_equal_bytes(workshop: Workshop, tmp_path: Path) -> No
     assert a.read_bytes() == b.read_bytes() != c.read_bytes()
 
 
-@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 200, 0.5, -1])
-def test_a_truncated_prior_is_refused(prior_file: Path, kept: float) -> None:
+def test_a_truncated_prior_is_refused(prior_file: Path) -> None:
     data = prior_file.read_bytes()
-    prior_file.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
-    with pytest.raises(CheckpointError, match=r"prior\.safetensors is damaged"):
-        load_prior(prior_file)
+    for kept in (0, 1, 7, 8, 9, 200, len(data) // 2, len(data) - 1):
+        prior_file.write_bytes(data[:kept])
+        with pytest.raises(CheckpointError, match=r"prior\.safetensors is damaged"):
+            load_prior(prior_file)
 
 
 def test_no_flipped_bit_changes_a_prior_unnoticed(workshop: Workshop, prior_file: Path) -> None:
@@ -164,20 +164,17 @@ def test_a_backbone_of_a_newer_format_says_update(workshop: Workshop, tmp_path: 
         load_backbone(None, path)
 
 
-@pytest.mark.parametrize("key", ["backbone", "energy", "tau", "regime", "target", "sampler", "record"])
-def test_a_record_without_a_part_is_refused(prior_file: Path, key: str) -> None:
-    rewrite(prior_file, PRIOR_KEY, lambda record, _: record.pop(key))
-    for read in (prior_record, load_prior):
-        with pytest.raises(CheckpointError, match=key):
-            read(prior_file)
-
-
-@pytest.mark.parametrize("key", ["adapter", "checkpoint", "fingerprint", "groups", "parameters"])
-def test_a_record_without_a_part_of_its_backbone_is_refused(prior_file: Path, key: str) -> None:
-    rewrite(prior_file, PRIOR_KEY, lambda record, _: record["backbone"].pop(key))
-    for read in (prior_record, load_prior):
-        with pytest.raises(CheckpointError, match=key):
-            read(prior_file)
+def test_a_record_without_a_part_is_refused(prior_file: Path) -> None:
+    whole = prior_file.read_bytes()
+    parts = ["backbone", "energy", "tau", "regime", "target", "sampler", "record"]
+    parts += [f"backbone.{key}" for key in ("adapter", "checkpoint", "fingerprint", "groups", "parameters")]
+    for part in parts:
+        prior_file.write_bytes(whole)
+        *above, key = part.split(".")
+        rewrite(prior_file, PRIOR_KEY, lambda record, _, a=above, k=key: (record[a[0]] if a else record).pop(k))
+        for read in (prior_record, load_prior):
+            with pytest.raises(CheckpointError, match=f"lacks {part} in its record"):
+                read(prior_file)
 
 
 @pytest.mark.parametrize(

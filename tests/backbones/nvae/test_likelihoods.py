@@ -90,12 +90,12 @@ def test_the_bit_reduction_is_the_official_one(bits: int, precision: str, dtype:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_bit_reduction_keeps_the_leading_bits_and_is_idempotent(bits: int, dtype: torch.dtype) -> None:
+def test_bit_reduction_keeps_the_leading_bits_and_is_idempotent(dtype: torch.dtype) -> None:
     k = torch.arange(256)
-    reduced = reduce_bits(k.to(dtype) / 255, bits)
-    assert torch.equal(reduced, (k >> (8 - bits)).to(dtype) / (2**bits - 1))
-    assert torch.equal(reduce_bits(reduced, bits), reduced)
+    for bits in range(1, 9):
+        reduced = reduce_bits(k.to(dtype) / 255, bits)
+        assert torch.equal(reduced, (k >> (8 - bits)).to(dtype) / (2**bits - 1)), bits
+        assert torch.equal(reduce_bits(reduced, bits), reduced), bits
 
 
 def test_observations_have_the_depth_of_the_model() -> None:

@@ -2,71 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import click.testing
 import numpy as np
 import pytest
 import torch
 from played_graphs import Played
 from toys import LinearGaussian, ToyConv
+from workshop import SMALL_FIT, Workshop
 
-from ebm_prior.cli.main import main
 from ebm_prior.compute import cuda_graphs
 from ebm_prior.data.images import ImageSource, open_images
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.storage.checkpoint import load_backbone, save_backbone
 
 torch.set_num_threads(1)  # equal bytes are promised for equal numbers of threads, and children run with one
-pytest.register_assert_rewrite("run_folders")  # so that its assertions show what differs
-TESTS = Path(__file__).resolve().parent
-
-# The smallest second stage that has everything in it: seconds become milliseconds.
-SMALL_FIT: dict[str, Any] = {
-    "iterations": 6,
-    "batch_size": 8,
-    "evaluate_every": 2,
-    "held_out": 20,
-    "warmup": 0,
-    "energy": {"channels": 4, "hidden": 8, "joint": 8},
-    "sampler": {"proposals": 2},
-}
-
-
-class Workshop(NamedTuple):
-    """A folder in which the toy adapters are installed as `toy` and `linear`, with a backbone and images for `toy`."""
-
-    folder: Path
-    backbone: Path  # ToyConv in its own form, which says that it was trained on MNIST
-    images: Path  # (120, 8, 8) uint8
-    data_root: Path  # where "mnist" is an .npz of 8 × 8 images
-
-    def run(self, *arguments: object, code: int = 0) -> click.testing.Result:
-        """`ebm-prior ARGUMENTS` in this process. Anything but a stated error is raised."""
-        result = click.testing.CliRunner(catch_exceptions=False).invoke(main, [str(a) for a in arguments])
-        assert result.exit_code == code, f"exit code {result.exit_code}\n{result.stdout}\n{result.stderr}"
-        return result
-
-    def error(self, *arguments: object, code: int = 1) -> str:
-        """The message of a command that fails as stated: one line on stderr, nothing on stdout."""
-        result = self.run(*arguments, code=code)
-        lines = [line for line in result.stderr.splitlines() if line.startswith("ebm-prior: ")]
-        assert len(lines) == 1
-        assert result.stderr.endswith(lines[0] + "\n"), "the error is not the last line"
-        assert result.stdout == ""
-        return lines[0]
-
-    def popen(self, *arguments: object, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-        """`python ARGUMENTS` as a process of its own, which sees the same adapters."""
-        path = os.pathsep.join([str(self.folder), str(TESTS), str(TESTS.parent)])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *(str(a) for a in arguments)]
-        return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.PIPE)
+pytest.register_assert_rewrite("run_folders", "web_pages")  # so that their assertions show what differs
 
 
 @pytest.fixture(scope="session")

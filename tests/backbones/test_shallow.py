@@ -8,18 +8,14 @@ from typing import Any
 import pytest
 import torch
 from ebm_prior.backbones.shallow import ShallowGenerator
+from tiny_shallow import small
 from torch import nn
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.testing.contract import check_backbone
 
 
-def small(**changes: Any) -> ShallowGenerator:
-    torch.manual_seed(0)
-    return ShallowGenerator(**{"image_shape": (1, 28, 28), "latents": (4, 3), "width": 4, "hidden": 6, **changes})
-
-
-@pytest.mark.parametrize("latents", [(3,), (4, 3), (5, 4, 3, 2, 1)])
+@pytest.mark.parametrize("latents", [(3,), (5, 4, 3, 2, 1)])
 def test_contract(latents: tuple[int, ...]) -> None:
     report = check_backbone(small(latents=latents).eval())
     assert not report.skipped

@@ -1,0 +1,127 @@
+"""What a command will take of memory: held to closed forms, said before it starts, refused where it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_fits import OBJECTIVES, small
+from workshop import Workshop
+
+from ebm_prior.cli import preflight
+from ebm_prior.compute import memory
+from ebm_prior.errors import MemoryLimitError
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.stages import StageConfig, draws_at_once
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def prior(backbone: Backbone) -> EBMPrior:
+    return EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig(channels=4, hidden=8, joint=8)))
+
+
+def test_tensors_are_counted_while_they_live() -> None:
+    x = torch.ones(100)
+    assert memory.peak_bytes(lambda: x[10:].view(9, 10)) == 0, "views of what was there"
+    assert memory.peak_bytes(lambda: x + 1) == 400
+    assert memory.peak_bytes(lambda: (x + 1).add_(1)[1:]) == 400
+    assert memory.peak_bytes(lambda: (((x + 1) + 1) + 1) + 1) == 800, "the first is gone when the third comes"
+    assert memory.peak_bytes(lambda: [x + 1 for _ in range(5)]) == 2000
+    leaf = torch.ones(100, requires_grad=True)
+    assert memory.peak_bytes(lambda: leaf.exp().exp().exp().sum()) >= 1200, "each is kept for the backward pass"
+
+
+def test_a_chunk_takes_what_its_chains_do(prior: EBMPrior) -> None:
+    def need(n: int, chunk: int, sampler: SamplerConfig) -> int:
+        return preflight.for_samples(prior, n, chunk, sampler).bytes
+
+    each = preflight.chain_bytes(prior)
+    assert each > 0
+    assert need(1_000, 128, SamplerConfig()) - need(1_000, 64, SamplerConfig()) == 64 * each
+    assert need(30, 512, SamplerConfig()) - need(30, 512, ANCESTRAL) == 30 * each
+    assert not any(p.requires_grad for p in prior.energy.parameters())
+
+
+def test_parts_of_a_batch_take_less(backbone: Backbone) -> None:
+    for config in (small(batch_size=64, ratios="one"), replace(OBJECTIVES["mle"], batch_size=64)):
+        whole, parts = (preflight.for_fit(backbone, replace(config, parts=parts)) for parts in (1, 4))
+        assert whole.bytes == pytest.approx(4 * parts.bytes)
+        assert "--parts above 1 or --batch-size below 64" in whole.remedy
+
+
+def test_of_one_ratio_or_stages_what_counts_is_the_stages_that_may_take_over(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "_head_bytes", lambda prior: 0)
+    few = StageConfig(particles=20, held_out=10)
+    for parts, stage, chains in ((1, StageConfig(), 64), (4, StageConfig(), 32), (1, few, 30), (4, few, 8)):
+        need = preflight.for_fit(backbone, FitConfig(parts=parts, stage=stage))  # 128 rows, a block, all draws
+        assert need.of == f"{chains} chains at a time"
+        assert "--ratios one" in need.remedy
+
+
+def test_on_a_gpu_the_draws_of_a_part_move_together() -> None:
+    assert draws_at_once(512, torch.device("cuda")) == 512
+    assert [draws_at_once(rows, CPU) for rows in (512, 16)] == [64, 16]
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = preflight.Need(3 * 2**30, "256 chains at a time", "--chunk 64 or --checkpointing")
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 4 * 2**30)
+    assert preflight.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time, 4 GiB free"
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: None)
+    assert preflight.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time"
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 1000 * 2**20)
+    with pytest.raises(
+        MemoryLimitError, match=r"about 3 GiB .* 256 chains .* 0.977 GiB free: use --chunk 64 or --check"
+    ):
+        preflight.require(need, CPU)
+
+
+def test_free_memory_is_what_the_machine_and_the_container_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:  500 kB\n")
+    assert memory._available(tmp_path / "meminfo") == 500 * 1024
+    assert memory._available(tmp_path / "nothing") is None
+    for name, text in {
+        "memory.max": "1000\n",
+        "memory.current": "900\n",
+        "memory.stat": "anon 1\ninactive_file 300\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert memory._left_in_container(tmp_path) == 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._left_in_container(tmp_path) is None
+    monkeypatch.setattr(memory, "_available", lambda: 900)
+    monkeypatch.setattr(memory, "_left_in_container", lambda: 600)
+    assert memory.free_bytes(CPU) == 600
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.free_bytes(CPU) == 300
+
+
+def test_commands_say_what_they_need_and_refuse_before_they_begin(
+    workshop: Workshop, prior_file: Path, fit_words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("sample", prior_file, "-n", 100, "--out", tmp_path / "a.png")
+    shown = workshop.run(*words, "--steps", 1).stderr
+    assert "memory on cpu: about" in shown
+    assert "for 100 draws, 100 at a time" in shown
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 5000)
+    assert "--chunk 64" in workshop.error(*words, "--overwrite", "--chunk", 100_000)
+    assert "--batch-size below 8" in workshop.error(*fit_words, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert "--samples below" in workshop.error("eval", prior_file, "--data", workshop.images)
+
+
+@pytest.fixture
+def prior_file(fitted: Path) -> Path:
+    return fitted / "prior.safetensors"

@@ -1,0 +1,132 @@
+"""Several processes: what they make is what one makes, bit for bit, and none of them outlives the others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from run_folders import metrics
+from small_fits import small
+from workshop import HELPERS, Workshop
+
+from ebm_prior.compute.parallel import ALONE, Processes
+from ebm_prior.data.images import ImageSource
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.training.fit import fit
+
+FITS: dict[str, list[object]] = {
+    "nce": [],
+    "staged": ["--ratios", "staged", "--stage-particles", 13, "--stage-held-out", 8, "--stage-ess", 0.99],
+    "mle": ["--objective", "mle", "--chains", "persistent", "--chain-steps", 2, "--refresh", 0.3],
+}
+
+
+class Shared:
+    """What two processes did in one launch of torchrun, and the commands that they were given."""
+
+    def __init__(self, workshop: Workshop, prior: Path, fit_words: list[object], folder: Path) -> None:
+        judge = folder / "judge.safetensors"
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            save_classifier(FeatureClassifier((1, 8, 8), 4, width=4).eval(), judge)
+        data = ["--data", workshop.images, "--classifier", judge, "--no-auc", "--samples", 120, "--chunk", 64]
+        broken = ["--kernel", "langevin", "--step-size", 2.0, "--steps", 20, "--temperature", 1e38]
+        self.fit_words, self.folder = fit_words, folder
+        self.sample = ["sample", prior, "-n", 200, "--chunk", 64, "--steps", 2]
+        self.eval = ["eval", prior, *data, "--steps", 2, "--json"]
+        commands = [
+            [*self.sample, "--out", folder / "two.npz"],
+            self.eval,
+            *([*fit_words, *FITS[name], "--out", folder / name] for name in FITS),
+            ["sample", prior, "-n", 200, "--chunk", 64, *broken, "--out", folder / "broken.png"],
+            ["backbones"],
+            [*fit_words, "--out", folder / "killed"],
+        ]
+        file = folder / "commands.json"
+        file.write_text(json.dumps([[str(word) for word in words] for words in commands]))
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+        with workshop.popen(*launch, HELPERS / "two_processes.py", file, stdout=subprocess.PIPE) as process:
+            out, err = process.communicate()  # the script ends itself if it hangs
+        self.code, self.out, self.err = process.returncode, out.decode(), err.decode()
+        self.codes = [json.loads(file.with_suffix(f".codes{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def shared(
+    workshop: Workshop, fitted: Path, small_options: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Shared:
+    words: list[object] = ["fit", "--ckpt", workshop.backbone, "--data", workshop.images, *small_options]
+    return Shared(workshop, fitted / "prior.safetensors", words, tmp_path_factory.mktemp("two"))
+
+
+def test_exit_codes_are_those_of_one_process(shared: Shared) -> None:
+    assert shared.codes == [[0, 0, 0, 0, 0, 3, 1]] * 2
+    assert "several processes share fit, sample, eval; backbones runs in one" in shared.err
+
+
+def test_samples(shared: Shared, workshop: Workshop, tmp_path: Path) -> None:
+    workshop.run(*shared.sample, "--out", tmp_path / "one.npz")
+    with np.load(tmp_path / "one.npz") as one, np.load(shared.folder / "two.npz") as two:
+        assert len(one["images"]) == 200
+        assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_an_evaluation_is_printed_once(shared: Shared, workshop: Workshop) -> None:
+    (printed,) = [line for line in shared.out.splitlines() if line.startswith("[")]
+    one, two = json.loads(workshop.run(*shared.eval).stdout)[0], json.loads(printed)[0]
+    assert {key: one[key] for key in one if key != "command"} == {key: two[key] for key in two if key != "command"}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_fits(shared: Shared, workshop: Workshop, tmp_path: Path, name: str) -> None:
+    two = shared.folder / name
+    workshop.run(*shared.fit_words, *FITS[name], "--parts", 2, "--out", tmp_path / "one")
+    assert (tmp_path / "one" / "prior.safetensors").read_bytes() == (two / "prior.safetensors").read_bytes()
+    assert metrics(tmp_path / "one") == metrics(two)
+    assert {path.name for path in two.iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+def test_a_killed_process_ends_the_run_which_one_process_can_resume(
+    shared: Shared, workshop: Workshop, tmp_path: Path
+) -> None:
+    killed, two = shared.folder / "killed", shared.folder / "nce"
+    assert shared.code == 1
+    assert "SIGKILL" in shared.err or "exitcode  : -9" in shared.err
+    assert not (killed / "prior.safetensors").exists()
+    assert torch.load(killed / "state.pt", weights_only=True)["iteration"] == 4
+    workshop.run(*shared.fit_words, "--parts", 2, "--out", killed, "--resume")
+    assert (killed / "prior.safetensors").read_bytes() == (two / "prior.safetensors").read_bytes()
+    assert metrics(killed) == metrics(two)
+
+
+def test_one_process_is_the_identity() -> None:
+    assert ALONE.first
+    assert ALONE.map(lambda item: 2 * item, [3, 1, 2]) == [6, 2, 4]
+    assert ALONE.of_first(lambda: "made") == "made"
+
+
+@pytest.mark.parametrize("change", [{"parts": 3}, {"parts": 16}, {"parts": 0}])
+def test_parts_divide_the_batch(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="parts that divide the batch"):
+        small(**change)
+
+
+def test_processes_share_whole_parts(backbone: Backbone, images: ImageSource) -> None:
+    with pytest.raises(ConfigurationError, match="expected a multiple of that, found 4"):
+        fit(backbone, images, small(parts=4), processes=Processes(0, 3))
+
+
+def test_parts_are_draws_of_their_own_and_no_other_result(backbone: Backbone, images: ImageSource) -> None:
+    """In parts a fit is another draw of the same thing."""
+    config = {"iterations": 30, "batch_size": 64, "learning_rate": 5e-3, "evaluate_every": 20}
+    whole, parts = (fit(backbone, images, small(**config, parts=parts)) for parts in (1, 4))
+    gains = [prior.record["held_out"]["tempered"]["nats"] for prior in (whole, parts)]
+    assert gains[0] != gains[1]
+    assert gains[1] == pytest.approx(gains[0], rel=0.3)

@@ -1,0 +1,188 @@
+"""What `ebm-prior ood` and `anomaly` write: the scores themselves, for the images they name, and fair comparisons."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from workshop import Workshop
+
+from ebm_prior.cli.outliers import parsed_k
+from ebm_prior.data.images import from_array, open_images
+from ebm_prior.data.outlier_sets import Adapted, labelled, open_set
+from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.evaluation.detection import detection
+from ebm_prior.evaluation.outliers import OutlierConfig, every_form
+from ebm_prior.model.scores import Form
+from ebm_prior.storage.checkpoint import load_prior
+
+WORDS = ["--samples", 40, "--draws", 2, "--resamples", 20, "--seed", 3]
+
+
+@pytest.fixture(scope="module")
+def found(workshop: Workshop, fitted: Path) -> tuple[dict[str, Any], Path]:
+    to = workshop.folder / "ood"
+    words = ["--in", "mnist", "--data-root", workshop.data_root, "--out", workshop.images, "--out", "noise", "--to", to]
+    result = workshop.run("ood", fitted / "prior.safetensors", *words, *WORDS, "--json")
+    return json.loads(result.stdout), to
+
+
+def test_the_files_hold_the_scores_of_the_images_they_name(
+    workshop: Workshop, fitted: Path, found: tuple[dict[str, Any], Path]
+) -> None:
+    prior = load_prior(fitted / "prior.safetensors")
+    with np.load(found[1] / "scores.npz") as file:
+        names, sets, rows = list(file["scores"]), list(file["sets"]), file["rows_1"]
+        values = [file[f"values_{index}"] for index in range(3)]
+    assert sets == ["mnist/test", str(workshop.images), "noise"]
+    assert [len(each) for each in values] == [40, 40, 40]
+    assert len(set(rows)) == 40
+    form = Form(2, True, "iw")
+    own = prior.scores(open_images(workshop.images).batch(rows), [form], draws=2, seed=3)[form]
+    np.testing.assert_allclose(values[1][:, names.index(form.name)], own, rtol=1e-5, atol=1e-4)
+
+
+def test_the_table_is_made_of_the_files(found: tuple[dict[str, Any], Path]) -> None:
+    result, to = found
+    with np.load(to / "scores.npz") as file:
+        names, values = list(file["scores"]), [file[f"values_{index}"] for index in range(3)]
+    assert json.loads((to / "result.json").read_text())["sets"] == result["sets"]
+    for index, each in enumerate(result["sets"], start=1):
+        assert len(each["rows"]) == 4 + 8 + 12  # L>0, L>1 and L>2, LLR>1 and LLR>2
+        for row in each["rows"]:
+            form = Form(row["k"], row["score"] == "LLR", row["mode"], row["lower"] or "sample")
+            sign = 1 if form.ratio else -1
+            for key, variant in (("f", form), ("f=0", form._replace(energy=False))):
+                column = names.index(variant.name)
+                expected = detection(sign * values[index][:, column], sign * values[0][:, column])
+                assert row[key]["auroc"] == pytest.approx(expected.auroc)
+                assert row[key]["fpr80"] == pytest.approx(expected.fpr80)
+                assert row[key]["low"]["auroc"] <= expected.auroc <= row[key]["high"]["auroc"]
+            assert row["gain"]["auroc"] == pytest.approx(row["f"]["auroc"] - row["f=0"]["auroc"])
+
+
+def test_the_picture_is_there_and_the_table_is_readable(
+    workshop: Workshop, fitted: Path, found: tuple[dict[str, Any], Path]
+) -> None:
+    with Image.open(found[1] / "histograms.png") as image:
+        assert image.width > 5 * 380
+    words = [
+        "--in",
+        "mnist",
+        "--out",
+        "constant",
+        "--data-root",
+        workshop.data_root,
+        "--k",
+        "0,2",
+        "--mode",
+        "elbo",
+        "--lower",
+        "mean",
+    ]
+    text = workshop.run("ood", fitted / "prior.safetensors", *words, *WORDS).stdout
+    assert "40 images of each set, 2 draws" in text
+    assert "mnist/test (in), constant (out)" in text
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("L")] == ["L>0", "L>2", "LLR>2"]
+    assert (fitted / "ood-001" / "scores.npz").exists()
+
+
+def test_results_are_not_written_over_unasked(
+    workshop: Workshop, prior: Path, found: tuple[dict[str, Any], Path]
+) -> None:
+    words = [
+        "ood",
+        prior,
+        "--in",
+        "mnist",
+        "--out",
+        "noise",
+        "--data-root",
+        workshop.data_root,
+        *WORDS,
+        "--k",
+        0,
+        "--to",
+    ]
+    assert "--overwrite" in workshop.error(*words, found[1])
+    assert "other files" in workshop.error(*words, workshop.folder)
+    assert "is a file" in workshop.error(*words, workshop.images)
+    assert "pass --in with" in workshop.error("ood", prior, "--out", "noise", "--to", workshop.folder / "new")
+    assert "from 0 to 2" in workshop.error(*words, workshop.folder / "new", "--k", "1,3")
+
+
+def test_anomalies_by_label(workshop: Workshop, prior: Path, tmp_path: Path) -> None:
+    pixels = np.load(workshop.images)
+    np.savez(tmp_path / "labelled.npz", images=pixels[:60], labels=np.arange(60) % 3)
+    words = ["--normal", tmp_path / "labelled.npz", "--test", tmp_path / "labelled.npz", "--labels", 2]
+    options = ["--draws", 2, "--resamples", 20, "--to", tmp_path / "results", "--json"]
+    result = json.loads(workshop.run("anomaly", prior, *words, *options).stdout)
+    assert result["images"] == [40, 20]
+    assert result["prevalence"] == pytest.approx(1 / 3)
+    assert [(row["score"], row["k"], row["mode"]) for row in result["sets"][0]["rows"]] == [
+        ("L", 0, "eq20"),
+        ("L", 0, "elbo"),
+        ("L", 0, "iw"),
+        ("L", 0, "prior"),
+    ]
+    with np.load(tmp_path / "results" / "scores.npz") as file:
+        values, names = (file["values_0"], file["values_1"]), list(file["scores"])
+    row = result["sets"][0]["rows"][1]
+    column = names.index(Form(0, mode="elbo").name)
+    expected = detection(-values[1][:, column], -values[0][:, column])
+    assert row["f"]["auprc"] == pytest.approx(expected.auprc)
+    assert row["f"]["auprc_trapezoid"] == pytest.approx(expected.auprc_trapezoid)
+    text = workshop.run("anomaly", prior, *words, "--draws", 1, "--resamples", 5, "--to", tmp_path / "again").stdout
+    assert "40 normal and 20 anomalous images" in text
+    assert "chance level of AUPRC 0.333" in text
+
+
+def test_labels_choose_and_complain() -> None:
+    source = from_array(np.zeros((6, 4, 4), np.uint8), [0, 1, 2, 0, 1, 2])
+    assert labelled(source, [2], among=True).labels.tolist() == [2, 2]  # type: ignore[union-attr]
+    assert len(labelled(source, [2], among=False)) == 4
+    assert len(labelled(source, [], among=True)) == 6
+    with pytest.raises(DataError, match="its labels are 0, 1, 2"):
+        labelled(source, [7], among=True)
+    with pytest.raises(DataError, match="no labels"):
+        labelled(from_array(np.zeros((6, 4, 4), np.uint8)), [1], among=True)
+
+
+def test_images_are_brought_to_the_backbones_shape_without_loss() -> None:
+    grey = from_array(np.full((2, 4, 6), 51, np.uint8), name="grey")
+    images = Adapted(grey, (3, 8, 8)).batch([1])
+    assert images.shape == (1, 3, 8, 8)
+    assert images[0, 2, 2:6, 1:7].unique().tolist() == [pytest.approx(0.2)]
+    assert float(images.sum()) == pytest.approx(0.2 * 24 * 3, rel=1e-5)
+    assert Adapted(grey, (3, 8, 8)).name == "grey (as RGB, padded to 8×8)"
+    for shape in [(1, 4, 4), (3, 2, 8)]:
+        with pytest.raises(DataError, match="expected images of shape"):
+            Adapted(grey, shape)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="expected images of shape"):
+        Adapted(from_array(np.zeros((2, 3, 4, 4), np.uint8)), (1, 4, 4))
+
+
+def test_synthetic_sets() -> None:
+    noise, constant = (open_set(name, (3, 5, 5), 30, seed=1).batch(range(30)) for name in ("noise", "constant"))
+    assert noise.shape == constant.shape == (30, 3, 5, 5)
+    assert noise.flatten(1).std(1).min() > 0.2
+    assert constant.flatten(2).std(2).max() == 0
+    assert constant[:, :, 0, 0].std() > 0.2
+    assert torch.equal(open_set("noise", (3, 5, 5), 30, seed=1).batch(range(30)), noise)
+
+
+def test_which_forms_and_which_k() -> None:
+    forms = every_form([0, 1], ("elbo", "iw"), ("sample", "mean"))
+    assert len(forms) == len(set(forms)) == 2 + 2 + 4
+    assert parsed_k("all", 3) == [0, 1, 2]
+    assert parsed_k("2,0", 3) == [0, 2]
+    for text in ("3", "-1", "x", "", "0,,1"):
+        with pytest.raises(ConfigurationError, match="from 0 to 2"):
+            parsed_k(text, 3)
+    with pytest.raises(ConfigurationError, match="positive"):
+        OutlierConfig(draws=0)

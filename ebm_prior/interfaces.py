@@ -27,8 +27,8 @@ class Progress(Protocol):
         """A sentence that the user should read."""
 
 
-class _Silent:
-    """A `Progress` that nobody watches."""
+class Silent:
+    """A `Progress` that nobody watches. Who watches a part of it overrides that part."""
 
     def step(self, shown: Mapping[str, Any]) -> None: ...
 
@@ -39,7 +39,7 @@ class _Silent:
     def remark(self, text: str) -> None: ...
 
 
-SILENT: Progress = _Silent()
+SILENT: Progress = Silent()
 
 
 class Images(Protocol):

@@ -1,4 +1,4 @@
-"""The first stage: the loss is the ELBO's, what is kept is the average, and a killed run goes on."""
+"""Pretraining: the loss is the ELBO's, what is kept is the average, and a killed run goes on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from conftest import Workshop
 from run_folders import Interrupted, check_an_interruption, check_kills, metrics
 from toys import LinearGaussian, ToyConv
+from watching import Watch
 
 from ebm_prior.data.images import ImageSource, from_array, open_images
 from ebm_prior.errors import ConfigurationError, DivergenceError
@@ -106,7 +107,7 @@ def test_what_is_kept_is_the_moving_average(images: ImageSource) -> None:
         def load_state(self) -> None: ...
 
     config = PretrainConfig(**SMALL | {"checkpoint_every": 1, "ema": 0.9})
-    trained = pretrain(backbone, images, config, run=Nowhere(), on_checkpoint=note)
+    trained = pretrain(backbone, images, config, run=Nowhere(), on_evaluate=note)
     assert torch.equal(kept[3], weights[3])
     for t in range(4, 8):
         assert torch.allclose(kept[t], 0.9 * kept[t - 1] + 0.1 * weights[t], atol=1e-7)
@@ -162,9 +163,7 @@ def test_training_runs_in_the_precision_of_the_network(images: ImageSource) -> N
 def test_what_is_shown_is_what_is_logged(images: ImageSource, tmp_path: Path) -> None:
     shown: list[Mapping[str, Any]] = []
     run = Run(tmp_path, {}, {})
-    trained = pretrain(
-        ToyConv(), images, PretrainConfig(**SMALL), run=run, validation=images, on_checkpoint=shown.append
-    )
+    trained = pretrain(ToyConv(), images, PretrainConfig(**SMALL), run=run, validation=images, on_evaluate=shown.append)
     assert [line["iteration"] for line in run.metrics()] == [entry["iteration"] for entry in shown] == [2, 4, 6, 8]
     assert [line["elbo"] for line in run.metrics()] == [entry["elbo"].elbo for entry in shown]
     assert shown[-1]["elbo"] == evaluate_elbo(trained, images)
@@ -229,7 +228,7 @@ def test_a_roll_back_is_part_of_the_state(images: ImageSource, tmp_path: Path, m
     with monkeypatch.context() as patch:
         spoiled({6}, patch)
         with pytest.raises(Interrupted):
-            into(tmp_path / "cut", images, config, on_step=stop)
+            into(tmp_path / "cut", images, config, progress=Watch(stop))
     assert into(tmp_path / "cut", images, config, resume=True) == whole
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 

@@ -199,6 +199,6 @@ def two_dimensions(
     images = latents_2d.with_labels(open_images(data, data_root=data_root, download=download), digits)
     config = latents_2d.config_2d(iterations=iterations, seed=seed)
     with Bar("latents-2d", iterations) as bar:
-        prior = latents_2d.train_2d(images, config, on_step=bar.step)
+        prior = latents_2d.train_2d(images, config, progress=bar)
     save_png(latents_2d.picture_2d(latents_2d.transition(prior, images, config.prior_chain, seed=seed)), out)
     click.echo(f"wrote {out}")

@@ -145,7 +145,7 @@ def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:
     """Fit a prior to the bundled HVAE and show samples before and after. Offline, a few minutes on two cores."""
     require_demo_folder(out, overwrite)
     with Bar("demo", demo_config().iterations) as bar:
-        result = run_demo(out, seed=seed, overwrite=overwrite, on_step=bar.step, on_stage=bar.remark)
+        result = run_demo(out, seed=seed, overwrite=overwrite, progress=bar)
     show_result(result, as_json, findings.demo_summary)
 
 

@@ -127,8 +127,7 @@ def fit(
             compiled=compiled,
             resume=resume,
             overwrite=overwrite,
-            on_step=bar.step,
-            on_stage=bar.remark,
+            progress=bar,
             processes=processes,
         )
     show_result(result, as_json, summaries.fit_summary)
@@ -189,7 +188,7 @@ def pretrain(
             checkpoint=checkpoint,
             resume=resume,
             overwrite=overwrite,
-            on_step=bar.step,
+            progress=bar,
         )
     show_result(result, as_json, summaries.pretrain_summary)
 
@@ -267,8 +266,7 @@ def train(
             checkpoint=checkpoint,
             resume=resume,
             overwrite=overwrite,
-            on_step=bar.step,
-            on_remark=bar.remark,
+            progress=bar,
         )
     show_result(result, as_json, summaries.train_summary)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.interfaces import Callback
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import ChainState, SamplerConfig, draw
@@ -64,11 +64,11 @@ def config_2d(*, iterations: int = 2_000, seed: int = 0) -> JointConfig:
 
 
 def train_2d(
-    images: ImageSource, config: JointConfig, *, width: int = 8, sigma: float = 0.3, on_step: Callback | None = None
+    images: ImageSource, config: JointConfig, *, width: int = 8, sigma: float = 0.3, progress: Progress = SILENT
 ) -> EBMPrior:
     """L = 2, two latents in each layer."""
     network = {"image_shape": list(images.shape), "latents": [2, 2], "width": width, "sigma": sigma}
-    return train_jointly(build(adapter("shallow"), network, seed=config.seed), images, config, on_step=on_step)
+    return train_jointly(build(adapter("shallow"), network, seed=config.seed), images, config, progress=progress)
 
 
 def transition(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ebm_prior.data.images import DATA_SET_NAMES, known_data_set
 from ebm_prior.errors import ConfigurationError
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.batch_norm import readjust_batch_norm
 from ebm_prior.storage.checkpoint import backbone_record, bundled, load_backbone, save_backbone
@@ -72,7 +73,7 @@ def readjusted(
     settings: Mapping[str, Any],
     *,
     resume: bool = False,
-    on_stage: Callable[[str], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Backbone:
     """The backbone with its batch norms re-adjusted, as it is read from the own form that is written to `path`.
 
@@ -80,16 +81,16 @@ def readjusted(
     it comes from, for the record. With `resume` a file that is there already is the one.
     """
 
-    def progress(done: int) -> None:
-        if on_stage and done % 100 == 0:
-            on_stage(f"batch norms: {done} of {settings['iterations']} batches")
+    def on_batch(done: int) -> None:
+        if done % 100 == 0:
+            progress.remark(f"batch norms: {done} of {settings['iterations']} batches")
 
     if not resume:
         path.unlink(missing_ok=True)  # of an earlier run; a kill while this one works must not leave it to a resume
     if not path.exists():
-        if on_stage:
-            on_stage("re-adjusting batch norms to {iterations} batches of {batch_size} samples".format(**settings))
-        readjust_batch_norm(backbone, **settings, on_batch=progress)
+        said = "re-adjusting batch norms to {iterations} batches of {batch_size} samples"
+        progress.remark(said.format(**settings))
+        readjust_batch_norm(backbone, **settings, on_batch=on_batch)
         record = {**source_record(checkpoint, backbone), "stage": "bn-readjust", "bn_readjust": dict(settings)}
         save_backbone(backbone, path, record=record)
     like = next(backbone.parameters())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ebm_prior.data.images import SUBSET, open_images
 from ebm_prior.errors import OutputError
 from ebm_prior.evaluation.classifier import bundled_classifier
 from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all
-from ebm_prior.interfaces import Callback
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.samples import write_comparison
 from ebm_prior.storage.atomic import without_nan, write_atomically
@@ -30,7 +29,7 @@ PRIOR, PICTURE, TABLE = "prior.safetensors", "before-after.png", "result.json"  
 
 
 def demo_config() -> FitConfig:
-    """The demo's second stage: the default one, cut to a minute or two on the bundled 6,000 images."""
+    """The demo's settings of the fit: the default ones, cut to a minute or two on the bundled 6,000 images."""
     return replace(FitConfig(), iterations=800)
 
 
@@ -55,26 +54,24 @@ def run_demo(
     *,
     seed: int = 0,
     overwrite: bool = False,
-    on_step: Callback | None = None,
-    on_stage: Callable[[str], None] | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Fit a prior to the bundled backbone on the bundled images and measure it. Writes into `out`.
 
     An earlier demo there is replaced; a folder of something else only with `overwrite`, or OutputError is raised.
     """
     require_demo_folder(out, overwrite)
-    say = on_stage or (lambda text: None)
     began = time.monotonic()
-    say(f"backbone {DEMO_BACKBONE}, images {SUBSET}: fitting the energy-based prior")
+    progress.remark(f"backbone {DEMO_BACKBONE}, images {SUBSET}: fitting the energy-based prior")
     backbone = load_backbone(None, DEMO_BACKBONE)
     train, test = (open_images(SUBSET, split=split, image_shape=backbone.image_shape) for split in ("train", "test"))
-    prior = fit(backbone, train, replace(demo_config(), seed=seed), on_step=on_step)
+    prior = fit(backbone, train, replace(demo_config(), seed=seed), progress=progress)
     path, picture, table = (out / name for name in (PRIOR, PICTURE, TABLE))
     save_prior(prior, path, checkpoint=DEMO_BACKBONE)
-    say(f"fitted in {time.monotonic() - began:.0f} s; measuring")
+    progress.remark(f"fitted in {time.monotonic() - began:.0f} s; measuring")
     judge = bundled_classifier(test.shape, test.name)
     measured = replace(demo_eval_config(len(test)), seed=seed)
-    result = evaluate_all([prior], [str(path)], test, train, judge, measured, say)[0]
+    result = evaluate_all([prior], [str(path)], test, train, judge, measured, progress.remark)[0]
     caption = [
         f"{result['extractor']}: {result['fd_backbone']:.1f} before, {result['fd_prior']:.1f} after, "
         f"{result['fd_reconstruction']:.1f} for reconstructions, the best that a prior could reach; "

@@ -1,10 +1,9 @@
-"""What the commands do, without click: a library user can call the same functions."""
+"""Fitting a prior in a run directory: what `ebm-prior fit` does, without click."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import DivergenceError, OutputError
-from ebm_prior.interfaces import Callback
+from ebm_prior.errors import OutputError
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.batch_norm import BATCH_SIZE, ITERATIONS, adjustable
 from ebm_prior.model.prior import EBMPrior
@@ -22,6 +21,7 @@ from ebm_prior.runs.backbones import readjusted
 from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.folder import Run, run_inputs
 from ebm_prior.runs.samples import write_comparison
+from ebm_prior.runs.training import pictures, timed
 from ebm_prior.storage.checkpoint import bundled, save_prior
 from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.fit import fit
@@ -40,8 +40,7 @@ def fit_into(
     compiled: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    on_step: Callback | None = None,
-    on_stage: Callable[[str], None] | None = None,
+    progress: Progress = SILENT,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
@@ -49,11 +48,9 @@ def fit_into(
     `bn_readjust`: first re-adjust the batch norms of `backbone`, which is then another one: it is written to
     backbone.safetensors, and this is the backbone of the prior. `checkpointing`, `compiled`: of its cells. Where
     training diverges for good, the best prior so far is written before DivergenceError goes on. The first of the
-    `processes` writes, and none of the others.
+    `processes` writes and tells `progress`, and none of the others.
     """
-    settings: dict[str, Any] | None = None
-    if bn_readjust:
-        settings = {"iterations": ITERATIONS, "batch_size": BATCH_SIZE, "temperature": 1.0, "seed": config.seed}
+    settings = _bn_settings(config.seed) if bn_readjust else None
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
     path, own = directory / "prior.safetensors", directory / "backbone.safetensors"
     where = checkpoint if checkpoint in bundled() else str(Path(checkpoint).resolve())
@@ -64,56 +61,45 @@ def fit_into(
     run = processes.of_first(lambda: Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite))
     if settings is not None:
         adjust = partial(readjusted, backbone, own, checkpoint, settings)
-        processes.of_first(lambda: adjust(resume=resume, on_stage=on_stage) and None)
+        processes.of_first(lambda: adjust(resume=resume, progress=progress) and None)
         backbone = adjust(resume=True)  # the others read what the first has written
         where = own.name  # beside the prior: wherever the run is, equal runs give equal bytes
-    if checkpointing:
-        backbone = backbone.checkpointing()
-    if compiled:
-        backbone = backbone.compiled()
+    backbone = backbone.checkpointing() if checkpointing else backbone
+    backbone = backbone.compiled() if compiled else backbone
 
-    def keep(prior: EBMPrior) -> None:
+    def draw(shown: Mapping[str, Any], picture: Path) -> None:
+        save_png(grid(shown["prior"].sample(32, seed=config.seed).images, columns=8), picture)
+
+    def keep(prior: EBMPrior, _: str | None) -> Path:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
         if settings is not None:
             prior.record["bn_readjust"] = settings
         if processes.first:
             save_prior(prior, path, checkpoint=where)
+        return path
 
-    def show(shown: Mapping[str, Any]) -> None:
-        if shown["iteration"] % (5 * config.evaluate_every) == 0:
-            try:
-                drawn = shown["prior"].sample(32, seed=config.seed)
-            except DivergenceError as error:  # of a picture's chains: training watches its own
-                return on_stage(f"no picture of iteration {shown['iteration']}: {error}") if on_stage else None
-            save_png(grid(drawn.images, columns=8), directory / f"samples-{shown['iteration']:06d}.png")
-
-    began = time.process_time()
-    try:
-        if processes.first:
-            prior = fit(backbone, images, config, run=run, on_step=on_step, on_evaluate=show, processes=processes)
-        else:
-            prior = fit(backbone, images, config, processes=processes)
-    except DivergenceError as error:
-        if isinstance(error.kept, EBMPrior):
-            keep(error.kept)
-            raise DivergenceError(f"{error} It was written to {path}", kept=error.kept) from error
-        raise
-    seconds = time.process_time() - began
-    keep(prior)
+    show = pictures(directory, draw, progress, every=5 * config.evaluate_every)
+    told: dict[str, Any] = {"run": run, "progress": progress, "on_evaluate": show} if processes.first else {}
+    prior, seconds = timed(lambda: fit(backbone, images, config, **told, processes=processes), keep)
     before_after = directory / "before-after.png"
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed)
+    files = {"prior": str(path), "picture": str(before_after)}
+    return {**files, "parameters": parameters(backbone, config.energy), "cpu_seconds": seconds, **_summary(prior)}
+
+
+def _bn_settings(seed: int) -> dict[str, Any]:
+    """How batch norms are re-adjusted: the keyword arguments of `readjust_batch_norm`."""
+    return {"iterations": ITERATIONS, "batch_size": BATCH_SIZE, "temperature": 1.0, "seed": seed}
+
+
+def _summary(prior: EBMPrior) -> dict[str, Any]:
+    """The prior in plain values, and the parts of its record that the command shows."""
+    keys = ("config", "iterations", "best_iteration", "rollbacks", "held_out", "saturated", "stages")
     return {
-        "prior": str(path),
-        "picture": str(before_after),
-        "parameters": parameters(backbone, config.energy),
         "tau": prior.tau,
         "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
         "regime": prior.regime,
         "sampler": asdict(prior.sampler),
-        "cpu_seconds": seconds,
-        **{
-            key: prior.record[key]
-            for key in ("config", "iterations", "best_iteration", "rollbacks", "held_out", "saturated", "stages")
-        },
+        **{key: prior.record[key] for key in keys},
     }

@@ -18,6 +18,7 @@ from ebm_prior.backbones.hvae.adapter import HVAE
 from ebm_prior.backbones.nvae.adapter import NVAE
 from torch import Tensor
 from torch._dynamo.utils import counters
+from watching import Watch
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Backbone
@@ -246,10 +247,10 @@ def test_fits_and_samples_agree_to_rounding(
         chain=chain,
     )
     losses: dict[str, list[float]] = {"folded": [], "plain": []}
-    priors = {"folded": fit(backbone, Pictures(backbone.image_shape), config, on_step=_into(losses["folded"]))}
+    priors = {"folded": fit(backbone, Pictures(backbone.image_shape), config, progress=_into(losses["folded"]))}
     with monkeypatch.context() as patch:
         patch.setattr(FoldableBackbone, "for_inference", lambda self: self)
-        priors["plain"] = fit(backbone, Pictures(backbone.image_shape), config, on_step=_into(losses["plain"]))
+        priors["plain"] = fit(backbone, Pictures(backbone.image_shape), config, progress=_into(losses["plain"]))
         assert priors["plain"].backbone is backbone is not priors["folded"].backbone
         drawn = {"plain": priors["plain"].sample(6, seed=1)}
     drawn["folded"] = priors["folded"].sample(6, seed=1)
@@ -259,5 +260,5 @@ def test_fits_and_samples_agree_to_rounding(
     torch.testing.assert_close(drawn["folded"].images, drawn["plain"].images, rtol=1e-3, atol=1e-3)
 
 
-def _into(losses: list[float]) -> Callable[[dict[str, object]], None]:
-    return lambda shown: losses.append(shown["loss"])  # type: ignore[arg-type]
+def _into(losses: list[float]) -> Watch:
+    return Watch(lambda shown: losses.append(shown["loss"]))

@@ -180,6 +180,20 @@ def test_persistent_chains_are_part_of_the_state(
     assert 0.4 * 24 < sum(kept) < 24  # a share of 0.3 is restarted on average
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_state_has_the_names_that_earlier_versions_gave(
+    objective: str, backbone: Backbone, images: ImageSource
+) -> None:
+    """So that a run that one of these began can be resumed."""
+    state = Fitting(backbone, images, OBJECTIVES[objective]).state()
+    counters, weights = ["iteration", "rate", "rollbacks"], ["energy", "average", "optimizer"]
+    assert list(state) == [*counters, *weights, "chains", "best", "saturated", "stages"]
+    assert list(state["best"]) == ["gain", "iteration", "energy"]
+    if state["stages"]:
+        assert list(state["stages"]) == ["eps", "reference", "step_size", "rate", "done"]
+    assert bool(state["stages"]) == (objective == "staged")
+
+
 def test_metrics_hold_what_is_needed_to_judge_a_run(fitted: Path) -> None:
     lines = metrics(fitted)
     assert [line["iteration"] for line in lines] == [2, 4, 6]

@@ -102,6 +102,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(product: str, pictures: ImageSou
     assert bool((whole.f(z) == 0).all()) == (config.prior == "gaussian")
 
 
+def test_a_state_has_the_names_that_earlier_versions_gave(pictures: ImageSource) -> None:
+    """So that a run that one of these began can be resumed."""
+    names = ["iteration", "rate", "rollbacks", "model", "average", "optimizer", "persistent"]
+    assert list(JointTraining(small_backbone(), pictures, SMALL, pictures).state()) == names
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_replayed_graphs_train_the_same(
     product: str, played: None, pictures: ImageSource, monkeypatch: pytest.MonkeyPatch

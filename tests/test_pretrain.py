@@ -145,6 +145,26 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(images: ImageSource, 
     assert run(tmp_path / "again") == run(tmp_path / "cut", resume=True)
 
 
+def test_states_of_earlier_versions_are_read(images: ImageSource) -> None:
+    """They name the weights of the moving average module.* and count its updates."""
+    config = PretrainConfig(**SMALL)
+    states: list[dict[str, Any]] = []
+
+    class Cut:
+        def log(self, metrics: Mapping[str, Any]) -> None: ...
+        def save_state(self, state: Mapping[str, Any]) -> None:
+            states.append(dict(state))
+
+        def load_state(self) -> dict[str, Any] | None:
+            return states[0] if states else None
+
+    whole = pretrain(ToyConv(), images, config, run=Cut())
+    assert list(states[0]) == ["iteration", "rate", "rollbacks", "backbone", "average", "optimizer"]
+    wrapped = {f"module.{name}": weights for name, weights in states[0]["average"].items()}
+    states[0]["average"] = {"n_averaged": torch.tensor(1), **wrapped}
+    assert fingerprint(pretrain(ToyConv(), images, config, run=Cut())) == fingerprint(whole)
+
+
 def test_another_configuration_is_not_resumed(images: ImageSource, tmp_path: Path) -> None:
     into(tmp_path / "run", images, PretrainConfig(**SMALL))
     with pytest.raises(ConfigurationError, match=r"ema: 0\.5 before, 0\.6 now"):

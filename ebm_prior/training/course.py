@@ -72,7 +72,7 @@ class Best(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """What a course says of its best f, whose weights the average has then."""
+    """The best f of a course, whose weights the average has then: gains, ceiling, and what its record says."""
 
     plain: Gain  # of f
     tempered: Gain  # of τ f
@@ -116,10 +116,10 @@ class Course(ABC):
 
     @abstractmethod
     def negatives(self, n: int, part: int, generator: torch.Generator) -> tuple[list[Tensor], Any]:
-        """At most n negatives in ε-space, for part `part` of the batch, and what `after` is to know of them."""
+        """At most n negatives in ε-space for part `part` of the batch, and what `after` needs to know of them."""
 
     def logits(self, inputs: list[Tensor]) -> Tensor:
-        """What the loss compares: f of latents as the heads see them, (B,), less what it is relative to."""
+        """The logits that the loss compares, from latents as the heads see them: f, (B,), or f relative to another."""
         return self.bench.energy(inputs)  # type: ignore[no-any-return]
 
     def loss(self, f_q: Tensor, f_p: Tensor) -> Tensor:
@@ -127,12 +127,15 @@ class Course(ABC):
         return nce_loss(f_q, f_p)
 
     def after(self, kept: Sequence[Any], iteration: int) -> Course:
-        """After a step, the last of `iteration` ones: what takes over. `kept`: of `Pairs`, for each part."""
+        """Take note of a step, after which there have been `iteration`; returns the course of the next one.
+
+        `kept`: what each part's `Pairs` kept.
+        """
         return self
 
     @abstractmethod
     def evaluate(self, iteration: int) -> tuple[dict[str, Any], Course]:
-        """Held-out metrics after `iteration` steps, and what takes over. Raises DivergenceError."""
+        """Held-out metrics after `iteration` steps, and the course of the next step. Raises DivergenceError."""
 
     @abstractmethod
     def finish(self) -> Finished:

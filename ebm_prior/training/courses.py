@@ -32,9 +32,7 @@ from ebm_prior.training.steps import FIT_NORM_LIMIT
 GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as better
 GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, where tempering does not mend it
 PROBATION = 0.25  # share of the iterations within which a ratio that saturates is replaced by stages
-SATURATED_SHARE = (
-    0.1  # of the ESS floor: an ESS below it is a few draws with all the weight, and tempering saves little
-)
+SATURATED_SHARE = 0.1  # of the ESS floor: below it a few draws hold all the weight, and tempering gives most of f away
 SATURATED_DRAWS = 4.0  # an ESS below 4 draws counts as saturated, however small the held-out set
 ANNEALING_GAIN = 1.0  # nats that a stage along a known f must bring; learning brings as many, and sees where f is wrong
 
@@ -121,7 +119,7 @@ class MaximumLikelihood(_OneEnergy):
         self.norm_limit = self._norm_limit()
 
     def negatives(self, n: int, part: int, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """Run Langevin chains: new ones, or this part's persistent ones, which go on but for a share of them."""
+        """Run the Langevin chains for maximum likelihood: new ones, or this part's persistent ones."""
         config = self.config
 
         def propose() -> list[Tensor]:
@@ -131,7 +129,7 @@ class MaximumLikelihood(_OneEnergy):
         if config.chains == "fresh":
             return draw(self._potential, propose, config.chain, generator).eps, []
         initial = propose()
-        if self.chains:
+        if self.chains:  # go on from the last step, but for a share of them
             restart = torch.rand(n, generator=generator, device=self.bench.device) < config.refresh
             initial = where(restart, initial, [chains.chunk(config.parts)[part] for chains in self.chains])
         ends = draw(self._potential, lambda: initial, config.chain, generator).eps

@@ -34,7 +34,10 @@ class JointChains:
         return self._run(n, energy, generator, of_prior=True)
 
     def _potential(self, energy: JointEnergy | None, *, of_prior: bool) -> Potential:
-        """The chains' log density. Kept, since CUDA graphs are recorded for it; one with the energy, one without."""
+        """The chains' log density. Cached, because CUDA graphs are recorded for it.
+
+        There is one with and one without the energy.
+        """
         key = of_prior, energy is not None
         if key not in self._potentials:
             images = None if of_prior else self._observed

@@ -26,9 +26,7 @@ class Bar(Progress):
         self._bar.close()
 
     def step(self, shown: Mapping[str, Any]) -> None:
-        """Move to an iteration and show its numbers, and a remark on it."""
-        if "remark" in shown:
-            self.remark(shown["remark"])
+        """Move to an iteration and show its numbers."""
         numbers = {k: f"{v:.3g}" for k, v in shown.items() if isinstance(v, float)}
         self._bar.total = shown["iterations"]
         self._bar.set_postfix(numbers, refresh=False)

@@ -216,7 +216,7 @@ def pretrain(
             checkpoint=checkpoint,
             resume=resume,
             overwrite=overwrite,
-            on_step=bar.step,
+            progress=bar,
         )
     show_result(result, as_json, summaries.pretrain_summary)
 
@@ -309,8 +309,7 @@ def train(
             checkpoint=checkpoint,
             resume=resume,
             overwrite=overwrite,
-            on_step=bar.step,
-            on_remark=bar.remark,
+            progress=bar,
         )
     show_result(result, as_json, summaries.train_summary)
 

@@ -18,6 +18,7 @@ from PIL import Image
 from ebm_prior.data.images import ImageSource
 from ebm_prior.evaluation.metrics import FeatureExtractor, FeatureStatistics, extract, frechet_distance
 from ebm_prior.experiments.jobs import clock, named
+from ebm_prior.interfaces import Silent
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import ANCESTRAL
 from ebm_prior.pictures.plots import COLOURS, Series, plot
@@ -160,6 +161,15 @@ def widened(network: Mapping[str, Any], times: float) -> Mapping[str, Any]:
     return min(choices, key=lambda arguments: abs(size(arguments) - target))
 
 
+class Steps(Silent):
+    """Counts the steps that a training takes, those of a fall among them."""
+
+    count = 0
+
+    def step(self, shown: Mapping[str, Any]) -> None:
+        self.count += 1
+
+
 def measure(
     variant: Variant,
     train: ImageSource,
@@ -189,12 +199,10 @@ def measure(
     )
     config = variant_config(variant, base_config(iterations, seed))
     backbone = build(adapter("shallow"), network, seed=seed).to(device)
-    run: list[int] = []
+    steps = Steps()
     began = clock(torch.device(device))
     with named(f"{variant.name}, seed {seed}"):
-        prior = train_jointly(
-            backbone, train, config, validation=test, on_step=lambda shown: run.append(shown["iteration"])
-        )
+        prior = train_jointly(backbone, train, config, validation=test, progress=steps)
     seconds = clock(torch.device(device)) - began
     count = parameters(prior.backbone, config.energy)
     with torch.no_grad():
@@ -206,7 +214,7 @@ def measure(
     return {
         "variant": variant.name,
         **{k: frechet_distance(FeatureStatistics.of(extract(extractor, x.cpu())), real) for k, x in drawn.items()},
-        "seconds_per_iteration": seconds / len(run),
+        "seconds_per_iteration": seconds / steps.count,
         "rollbacks": prior.record["rollbacks"],
         "parameters": count["backbone"],
         "heads": count["heads"] if config.prior == "ebm" else 0,

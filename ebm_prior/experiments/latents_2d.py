@@ -56,7 +56,7 @@ def train_2d(
 ) -> EBMPrior:
     """Train a model of two layers with two latents each, jointly, on the CPU. progress: gets every step."""
     network = {"image_shape": list(images.shape), "latents": [2, 2], "width": width, "sigma": sigma}
-    return train_jointly(build(adapter("shallow"), network, seed=config.seed), images, config, on_step=progress.step)
+    return train_jointly(build(adapter("shallow"), network, seed=config.seed), images, config, progress=progress)
 
 
 def transition(

@@ -76,7 +76,7 @@ def run_demo(
     progress.remark(f"backbone {DEMO_BACKBONE}, images {SUBSET}: fitting the energy-based prior")
     backbone = load_backbone(None, DEMO_BACKBONE)
     train, test = (open_images(SUBSET, split=split, image_shape=backbone.image_shape) for split in ("train", "test"))
-    prior = fit(backbone, train, replace(demo_config(), seed=seed), on_step=progress.step)
+    prior = fit(backbone, train, replace(demo_config(), seed=seed), progress=progress)
     path, picture, table = (out / name for name in (PRIOR, PICTURE, TABLE))
     save_prior(prior, path, checkpoint=DEMO_BACKBONE)
     progress.remark(f"fitted in {time.monotonic() - began:.0f} s; measuring")

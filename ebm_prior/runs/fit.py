@@ -1,9 +1,8 @@
-"""What the commands do, without click: a library user can call the same functions."""
+"""Fitting a prior in a run directory: what `ebm-prior fit` does, without click."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import DivergenceError, OutputError
+from ebm_prior.errors import OutputError
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.batch_norm import BATCH_SIZE, ITERATIONS, adjustable
@@ -23,6 +22,7 @@ from ebm_prior.runs.backbones import readjusted
 from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.folder import Run, run_inputs
 from ebm_prior.runs.samples import write_comparison
+from ebm_prior.runs.training import pictures, timed
 from ebm_prior.storage.checkpoint import bundled, save_prior
 from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.fit import fit
@@ -48,11 +48,9 @@ def fit_into(
     `bn_readjust`: first re-adjust the batch norms of `backbone`, which is then another one: it is written to
     backbone.safetensors, and this is the backbone of the prior. `passes`: how its cells are computed. Where
     training diverges for good, the best prior so far is written before DivergenceError goes on. The first of the
-    `processes` writes, and none of the others.
+    `processes` writes and tells `progress`, and none of the others.
     """
-    settings: dict[str, Any] | None = None
-    if bn_readjust:
-        settings = {"iterations": ITERATIONS, "batch_size": BATCH_SIZE, "temperature": 1.0, "seed": config.seed}
+    settings = _bn_settings(config.seed) if bn_readjust else None
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
     path, own = directory / "prior.safetensors", directory / "backbone.safetensors"
     where = checkpoint if checkpoint in bundled() else str(Path(checkpoint).resolve())
@@ -68,48 +66,39 @@ def fit_into(
         where = own.name  # beside the prior: wherever the run is, equal runs give equal bytes
     backbone = passes.apply(backbone)
 
-    def keep(prior: EBMPrior) -> None:
+    def draw(shown: Mapping[str, Any], picture: Path) -> None:
+        save_png(grid(shown["prior"].sample(32, seed=config.seed).images, columns=8), picture)
+
+    def keep(prior: EBMPrior, _: str | None) -> Path:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
         if settings is not None:
             prior.record["bn_readjust"] = settings
         if processes.first:
             save_prior(prior, path, checkpoint=where)
+        return path
 
-    def show(shown: Mapping[str, Any]) -> None:
-        if shown["iteration"] % (5 * config.evaluate_every) == 0:
-            try:
-                drawn = shown["prior"].sample(32, seed=config.seed)
-            except DivergenceError as error:  # of a picture's chains: training watches its own
-                return progress.remark(f"no picture of iteration {shown['iteration']}: {error}")
-            save_png(grid(drawn.images, columns=8), directory / f"samples-{shown['iteration']:06d}.png")
-
-    began = time.process_time()
-    try:
-        if processes.first:
-            prior = fit(backbone, images, config, run=run, on_step=progress.step, on_evaluate=show, processes=processes)
-        else:
-            prior = fit(backbone, images, config, processes=processes)
-    except DivergenceError as error:
-        if isinstance(error.kept, EBMPrior):
-            keep(error.kept)
-            raise DivergenceError(f"{error} It was written to {path}", kept=error.kept) from error
-        raise
-    seconds = time.process_time() - began
-    keep(prior)
+    show = pictures(directory, draw, progress, every=5 * config.evaluate_every)
+    told: dict[str, Any] = {"run": run, "progress": progress, "on_evaluate": show} if processes.first else {}
+    prior, seconds = timed(lambda: fit(backbone, images, config, **told, processes=processes), keep)
     before_after = directory / "before-after.png"
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed)
+    files = {"prior": str(path), "picture": str(before_after)}
+    return {**files, "parameters": parameters(backbone, config.energy), "cpu_seconds": seconds, **_summary(prior)}
+
+
+def _bn_settings(seed: int) -> dict[str, Any]:
+    """How batch norms are re-adjusted: the keyword arguments of `readjust_batch_norm`."""
+    return {"iterations": ITERATIONS, "batch_size": BATCH_SIZE, "temperature": 1.0, "seed": seed}
+
+
+def _summary(prior: EBMPrior) -> dict[str, Any]:
+    """The prior in plain values, and the parts of its record that the command shows."""
+    keys = ("config", "iterations", "best_iteration", "rollbacks", "held_out", "saturated", "stages")
     return {
-        "prior": str(path),
-        "picture": str(before_after),
-        "parameters": parameters(backbone, config.energy),
         "tau": prior.tau,
         "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
         "regime": prior.regime,
         "sampler": asdict(prior.sampler),
-        "cpu_seconds": seconds,
-        **{
-            key: prior.record[key]
-            for key in ("config", "iterations", "best_iteration", "rollbacks", "held_out", "saturated", "stages")
-        },
+        **{key: prior.record[key] for key in keys},
     }

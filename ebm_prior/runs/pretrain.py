@@ -1,9 +1,7 @@
-"""The first stage in a run directory: what `ebm-prior pretrain` does, without click."""
+"""Pretraining in a run directory: what `ebm-prior pretrain` does, without click."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,14 +10,13 @@ from typing import Any
 import torch
 
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import DivergenceError
-from ebm_prior.interfaces import Callback
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.pictures.grids import save_png, titled_grids
-from ebm_prior.runs.backbones import source_record
-from ebm_prior.runs.folder import Run, run_inputs
+from ebm_prior.runs.folder import Run
+from ebm_prior.runs.training import network_inputs, pictures, start_record, timed
 from ebm_prior.storage.checkpoint import save_backbone
-from ebm_prior.storage.weights import count_parameters, fingerprint
+from ebm_prior.storage.weights import count_parameters
 from ebm_prior.training.pretrain import Elbo, evaluate_elbo, pretrain, training_record
 from ebm_prior.training.pretrain_config import PretrainConfig
 
@@ -34,39 +31,45 @@ def pretrain_into(
     checkpoint: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    on_step: Callback | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Train a backbone in a run directory: backbone.safetensors, metrics, pictures, resume state.
 
     `checkpoint`: where its weights come from, for the record; None: from the seed. The test ELBO is None where `test`
-    holds the training images, from a source without splits.
+    holds the training images, from a source without splits. Where training diverges for good, the last good backbone is
+    written before DivergenceError goes on.
     """
-    architecture = json.loads(json.dumps(dict(backbone.architecture)))
-    inputs = {"architecture": architecture, "start": fingerprint(backbone), **run_inputs(backbone, train)}
-    held_out = None if test.fingerprint() == inputs["images"] else test
+    inputs, start = network_inputs(backbone, train), start_record(checkpoint, backbone)
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
-
+    held_out = None if test.fingerprint() == inputs["images"] else test
+    path = directory / "backbone.safetensors"
     elbo: Elbo | None = None
 
-    def show(shown: Mapping[str, Any]) -> None:
+    def draw(shown: Mapping[str, Any], picture: Path) -> None:
         nonlocal elbo
         elbo = shown["elbo"]
-        write_progress(shown["backbone"], test, directory / f"samples-{shown['iteration']:06d}.png", config.seed)
+        write_progress(shown["backbone"], test, picture, config.seed)
 
-    path, began = directory / "backbone.safetensors", time.process_time()
-    start = {} if checkpoint is None else {"start": source_record(checkpoint, backbone)}
-    try:
-        trained = pretrain(backbone, train, config, run=run, validation=held_out, on_step=on_step, on_checkpoint=show)
-    except DivergenceError as error:
-        if isinstance(error.kept, Backbone):
-            record = {**training_record(config, train, elbo), **start, "diverged": str(error)}
-            save_backbone(error.kept, path, record=record)
-            raise DivergenceError(f"{error} It was written to {path}", kept=error.kept) from error
-        raise
-    seconds = time.process_time() - began
-    if elbo is None and held_out is not None:  # a finished run, resumed
-        elbo = evaluate_elbo(trained, held_out, seed=config.seed)
-    save_backbone(trained, path, record={**training_record(config, train, elbo), **start})
+    def keep(trained: Backbone, diverged: str | None) -> Path:
+        nonlocal elbo
+        if elbo is None and held_out is not None and diverged is None:  # a finished run, resumed
+            elbo = evaluate_elbo(trained, held_out, seed=config.seed)
+        record = {**training_record(config, train, elbo), **start, **({"diverged": diverged} if diverged else {})}
+        save_backbone(trained, path, record=record)
+        return path
+
+    trained, seconds = timed(
+        lambda: pretrain(
+            backbone,
+            train,
+            config,
+            run=run,
+            validation=held_out,
+            progress=progress,
+            on_evaluate=pictures(directory, draw, progress),
+        ),
+        keep,
+    )
     return {
         "backbone": str(path),
         "parameters": count_parameters(trained),

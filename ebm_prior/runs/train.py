@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,14 @@ from typing import Any
 import torch
 
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import DivergenceError
-from ebm_prior.interfaces import Callback
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.pictures.grids import save_png, titled_grids
-from ebm_prior.runs.backbones import source_record
 from ebm_prior.runs.describe import parameters
-from ebm_prior.runs.folder import Run, run_inputs
+from ebm_prior.runs.folder import Run
+from ebm_prior.runs.training import network_inputs, pictures, start_record, timed
 from ebm_prior.storage.checkpoint import save_backbone, save_prior
-from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.joint import train_jointly, validate
 from ebm_prior.training.joint_config import JointConfig
 
@@ -36,44 +32,38 @@ def train_into(
     checkpoint: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    on_step: Callback | None = None,
-    on_remark: Callable[[str], None] | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Train a whole model: backbone.safetensors and prior.safetensors, metrics, pictures, resume state.
 
     `checkpoint`: where the backbone's weights come from, for the record; None: from the seed. Where training diverges
-    for good, the model of the last state is written before DivergenceError goes on. `on_remark` is told of a picture
-    that could not be drawn.
+    for good, the model of the last state is written before DivergenceError goes on.
     """
-    architecture = json.loads(json.dumps(dict(backbone.architecture)))
-    inputs = {"architecture": architecture, "start": fingerprint(backbone), **run_inputs(backbone, train)}
-    start = {} if checkpoint is None else {"start": source_record(checkpoint, backbone)}
+    inputs, start = network_inputs(backbone, train), start_record(checkpoint, backbone)
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
     own, path = directory / "backbone.safetensors", directory / "prior.safetensors"
 
-    def keep(prior: EBMPrior) -> None:
+    def draw(shown: Mapping[str, Any], picture: Path) -> None:
+        write_pictures(shown["prior"], test, picture, config.seed)
+
+    def keep(prior: EBMPrior, _: str | None) -> Path:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
         save_backbone(prior.backbone, own, record={**prior.record, **start})
         save_prior(prior, path, checkpoint=own.name)  # beside it: wherever the run is, equal runs give equal bytes
+        return path
 
-    def show(shown: Mapping[str, Any]) -> None:
-        path = directory / f"samples-{shown['iteration']:06d}.png"
-        try:
-            write_pictures(shown["prior"], test, path, config.seed)
-        except DivergenceError as error:  # of the picture's chains: training watches its own
-            if on_remark:
-                on_remark(f"no picture of iteration {shown['iteration']}: {error}")
-
-    began = time.process_time()
-    try:
-        prior = train_jointly(backbone, train, config, validation=test, run=run, on_step=on_step, on_evaluate=show)
-    except DivergenceError as error:
-        if isinstance(error.kept, EBMPrior):
-            keep(error.kept)
-            raise DivergenceError(f"{error} Written: {path}", kept=error.kept) from error
-        raise
-    seconds = time.process_time() - began
-    keep(prior)
+    prior, seconds = timed(
+        lambda: train_jointly(
+            backbone,
+            train,
+            config,
+            validation=test,
+            run=run,
+            progress=progress,
+            on_evaluate=pictures(directory, draw, progress),
+        ),
+        keep,
+    )
     count = parameters(prior.backbone, config.energy)
     return {
         "backbone": str(own),

@@ -1,1 +1,1 @@
-"""The trainings: fitting a prior (second stage), pretraining a backbone, joint training of both."""
+"""The trainings: pretraining a backbone, fitting a prior to it, joint training of both."""

@@ -1,4 +1,4 @@
-"""Settings of the second stage: the default and the published one."""
+"""Settings of a fit: the default ones and the published ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ebm_prior.training.stages import StageConfig
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of the second stage. The defaults are what measured best (README: Why these defaults)."""
+    """Settings of a fit. The defaults are what measured best (README: Why these defaults)."""
 
     objective: Literal["nce", "mle"] = setting("nce", "how the heads are trained")
     iterations: int = setting(2_400, "gradient steps")
@@ -42,7 +42,7 @@ class FitConfig:
     penalty: float = setting(1e-4, "mle: weight of E[f_q² + f_p²]")
     sampler: SamplerChanges = field(default_factory=SamplerChanges)  # of the one recorded: `recorded_sampler`
     target: Target = setting("exact", "ε-target; published: to replicate only")
-    regime: Regime = setting("calibrated", "what f is meant to be")
+    regime: Regime = setting("calibrated", "calibrated: f is a log density ratio; refiner: f only guides short chains")
     held_out: int = setting(5_000, "images kept for held-out latents, at most a tenth")
     ess_floor: float = setting(0.05, "tempering keeps at least this ESS / number of draws")
     evaluate_every: int = setting(100, "iterations between held-out gains and resume states")
@@ -76,11 +76,11 @@ class FitConfig:
 
     @property
     def may_stage(self) -> bool:
-        """Whether `staging` takes over where one ratio saturates."""
+        """Whether stages (`staging`) take over where one ratio saturates."""
         return self.objective == "nce" and self.ratios == "auto" and self.regime == "calibrated"
 
     def staging(self, after: int) -> FitConfig:
-        """These settings where one ratio saturated `after` so many iterations: density ratios in stages.
+        """The settings that go on in stages where one ratio has saturated after `after` iterations.
 
         The draws that are their negatives move at each iteration, which takes longer than all else in it: so half the
         batch, and what follows a third of the iterations.
@@ -99,7 +99,7 @@ class FitConfig:
 
 
 def paper_preset() -> FitConfig:
-    """The published second stage (NVAE on CIFAR-10, Gaussian decoder; references in README): a short-run refiner.
+    """The published fit (NVAE on CIFAR-10, Gaussian decoder; references in README): a short-run refiner.
 
     Adam(0.99, 0.999) at 1e-4 with weight decay 3e-5, batch 32, 5,000 iterations; K = 20 steps in training and 40 in
     sampling with s = 2e-5 in the units of Eq. 12 (the published code's 4e-5 is 2s), on the published ε-target. What is

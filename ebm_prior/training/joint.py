@@ -19,22 +19,31 @@ from torch import Tensor, nn
 from ebm_prior.compute.cuda_graphs import runner
 from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, seeded
 from ebm_prior.errors import DivergenceError
-from ebm_prior.interfaces import Callback, Images, Recorder
+from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
 from ebm_prior.model.backbone import Backbone, Posterior
 from ebm_prior.model.batch_norm import keeping_statistics
 from ebm_prior.model.energy import JointEnergy, values
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
-from ebm_prior.model.samplers import Potential, SamplerConfig, draw, graphed, where
+from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.training.joint_chains import JointChains
 from ebm_prior.training.joint_config import JointConfig
-from ebm_prior.training.joint_loss import Terms, potential, terms
+from ebm_prior.training.joint_loss import Terms, terms
 from ebm_prior.training.latents import PRIOR_DRAWS
 from ebm_prior.training.loop import Training
 from ebm_prior.training.objectives import gain
-from ebm_prior.training.steps import batch_indices, update_average
+from ebm_prior.training.steps import (
+    JOINT_GAP_LIMIT,
+    JOINT_NORM_LIMIT,
+    batch_indices,
+    require_finite,
+    require_gap,
+    require_typical,
+    scheduled_rate,
+    set_learning_rate,
+    update_average,
+)
 
-GAP_LIMIT = 1e3  # nats of E_q[f] − E_p[f]: an exploding energy, which chains no longer follow
-NORM_LIMIT = 3.0  # times the posterior's ‖ε‖/√D, at least 1: chains beyond it have left where data lies
-EVALUATED = 1_000  # validation images, and PRIOR_DRAWS as many draws of p_β, for the metrics
+EVALUATED = 1_000  # validation images for the metrics, at most; log Z takes PRIOR_DRAWS times as many draws of p_β
 
 
 def train_jointly(
@@ -44,7 +53,7 @@ def train_jointly(
     *,
     validation: Images | None = None,
     run: Recorder | None = None,
-    on_step: Callback | None = None,
+    progress: Progress = SILENT,
     on_evaluate: Callback | None = None,
 ) -> EBMPrior:
     """Train `backbone` in place with a joint energy on `images`; returns the moving averages of both as a prior.
@@ -54,12 +63,12 @@ def train_jointly(
     Where a loss or gradient is not finite, chains leave, or the energy explodes, training returns to the last state at
     half the rate; the second time it raises DivergenceError, which has `kept` the prior of the last state.
     """
-    training = _Joint(backbone, images, config or JointConfig(), validation or images, on_evaluate)
-    training.run(run, on_step)
-    return training.result()
+    training = JointTraining(backbone, images, config or JointConfig(), validation or images, progress, on_evaluate)
+    training.run(run)
+    return training.prior()
 
 
-class _Model(nn.Module):
+class WholeModel(nn.Module):
     """Everything that is learned."""
 
     def __init__(self, backbone: Backbone, energy: JointEnergy) -> None:
@@ -67,25 +76,33 @@ class _Model(nn.Module):
         self.backbone, self.energy = backbone, energy
 
 
-class _Found(NamedTuple):
-    """What one batch says."""
+class BatchGradients(NamedTuple):
+    """The loss of one batch and its gradients, by the numbers of the model's parameters."""
 
     terms: Terms
     loss: Tensor
-    gradients: dict[int, Tensor]  # of the model's parameters, by their number; not of those that play no part
-    omega: dict[int, Tensor]  # of the inference network's, where it learns beside the chains
+    gradients: dict[int, Tensor]  # of parameters that the loss depends on
+    omega: dict[int, Tensor]  # of the inference network, where it learns beside the chains
 
 
-class _Joint(Training):
+class JointTraining(Training):
+    """A joint training under way."""
+
+    learns = "model"
+    network: WholeModel
+    average: WholeModel
+
     def __init__(
         self,
         backbone: Backbone,
         images: Images,
         config: JointConfig,
         validation: Images,
-        on_evaluate: Callback | None,
+        progress: Progress = SILENT,
+        on_evaluate: Callback | None = None,
     ) -> None:
-        self.config, self.images, self.validation, self.on_evaluate = config, images, validation, on_evaluate
+        super().__init__(progress, on_evaluate)
+        self.config, self.images, self.validation = config, images, validation
         like = next(backbone.parameters())
         self.device, self.dtype = like.device, like.dtype
         with seeded(self.device, config.seed, Purpose.JOINT_HEADS):
@@ -93,16 +110,11 @@ class _Joint(Training):
         self.backbone = backbone.train().requires_grad_(True)
         if config.channels_last:
             backbone.to(memory_format=torch.channels_last)
-        with (
-            seeded(self.device, config.seed, Purpose.JOINT_INITIALISATION),
-            torch.no_grad(),
-        ):  # data-dependent initialisation, where there is one
-            backbone.infer(
-                self._batch(0)[0],
-                generator=derived_generator(config.seed, Purpose.JOINT_FIRST_POSTERIOR, device=self.device),
-            )
-        self.model = _Model(backbone, energy)
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        with seeded(self.device, config.seed, Purpose.JOINT_INITIALISATION), torch.no_grad():
+            generator = derived_generator(config.seed, Purpose.JOINT_FIRST_POSTERIOR, device=self.device)
+            backbone.infer(self._batch(0)[0], generator=generator)  # data-dependent initialisation, where there is one
+        self.network = WholeModel(backbone, energy)
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(
             [
                 {"params": list(backbone.parameters()), "peak": config.learning_rate},
@@ -111,16 +123,14 @@ class _Joint(Training):
             betas=config.betas,
             fused=self.device.type == "cuda",
         )
-        self.persistent: list[Tensor] = []
+        self.chains = JointChains(backbone, config, self.device)
         self._run = runner(self.device)
-        self._observed: Tensor | None = None  # images of the iteration, in memory that graphs can read again
-        self._potentials: dict[tuple[bool, bool], Potential] = {}
 
     @property
     def energy(self) -> JointEnergy | None:
-        """The energy once it has joined; None: f = 0."""
+        """The energy once it has joined; None before, when f = 0."""
         joined = self.config.prior == "ebm" and self.iteration >= self.config.energy_from * self.config.iterations
-        return self.model.energy if joined else None
+        return self.network.energy if joined else None
 
     @property
     def iterations(self) -> int:
@@ -133,22 +143,22 @@ class _Joint(Training):
     def step(self) -> dict[str, Any]:
         t, energy = self.iteration, self.energy
         x, generator = self._batch(t)
-        with _frozen(self.model):
-            drawn = self._posterior_draws(x, generator) if self.config.posterior == "langevin" else []
-            negative = self._prior_draws(len(x), generator) if energy is not None else []
+        with _frozen(self.network):
+            drawn = self.chains.of_images(x, energy, generator) if self.config.posterior == "langevin" else []
+            negative = self.chains.of_prior(len(x), energy, generator) if energy is not None else []
         inputs = x, drawn, negative
         with seeded(self.device, self.config.seed, Purpose.JOINT_DROPOUT, t):  # dropout draws from the global generator
-            found: _Found = self._run(energy is not None, self._differentiate, inputs, generator)
+            found: BatchGradients = self._run(energy is not None, self._differentiate, inputs, generator)
         self._update(found)
         return {"iteration": self.iteration, **self._watch(found.terms, of_prior=bool(negative))}
 
-    def _differentiate(self, inputs: tuple[Tensor, list[Tensor], list[Tensor]], generator: Generator) -> _Found:
-        """The loss for images, z⁺ that chains drew (none: the network's own draws) and z⁻ (none: f = 0).
+    def _differentiate(self, inputs: tuple[Tensor, list[Tensor], list[Tensor]], generator: Generator) -> BatchGradients:
+        """Loss and gradients for images, z⁺ that chains drew (empty: the network's own draws) and z⁻ (empty: f = 0).
 
-        Pure, as graphs want it, but for what a network counts in training.
+        CUDA graphs are recorded of it: it changes nothing but the statistics that a network in training keeps.
         """
         x, drawn, negative = inputs
-        energy, parameters = self.energy, list(self.model.parameters())
+        energy, parameters = self.energy, list(self.network.parameters())
         inferred = self.backbone.infer(x, generator=generator)
         found = terms(self.backbone, energy, x, drawn or inferred, negative or None)
         loss = found.loss()
@@ -160,21 +170,22 @@ class _Joint(Training):
             own = range(len(list(self.backbone.parameters())))
             if unmet := {index: parameters[index] for index in own if index not in gradients}:
                 omega = _gradients(terms(self.backbone, energy, x, inferred, negative or None).loss(), unmet)
-        return _Found(Terms(*(term.detach() for term in found)), loss.detach(), gradients, omega)
+        return BatchGradients(Terms(*(term.detach() for term in found)), loss.detach(), gradients, omega)
 
     def _penalty(self, *latents: Sequence[Tensor]) -> Tensor:
-        """E[f_q² + f_p²] of z⁺ and z⁻ as they lie: it keeps the energy small, and moves no latents."""
+        """E[f_q² + f_p²] of z⁺ and z⁻, without a gradient for them: it keeps the energy small, and moves no latents."""
         squares = []
         for z in latents:
             seen = [group.detach() for group in z]
             with keeping_statistics(self.backbone), torch.no_grad():
                 eps = self.backbone.standardize(seen) if self.config.energy.conditional else seen
-            squares.append(self.model.energy(self.model.energy.inputs(seen, eps)).square().mean())
+            squares.append(self.network.energy(self.network.energy.inputs(seen, eps)).square().mean())
         return torch.stack(squares).sum()
 
-    def _update(self, found: _Found) -> None:
+    def _update(self, found: BatchGradients) -> None:
+        """One step along these gradients, clipped, if all of them are finite."""
         config, t = self.config, self.iteration
-        parameters = list(self.model.parameters())
+        parameters = list(self.network.parameters())
         for index, parameter in enumerate(parameters):
             parameter.grad = found.gradients.get(index, found.omega.get(index))
         own = len(list(self.backbone.parameters()))
@@ -188,92 +199,43 @@ class _Joint(Training):
                 (energy, math.inf),
             )
         ]
-        if not bool(torch.isfinite(torch.stack([found.loss, *(s.to(found.loss) for s in steepness)])).all()):
-            raise DivergenceError(f"the loss or its gradient is not finite at iteration {t}")
-        rate = self.rate * min(1.0, (t + 1) / max(1, config.warmup))
-        if config.decay:
-            rate *= 0.5 * (1 + math.cos(math.pi * t / config.iterations))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
+        require_finite("the loss or its gradient", t, found.loss, *steepness)
+        rate = scheduled_rate(self.rate, t, config.iterations, warmup=config.warmup, decay=config.decay)
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.iteration += 1
-        update_average(self.average, self.model, config.ema, t)
+        update_average(self.average, self.network, config.ema, t)
 
     def _watch(self, found: Terms, *, of_prior: bool) -> dict[str, float]:
         """Numbers to show; DivergenceError where the energy explodes or chains have left."""
         gap = float((found.f_q - found.f_p).mean())
         shown = {"log_likelihood": float(found.log_likelihood.mean()), "f_gap": gap}
-        if abs(gap) > GAP_LIMIT:
-            raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
+        require_gap(gap, JOINT_GAP_LIMIT)
         if of_prior:
             shown["chain_norm"], typical = float(found.norm_p.mean()), float(found.norm_q.mean())
-            if not shown["chain_norm"] <= NORM_LIMIT * max(1.0, typical):
-                raise DivergenceError(
-                    f"chains left the typical set at iteration {self.iteration}: ‖ε‖/√D {shown['chain_norm']:.3g}, "
-                    f"posterior {typical:.3g}"
-                )
+            limit = JOINT_NORM_LIMIT * max(1.0, typical)
+            require_typical(shown["chain_norm"], limit, self.iteration, f"posterior {typical:.3g}")
         return shown
-
-    # -- chains
-
-    def _posterior_draws(self, x: Tensor, generator: torch.Generator) -> list[Tensor]:
-        self._observed = x.clone() if self._observed is None else self._observed.copy_(x)
-        return self._chain(len(x), generator, of_prior=False)
-
-    def _prior_draws(self, n: int, generator: torch.Generator) -> list[Tensor]:
-        return self._chain(n, generator, of_prior=True)
-
-    def _potential(self, of_prior: bool) -> Potential:
-        """What the chains climb: made once, before and after the energy joins, for a GPU records graphs of it."""
-        key = of_prior, self.energy is not None
-        if key not in self._potentials:
-            images = None if of_prior else self._observed
-            g = potential(self.backbone, self.energy, self.config.space, images, bfloat16=self.config.bfloat16)
-            self._potentials[key] = graphed(g, self.device)
-        return self._potentials[key]
-
-    def _chain(self, n: int, generator: torch.Generator, *, of_prior: bool) -> list[Tensor]:
-        """z at the ends of n chains, which start from the Gaussian prior or, persistent ones, from their last ends."""
-        config = self.config
-        persistent = of_prior and config.chains == "persistent"
-
-        def propose() -> list[Tensor]:
-            start = self.backbone.standard_normal(n, generator=generator)
-            if config.space == "z":
-                start = self.backbone.reparameterize(start)
-            if persistent and self.persistent:
-                restart = torch.rand(n, generator=generator, device=self.device) < config.refresh
-                start = where(restart, start, self.persistent)
-            return start
-
-        sampler = config.prior_chain if of_prior else config.posterior_chain
-        ends = draw(self._potential(of_prior), propose, sampler, generator).eps
-        if persistent:
-            self.persistent = ends
-        return ends if config.space == "z" else self.backbone.reparameterize(ends)
-
-    # -- how good it is
 
     def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         """On validation images, by the inference network: ELBO with f and log Z, its parts, and the gain of f."""
-        metrics = {**shown, **validate(self.result(), self.validation, seed=self.config.seed), "rate": self.rate}
+        metrics = {**shown, **validate(self.prior(), self.validation, seed=self.config.seed), "rate": self.rate}
         if not math.isfinite(metrics["elbo"]):
             raise DivergenceError(f"the validation ELBO is {metrics['elbo']} at iteration {self.iteration}")
         return metrics
 
-    def evaluated(self) -> None:
-        if self.on_evaluate:
-            self.on_evaluate({"iteration": self.iteration, "prior": self.result()})
+    def product(self) -> dict[str, Any]:
+        return {"prior": self.prior()}
 
     def given_up(self, reason: DivergenceError) -> DivergenceError:
         return DivergenceError(
             f"training diverged again after a roll-back: {reason}. Let the prior's chains keep up (more steps, more "
             "leapfrogs of pcn-langevin), hold the energy by a penalty, or lower the learning rates (now "
             f"{self.config.learning_rate:g}, {self.config.energy_learning_rate:g} of the energy) or the step sizes",
-            kept=self.result(),
+            kept=self.prior(),
         )
 
-    def result(self) -> EBMPrior:
+    def prior(self) -> EBMPrior:
         """The moving averages as a prior on its backbone, frozen."""
         kept = copy.deepcopy(self.average)
         record = {
@@ -296,34 +258,18 @@ class _Joint(Training):
             return ANCESTRAL
         return config.prior_chain if config.chains == "fresh" and config.space == "eps" else SamplerConfig()
 
-    # -- its parts
-
     def _batch(self, iteration: int) -> tuple[Tensor, torch.Generator]:
+        """The observations of an iteration, and the generator that goes on to draw their latents."""
         generator = derived_generator(self.config.seed, Purpose.JOINT_BATCH, iteration, device=self.device)
         indices = batch_indices(len(self.images), self.config.batch_size, iteration, self.config.seed)
         x = self.images.batch(indices).to(self.device, self.dtype)
         return self.backbone.observe(x, generator=generator), generator
 
-    def state(self) -> dict[str, Any]:
-        return copy.deepcopy(
-            {
-                "iteration": self.iteration,
-                "rate": self.rate,
-                "rollbacks": self.rollbacks,
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "persistent": self.persistent,
-            }
-        )
+    def own_state(self) -> dict[str, Any]:
+        return {"persistent": self.chains.persistent}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        state = copy.deepcopy(dict(state))
-        self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.persistent = [chain.to(self.device) for chain in state["persistent"]]
+    def restore_own(self, state: Mapping[str, Any]) -> None:
+        self.chains.persistent = [chain.to(self.device) for chain in state["persistent"]]
 
 
 @torch.no_grad()
@@ -361,7 +307,7 @@ def validate(prior: EBMPrior, images: Images, *, seed: int = 0) -> dict[str, flo
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients of the weights: chains differentiate the latents alone."""
+    """Eval mode, and no gradients of the weights, inside the block: chains differentiate the latents alone."""
     training = module.training
     module.eval().requires_grad_(False)
     try:
@@ -371,7 +317,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _gradients(loss: Tensor, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Of the parameters that the loss depends on, laid out in memory as these are: a fused optimizer wants it so."""
+    """Gradients of the parameters that the loss depends on, with their memory layout: a fused optimizer wants it so."""
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         index: g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)

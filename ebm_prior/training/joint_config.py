@@ -68,8 +68,8 @@ class JointConfig:
         own_start = self.space == "z" or self.chains == "persistent"
         if max(self.prior_chain.proposals if own_start else 1, self.posterior_chain.proposals) > 1:
             raise ConfigurationError(
-                "proposals must be 1 of posterior chains, and of prior chains in z or persistent: they start where "
-                "they start"
+                "chain proposals must be 1 for posterior chains, for persistent chains and for chains in z: these "
+                "start from a given point, so there is nothing to choose among"
             )
 
 

@@ -1,7 +1,7 @@
-"""What the heads are trained on and measured by: latents of images and of p_β, as the heads see them.
+"""Latents to train the heads on and to measure them by: of images and of p_β, as the heads see them.
 
 Every list of latents here is one of (B, *shape), in generation order: z, or z and ε (`JointEnergy.inputs`). Draws are
-functions of the seed, whoever of the processes makes them.
+functions of the seed, whichever of the processes makes them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class HeldOut(NamedTuple):
     prior: list[Tensor]
 
     def gains(self, energy: JointEnergy, ess_floor: float) -> tuple[Gain, Gain]:
-        """The gain of f as it stands, and tempered."""
+        """The held-out gain of f as it stands, and of τf with the best τ that keeps the ESS above the floor."""
         device = next(energy.parameters()).device
         f_q, f_p = values(energy, self.posterior, device), values(energy, self.prior, device)
         return gain(f_q, f_p), temper(f_q, f_p, ess_floor=ess_floor)
 
 
 class Draws:
-    """The latents of a second stage, of its images and of its backbone's prior."""
+    """Draws the latents of a fit: posterior ones of its images, and ancestral ones of its backbone's prior."""
 
     def __init__(
         self, backbone: Backbone, images: Images, energy: JointEnergy, config: FitConfig, processes: Processes
@@ -48,6 +48,12 @@ class Draws:
         self.backbone, self.images, self.energy = backbone, images, energy
         self.config, self.processes = config, processes
         self.like = next(backbone.parameters())
+
+    def generators(self, *words: int) -> list[torch.Generator]:
+        """A generator for each part of a batch, derived from the seed and these words."""
+        parts = self.config.parts
+        own = [()] if parts == 1 else [(part + 1,) for part in range(parts)]
+        return [derived_generator(self.config.seed, *words, *word, device=self.like.device) for word in own]
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Indices of training and held-out images, fixed by the seed; no more held out than `HELD_OUT_BYTES` hold."""
@@ -85,7 +91,7 @@ class Draws:
             return self.energy.inputs(trace.z, trace.eps), self.energy.inputs(redrawn, eps)
 
     def of_prior(self, eps: list[Tensor]) -> list[Tensor]:
-        """T_β(ε) as the heads see it."""
+        """The latents T_β(ε) of ε, lists of (B, *group.shape), as the heads see them."""
         with torch.no_grad():
             return self.energy.inputs(self.backbone.reparameterize(eps), eps)
 
@@ -113,7 +119,10 @@ class Draws:
     def _of_images(
         self, indices: Tensor, purpose: Purpose, read: Callable[[list[Tensor]], list[Tensor]]
     ) -> list[list[Tensor]]:
-        """What `read` makes of a posterior draw of each image, as the heads see it, batch by batch."""
+        """For each batch of the images at `indices`: what `read` returns for posterior draws, as the heads see them.
+
+        `purpose`: the stream of random numbers that draws them.
+        """
 
         def drawn(batch: tuple[int, Tensor]) -> list[Tensor]:
             generator = derived_generator(self.config.seed, purpose, batch[0], device=self.like.device)
@@ -122,5 +131,5 @@ class Draws:
         return self.processes.map(drawn, self._batches(indices))
 
     def _batches(self, indices: Tensor) -> list[tuple[int, Tensor]]:
-        """Numbered, and as large as a part of training's."""
+        """The indices in numbered batches, each as large as a part of a training batch."""
         return list(enumerate(torch.split(indices, self.config.batch_size // self.config.parts)))

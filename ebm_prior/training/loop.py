@@ -1,4 +1,4 @@
-"""What training needs of the rest of the world, the order in which it sees the images, and how it goes on after a fall.
+"""The training loop shared by pretraining, fitting and joint training: evaluation, resume, roll-back after divergence.
 
 Randomness of iteration t comes from (seed, t) alone, so a resume state holds no generators, and a resumed run repeats
 the very numbers of an uninterrupted one.
@@ -6,67 +6,106 @@ the very numbers of an uninterrupted one.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
 
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.errors import DivergenceError
-from ebm_prior.interfaces import Callback, Recorder
+from ebm_prior.interfaces import SILENT, Callback, Progress, Recorder
 
 
 class Training(ABC):
-    """A training under way, which can be killed, resumed, and rolled back: whatever changes is in `state`."""
+    """A training under way, which can be killed, resumed, and rolled back: whatever changes is in its state.
 
-    iteration = 0
-    rate = 1.0  # factor on every learning rate; falls by half at a roll-back
-    rollbacks = 0
+    A training sets `network` (what learns), `average` (the moving average of its weights) and `optimizer`.
+    """
+
+    learns: ClassVar[str]  # the name of the network's weights in the state
+    network: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self, progress: Progress = SILENT, on_evaluate: Callback | None = None, processes: Processes = ALONE
+    ) -> None:
+        """`on_evaluate` gets "iteration" and the `product` of every evaluation. The `processes` share one state."""
+        self.progress, self.on_evaluate, self.processes = progress, on_evaluate, processes
+        self.iteration = 0
+        self.rate = 1.0  # factor on every learning rate; halved by a roll-back
+        self.rollbacks = 0
 
     @property
     @abstractmethod
     def iterations(self) -> int:
-        """How many there are to be."""
+        """The number of iterations after which training ends."""
 
     @property
     @abstractmethod
     def every(self) -> int:
-        """Iterations between evaluations, after which the state is good."""
+        """The number of iterations from one evaluation to the next. A state that has been evaluated is good."""
 
     @abstractmethod
     def step(self) -> dict[str, Any]:
-        """One gradient step, which adds 1 to `iteration`; numbers to show. Raises DivergenceError."""
+        """Take one gradient step, which adds 1 to `iteration`; returns numbers to show. Raises DivergenceError."""
 
     @abstractmethod
     def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
-        """Metrics of the state reached, `shown` among them. Raises DivergenceError."""
+        """The metrics of the state reached, `shown` among them. Raises DivergenceError."""
 
     @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """A copy of everything that changes: tensors and plain values, with "iteration", "rate", "rollbacks"."""
-
-    @abstractmethod
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+    def product(self) -> dict[str, Any]:
+        """What `on_evaluate` gets beside the iteration: the current prior or backbone."""
 
     @abstractmethod
     def given_up(self, reason: DivergenceError) -> DivergenceError:
-        """What to raise at the second divergence, with advice; what changes is as in the last good state."""
+        """The error of a second divergence, with advice and the result to keep. The last good state is restored."""
 
     def finished(self) -> bool:
-        """Whether to stop."""
+        """Whether training ends here."""
         return self.iteration >= self.iterations
 
-    @abstractmethod
-    def evaluated(self) -> None:
-        """After the metrics of an evaluation have been recorded."""
+    def state(self) -> dict[str, Any]:
+        """A copy of everything that changes: tensors and plain values."""
+        return copy.deepcopy(
+            {
+                "iteration": self.iteration,
+                "rate": self.rate,
+                "rollbacks": self.rollbacks,
+                self.learns: self.network.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                **self.own_state(),
+            }
+        )
 
-    def run(self, recorder: Recorder | None, on_step: Callback | None, processes: Processes = ALONE) -> None:
-        """Step until `finished`; state and metrics `every` so often. Goes on from the recorder's last state.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned; `state` itself is left as it is."""
+        state = copy.deepcopy(dict(state))
+        self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
+        self.network.load_state_dict(state[self.learns])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.restore_own(state)
 
-        At a DivergenceError training returns to the last good state at half the rate; the second one is raised, as
-        `given_up` has it. `on_step` gets "iterations" beside what a step and an evaluation show.
+    def own_state(self) -> dict[str, Any]:
+        """What changes in this kind of training beside weights, optimizer and counters."""
+        return {}
+
+    def restore_own(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (some have nothing)
+        """Take over what `own_state` returned, from the whole state."""
+
+    def run(self, recorder: Recorder | None) -> None:
+        """Step until `finished`, from the recorder's last state on. Every evaluation is recorded, and the state then.
+
+        At a DivergenceError training returns to the last good state at half the rate; the second one ends it with the
+        error of `given_up`. The `progress` sees "iterations" and the numbers of each step and evaluation.
         """
-        saved = processes.of_first(lambda: recorder.load_state() if recorder else None)
+        saved = self.processes.of_first(lambda: recorder.load_state() if recorder else None)
         if saved is not None:
             self.restore(saved)
         good = self.state()
@@ -76,11 +115,7 @@ class Training(ABC):
                 if self.iteration % self.every == 0 or self.iteration == self.iterations:
                     shown = self.evaluate(shown)
                     good = self.state()
-                    if recorder:
-                        recorder.log(shown)
-                    self.evaluated()  # before the state, which once written is not evaluated again
-                    if recorder:
-                        recorder.save_state(good)
+                    self._record(recorder, shown, good)
             except DivergenceError as reason:
                 if self.rollbacks:
                     self.restore(good)
@@ -91,5 +126,14 @@ class Training(ABC):
                     recorder.save_state(good)
                     recorder.log({"iteration": self.iteration, "rolled_back": str(reason), "rate": self.rate})
                 continue
-            if on_step:
-                on_step({"iterations": self.iterations, **shown})
+            if remark := shown.pop("remark", None):
+                self.progress.remark(remark)
+            self.progress.step({"iterations": self.iterations, **shown})
+
+    def _record(self, recorder: Recorder | None, shown: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        if recorder:
+            recorder.log(shown)
+        if self.on_evaluate:  # before the state, which once written is not evaluated again
+            self.on_evaluate({"iteration": self.iteration, **self.product()})
+        if recorder:
+            recorder.save_state(state)

@@ -1,4 +1,4 @@
-"""First stage: train a hierarchical VAE of any adapter by maximising its ELBO.
+"""Pretraining: train a hierarchical VAE of any adapter by maximising its ELBO.
 
     ELBO = E_q[log p(x|z)] − β Σ_i γ_i max(KL_i, free nats),   KL_i = E_q[log q(z_i|x, z_<i) − log p_β(z_i|z_<i)]
 
@@ -18,15 +18,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, seeded, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.interfaces import Callback, Images, Recorder
+from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
 from ebm_prior.model.backbone import Backbone, LatentGroup
 from ebm_prior.training.loop import Training
 from ebm_prior.training.pretrain_config import PretrainConfig
-from ebm_prior.training.steps import batch_indices
+from ebm_prior.training.steps import (
+    batch_indices,
+    require_finite,
+    scheduled_rate,
+    set_learning_rate,
+    update_average_with_buffers,
+)
 
 
 class Elbo(NamedTuple):
@@ -48,32 +53,39 @@ def pretrain(
     *,
     run: Recorder | None = None,
     validation: Images | None = None,
-    on_step: Callback | None = None,
-    on_checkpoint: Callback | None = None,
+    progress: Progress = SILENT,
+    on_evaluate: Callback | None = None,
 ) -> Backbone:
     """Train `backbone` in place on `images`; returns the moving average of its weights, frozen and in eval mode.
 
     With a `run`, state and metrics are written every `checkpoint_every` iterations and the run goes on from its last
-    state. `on_checkpoint` gets {"iteration", "backbone", "elbo"} then: the average and, for `validation` images, its
+    state. `on_evaluate` gets {"iteration", "backbone", "elbo"} then: the average and, for `validation` images, its
     Elbo (else None). When the loss is not finite, training returns to the last state at half the rate; the second time
     it raises DivergenceError.
     """
-    training = _Pretraining(backbone, images, config, validation if run or on_checkpoint else None, on_checkpoint)
-    training.run(run, on_step)
-    return training.kept()
+    pretraining = Pretraining(
+        backbone, images, config, validation if run or on_evaluate else None, progress, on_evaluate
+    )
+    pretraining.run(run)
+    return pretraining.average
 
 
-class _Pretraining(Training):
-    """One first stage under way: everything that changes is in `state`, so that it can be saved and rolled back."""
+class Pretraining(Training):
+    """A pretraining under way."""
+
+    learns = "backbone"
+    average: Backbone
 
     def __init__(
         self,
         backbone: Backbone,
         images: Images,
         config: PretrainConfig,
-        validation: Images | None,
-        on_checkpoint: Callback | None,
+        validation: Images | None = None,
+        progress: Progress = SILENT,
+        on_evaluate: Callback | None = None,
     ) -> None:
+        super().__init__(progress, on_evaluate)
         if config.regularization and type(backbone).regularization is Backbone.regularization:
             raise ConfigurationError(
                 f"regularization: {type(backbone).__name__} has nothing to regularise, expected 0, found "
@@ -83,16 +95,12 @@ class _Pretraining(Training):
         self.device = next(backbone.parameters()).device
         if config.channels_last:
             backbone.to(memory_format=torch.channels_last)
-        with (
-            seeded(self.device, config.seed, Purpose.PRETRAIN_INITIALISATION),
-            torch.no_grad(),
-        ):  # data-dependent initialisation, where there is one
+        with seeded(self.device, config.seed, Purpose.PRETRAIN_INITIALISATION), torch.no_grad():
             x, generator = self._batch(0)
-            backbone.infer(x, generator=generator)
-        decay = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
-        self.average = AveragedModel(backbone, multi_avg_fn=decay, use_buffers=True)
+            backbone.infer(x, generator=generator)  # data-dependent initialisation, where there is one
+        self.network, self.average = self.backbone, copy.deepcopy(backbone).eval().requires_grad_(False)
         self.optimizer = _optimizer(backbone, config)
-        self.validation, self.on_checkpoint = validation, on_checkpoint
+        self.validation = validation
         self.elbo: Elbo | None = None  # of the average, when last evaluated
 
     @property
@@ -103,18 +111,13 @@ class _Pretraining(Training):
     def every(self) -> int:
         return self.config.checkpoint_every
 
-    def kept(self) -> Backbone:
-        """The moving average, frozen and in eval mode."""
-        return _frozen(self.average).requires_grad_(False)
-
     def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         if self.validation is not None:
-            self.elbo = evaluate_elbo(_frozen(self.average), self.validation, seed=self.config.seed)
+            self.elbo = evaluate_elbo(self.average, self.validation, seed=self.config.seed)
         return {**shown, **(self.elbo._asdict() if self.elbo else {})}
 
-    def evaluated(self) -> None:
-        if self.on_checkpoint:
-            self.on_checkpoint({"iteration": self.iteration, "backbone": _frozen(self.average), "elbo": self.elbo})
+    def product(self) -> dict[str, Any]:
+        return {"backbone": self.average, "elbo": self.elbo}
 
     def given_up(self, reason: DivergenceError) -> DivergenceError:
         config, trained = self.config, self.iteration > 0
@@ -123,19 +126,36 @@ class _Pretraining(Training):
             f"anew (--overwrite, or another --out) with a lower learning rate (now {config.learning_rate:g}) or a "
             f"longer kl_warmup (now {config.kl_warmup:g}). Kept: "
             f"{f'the backbone of iteration {self.iteration}' if trained else 'nothing'}.",
-            kept=self.kept() if trained else None,
+            kept=self.average if trained else None,
         )
 
     def step(self) -> dict[str, Any]:
         config, t = self.config, self.iteration
-        rise = min(1.0, (t + 1) / max(1.0, config.rate_warmup * config.iterations))
-        for group in self.optimizer.param_groups:
-            fall = 0.5 * (1 + math.cos(math.pi * t / config.iterations)) if config.decay else 1.0
-            group["lr"] = self.rate * config.learning_rate * rise * fall
+        warmup = config.rate_warmup * config.iterations
+        rate = scheduled_rate(self.rate * config.learning_rate, t, config.iterations, warmup=warmup, decay=config.decay)
+        set_learning_rate(self.optimizer, rate)
         x, generator = self._batch(t)
         with seeded(self.device, config.seed, Purpose.PRETRAIN_DROPOUT, t):  # dropout draws from the global generator
             log_likelihood, kl = _elbo_terms(self.backbone, x, generator)
         beta = min(1.0, (t + 1) / max(1.0, config.kl_warmup * config.iterations))
+        loss = self._loss(log_likelihood, kl, beta)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), config.gradient_clip)
+        require_finite("the ELBO or its gradient", t, loss, norm)
+        self.optimizer.step()
+        self.iteration += 1
+        settled = self.iteration > max(1, config.iterations * config.kl_warmup)  # the objective: averaging begins
+        update_average_with_buffers(self.average, self.backbone, config.ema, begun=settled)
+        return {
+            "iteration": self.iteration,
+            "train_elbo": float((log_likelihood - kl.sum(1)).mean().detach()),
+            "beta": beta,
+        }
+
+    def _loss(self, log_likelihood: Tensor, kl: Tensor, beta: float) -> Tensor:
+        """The negative ELBO from log p(x|z) (B,) and KL (B, L), as the settings weigh and regularise it."""
+        config = self.config
         charged = kl if config.free_nats_per == "image" else kl.mean(0, keepdim=True)
         per_group = charged.clamp(min=config.free_nats).mean(0)
         if config.kl_balance and beta < 1:
@@ -143,47 +163,22 @@ class _Pretraining(Training):
         loss = beta * per_group.sum() - log_likelihood.mean()
         if config.regularization:
             loss = loss + config.regularization * self.backbone.regularization()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), config.gradient_clip)
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            raise DivergenceError(f"the ELBO or its gradient is not finite at iteration {t}")
-        self.optimizer.step()
-        self.iteration += 1
-        if self.iteration <= config.iterations * config.kl_warmup:
-            self.average.n_averaged.zero_()  # averaging begins when the objective has settled
-        self.average.update_parameters(self.backbone)
-        return {
-            "iteration": self.iteration,
-            "train_elbo": float((log_likelihood - kl.sum(1)).mean().detach()),
-            "beta": beta,
-        }
+        return loss
 
     def _batch(self, iteration: int) -> tuple[Tensor, Generator]:
+        """The observations of an iteration, and the generator that goes on to draw their latents."""
         config = self.config
         generator = derived_generator(config.seed, Purpose.PRETRAIN_BATCH, iteration, device=self.device)
         indices = batch_indices(len(self.images), config.batch_size, iteration, config.seed)
         return _observed(self.backbone, self.images, indices, generator, flip=config.flip), generator
 
     def state(self) -> dict[str, Any]:
-        if not bool(torch.nn.utils.get_total_norm(self.backbone.parameters()).isfinite()):
-            raise DivergenceError(f"the norm of the weights is not finite at iteration {self.iteration}")
-        return copy.deepcopy(
-            {
-                "iteration": self.iteration,
-                "rate": self.rate,
-                "rollbacks": self.rollbacks,
-                "backbone": self.backbone.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-        )
+        norm = torch.nn.utils.get_total_norm(self.backbone.parameters())
+        require_finite("the norm of the weights", self.iteration, norm)
+        return super().state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
-        self.backbone.load_state_dict(state["backbone"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().restore({**state, "average": _average_weights(state["average"])})
 
 
 def evaluate_elbo(backbone: Backbone, images: Images, *, seed: int = 0, batch_size: int = 500) -> Elbo:
@@ -202,7 +197,7 @@ def evaluate_elbo(backbone: Backbone, images: Images, *, seed: int = 0, batch_si
 
 
 def training_record(config: PretrainConfig, images: Images, elbo: Elbo | None) -> Mapping[str, Any]:
-    """What the own form of a trained backbone says about its making."""
+    """The record of a trained backbone in its own form: settings, data, and the ELBO of test images."""
     return {
         "stage": "pretrain",
         "config": asdict(config),
@@ -249,8 +244,8 @@ def _elbo_terms(backbone: Backbone, x: Tensor, generator: Generator) -> tuple[Te
     return backbone.likelihood(posterior.features).log_prob(x), posterior.log_q - posterior.log_p
 
 
-def _frozen(average: AveragedModel) -> Backbone:
-    kept = average.module
-    if not isinstance(kept, Backbone):
-        raise TypeError(f"expected a Backbone, found {type(kept)}")
-    return kept.eval()
+def _average_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a saved moving average; states of earlier versions name them module.* and count their updates."""
+    if "n_averaged" not in state:
+        return dict(state)
+    return {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}

@@ -12,23 +12,23 @@ from ebm_prior.settings import require_choices, require_positive, require_seed, 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of the first stage; the defaults train the bundled HVAE."""
+    """Settings of pretraining; the defaults train the bundled HVAE."""
 
     iterations: int = setting(12_000, "gradient steps")
     batch_size: int = setting(128, "images per step")
     optimizer: Literal["adam", "adamax"] = setting("adam", "NVAE's and BIVA's is adamax")
-    epsilon: float = setting(1e-8, "of the optimizer's denominator; NVAE's is 1e-3")
+    epsilon: float = setting(1e-8, "added to the optimizer's denominator; NVAE's is 1e-3")
     learning_rate: float = setting(2e-3, "peak rate of the optimizer")
     rate_warmup: float = setting(0.0, "share of the run over which the rate rises from 0")
     decay: bool = setting(True, "let the rate fall to 0 along a cosine")
-    weight_decay: float = setting(0.0, "of the optimizer, in the gradient (L2)")
+    weight_decay: float = setting(0.0, "weight decay of the optimizer, in the gradient (L2)")
     kl_warmup: float = setting(0.1, "share of the run over which β rises from 0 to 1")
     kl_balance: bool = setting(False, "weigh the groups' KL evenly while β < 1")
     free_nats: float = setting(0.0, "KL per group (nats) that costs nothing")
     free_nats_per: Literal["batch", "image"] = setting(
-        "batch", "whose KL they are free of: the batch's mean, or each image's (BIVA)"
+        "batch", "free nats are compared with the batch's mean KL, or with each image's (BIVA)"
     )
-    regularization: float = setting(0.0, "times what the adapter regularises, e.g. NVAE")
+    regularization: float = setting(0.0, "weight of the adapter's own regularisation, e.g. NVAE's")
     flip: bool = setting(False, "mirror half of the images, as suits natural ones")
     channels_last: bool = setting(False, "memory layout, for many networks faster on a CPU")
     ema: float = setting(0.999, "decay of the weights' moving average")

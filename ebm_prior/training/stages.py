@@ -53,22 +53,24 @@ from ebm_prior.training.objectives import Gain, gain
 
 COLD_STEPS = 16  # pCN-Langevin steps from p_β to p_k, each of `leapfrogs`
 HALVINGS = 10  # of a stage's step, at most
-DRAW_BYTES = 2**31  # of device memory for the draws; beyond it there are fewer, in the same proportion
-ADAPTATION = 0.1  # of the log step size to the acceptance, per call: slow beside the chains
-CEILING_QUANTILE = 0.99  # of f over held-out posterior latents: f of the finished prior is no higher anywhere
-BEYOND = 2.0  # times the RMS of p_β's draws, in posterior stds: as far heads see at least, or f has no slope there
+DRAW_BYTES = 2**31  # of device memory for the draws; where they need more there are fewer, in the same proportion
+ADAPTATION = 0.1  # change of the log step size per call and unit of acceptance: slow beside the chains
+CEILING_QUANTILE = 0.99  # quantile of f over held-out posterior latents: f of the finished prior is no higher anywhere
+BOUND_PER_SPREAD = 2.0  # least bound of the heads' inputs, in RMS of p_β's draws: f needs a slope where these lie
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """The draws of the prior so far, and when it becomes the next one."""
+    """Settings of the stages: the draws of the prior so far, how they move, and when a stage ends."""
 
-    particles: int = setting(512, "draws of the prior so far, the negatives")
-    held_out: int = setting(256, "more of them, never trained on, by which stages end")
-    moves: int = setting(1, "pCN-Langevin steps of a draw before it is a negative")
-    leapfrogs: int = setting(5, "of each of these steps")
-    settle: int = setting(2, "steps of all draws between two stages, to forget the first")
-    step_size: float = setting(0.06, "δ of these steps at the start; it follows acceptance")
+    particles: int = setting(512, "draws of the prior so far, which are the negatives")
+    held_out: int = setting(
+        256, "extra draws that are never trained on; their effective sample size decides when a stage ends"
+    )
+    moves: int = setting(1, "pCN-Langevin moves of a draw before it serves as a negative")
+    leapfrogs: int = setting(5, "leapfrog steps in each move of a draw")
+    settle: int = setting(2, "moves of all draws between two stages, so that they forget the stage before")
+    step_size: float = setting(0.06, "step size δ of the moves at the start; it follows their acceptance")
     ess: float = setting(0.5, "a stage ends when ESS / number of held-out draws falls to this")
     every: int = setting(2, "iterations between looks at the ESS")
     bound: float = setting(3.0, "heads see latents within ± so many posterior stds (tanh), or more; 0: as they are")
@@ -83,7 +85,10 @@ class StageConfig:
             raise ConfigurationError(f"expected a bound of 0 (none) or more, found {self.bound}")
 
     def suited(self, backbone: Backbone, parts: int) -> StageConfig:
-        """The same with no more draws than `DRAW_BYTES` hold. Raises ConfigurationError for more parts than those."""
+        """These settings with no more draws than `DRAW_BYTES` hold.
+
+        Raises ConfigurationError where there are then fewer draws than `parts` of a batch.
+        """
         dimensions = sum(math.prod(group.shape) for group in backbone.groups)
         suited = self.within(DRAW_BYTES // (dimensions * next(backbone.parameters()).dtype.itemsize))
         if suited.particles < parts:
@@ -93,26 +98,26 @@ class StageConfig:
         return suited
 
     def within(self, draws: int) -> StageConfig:
-        """The same with at most so many draws: as they are, or fewer of both kinds, one of each at least."""
+        """These settings with at most `draws` draws in all: fewer of both kinds if need be, at least one of each."""
         share = min(1.0, draws / (self.particles + self.held_out))
         return replace(self, particles=max(1, int(share * self.particles)), held_out=max(1, int(share * self.held_out)))
 
 
 def draws_at_once(rows: int, device: torch.device) -> int:
-    """How many move together where a part of the batch has `rows`: all on a GPU, else a block, for its memory."""
+    """The number of draws that move together, for parts of a batch of `rows`: all on a GPU, else at most a block."""
     return rows if device.type == "cuda" else min(rows, BLOCK)
 
 
-class Moved(NamedTuple):
-    """Draws that have moved, not yet put back among the others."""
+class MovedDraws(NamedTuple):
+    """Draws after their moves, not yet put back among the others."""
 
-    rows: Tensor  # (n,): which
+    rows: Tensor  # (n,) int64: their places among the draws
     eps: list[Tensor]  # (n, *group.shape)
-    acceptance: Tensor  # (n,), the mean over their steps
+    acceptance: Tensor  # (n,), the mean over their moves
 
 
-class Clipped(NamedTuple):
-    """min(f_k, ceiling), and what the clipping adds to the sums over the stages: it is one more ratio."""
+class Clipping(NamedTuple):
+    """The effect of clipping f_k to min(f_k, ceiling), one more ratio: what it adds to the sums over the stages."""
 
     ceiling: float  # nats
     gain: Gain
@@ -131,40 +136,40 @@ class Stages:
         *,
         at_once: int,
     ) -> None:
-        """`energy`: f_0, which is 0 before training: draws of p_0 are draws of p_β. `at_once`: how many move."""
+        """Draw from p_β. `energy`: f_0 = 0, so that p_0 is p_β. `at_once`: the number of draws that move together."""
         self.backbone, self.config = backbone, config
         self.eps = backbone.standard_normal(self.config.particles + self.config.held_out, generator=generator)
         self.reference = copy.deepcopy(energy).eval().requires_grad_(False)  # f_k, whose weights change in place
         self.at_once = at_once
         self._potential = graphed(EBMPrior(backbone, self.reference).potential, self.eps[0].device)
         self.step_size = config.step_size
-        self.rate = 1.0  # of learning: half as fast after a stage that was rejected, twice after one that was accepted
-        self.done: list[dict[str, float]] = []  # of each stage: last iteration, gain and log Z in nats, ESS
+        self.rate = 1.0  # factor on the learning rate: halved by a rejected stage, doubled, up to 1, by an accepted one
+        self.done: list[dict[str, float]] = []  # of each accepted stage: last iteration, gain and log Z in nats, ESS
         self._show_held_out()
 
     @property
     def gain(self) -> float:
-        """E_q[f_k] − log Z_k in nats, the sum over the stages so far."""
+        """The gain of the prior so far, E_q[f_k] − log Z_k in nats: the sum over its stages."""
         return math.fsum(stage["gain"] for stage in self.done)
 
     @property
     def log_z(self) -> float:
-        """log E_{p_β}[e^{f_k}] in nats, the sum over the stages so far."""
+        """The normaliser of the prior so far, log E_{p_β}[e^{f_k}] in nats: the sum over its stages."""
         return math.fsum(stage["log_z"] for stage in self.done)
 
     @property
     def sampler(self) -> SamplerConfig:
-        """What draws from p_k anew: importance weights do not reach that far, so chains alone, at the step found."""
+        """A sampler of p_k from p_β: chains alone, with the step size found. Importance weights do not reach so far."""
         return SamplerConfig(proposals=1, steps=COLD_STEPS, step_size=self.step_size, leapfrogs=self.config.leapfrogs)
 
-    def moved(self, n: int, generator: torch.Generator, *, part: int = 0, parts: int = 1) -> Moved:
-        """At most n draws of p_k of part `part` of the pool, moved before they are shown; `put_back` keeps them."""
+    def moved(self, n: int, generator: torch.Generator, *, part: int = 0, parts: int = 1) -> MovedDraws:
+        """Move at most n draws of p_k, from part `part` of `parts` of them, and return them; `put_back` keeps them."""
         own = torch.arange(self.config.particles, device=self.eps[0].device)[part::parts]
         rows = own[torch.randperm(len(own), generator=generator, device=own.device)[:n]]
         return self._move(rows, self.config.moves, generator)
 
-    def put_back(self, moved: Sequence[Moved]) -> None:
-        """Replace draws by what they have moved to. From call to call the step size follows the acceptance."""
+    def put_back(self, moved: Sequence[MovedDraws]) -> None:
+        """Keep moved draws in their places. From call to call the step size follows the acceptance."""
         for rows, eps, _ in moved:
             for group, new in zip(self.eps, eps, strict=True):
                 group[rows] = new
@@ -173,13 +178,16 @@ class Stages:
             self.step_size = min(2.0, self.step_size * math.exp(ADAPTATION * (acceptance - TARGET_ACCEPTANCE)))
 
     def ess_fraction(self, energy: JointEnergy) -> float:
-        """Effective sample size of the weights exp(f − f_k) / number of held-out draws."""
+        """The effective sample size of the weights exp(f − f_k) as a share of the held-out draws; f is `energy`."""
         weights = self._log_weights(energy)
         return float(effective_sample_size(weights)) / len(weights)
 
     @torch.no_grad()
     def temper(self, energy: JointEnergy) -> None:
-        """Halve the way from f_k to `energy`, in its weights, until the ESS is at least half of where stages end."""
+        """Move `energy` in place towards f_k until its ESS is at least half of the one at which stages end.
+
+        Each time its weights go half of the way.
+        """
         for _ in range(HALVINGS):
             if self.ess_fraction(energy) >= 0.5 * self.config.ess:
                 return
@@ -187,7 +195,7 @@ class Stages:
                 new.lerp_(old, 0.5)
 
     def next_tau(self, goal: JointEnergy, tau: float) -> float:
-        """How far from f_k = tau · `goal` towards `goal` a stage may go: to where its ESS falls to where stages end."""
+        """The next τ of stages along τ · `goal`, from f_k = `tau` · `goal`: the largest whose ESS still is enough."""
         f, target = values(goal, self._held_out, self.eps[0].device), self.config.ess * self.config.held_out
         low, high = 0.0, 1.0 - tau
         if float(effective_sample_size(high * f)) >= target:
@@ -197,8 +205,8 @@ class Stages:
             low, high = (middle, high) if float(effective_sample_size(middle * f)) >= target else (low, middle)
         return tau + low
 
-    def look(self, energy: JointEnergy, positive: Sequence[Tensor]) -> tuple[Gain, float]:
-        """The gain of this stage if it ended now, E_q[f − f_k] − log E_{p_k}[exp(f − f_k)], and its standard error.
+    def gain_of(self, energy: JointEnergy, positive: Sequence[Tensor]) -> tuple[Gain, float]:
+        """The gain of a stage that ends with f = `energy`, E_q[f − f_k] − log E_{p_k}[exp(f − f_k)], with its error.
 
         `positive`: held-out posterior latents as the heads see them.
         """
@@ -208,13 +216,13 @@ class Stages:
         relative = max(0.0, 1 / found.ess_fraction - 1) / len(r_p)
         return found, math.sqrt(float(r_q.var(correction=0)) / len(r_q) + relative)
 
-    def clipped(self, positive: Sequence[Tensor]) -> Clipped:
-        """f_k, no higher than that quantile of it over `positive`, held-out posterior latents as the heads see them."""
+    def clipped(self, positive: Sequence[Tensor]) -> Clipping:
+        """Clip f_k at its `CEILING_QUANTILE` over `positive`, held-out posterior latents as the heads see them."""
         device = self.eps[0].device
         f_q, f_p = (values(self.reference, seen, device).double() for seen in (positive, self._held_out))
         ceiling = float(f_q.quantile(CEILING_QUANTILE))
         r_q, r_p = (f.clamp(max=ceiling) - f for f in (f_q, f_p))
-        return Clipped(ceiling, gain(r_q, r_p), float(r_p.logsumexp(0)) - math.log(len(r_p)))
+        return Clipping(ceiling, gain(r_q, r_p), float(r_p.logsumexp(0)) - math.log(len(r_p)))
 
     def advance(
         self,
@@ -224,9 +232,10 @@ class Stages:
         generators: Sequence[torch.Generator],
         processes: Processes = ALONE,
     ) -> None:
-        """End the stage: f_{k+1} is `energy`. The draws are resampled by their weights, the held-out ones apart.
+        """End the stage: f_{k+1} is `energy`, and `found` its gain at `iteration`.
 
-        There are as many `generators` as parts in which the draws then settle; the `processes` share these.
+        The draws are resampled by their weights, the held-out ones apart, and then settle in as many parts as there are
+        `generators`; the `processes` share the parts.
         """
         count, held_out = self.config.particles, self._log_weights(energy)
         weights = log_ratio(energy, self.reference, self._seen([e[:count] for e in self.eps]))
@@ -238,7 +247,7 @@ class Stages:
         self.reference.load_state_dict(energy.state_dict())
         self.rate = min(1.0, 2 * self.rate)
 
-        def settled(part: int) -> Moved:
+        def settled(part: int) -> MovedDraws:
             own = torch.arange(len(self.eps[0]), device=device)[part :: len(generators)]
             return self._move(own, self.config.settle, generators[part])
 
@@ -248,11 +257,11 @@ class Stages:
         self._show_held_out()
 
     def reject(self) -> None:
-        """Begin the stage again, more slowly. The optimizer keeps its moments: fresh ones would begin with a leap."""
+        """Begin the stage again at half the rate. The optimizer keeps its moments: fresh ones begin with a leap."""
         self.rate *= 0.5
 
     def state(self) -> dict[str, Any]:
-        """Everything that changes, for a resume."""
+        """Everything that changes, for a resume: tensors and plain values, not copied."""
         return {
             "eps": self.eps,
             "reference": self.reference.state_dict(),
@@ -268,8 +277,8 @@ class Stages:
         self.step_size, self.rate, self.done = state["step_size"], state["rate"], state["done"]
         self._show_held_out()
 
-    def _move(self, rows: Tensor, steps: int, generator: torch.Generator) -> Moved:
-        """Steps of the draws `rows` under p_k."""
+    def _move(self, rows: Tensor, steps: int, generator: torch.Generator) -> MovedDraws:
+        """Move the draws `rows` under p_k by `steps` pCN-Langevin steps."""
         eps, accepted = [], []
         for chunk in torch.split(rows, self.at_once):
             state, acceptance, _ = run_chain(
@@ -282,7 +291,7 @@ class Stages:
             )
             eps.append(state.eps)
             accepted.append(acceptance)
-        return Moved(rows, [torch.cat(group) for group in zip(*eps, strict=True)], torch.cat(accepted))
+        return MovedDraws(rows, [torch.cat(group) for group in zip(*eps, strict=True)], torch.cat(accepted))
 
     def _show_held_out(self) -> None:
         self._held_out = self._seen([e[self.config.particles :] for e in self.eps])
@@ -292,7 +301,7 @@ class Stages:
 
     @torch.no_grad()
     def _seen(self, eps: Sequence[Tensor]) -> list[Tensor]:
-        """T_β(ε) as the heads see it."""
+        """The latents T_β(ε) of ε, lists of (n, *group.shape), as the heads see them."""
         parts = []
         for chunk in zip(*(torch.split(e, BLOCK) for e in eps), strict=True):
             parts.append(self.reference.inputs(self.backbone.reparameterize(chunk), chunk))
@@ -300,13 +309,13 @@ class Stages:
 
 
 def log_ratio(energy: JointEnergy, reference: JointEnergy, inputs: Sequence[Tensor]) -> Tensor:
-    """f − f_k, (N,) on the CPU, for many latents as the heads see them."""
+    """The logit f − f_k of many latents as the heads see them, (N,) on the CPU; f_k is `reference`."""
     device = next(energy.parameters()).device
     return values(energy, inputs, device) - values(reference, inputs, device)
 
 
 def _systematic(chances: Tensor, generator: torch.Generator) -> Tensor:
-    """Systematic resampling: as many indices as `chances` (N,), each with its expected count up to rounding."""
+    """Systematic resampling: N indices by their `chances` (N,), each as often as expected, up to rounding."""
     n = len(chances)
     first = torch.rand(1, generator=generator, device=chances.device, dtype=chances.dtype)
     points = (first + torch.arange(n, device=chances.device)) / n

@@ -1,27 +1,25 @@
-"""Pieces of a gradient step that the trainings share: batches and the moving average of the weights."""
+"""Pieces of a gradient step that the trainings share: batches, learning rates, the moving average, finite checks."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ebm_prior.compute.randomness import Purpose, derived_generator
+from ebm_prior.errors import DivergenceError
 
-
-@torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the parameters; a young one forgets faster, so as not to remember its start.
-
-    Buffers are copied.
-    """
-    decay = min(decay, (1 + step) / (10 + step))
-    fused = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    fused(list(average.parameters()), list(network.parameters()), step)
-    for held, found in zip(average.buffers(), network.buffers(), strict=True):
-        held.copy_(found)
+# Nats of E_q[f] − E_p[f], beyond which the energy explodes: of a fit, where it is KL(q‖p) + KL(p‖q) of the latents; of
+# joint training, whose chains no longer follow a decade earlier.
+FIT_GAP_LIMIT, JOINT_GAP_LIMIT = 1e4, 1e3
+# Times the posterior's ‖ε‖/√D, at least 1 (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies. The
+# backbone of a fit is trained and frozen, that of joint training is neither.
+FIT_NORM_LIMIT, JOINT_NORM_LIMIT = 1.2, 3.0
 
 
 def batch_indices(n: int, batch_size: int, iteration: int, seed: int) -> Tensor:
@@ -35,3 +33,74 @@ def batch_indices(n: int, batch_size: int, iteration: int, seed: int) -> Tensor:
 @lru_cache(maxsize=2)  # the epoch is the same for many iterations
 def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=derived_generator(seed, Purpose.EPOCH, epoch))
+
+
+def scheduled_rate(peak: float, iteration: int, iterations: int, *, warmup: float, decay: bool) -> float:
+    """The rate of an iteration, counted from 0: a linear warm-up to `peak` and, with `decay`, a cosine down to 0.
+
+    `warmup`: the number of iterations over which the rate rises. Warm-up and cosine multiply.
+    """
+    rate = peak * min(1.0, (iteration + 1) / max(1.0, warmup))
+    if decay:
+        rate *= 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+    return rate
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group of parameters this rate, times its "peak" where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("peak", 1.0)
+
+
+def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of the parameters after step `step`, counted from 0. Buffers are copied.
+
+    A young average forgets faster than `decay`, so as not to remember its start.
+    """
+    _average(average.parameters(), network.parameters(), min(decay, (1 + step) / (10 + step)))
+    _copy(average.buffers(), network.buffers())
+
+
+def update_average_with_buffers(average: nn.Module, network: nn.Module, decay: float, *, begun: bool) -> None:
+    """Exponential moving average of parameters and buffers; a copy of them as long as it has not `begun`."""
+    kept, found = (chain(module.parameters(), module.buffers()) for module in (average, network))
+    if begun:
+        _average(kept, found, decay)
+    else:
+        _copy(kept, found)
+
+
+@torch.no_grad()
+def _average(kept: Iterable[Tensor], found: Iterable[Tensor], decay: float) -> None:
+    """kept ← decay · kept + (1 − decay) · found, in place."""
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    pairs = list(zip(kept, found, strict=True))
+    for floating in (True, False):  # numbers of batches, say, are averaged and cut to whole ones
+        if chosen := [pair for pair in pairs if pair[0].is_floating_point() == floating]:
+            average(*(list(tensors) for tensors in zip(*chosen, strict=True)), None)
+
+
+@torch.no_grad()
+def _copy(kept: Iterable[Tensor], found: Iterable[Tensor]) -> None:
+    for held, new in zip(kept, found, strict=True):
+        held.copy_(new)
+
+
+def require_finite(what: str, iteration: int, *values: Tensor) -> None:
+    """Raise DivergenceError, which names `what`, where one of the scalars `values` is not finite."""
+    if not bool(torch.stack([value.to(values[0]) for value in values]).isfinite().all()):
+        raise DivergenceError(f"{what} is not finite at iteration {iteration}")
+
+
+def require_gap(gap: float, limit: float) -> None:
+    """Raise DivergenceError where E_q[f] − E_p[f] exceeds `limit` nats: the energy explodes."""
+    if abs(gap) > limit:
+        raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
+
+
+def require_typical(chain_norm: float, limit: float, iteration: int, beside: str) -> None:
+    """Raise DivergenceError where ‖ε‖/√D of chains exceeds `limit`; the message gives `beside` for comparison."""
+    if not chain_norm <= limit:
+        raise DivergenceError(
+            f"chains left the typical set at iteration {iteration}: ‖ε‖/√D {chain_norm:.3g}, {beside}"
+        )

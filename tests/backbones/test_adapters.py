@@ -20,6 +20,7 @@ import torch
 from adapter_cases import AdapterCase, Official
 from ebm_prior.backbones.folding import FoldableBackbone
 from exploits import Exploit
+from listener import Listener
 from torch import Tensor
 from workshop import Workshop
 
@@ -272,10 +273,10 @@ def test_fits_and_samples_for_inference_agree_to_rounding(
     )
     pictures = Pictures(backbone.image_shape)
     losses: dict[str, list[float]] = {"folded": [], "plain": []}
-    priors = {"folded": fit(backbone, pictures, config, on_step=_into(losses["folded"]))}
+    priors = {"folded": fit(backbone, pictures, config, progress=_into(losses["folded"]))}
     with monkeypatch.context() as patch:
         patch.setattr(FoldableBackbone, "for_inference", lambda self: self)
-        priors["plain"] = fit(backbone, pictures, config, on_step=_into(losses["plain"]))
+        priors["plain"] = fit(backbone, pictures, config, progress=_into(losses["plain"]))
         assert priors["plain"].backbone is backbone
         assert (priors["folded"].backbone is not backbone) == isinstance(backbone, FoldableBackbone)
         drawn = {"plain": priors["plain"].sample(6, seed=1)}
@@ -288,8 +289,8 @@ def test_fits_and_samples_for_inference_agree_to_rounding(
     torch.testing.assert_close(drawn["folded"].images, drawn["plain"].images, rtol=1e-3, atol=1e-3)
 
 
-def _into(losses: list[float]) -> Callable[[dict[str, object]], None]:
-    return lambda shown: losses.append(shown["loss"])  # type: ignore[arg-type]
+def _into(losses: list[float]) -> Listener:
+    return Listener(lambda shown: losses.append(shown["loss"]))
 
 
 # The format of its official code.

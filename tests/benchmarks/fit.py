@@ -1,4 +1,4 @@
-"""Seconds per iteration of the second stage, on the unfolded backbone and on the folded one that `fit` takes itself.
+"""Seconds per iteration of a fit, on the unfolded backbone and on the folded one that `fit` takes itself.
 
 python tests/benchmarks/fit.py --size bundled --iterations 8 --json out.json
 """
@@ -16,6 +16,7 @@ import torch
 from measure import arguments, network, report, unfolded
 
 from ebm_prior.data.images import from_array
+from ebm_prior.interfaces import Silent
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig, paper_preset
@@ -28,10 +29,11 @@ def seconds(backbone: Backbone, config: FitConfig, images: int) -> float:
     pixels = torch.randint(0, 256, (images, *backbone.image_shape), dtype=torch.uint8).permute(0, 2, 3, 1).numpy()
     ends: list[float] = []
 
-    def note(_: Mapping[str, Any]) -> None:
-        ends.append(time.process_time())
+    class Clock(Silent):
+        def step(self, shown: Mapping[str, Any]) -> None:
+            ends.append(time.process_time())
 
-    fit(backbone, from_array(pixels), config, on_step=note)
+    fit(backbone, from_array(pixels), config, progress=Clock())
     return statistics.median(b - a for a, b in pairwise(ends[:-1]))  # the last one evaluates, too
 
 
@@ -45,7 +47,7 @@ def main() -> None:
             plain, ours = (seconds(backbone, config, 200) for backbone in (unfolded(network(size)), network(size)))
             row = {"size": size, "objective": name, "batch": options.batch}
             rows.append({**row, "plain s": plain, "ours s": ours, "faster": plain / ours})
-    report("One iteration of the second stage", rows, options.json)
+    report("One iteration of a fit", rows, options.json)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ebm_prior.data.images import from_array
 from ebm_prior.experiments.jobs import clock
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
-from ebm_prior.training.joint import _Joint
+from ebm_prior.training.joint import JointTraining
 from ebm_prior.training.joint_config import paper_joint
 
 PRIOR_STEP, POSTERIOR_STEP, SIGMA = 0.4, 0.1, 0.3  # of the published code: z + ½s²∇ + sξ
@@ -97,11 +97,11 @@ class Ours:
             channels_last=fast,
         )
         source = from_array(images.cpu().numpy())
-        self.images, self.training = images, _Joint(network().to(images.device), source, config, source, None)
+        self.images, self.training = images, JointTraining(network().to(images.device), source, config, source)
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         training, generator = self.training, torch.Generator(self.images.device).manual_seed(0)
-        frozen: list[nn.Module] = [training.model]
+        frozen: list[nn.Module] = [training.network]
 
         def chains(draw: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> None:
@@ -112,8 +112,8 @@ class Ours:
             return run
 
         return {
-            "posterior chains": chains(lambda: training._posterior_draws(self.images, generator)),
-            "prior chains": chains(lambda: training._prior_draws(len(self.images), generator)),
+            "posterior chains": chains(lambda: training.chains.of_images(self.images, training.energy, generator)),
+            "prior chains": chains(lambda: training.chains.of_prior(len(self.images), training.energy, generator)),
             "step": training.step,
         }
 

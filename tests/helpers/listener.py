@@ -7,14 +7,18 @@ from typing import Any
 
 
 class Listener:
-    """Keeps every step, stage, count and remark; `on_step` is called with each step, and may raise."""
+    """Keeps every step, stage, count and remark. `on_step` and `on_remark` are called with each, and may raise."""
 
-    def __init__(self, on_step: Callable[[Mapping[str, Any]], None] = lambda shown: None) -> None:
+    def __init__(
+        self,
+        on_step: Callable[[Mapping[str, Any]], object] = lambda shown: None,
+        on_remark: Callable[[str], object] = lambda text: None,
+    ) -> None:
         self.steps: list[dict[str, Any]] = []
         self.stages: list[str] = []
         self.counts: list[int] = []
         self.remarks: list[str] = []
-        self._on_step = on_step
+        self._on_step, self._on_remark = on_step, on_remark
 
     def step(self, shown: Mapping[str, Any]) -> None:
         self.steps.append(dict(shown))
@@ -28,3 +32,4 @@ class Listener:
 
     def remark(self, text: str) -> None:
         self.remarks.append(text)
+        self._on_remark(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from listener import Listener
 from workshop import Workshop
 
 
@@ -29,7 +30,7 @@ class Interrupted(BaseException):
 def check_an_interruption(run: Callable[..., bytes], folder: Path, result: str, after: int) -> None:
     """Runs "whole" and "cut" in `folder`, the latter stopped after an iteration and resumed: they end alike.
 
-    `run(out, on_step=…, resume=…)` gives the bytes of `result`, the file that only a finished run writes.
+    `run(out, progress=…, resume=…)` gives the bytes of `result`, the file that only a finished run writes.
     """
 
     def stop(shown: Mapping[str, Any]) -> None:
@@ -38,7 +39,7 @@ def check_an_interruption(run: Callable[..., bytes], folder: Path, result: str, 
 
     whole, cut = run(folder / "whole"), folder / "cut"
     with pytest.raises(Interrupted):
-        run(cut, on_step=stop)
+        run(cut, progress=Listener(stop))
     assert not (cut / result).exists()
     assert run(cut, resume=True) == whole
     assert metrics(cut) == metrics(folder / "whole")

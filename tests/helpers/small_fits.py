@@ -1,4 +1,4 @@
-"""Second stages of milliseconds, by either objective."""
+"""Fits of milliseconds, by either objective."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ OBJECTIVES = {
     "staged": small(iterations=8, ratios="staged", stage=STAGE),
     "mle": replace(small(iterations=8), objective="mle", chains="persistent", chain=CHAIN, refresh=0.3),
 }
-SATURATING = small(iterations=24, ess_floor=0.9999, learning_rate=2e-2, ema=0.0, stage=STAGE)  # with fit.SATURATED = 1
+SATURATING = small(
+    iterations=24, ess_floor=0.9999, learning_rate=2e-2, ema=0.0, stage=STAGE
+)  # with courses.SATURATED_SHARE = 1
 
 
 def into(

@@ -15,21 +15,21 @@ from typing import Any
 
 from ebm_prior.cli.main import main
 from ebm_prior.compute.parallel import launched
-from ebm_prior.training import fit as stage
+from ebm_prior.training import fit
 
 LAST_WORDS = 5  # iterations after which the second process is killed
 
 
 def die_in_time() -> None:
     """Let the second process be killed in the midst of a fit."""
-    whole = stage._Fit._part
+    whole = fit.Fitting.part
 
-    def part(self: Any, *arguments: Any) -> stage.Part:
+    def part(self: Any, *arguments: Any) -> fit.Part:
         if self.iteration == LAST_WORDS and self.processes.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(self, *arguments)
 
-    stage._Fit._part = part  # type: ignore[method-assign]
+    fit.Fitting.part = part  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

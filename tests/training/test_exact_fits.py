@@ -1,4 +1,4 @@
-"""The whole second stage on the linear-Gaussian toy, where what there is to gain has a closed form."""
+"""A whole fit on the linear-Gaussian toy, where what there is to gain has a closed form."""
 
 from __future__ import annotations
 

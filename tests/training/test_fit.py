@@ -1,15 +1,17 @@
-"""The second stage: it improves the prior, leaves everything else as it was, and says what it did."""
+"""Fitting: it improves the prior, leaves everything else as it was, and says what it did."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from listener import Listener
 from run_folders import metrics
 from small_fits import CHAIN, OBJECTIVES, SATURATING, small
 from toys import LinearGaussian
@@ -21,9 +23,10 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
 from ebm_prior.storage.checkpoint import load_prior, save_prior
-from ebm_prior.training import fit as stage
-from ebm_prior.training.fit import fit
+from ebm_prior.training import courses
+from ebm_prior.training.fit import Fitting, fit
 from ebm_prior.training.fit_config import FitConfig, paper_preset
+from ebm_prior.training.objectives import Gain
 
 
 def test_it_learns_a_prior_that_explains_held_out_latents(backbone: Backbone, images: ImageSource) -> None:
@@ -84,16 +87,19 @@ def test_where_one_ratio_saturates_stages_take_over(
     backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fit(backbone, images, SATURATING).record["stages"] == []
-    monkeypatch.setattr(stage, "SATURATED", 1.0)
-    steps: list[dict[str, Any]] = []
-    prior, asked = fit(backbone, images, SATURATING, on_step=lambda shown: steps.append(dict(shown))), SATURATING
+    monkeypatch.setattr(courses, "SATURATED_SHARE", 1.0)
+    steps, said = list[Mapping[str, Any]](), list[tuple[int, str]]()
+    watch, asked = Listener(steps.append, lambda text: said.append((len(steps), text))), SATURATING
+    prior = fit(backbone, images, asked, progress=watch)
     saturated, found = prior.record["saturated"], prior.record["config"]
     assert saturated["iteration"] <= 6
     assert saturated["ess_fraction"] < asked.ess_floor
     assert (prior.regime, found["objective"], found["ratios"]) == ("calibrated", "nce", "staged")
     assert found["batch_size"] == asked.batch_size // 2
     assert prior.record["iterations"] == found["iterations"] == saturated["iteration"] + asked.iterations // 3
-    assert [shown["iteration"] for shown in steps if "remark" in shown] == [saturated["iteration"]]
+    ((before, text),) = said
+    assert "now in stages" in text
+    assert steps[before]["iteration"] == saturated["iteration"]
     assert steps[-1]["iterations"] == steps[-1]["iteration"]
     assert "stage" in steps[-1]
     one = fit(backbone, images, replace(asked, ratios="one"))
@@ -104,14 +110,14 @@ def test_the_schedule_begins_anew_where_stages_take_over(
     backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    rate = stage._Fit._learning_rate
+    rate = Fitting.learning_rate
 
-    def noted(self: stage._Fit) -> float:
+    def noted(self: Fitting) -> float:
         rates.append(rate(self))
         return rates[-1]
 
-    monkeypatch.setattr(stage._Fit, "_learning_rate", noted)
-    monkeypatch.setattr(stage, "SATURATED", 1.0)
+    monkeypatch.setattr(Fitting, "learning_rate", noted)
+    monkeypatch.setattr(courses, "SATURATED_SHARE", 1.0)
     saturated = fit(backbone, images, SATURATING).record["saturated"]["iteration"]
     assert rates[0] == SATURATING.learning_rate
     assert rates[saturated] == SATURATING.learning_rate
@@ -128,7 +134,7 @@ def test_patience_ends_a_run_without_progress(
     backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gains = iter([0.1, 0.2, 0.15, 0.2, 0.1, 0.1, 0.1, 0.1])  # as good as the best is not better
-    monkeypatch.setattr("ebm_prior.training.latents.temper", lambda *_, **__: stage.Gain(next(gains, 0.0), 1.0, 1.0))
+    monkeypatch.setattr("ebm_prior.training.latents.temper", lambda *_, **__: Gain(next(gains, 0.0), 1.0, 1.0))
     prior = fit(backbone, images, small(iterations=1000, patience=3))
     assert (prior.record["best_iteration"], prior.record["iterations"]) == (4, 10)
 
@@ -166,12 +172,26 @@ def test_persistent_chains_are_part_of_the_state(
         ended.append(drawn.eps)
         return drawn
 
-    draw = stage.draw
-    monkeypatch.setattr(stage, "draw", spy)
+    draw = courses.draw
+    monkeypatch.setattr(courses, "draw", spy)
     fit(backbone, images, replace(OBJECTIVES["mle"], iterations=4))
     kept = [int((a[0] == b[0]).all(1).sum()) for a, b in zip(started[1:], ended, strict=False)]
     assert len(kept) == 3
     assert 0.4 * 24 < sum(kept) < 24  # a share of 0.3 is restarted on average
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_state_has_the_names_that_earlier_versions_gave(
+    objective: str, backbone: Backbone, images: ImageSource
+) -> None:
+    """So that a run that one of these began can be resumed."""
+    state = Fitting(backbone, images, OBJECTIVES[objective]).state()
+    counters, weights = ["iteration", "rate", "rollbacks"], ["energy", "average", "optimizer"]
+    assert list(state) == [*counters, *weights, "chains", "best", "saturated", "stages"]
+    assert list(state["best"]) == ["gain", "iteration", "energy"]
+    if state["stages"]:
+        assert list(state["stages"]) == ["eps", "reference", "step_size", "rate", "done"]
+    assert bool(state["stages"]) == (objective == "staged")
 
 
 def test_metrics_hold_what_is_needed_to_judge_a_run(fitted: Path) -> None:

@@ -1,4 +1,4 @@
-"""A second stage that diverges: rolled back once, ended the second time, and the best prior is kept."""
+"""A fit that diverges: rolled back once, ended the second time, and the best prior is kept."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.runs.fit import fit_into
 from ebm_prior.storage.checkpoint import load_prior
-from ebm_prior.training import fit as stage
+from ebm_prior.training import course
 from ebm_prior.training.fit import fit
+from ebm_prior.training.latents import HeldOut
 
 
 def spoiled(at: set[int], monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Let the loss be NaN at these calls; the learning rates of all calls are noted."""
     rates: list[float] = []
-    true_loss, true_step = stage.nce_loss, torch.optim.AdamW.step
+    true_loss, true_step = course.nce_loss, torch.optim.AdamW.step
 
     def loss(f_q: torch.Tensor, f_p: torch.Tensor) -> torch.Tensor:
         loss.calls += 1  # type: ignore[attr-defined]
@@ -40,7 +41,7 @@ def spoiled(at: set[int], monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return true_step(self, *arguments)
 
     loss.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(stage, "nce_loss", loss)
+    monkeypatch.setattr(course, "nce_loss", loss)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     return rates
 
@@ -131,7 +132,7 @@ def test_chains_that_leave_the_typical_set_are_noticed(backbone: Backbone, image
 def test_a_gain_that_collapses_is_noticed(
     backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_gains, calls = stage.HeldOut.gains, 0
+    true_gains, calls = HeldOut.gains, 0
 
     def falling(*arguments: Any) -> Any:
         nonlocal calls
@@ -140,7 +141,7 @@ def test_a_gain_that_collapses_is_noticed(
         fallen = calls in (2, 3)
         return plain._replace(nats=-30.0 if fallen else 0.5), tempered._replace(nats=0.0 if fallen else 0.5)
 
-    monkeypatch.setattr(stage.HeldOut, "gains", falling)
+    monkeypatch.setattr(HeldOut, "gains", falling)
     with pytest.raises(DivergenceError, match=r"the held-out gain fell to -30 nats at iteration 4") as caught:
         fit(backbone, images, small())
     assert caught.value.kept is not None

@@ -1,4 +1,4 @@
-"""A run of the second stage is a function of its seed, wherever it is interrupted or killed."""
+"""A fit is a function of its seed, wherever it is interrupted or killed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_so_does_one_whose_ratio_has_saturated(
     monkeypatch: pytest.MonkeyPatch,
     after: int,
 ) -> None:
-    monkeypatch.setattr("ebm_prior.training.fit.SATURATED", 1.0)
+    monkeypatch.setattr("ebm_prior.training.courses.SATURATED_SHARE", 1.0)
 
     def run(out: Path, **how: Any) -> bytes:
         return into(out, workshop, backbone, images, SATURATING, **how)

@@ -17,12 +17,12 @@ from toys import LinearGaussian
 from ebm_prior.compute.cuda_graphs import Graphs
 from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import GraphedPotential, SamplerConfig
 from ebm_prior.storage.weights import fingerprint
-from ebm_prior.training import joint
-from ebm_prior.training.joint import _Joint, train_jointly, validate
+from ebm_prior.training import joint, joint_chains
+from ebm_prior.training.joint import JointTraining, train_jointly, validate
 from ebm_prior.training.joint_config import JointConfig, paper_joint
 from ebm_prior.training.steps import batch_indices
 
@@ -102,6 +102,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(product: str, pictures: ImageSou
     assert bool((whole.f(z) == 0).all()) == (config.prior == "gaussian")
 
 
+def test_a_state_has_the_names_that_earlier_versions_gave(pictures: ImageSource) -> None:
+    """So that a run that one of these began can be resumed."""
+    names = ["iteration", "rate", "rollbacks", "model", "average", "optimizer", "persistent"]
+    assert list(JointTraining(small_backbone(), pictures, SMALL, pictures).state()) == names
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_replayed_graphs_train_the_same(
     product: str, played: None, pictures: ImageSource, monkeypatch: pytest.MonkeyPatch
@@ -109,7 +115,7 @@ def test_replayed_graphs_train_the_same(
     config = replace(SMALL, energy_from=0.5, **PRODUCTS[product])
     plain = train_jointly(small_backbone(), pictures, config)
     monkeypatch.setattr(joint, "runner", lambda device: Graphs().run)
-    monkeypatch.setattr(joint, "graphed", lambda potential, device: GraphedPotential(potential))
+    monkeypatch.setattr(joint_chains, "graphed", lambda potential, device: GraphedPotential(potential))
     replayed = train_jointly(small_backbone(), pictures, config)
     assert Played.recorded
     for one, other in zip(replayed.backbone.parameters(), plain.backbone.parameters(), strict=True):
@@ -138,7 +144,7 @@ def test_on_a_gpu_replayed_graphs_train_the_same(
 
 def test_rates_warm_up_fall_along_a_cosine_and_halve_after_a_fall(pictures: ImageSource) -> None:
     config = replace(SMALL, iterations=8, warmup=4, learning_rate=0.01, energy_learning_rate=0.001)
-    training = _Joint(small_backbone(), pictures, config, pictures, None)
+    training = JointTraining(small_backbone(), pictures, config, pictures)
 
     def rates() -> list[float]:
         training.step()
@@ -155,8 +161,8 @@ def test_rates_warm_up_fall_along_a_cosine_and_halve_after_a_fall(pictures: Imag
 def test_persistent_chains_go_on_from_their_ends(refresh: float, goes_on: bool, pictures: ImageSource) -> None:
     still = replace(CHAIN, steps=1, step_size=1e-8)
     config = replace(SMALL, chains="persistent", refresh=refresh, prior_chain=still, learning_rate=1e-9)
-    training = _Joint(small_backbone(), pictures, config, pictures, None)
-    ends = [[e.clone() for e in training.persistent] for _ in range(2) if training.step()]
+    training = JointTraining(small_backbone(), pictures, config, pictures)
+    ends = [[e.clone() for e in training.chains.persistent] for _ in range(2) if training.step()]
     near = all(torch.allclose(one, other, atol=0.01) for one, other in zip(*ends, strict=True))
     assert near == goes_on
 
@@ -176,19 +182,19 @@ def test_what_runs_away_is_stopped(changes: dict[str, Any], said: str, pictures:
 def test_training_sees_observations(pictures: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a binary backbone, say, draws of pixels."""
     monkeypatch.setattr(ShallowGenerator, "observe", lambda self, images, *, generator=None: 1 - images)
-    training = _Joint(small_backbone(), pictures, SMALL, pictures, None)
+    training = JointTraining(small_backbone(), pictures, SMALL, pictures)
     plain = pictures.batch(batch_indices(len(pictures), SMALL.batch_size, 0, SMALL.seed))
     assert torch.equal(training._batch(0)[0], 1 - plain)
 
 
 def test_a_penalty_holds_the_energy_and_nothing_else(pictures: ImageSource) -> None:
     def found(penalty: float) -> dict[int, Tensor]:
-        training = _Joint(small_backbone(), pictures, replace(SMALL, penalty=penalty), pictures, None)
+        training = JointTraining(small_backbone(), pictures, replace(SMALL, penalty=penalty), pictures)
         with torch.no_grad():
-            for k, parameter in enumerate(training.model.energy.parameters()):  # else f is 0
+            for k, parameter in enumerate(training.network.energy.parameters()):  # else f is 0
                 parameter.normal_(generator=torch.Generator().manual_seed(k))
         x, generator = training._batch(0)
-        negative = training._prior_draws(len(x), generator)
+        negative = training.chains.of_prior(len(x), training.energy, generator)
         return training._differentiate((x, [], negative), generator).gradients
 
     without, within = found(0.0), found(1.0)
@@ -209,16 +215,16 @@ class Normed(ShallowGenerator):
 def test_batch_norms_learn_from_posterior_latents_alone(pictures: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     backbone = Normed()
-    training = _Joint(backbone, pictures, SMALL, pictures, None)
+    training = JointTraining(backbone, pictures, SMALL, pictures)
     drawn, met = list[Tensor](), list[Tensor]()
-    draws = training._prior_draws
+    draws = training.chains.of_prior
 
-    def noted(n: int, generator: torch.Generator) -> list[Tensor]:
-        negative = draws(n, generator)
+    def noted(n: int, energy: JointEnergy | None, generator: torch.Generator) -> list[Tensor]:
+        negative = draws(n, energy, generator)
         drawn.append(negative[0])
         return negative
 
-    monkeypatch.setattr(training, "_prior_draws", noted)
+    monkeypatch.setattr(training.chains, "of_prior", noted)
     backbone.norm.register_forward_hook(
         lambda norm, given, _: met.append(given[0].detach().clone()) if norm.training else None
     )
@@ -289,7 +295,7 @@ def test_beside_chains_the_inference_network_learns_alone(clip: float, pictures:
 def test_the_generative_side_and_omega_are_clipped_each(pictures: ImageSource) -> None:
     config = replace(SMALL, posterior="langevin", gradient_clip=0.5)
     backbone = small_backbone()
-    _Joint(backbone, pictures, config, pictures, None).step()
+    JointTraining(backbone, pictures, config, pictures).step()
     for parts in ((backbone.generator, backbone.prior), (backbone.encoder, backbone.posterior)):
         gradients = [p.grad for part in parts for p in part.parameters() if p.grad is not None]
         assert float(nn.utils.get_total_norm(gradients)) == pytest.approx(0.5, rel=1e-4)

@@ -1,4 +1,4 @@
-"""The first stage: the loss is the ELBO's, what is kept is the average, and a killed run goes on."""
+"""Pretraining: the loss is the ELBO's, what is kept is the average, and a killed run goes on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from listener import Listener
 from run_folders import Interrupted, check_an_interruption, check_kills, metrics
 from small_pretrainings import SMALL, losses
 from toys import LinearGaussian, ToyConv
@@ -82,7 +83,7 @@ def test_what_is_kept_is_the_moving_average(images: ImageSource) -> None:
         def load_state(self) -> None: ...
 
     config = PretrainConfig(**SMALL | {"checkpoint_every": 1, "ema": 0.9})
-    trained = pretrain(backbone, images, config, run=Nowhere(), on_checkpoint=note)
+    trained = pretrain(backbone, images, config, run=Nowhere(), on_evaluate=note)
     assert torch.equal(kept[3], weights[3])
     for t in range(4, 8):
         assert torch.allclose(kept[t], 0.9 * kept[t - 1] + 0.1 * weights[t], atol=1e-7)
@@ -120,6 +121,26 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(images: ImageSource, 
     assert run(tmp_path / "again") == run(tmp_path / "cut", resume=True)
 
 
+def test_states_of_earlier_versions_are_read(images: ImageSource) -> None:
+    """They name the weights of the moving average module.* and count its updates."""
+    config = PretrainConfig(**SMALL)
+    states: list[dict[str, Any]] = []
+
+    class Cut:
+        def log(self, metrics: Mapping[str, Any]) -> None: ...
+        def save_state(self, state: Mapping[str, Any]) -> None:
+            states.append(dict(state))
+
+        def load_state(self) -> dict[str, Any] | None:
+            return states[0] if states else None
+
+    whole = pretrain(ToyConv(), images, config, run=Cut())
+    assert list(states[0]) == ["iteration", "rate", "rollbacks", "backbone", "average", "optimizer"]
+    wrapped = {f"module.{name}": weights for name, weights in states[0]["average"].items()}
+    states[0]["average"] = {"n_averaged": torch.tensor(1), **wrapped}
+    assert fingerprint(pretrain(ToyConv(), images, config, run=Cut())) == fingerprint(whole)
+
+
 def test_another_configuration_is_not_resumed(images: ImageSource, tmp_path: Path) -> None:
     into(tmp_path / "run", images, PretrainConfig(**SMALL))
     with pytest.raises(ConfigurationError, match=r"ema: 0\.5 before, 0\.6 now"):
@@ -138,9 +159,7 @@ def test_training_runs_in_the_precision_of_the_network(images: ImageSource) -> N
 def test_what_is_shown_is_what_is_logged(images: ImageSource, tmp_path: Path) -> None:
     shown: list[Mapping[str, Any]] = []
     run = Run(tmp_path, {}, {})
-    trained = pretrain(
-        ToyConv(), images, PretrainConfig(**SMALL), run=run, validation=images, on_checkpoint=shown.append
-    )
+    trained = pretrain(ToyConv(), images, PretrainConfig(**SMALL), run=run, validation=images, on_evaluate=shown.append)
     assert [line["iteration"] for line in run.metrics()] == [entry["iteration"] for entry in shown] == [2, 4, 6, 8]
     assert [line["elbo"] for line in run.metrics()] == [entry["elbo"].elbo for entry in shown]
     assert shown[-1]["elbo"] == evaluate_elbo(trained, images)
@@ -205,7 +224,7 @@ def test_a_roll_back_is_part_of_the_state(images: ImageSource, tmp_path: Path, m
     with monkeypatch.context() as patch:
         spoiled({6}, patch)
         with pytest.raises(Interrupted):
-            into(tmp_path / "cut", images, config, on_step=stop)
+            into(tmp_path / "cut", images, config, progress=Listener(stop))
     assert into(tmp_path / "cut", images, config, resume=True) == whole
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 

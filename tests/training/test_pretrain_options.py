@@ -1,4 +1,4 @@
-"""What a first stage can do on request: each option against the formula that it stands for."""
+"""What pretraining can do on request: each option against the formula that it stands for."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ import torch
 from small_fits import small
 from toys import LinearGaussian
 
-from ebm_prior.compute.parallel import ALONE
 from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.samplers import norm
-from ebm_prior.training.fit import _Fit, fit
+from ebm_prior.training.courses import OneRatio
+from ebm_prior.training.fit import Fitting, fit
 from ebm_prior.training.objectives import Gain
 from ebm_prior.training.stages import StageConfig, Stages
 
@@ -154,12 +154,14 @@ def test_stages_of_which_none_is_accepted_leave_no_ceiling(backbone: Backbone, i
 
 def test_a_return_to_one_ratio_takes_the_bounds_off(backbone: Backbone, images: ImageSource) -> None:
     """As where stages diverge at once: the last good state is then one from before them."""
-    running = _Fit(backbone, images, small(), ALONE)
+    running = Fitting(backbone, images, small())
     before = running.state()
-    running._begin_stages(Gain(0.0, 0.0, 1.0))
-    assert running.energy.config.bound >= 3
+    assert isinstance(running.course, OneRatio)
+    running.course = running.course.hand_over(Gain(0.0, 0.0, 1.0), 1)
+    assert running.network.config.bound >= 3
     running.restore(before)
-    assert [head.bound for energy in (running.energy, running.average) for head in energy._heads()] == [0] * 6
+    assert isinstance(running.course, OneRatio)
+    assert [head.bound for energy in (running.network, running.average) for head in energy._heads()] == [0] * 6
 
 
 def test_heads_see_as_far_as_draws_of_the_backbone_lie() -> None:

@@ -83,7 +83,7 @@ def test_the_kept_batch_norms_are_averages_as_the_weights_are(colours: ImageSour
         live.append(model.get_buffer(name).clone())
         kept.append(shown["backbone"].get_buffer(name).clone())
 
-    pretrain(model, colours, PretrainConfig(**RECIPE | {"checkpoint_every": 1, "ema": 0.9}), on_checkpoint=note)
+    pretrain(model, colours, PretrainConfig(**RECIPE | {"checkpoint_every": 1, "ema": 0.9}), on_evaluate=note)
     assert torch.equal(kept[2], live[2])  # where the warm-up ends
     for t in range(3, 6):
         torch.testing.assert_close(kept[t], 0.9 * kept[t - 1] + 0.1 * live[t])

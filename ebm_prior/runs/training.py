@@ -1,0 +1,76 @@
+"""A training in a run folder, as pretraining, fitting and joint training share it: inputs, pictures, time, products."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from ebm_prior.data.images import ImageSource
+from ebm_prior.errors import DivergenceError
+from ebm_prior.interfaces import Callback, Progress
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.runs.backbones import source_record
+from ebm_prior.runs.folder import run_inputs
+from ebm_prior.storage.weights import fingerprint
+
+Product = TypeVar("Product", Backbone, EBMPrior)
+
+
+def network_inputs(backbone: Backbone, images: ImageSource) -> dict[str, Any]:
+    """The inputs of a run that trains `backbone` itself on `images`: its architecture and first weights among them."""
+    architecture = json.loads(json.dumps(dict(backbone.architecture)))
+    return {"architecture": architecture, "start": fingerprint(backbone), **run_inputs(backbone, images)}
+
+
+def start_record(checkpoint: str | None, backbone: Backbone) -> dict[str, Any]:
+    """{"start": where the weights of `backbone` come from}, for its record; nothing where they are of a seed."""
+    return {} if checkpoint is None else {"start": source_record(checkpoint, backbone)}
+
+
+def pictures(
+    directory: Path, draw: Callable[[Mapping[str, Any], Path], None], progress: Progress, *, every: int = 1
+) -> Callback:
+    """An `on_evaluate` that lets `draw` make samples-ITERATION.png in `directory`, at multiples of `every` iterations.
+
+    A picture whose chains diverge is left out with a remark: training watches chains of its own.
+    """
+
+    def on_evaluate(shown: Mapping[str, Any]) -> None:
+        iteration = shown["iteration"]
+        if iteration % every == 0:
+            try:
+                draw(shown, directory / f"samples-{iteration:06d}.png")
+            except DivergenceError as error:
+                progress.remark(f"no picture of iteration {iteration}: {error}")
+
+    return on_evaluate
+
+
+def timed(train: Callable[[], Product], keep: Callable[[Product, str | None], Path]) -> tuple[Product, float]:
+    """Train, and `keep` the product in a file: also what is left where training diverges for good.
+
+    Args:
+        train: trains, and returns the product; it may raise DivergenceError.
+        keep: writes the product, and returns the file. It gets the text of the DivergenceError, or None.
+
+    Returns:
+        The product, and the CPU seconds of its training.
+
+    Raises:
+        DivergenceError: as `train` does; it says where the product was written, if there is one.
+    """
+    began = time.process_time()
+    try:
+        product = train()
+    except DivergenceError as error:
+        if error.kept is None:
+            raise
+        path = keep(cast(Product, error.kept), str(error))
+        raise DivergenceError(f"{error} It was written to {path}", kept=error.kept) from error
+    seconds = time.process_time() - began
+    keep(product, None)
+    return product, seconds

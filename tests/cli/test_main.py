@@ -24,7 +24,7 @@ from ebm_prior.training.fit_config import FitConfig, paper_preset
 @pytest.mark.filterwarnings("error")
 def test_done_is_0_and_usage_is_2(workshop: Workshop) -> None:
     assert "Usage" in workshop.run("--help").stdout
-    for name in main.main.commands:
+    for name in main.main.entries:  # type: ignore[attr-defined]
         assert "--help" in workshop.run(name, "--help").stdout
     for wrong in (["fly"], ["fit"], ["sample", "x", "y"], ["info"], ["info", "x", "--ckpt", "y"]):
         result = workshop.run(*wrong, code=2)

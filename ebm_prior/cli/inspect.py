@@ -11,8 +11,18 @@ import torch
 
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
-from ebm_prior.cli.shared import BACKBONE, DEVICE, DTYPES, JSON, OWN_DATA, PATH, SEED, show_result, torch_device
-from ebm_prior.data.images import open_images
+from ebm_prior.cli.shared import (
+    BACKBONE,
+    DEVICE,
+    DTYPES,
+    JSON,
+    OWN_DATA,
+    PATH,
+    SEED,
+    open_images,
+    show_result,
+    torch_device,
+)
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.doctor import DoctorConfig, examine
 from ebm_prior.reports import findings, summaries

@@ -20,13 +20,13 @@ from ebm_prior.cli.shared import (
     PRIOR,
     RECORDED,
     SEED,
+    open_images,
     show_result,
     together,
     torch_device,
     typed_command,
 )
 from ebm_prior.data import outlier_sets
-from ebm_prior.data.images import open_images
 from ebm_prior.evaluation.outliers import (
     LOWERS,
     MODES,
@@ -115,7 +115,9 @@ def ood(
     known = inside or backbones.named_data(prior_record(prior)["record"], str(prior), option="--in")
     shape = loaded.backbone.image_shape
     sets = [
-        outlier_sets.open_set(spec, shape, config.samples, seed=seed, data_root=data_root, download=download)
+        outlier_sets.open_set(
+            spec, shape, config.samples, seed=seed, open_with=open_images, data_root=data_root, download=download
+        )
         for spec in (known, *outside)
     ]
     numbers = parsed_k(ks, len(loaded.backbone.groups))

@@ -27,7 +27,8 @@ def checked(images: Images, *, first: int = 64) -> Images:
     if isinstance(images, (ImageSource, Checked)):
         return images
     wrapped = Checked(images)
-    wrapped.batch(range(min(first, len(wrapped))))
+    if first:
+        wrapped.batch(range(min(first, len(wrapped))))
     return wrapped
 
 

@@ -159,7 +159,7 @@ class _Walk:
     def _take(self, path: Path, linked: bool) -> bool:
         """Keep or count one entry; True for a real folder, which is entered next."""
         picture = path.suffix.lower() in _SUFFIXES
-        is_link = path.is_symlink()
+        is_link = os.path.islink(path)  # unlike Path's own, it raises nothing
         try:
             status = path.stat()
         except OSError as error:

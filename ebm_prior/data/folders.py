@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -60,13 +60,12 @@ def open_folder(root: Path, split: Split, image_shape: Shape | None, mode: Mode 
             + f"; left out: {'; '.join(found.left_out)}" * bool(found.left_out)
         )
     shape, remarks = survey(str(folder), names, lambda index: open_regular(found.paths[index]), image_shape, mode)
+    train = root / "train"
+    training = find_pictures(train) if folder not in (root, train) and train.is_dir() else None
     labels = None
     if classes := picture_classes(folder, found.paths):
         # A class must have the same number in every split, also where a split lacks one.
-        train = root / "train"
-        known = classes
-        if folder not in (root, train) and train.is_dir():
-            known = picture_classes(train, find_pictures(train).paths) or classes
+        known = classes if training is None else picture_classes(train, training.paths) or classes
         if strange := sorted(set(classes) - set(known)):
             raise DataError(
                 f"{folder}: holds classes that {train} lacks: {', '.join(strange)}. Add images of them there, or take "
@@ -76,14 +75,17 @@ def open_folder(root: Path, split: Split, image_shape: Shape | None, mode: Mode 
         labels = torch.tensor([number[name] for name in classes])
     left_out = [*found.left_out, *beside]
     remarks = [f"left out: {'; '.join(left_out)}"] * bool(left_out) + remarks
+    if training is not None and (shared := len(training.files & found.files)):
+        remarks.append(f"not held out: {shared} of {len(names)} images are the same files as in {train}")
     return ImageSource(str(folder), Pictures(found.paths, shape, mode), labels, remarks=remarks)
 
 
 class Found(NamedTuple):
-    """The pictures of a folder in their order, and what else lies there: numbers in words."""
+    """The pictures of a folder in their order, what else lies there (numbers in words), and which files they are."""
 
     paths: list[Path]
     left_out: list[str]
+    files: Set[tuple[object, ...]]
 
 
 def find_pictures(folder: Path) -> Found:
@@ -98,7 +100,7 @@ def find_pictures(folder: Path) -> Found:
     walk = _Walk(folder)
     walk.run()
     paths = sorted(walk.kept(), key=lambda path: path.relative_to(folder).parts)
-    return Found(paths, walk.left_out())
+    return Found(paths, walk.left_out(), walk.files.keys())
 
 
 class _Walk:
@@ -211,7 +213,11 @@ def split_folder(folder: Path, split: Split) -> tuple[Path, list[str]]:
         return folder, []
     for name in _SPLIT_FOLDERS[split]:
         if name in present:
-            beside = sorted(n for n in os.listdir(folder) if n not in names and not n.startswith("."))
+            try:
+                entries = os.listdir(folder)
+            except OSError:  # one may enter it, but not list it
+                entries = []
+            beside = sorted(n for n in entries if n not in names and not n.startswith("."))
             few = ", ".join(beside[:3]) + ", …" * (len(beside) > 3)
             return folder / name, [f"{len(beside)} beside {name}/ ({few})"] * bool(beside)
     raise DataError(

@@ -216,6 +216,27 @@ def test_what_lies_beside_the_splits_is_said(tmp_path: Path) -> None:
         )
 
 
+def test_test_images_that_are_training_images_are_said(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "train", GREY[:4])
+    write_pictures(tmp_path / "test", GREY[4:])
+    os.link(tmp_path / "train" / "000.png", tmp_path / "test" / "hard.png")
+    link(tmp_path / "test" / "soft.png", tmp_path / "train" / "001.png")
+    assert open_images(tmp_path, split="test").remarks == (
+        f"not held out: 2 of 4 images are the same files as in {tmp_path / 'train'}",
+    )
+    assert open_images(tmp_path).remarks == ()
+
+
+def test_classes_are_sorted_by_name_as_torchvision_sorts_them(tmp_path: Path) -> None:
+    for name in ("b", "10", "2", "B", "a b", "é"):
+        write_pictures(tmp_path / name, GREY[:2])
+    labels = open_images(tmp_path).labels
+    assert labels is not None
+    assert sorted(["b", "10", "2", "B", "a b", "é"]) == ["10", "2", "B", "a b", "b", "é"]
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert [path.parent.name for path in find_pictures(tmp_path).paths[::2]] == ["10", "2", "B", "a b", "b", "é"]
+
+
 def test_the_other_arrays_of_an_archive_are_said(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "a.npz", images=GREY, labels=LABELS, means=GREY, ids=LABELS)
     assert open_images(path).remarks == ("left out: 2 other arrays of the file (means, ids)",)

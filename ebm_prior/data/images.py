@@ -81,7 +81,7 @@ def open_images(
         raise ConfigurationError(f"--data-mode (mode): expected 'rgb' or 'grey', found {mode!r}")
     _require_words("--data", spec)
     _require_words("--data-root (data_root)", data_root)
-    given = os.fspath(spec)
+    given = os.fsdecode(spec)
     name = known_data_set(spec) if isinstance(spec, str) else None
     if name is None:
         path, array = _existing(given, array)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebm_prior.data.arrays import require_shape
 from ebm_prior.data.image_files import open_regular, reading
 from ebm_prior.data.pictures import decode_as, scaled, survey
 from ebm_prior.data.source import CHANNELS, ImageSource, Mode, Shape, Split, recolour
@@ -71,6 +72,8 @@ def open_lmdb(path: Path, image_shape: Shape | None, mode: Mode | None) -> Image
                 f" ({len(wrong)} of {len(keys)} such); store pictures or pixels of one shape"
             )
     shape = stored if mode is None else (CHANNELS[mode], *stored[1:])
+    if image_shape is not None:
+        require_shape(str(path), shape, image_shape)
     return ImageSource(str(path), Lmdb(path, keys, stored, shape, mode))
 
 
@@ -153,7 +156,7 @@ def _stored_shape(name: str, value: bytes, image_shape: Shape | None, mode: Mode
     """(C, H, W) of plain pixels: that of `image_shape` in any colours that `mode` converts, else square and RGB."""
     size = len(value)
     if image_shape is not None:
-        channels = [3, 1, image_shape[0]] if mode else [image_shape[0]]
+        channels = [3, 1] if mode else [image_shape[0]]
         shapes = [(count, *image_shape[1:]) for count in channels]
         if fitting := [shape for shape in shapes if math.prod(shape) == size]:
             return fitting[0]

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, DataError
 
 Split = Literal["train", "test"]
 Mode = Literal["rgb", "grey"]
@@ -100,9 +100,17 @@ class ImageSource:
         return ImageSource(self.name, self._store, labels, self._rows[chosen], remarks=self.remarks)
 
     def recoloured(self, mode: Mode) -> ImageSource:
-        """The same images as colour ("rgb") or grey images ("grey"), converted when they are read."""
+        """The same images as colour ("rgb") or grey images ("grey"), converted when they are read.
+
+        Raises DataError for images that are neither.
+        """
         if self.shape[0] == CHANNELS[mode]:
             return self
+        if self.shape[0] not in CHANNELS.values():
+            raise DataError(
+                f"{self.name}: expected images of 1 or 3 channels, of which the colours can be converted, found"
+                f" {self.shape}; leave out --data-mode (mode=)"
+            )
         return ImageSource(self.name, Recoloured(self._store, mode), self.labels, self._rows, remarks=self.remarks)
 
     def fingerprint(self) -> str:

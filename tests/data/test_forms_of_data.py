@@ -80,10 +80,16 @@ def test_pixels_of_other_shapes_and_colours(tmp_path: Path) -> None:
     assert torch.equal(everything(open_images(path, image_shape=(1, 5, 4))), everything(from_array(GREY)))
     both = open_images(path, image_shape=(3, 5, 4), mode="rgb")
     assert torch.equal(everything(both), everything(from_array(GREY)).expand(-1, 3, -1, -1))
+    with pytest.raises(DataError, match=r"expected images of shape \(1, 5, 4\).*found \(3, 5, 4\)"):
+        open_images(path, image_shape=(1, 5, 4), mode="rgb")
     five = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), dtype=np.uint8)
     path = write_lmdb(tmp_path / "b", {str(i): x.tobytes() for i, x in enumerate(five)})
     source = open_images(path, image_shape=(5, 3, 4))
     assert torch.equal(everything(source), torch.from_numpy(five).permute(0, 3, 1, 2) / 255)
+    with pytest.raises(DataError, match=r"found 60 bytes"):
+        open_images(path, image_shape=(5, 3, 4), mode="grey")
+    with pytest.raises(DataError, match=r"expected images of 1 or 3 channels.*found \(5, 3, 4\)"):
+        source.recoloured("grey")
 
 
 MISTAKES: dict[str, tuple[dict[str, bytes], str]] = {

@@ -12,8 +12,7 @@ import click
 import torch
 
 from ebm_prior.cli.progress import Bar
-from ebm_prior.cli.shared import DATA, DATA_ROOT, DEVICE_NAME, PATH, SEED, together, torch_device
-from ebm_prior.data.images import open_images
+from ebm_prior.cli.shared import DATA, DATA_ROOT, DEVICE_NAME, PATH, SEED, open_images, together, torch_device
 from ebm_prior.data.outlier_sets import labelled
 from ebm_prior.evaluation import evaluate
 from ebm_prior.experiments import ablations, anomaly_table, jobs, latents_2d

@@ -12,8 +12,7 @@ import torch
 from ebm_prior.cli.help import Command
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
-from ebm_prior.cli.shared import BACKBONE, JSON, OWN_DATA, PATH, PLACE, SEED, show_result
-from ebm_prior.data.images import open_images
+from ebm_prior.cli.shared import BACKBONE, JSON, OWN_DATA, PATH, PLACE, SEED, open_images, show_result
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.doctor import DoctorConfig, examine
 from ebm_prior.model.passes import Passes

@@ -20,12 +20,12 @@ from ebm_prior.cli.shared import (
     PRIOR,
     RECORDED,
     SEED,
+    open_images,
     show_result,
     together,
     typed_command,
 )
 from ebm_prior.data import outlier_sets
-from ebm_prior.data.images import open_images
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.outliers import OutlierConfig, every_form, find_anomalies, find_outliers, set_size
 from ebm_prior.model.passes import Passes
@@ -116,7 +116,9 @@ def ood(
     known = inside or backbones.named_data(prior_record(prior)["record"], str(prior), option="--in")
     shape = loaded.backbone.image_shape
     sets = [
-        outlier_sets.open_set(spec, shape, config.samples, seed=seed, data_root=data_root, download=download)
+        outlier_sets.open_set(
+            spec, shape, config.samples, seed=seed, open_with=open_images, data_root=data_root, download=download
+        )
         for spec in (known, *outside)
     ]
     numbers = parsed_k(ks, len(loaded.backbone.groups))

@@ -9,7 +9,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import click
 import torch
@@ -18,13 +18,27 @@ from ebm_prior.cli.group import WORDS
 from ebm_prior.cli.help import Option
 from ebm_prior.cli.preflight import Need, require
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
+from ebm_prior.data import images
+from ebm_prior.data.source import ImageSource, Mode
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.passes import Passes
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-PATH = click.Path(exists=False, path_type=Path)
+
+
+class _Path(click.Path):
+    """A path that is not empty: "" would be the current folder, and is what a variable that is not set leaves."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Click's conversion. Refuses an empty string."""
+        if value == "":
+            self.fail("expected a path, found an empty string; the current folder is called .", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(exists=False, path_type=Path)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 
 
@@ -109,13 +123,36 @@ BACKBONE = together(
         "--ckpt", "checkpoint", required=True, help="backbone: official file or folder, own form, or bundled name"
     ),
 )
+READING = "ebm_prior.reading"  # key, in click's context, of how images are read: arguments of open_images
+REMARKED = "ebm_prior.remarked"  # key of the remarks on images that were printed
+
+
+def _remember_reading(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        context.meta.setdefault(READING, {})["array" if parameter.name == "array" else "mode"] = value
+
+
 DATA_ROOT = together(
     click.option(
         "--data-root", type=PATH, help="where named data sets lie  [default: $EBM_PRIOR_DATA, else user cache]"
     ),
     click.option("--download", is_flag=True, help="fetch a named data set if it is not there"),
+    click.option(
+        "--array",
+        metavar="KEY",
+        expose_value=False,
+        callback=_remember_reading,
+        help="the array of an .npz that holds the images, if it has several; or --data FILE.npz:KEY",
+    ),
+    click.option(
+        "--data-mode",
+        type=click.Choice(get_args(Mode)),
+        expose_value=False,
+        callback=_remember_reading,
+        help="convert the images to colour or to grey, for instance in a folder that mixes both",
+    ),
 )
-DATA_FORMS = "folder of images, .npz, .npy, idx file or data set name"
+DATA_FORMS = "folder of images, .npz, .npy, .mat, idx file, LMDB or data set name"
 DATA = together(click.option("--data", required=True, help=DATA_FORMS), DATA_ROOT)
 OWN_DATA = together(
     click.option("--data", help=f"{DATA_FORMS}  [default: what the backbone or prior was trained on]"),
@@ -127,6 +164,17 @@ RUN = together(
     click.option("--resume", is_flag=True, help="go on from the last state of the run in --out, if there is one"),
     click.option("--config", "config_file", type=PATH, help="JSON file of settings; options given here win"),
 )
+
+
+def open_images(spec: str, **where: Any) -> ImageSource:
+    """`ebm_prior.data.images.open_images` with --array and --data-mode; its remarks go to stderr, each once."""
+    meta = click.get_current_context().meta
+    source = images.open_images(spec, **meta.get(READING, {}), **where)
+    for remark in (f"{source.name}: {remark}" for remark in source.remarks):
+        if remark not in meta.setdefault(REMARKED, set()):
+            click.echo(remark, err=True)
+        meta[REMARKED].add(remark)
+    return source
 
 
 def new_or_resumed(resume: bool, overwrite: bool) -> None:

@@ -27,12 +27,12 @@ from ebm_prior.cli.shared import (
     TRAINING_PLACE,
     launched_processes,
     new_or_resumed,
+    open_images,
     preflight,
     refuse_unused,
     run_directory,
     show_result,
 )
-from ebm_prior.data.images import open_images
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.model.passes import Passes

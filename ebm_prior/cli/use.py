@@ -25,10 +25,10 @@ from ebm_prior.cli.shared import (
     RECORDED,
     SEED,
     launched_processes,
+    open_images,
     preflight,
     show_result,
 )
-from ebm_prior.data.images import open_images
 from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, feature_classifier
 from ebm_prior.evaluation.fid import amount, published
 from ebm_prior.evaluation.inception import MODES, load_inception

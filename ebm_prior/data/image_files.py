@@ -1,7 +1,7 @@
-"""Reading images from files as numpy arrays: pictures, idx, .npy and .npz. `data.images` makes sources of them.
+"""Reading arrays of images from files: idx, .npy, .npz and .mat. `ebm_prior.data.images` makes sources of them.
 
-No file is trusted: nothing is unpickled, sizes in headers are checked before memory is taken for them, and whatever a
-decoder raises becomes a DataError with the file's name.
+No file is trusted: only regular files are opened, nothing is unpickled, sizes in headers are checked against the file
+and against free memory before anything is inflated, and whatever a decoder raises becomes a DataError with the name.
 """
 
 from __future__ import annotations
@@ -10,131 +10,74 @@ import contextlib
 import gzip
 import math
 import os
+import stat
 import struct
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from ebm_prior.errors import DataError
+from ebm_prior.data.arrays import loaded_bytes, require_memory
+from ebm_prior.data.source import Split
+from ebm_prior.errors import DataError, EbmPriorError
 
-Split = Literal["train", "test"]
-Shape = tuple[int, int, int]
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-_MODES = {"1": 1, "L": 1, "P": 3, "RGB": 3}  # Pillow modes that become 8-bit channels without losing anything
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
-_SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 _BOMB_BYTES, _BOMB_RATIO = 2**32, 250  # pictures do not compress like this; an archive made to fill the memory does
+_KINDS = (
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "named pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+)
+
+
+class Refusal(DataError):
+    """A file that cannot be used. `reason` lacks the file's name, so that equal reasons can be counted."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.reason = reason
 
 
 @contextlib.contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
+def reading(name: Path | str, what: str) -> Iterator[None]:
     """Turn whatever a decoder raises on a damaged or hostile file (nearly anything) into a DataError with its name."""
     try:
         yield
-    except DataError:
+    except EbmPriorError:
         raise
     except Exception as error:
-        raise DataError(
-            f"{path}: cannot be read as {what} ({type(error).__name__}: {error}); is it complete and of that format?"
+        said = (isinstance(error, OSError) and error.strerror) or error  # without the path, which stands before it
+        raise Refusal(
+            str(name),
+            f"cannot be read as {what} ({type(error).__name__}: {said}); is it complete and of that format?",
         ) from error
 
 
-def require_shape(name: str, found: Shape, expected: Shape) -> None:
-    """Raise DataError unless the images called `name` have the expected (C, H, W)."""
-    if found != tuple(expected):
+def special_kind(mode: int) -> str | None:
+    """What a file that is not regular is, from the `st_mode` of its status; None for a regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "special file")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file. Raises DataError for a named pipe, which would wait for ever for a writer, and the like."""
+    if kind := special_kind(path.stat().st_mode):
+        raise Refusal(str(path), f"expected a regular file, found a {kind}; store the images in a file first")
+    return path.open("rb")
+
+
+def _refuse_bomb(name: str, packed: int, unpacked: int) -> None:
+    if unpacked > _BOMB_BYTES and unpacked > _BOMB_RATIO * packed:
         raise DataError(
-            f"{name}: expected images of shape {tuple(expected)} (channels, height, width), found {found}. Images are"
-            " never resized or recoloured silently: convert them beforehand, or choose a backbone of their shape"
+            f"{name}: {packed} bytes claim to hold {unpacked / 2**30:.1f} GiB, which no file of images does;"
+            " if it is what you want, store it uncompressed"
         )
-
-
-# Pictures.
-
-
-def picture_shape(image: Image.Image, name: str) -> Shape:
-    """(C, H, W) of a Pillow image, from its header. Raises DataError for a mode that would lose something."""
-    if image.mode not in _MODES or "transparency" in image.info:
-        raise DataError(
-            f"{name}: expected an 8-bit grey or RGB image without transparency, found mode {image.mode}; convert it,"
-            " for instance with Pillow's image.convert('RGB')"
-        )
-    return _MODES[image.mode], image.height, image.width
-
-
-def picture_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """The pixels (C, H, W) of a Pillow image that `picture_shape` accepts."""
-    grey = _MODES[image.mode] == 1
-    pixels: NDArray[np.uint8] = np.array(image.convert("L" if grey else "RGB"))
-    return pixels[None] if grey else np.moveaxis(pixels, 2, 0)
-
-
-def read_picture(path: Path, expected: Shape) -> NDArray[np.uint8]:
-    """Decode one image file, (C, H, W) as expected."""
-    with reading(path, "an image"), Image.open(path) as image:
-        require_shape(str(path), picture_shape(image, str(path)), expected)
-        return picture_pixels(image)
-
-
-def list_pictures(folder: Path) -> list[Path]:
-    """The image files below `folder`, sorted.
-
-    Names that start with a dot are skipped: thumbnails, notebook checkpoints, what macOS leaves on foreign disks.
-    """
-    paths = [
-        Path(place, name)
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in _SUFFIXES
-    ]
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    return sorted(paths, key=lambda path: path.relative_to(folder).parts)
-
-
-def find_pictures(folder: Path, image_shape: Shape | None) -> tuple[list[Path], Shape]:
-    """`list_pictures` and their common (C, H, W), which must be `image_shape` if given.
-
-    Every header is read here: a wrong size must show at the start, not after an hour of training.
-    """
-    paths = list_pictures(folder)
-    if not paths:
-        raise DataError(f"{folder}: no images in this folder (looked for {', '.join(sorted(_SUFFIXES))})")
-    shape = image_shape
-    for path in paths:
-        with reading(path, "an image"), Image.open(path) as image:
-            found = picture_shape(image, str(path))
-        shape = shape or found
-        if image_shape is None and found != shape:
-            raise DataError(
-                f"{path}: the images are of mixed sizes, this one is {found}, {paths[0].name} is {shape}"
-                " (channels, height, width); make them equal first"
-            )
-        require_shape(str(path), found, shape)
-    return paths, shape or found
-
-
-def picture_classes(folder: Path, paths: Sequence[Path]) -> list[str] | None:
-    """The name of the subfolder of `folder` that holds each of the files; None if a file lies in no subfolder."""
-    parts = [path.relative_to(folder).parts for path in paths]
-    return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else None
-
-
-def split_folder(folder: Path, split: Split) -> Path:
-    """The subfolder that holds `split`, or `folder` itself if it has no subfolders named after splits."""
-    present = [name for names in _SPLIT_FOLDERS.values() for name in names if (folder / name).is_dir()]
-    if not present:
-        return folder
-    for name in _SPLIT_FOLDERS[split]:
-        if name in present:
-            return folder / name
-    raise DataError(
-        f"{folder}: has {', '.join(present)} but no folder for the {split} split"
-        f" ({' or '.join(_SPLIT_FOLDERS[split])}); add it, or pass the folder of images itself"
-    )
 
 
 # idx files.
@@ -157,7 +100,8 @@ def read_idx(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
 
 def _read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     """The format: bytes 0, 0, the type (8: uint8), the number of axes; the axes as big-endian uint32; the data."""
-    with reading(path, "an idx file"), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    packed = path.suffix == ".gz"
+    with reading(path, "an idx file"), open_regular(path) as raw, _unpacked(raw, packed) as file:
         magic = file.read(4)
         if magic != bytes((0, 0, 8, ndim)):
             raise DataError(
@@ -166,32 +110,103 @@ def _read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
             )
         sizes = struct.unpack(f">{ndim}I", file.read(4 * ndim))
         promised = math.prod(sizes)
-        _refuse_bomb(path, path.stat().st_size, promised)
-        data = file.read(promised + 1)
-    if len(data) != promised:
-        found = f"only {len(data)}" if len(data) < promised else "more"
+        size = os.fstat(raw.fileno()).st_size
+        _refuse_bomb(str(path), size, promised)
+        if packed:
+            require_memory(str(path), 2 * promised)  # as bytes, and as the array
+            data = file.read(promised + 1)
+            there = len(data)
+        elif (there := size - 4 - 4 * ndim) == promised:
+            require_memory(str(path), 2 * promised)
+            data = file.read(promised)
+    if there != promised:
+        found = f"only {there}" if there < promised else "more"
         raise DataError(f"{path}: the header promises {sizes} = {promised} bytes, found {found}; is the file damaged?")
     return np.frombuffer(data, np.uint8).reshape(sizes)
+
+
+def _unpacked(file: BinaryIO, packed: bool) -> contextlib.AbstractContextManager[Any]:
+    return gzip.open(file) if packed else contextlib.nullcontext(file)
 
 
 # numpy files.
 
 
-def read_numpy(path: Path, split: Split) -> tuple[str, NDArray[Any], NDArray[Any] | None]:
-    """A name for what was read, the images and the labels (None if absent) of an .npy or .npz file, unchecked."""
-    with reading(path, "a numpy array file"):
-        loaded = np.load(path, allow_pickle=False)
+def read_numpy(
+    path: Path, split: Split, array: str | None = None
+) -> tuple[str, NDArray[Any], NDArray[Any] | None, list[str]]:
+    """A name for what was read, the images and the labels (None if absent) of an .npy or .npz file, unchecked.
+
+    array: the key of the images in an .npz. The last entry: what else the file holds that was not read.
+    """
+    with reading(path, "a numpy array file"), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        declared = _declared(file)
+        if declared:
+            _require_promise(str(path), declared, size)
+            require_memory(str(path), loaded_bytes(declared[0], declared[1]))
+        file.seek(0)
+        loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return str(path), loaded, None
+            if array is not None:
+                raise DataError(f"{path}: holds one array, without a name; leave out --array (array=)")
+            return str(path), loaded, None, []
         with loaded:
             for member in loaded.zip.infolist():
-                _refuse_bomb(path, member.compress_size, member.file_size)
-            images, labels = _npz_keys(path, loaded.files, split)
-            return f"{path}:{images}", loaded[images], loaded[labels] if labels in loaded.files else None
+                _refuse_bomb(str(path), member.compress_size, member.file_size)
+            images, labels = _npz_keys(path, loaded.files, split, array)
+            keys = [key for key in (images, labels) if key in loaded.files]
+            _require_members(path, loaded.zip, keys)
+            other = {"train": "test", "test": "train"}[split]
+            expected = {images, labels, f"x_{other}", f"y_{other}"}
+            rest = [key for key in loaded.files if key not in expected]
+            return f"{path}:{images}", loaded[images], loaded[labels] if labels in keys else None, rest
 
 
-def _npz_keys(path: Path, keys: list[str], split: Split) -> tuple[str, str]:
+def _declared(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int] | None:
+    """Shape, type and length of the header of an .npy stream; None where it is none: numpy says what is wrong."""
+    try:
+        version = np.lib.format.read_magic(file)
+    except ValueError:
+        return None
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the format is not for plain numbers")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype, file.tell()
+
+
+def _require_promise(name: str, declared: tuple[tuple[int, ...], np.dtype[Any], int], size: int) -> None:
+    """Raise ValueError where the header of an .npy stream promises more, or less, than its `size` in bytes."""
+    shape, dtype, header = declared
+    promised = math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and (min(shape, default=0) < 0 or promised != size - header):
+        raise ValueError(f"the header of {name} promises {promised} bytes of {dtype} {shape}, found {size - header}")
+
+
+def _require_members(path: Path, archive: zipfile.ZipFile, keys: Sequence[str]) -> None:
+    """Raise ValueError for a member whose header lies, MemoryLimitError where all of `keys` do not fit; inflate none.
+
+    zipfile never inflates a member past the size that the archive declares for it.
+    """
+    needed = 0
+    for key in keys:
+        name = key if key in archive.namelist() else f"{key}.npy"
+        size = archive.getinfo(name).file_size
+        with archive.open(name) as member:
+            declared = _declared(member)
+        if declared:
+            _require_promise(key, declared, size)
+        needed += loaded_bytes(declared[0], declared[1]) if declared else size
+    require_memory(str(path), needed)
+
+
+def _npz_keys(path: Path, keys: list[str], split: Split, array: str | None) -> tuple[str, str]:
     """Which arrays of an archive are the images and the labels of the split."""
+    if array is not None:
+        if array not in keys:
+            raise DataError(f"{path}: expected the array {array!r}, found the keys {', '.join(keys) or '(none)'}")
+        return array, "labels" if array == "images" else f"y_{array[2:]}" if array.startswith("x_") else ""
     pairs = [pair for pair in ((f"x_{split}", f"y_{split}"), ("images", "labels")) if pair[0] in keys]
     if len(pairs) == 1:
         return pairs[0]
@@ -201,13 +216,32 @@ def _npz_keys(path: Path, keys: list[str], split: Split) -> tuple[str, str]:
         return keys[0], ""
     raise DataError(
         f"{path}: which array holds the images? Expected x_{split} (and y_{split}), or images (and labels), or a single"
-        f" array; found the keys {', '.join(keys) or '(none)'}"
+        f" array; found the keys {', '.join(keys) or '(none)'}; choose one with --array KEY (array=)"
     )
 
 
-def _refuse_bomb(path: Path, packed: int, unpacked: int) -> None:
-    if unpacked > _BOMB_BYTES and unpacked > _BOMB_RATIO * packed:
-        raise DataError(
-            f"{path}: {packed} bytes claim to hold {unpacked / 2**30:.1f} GiB, which no file of images does;"
-            " if it is what you want, store it uncompressed"
-        )
+# MATLAB files, as SVHN comes.
+
+
+def read_mat(path: Path) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
+    """Images (N, H, W, C) and labels (N,) of a .mat file in SVHN's form.
+
+    X is (H, W, C, N) of uint8; y (N, 1) has 10 for the digit 0, which becomes 0 as in torchvision.
+    """
+    from scipy.io import loadmat, whosmat
+
+    with reading(path, "a MATLAB file"), open_regular(path) as file:
+        found = {name: (shape, kind) for name, shape, kind in whosmat(file)}
+        shape, kind = found.get("X", ((), ""))
+        if kind != "uint8" or len(shape) != 4:
+            held = ", ".join(f"{name} ({kind} {shape})" for name, (shape, kind) in found.items()) or "no variables"
+            raise DataError(f"{path}: expected X (height, width, channels, N) of uint8, as SVHN has it, found {held}")
+        promised = math.prod(shape)
+        _refuse_bomb(str(path), os.fstat(file.fileno()).st_size, promised)
+        require_memory(str(path), 2 * promised)
+        file.seek(0)
+        loaded = loadmat(file, variable_names=["X", "y"])
+        labels = loaded.get("y")
+        if labels is not None:
+            labels = np.where(labels == 10, 0, labels).reshape(-1)
+        return np.ascontiguousarray(loaded["X"].transpose(3, 0, 1, 2)), labels

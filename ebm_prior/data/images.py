@@ -1,48 +1,37 @@
-"""Image sources: random access to images in [0, 1], wherever they lie.
+"""Opening images, wherever they lie: a folder, arrays, idx files, an LMDB, or the name of a known data set.
 
-A folder of images, .npy and .npz arrays, idx files (MNIST), a torch Dataset, or the name of a known data set become an
-`ImageSource`. Nothing is resized, padded or recoloured on the way: a backbone is trained on images of one shape, and a
-resize nobody asked for changes every score, so another shape is an error that says what was expected and found.
+Nothing is resized or padded on the way, and recoloured only on request: a backbone is trained on images of one shape,
+and a resize nobody asked for changes every score, so another shape is an error that says what was expected and found.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
-import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from ebm_prior.data.arrays import channels_first, checked_labels, require_unit_interval
-from ebm_prior.data.image_files import (
-    Shape,
-    Split,
-    find_idx,
-    find_pictures,
-    list_pictures,
-    picture_classes,
-    picture_pixels,
-    picture_shape,
-    read_idx,
-    read_numpy,
-    read_picture,
-    reading,
-    require_shape,
-    split_folder,
-)
+from ebm_prior.data.arrays import from_array, require_shape
+from ebm_prior.data.datasets import from_dataset
+from ebm_prior.data.folders import open_folder
+from ebm_prior.data.image_files import find_idx, read_idx, read_mat, read_numpy, reading, special_kind
+from ebm_prior.data.lmdb_files import find_lmdb, open_lmdb
+from ebm_prior.data.source import ImageSource, Mode, Origin, Shape, Split
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.storage.atomic import user_cache
+
+__all__ = [
+    "DATA_SET_NAMES",
+    "SUBSET",
+    "ImageSource",
+    "default_data_root",
+    "from_array",
+    "from_dataset",
+    "known_data_set",
+    "open_images",
+]
 
 SUBSET = "fashion-mnist-subset"
 _DATA_SETS = {  # name: (class in torchvision.datasets, where it keeps its files under the data root)
@@ -56,115 +45,6 @@ _DATA_SETS = {  # name: (class in torchvision.datasets, where it keeps its files
 DATA_SET_NAMES = (*_DATA_SETS, SUBSET)
 
 
-class _Store(Protocol):
-    """A store of pixels. `rows`: int64 (B,), already checked."""
-
-    @property
-    def shape(self) -> Shape: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, rows: Tensor) -> Tensor: ...
-
-    def content(self, rows: Tensor) -> Iterator[bytes]: ...
-
-
-class ImageSource:
-    """Random access to N images of one shape. Made by `open_images`, `from_array` or `from_dataset`.
-
-    name: what was read, for messages and records.  shape: (C, H, W).  labels: int64 (N,), or None.
-    """
-
-    def __init__(self, name: str, store: _Store, labels: Tensor | None = None, rows: Tensor | None = None) -> None:
-        self.name = name
-        self.shape = store.shape
-        self.labels = labels
-        self._store = store
-        self._rows = torch.arange(len(store)) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __repr__(self) -> str:
-        return f"<ImageSource {self.name}: {len(self)} images {self.shape}, {'no ' * (self.labels is None)}labels>"
-
-    def batch(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """The images at `indices` (B,) as float32 (B, C, H, W) in [0, 1]; 8-bit pixels are divided by 255.
-
-        Raises DataError, naming the file, if an image of a folder cannot be decoded.
-        """
-        return self._store.read(self._rows[self._checked(indices)])
-
-    def subset(self, indices: Tensor | Sequence[int]) -> ImageSource:
-        """The source of just these images, in this order; the pixels are shared, not copied."""
-        chosen = self._checked(indices)
-        labels = None if self.labels is None else self.labels[chosen]
-        return ImageSource(self.name, self._store, labels, self._rows[chosen])
-
-    def fingerprint(self) -> str:
-        """SHA-256 over shape and pixels, in order; for a folder, over the files as they are, whatever their names."""
-        digest = hashlib.sha256(f"{len(self)} {self.shape}".encode())
-        for chunk in self._store.content(self._rows):
-            digest.update(chunk)
-        return digest.hexdigest()
-
-    def _checked(self, indices: Tensor | Sequence[int]) -> Tensor:
-        found = torch.as_tensor(indices)
-        if found.shape == (0,):  # an empty list has no integer type of its own
-            return torch.empty(0, dtype=torch.int64)
-        if found.ndim != 1 or found.is_floating_point() or found.dtype == torch.bool:
-            raise ConfigurationError(
-                f"{self.name}: expected a list of integer indices, found {found.dtype} of shape {tuple(found.shape)}"
-                " (for a mask, pass mask.nonzero()[:, 0])"
-            )
-        if found.min() < 0 or found.max() >= len(self):
-            raise ConfigurationError(
-                f"{self.name}: indices go from 0 to {len(self) - 1}, found {int(found.min())} to {int(found.max())}"
-            )
-        return found.to("cpu", torch.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class _Arrays:
-    """Pixels in memory, (N, C, H, W): uint8 is kept as such and scaled batch by batch; float32 is in [0, 1]."""
-
-    pixels: Tensor
-    shape: Shape
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def read(self, rows: Tensor) -> Tensor:
-        pixels = self.pixels[rows]
-        return pixels if pixels.dtype == torch.float32 else pixels.float().div_(255)
-
-    def content(self, rows: Tensor) -> Iterator[bytes]:
-        for start in range(0, len(rows), 1024):
-            yield self.pixels[rows[start : start + 1024]].numpy().tobytes()
-
-
-@dataclass(frozen=True, eq=False)
-class _Folder:
-    """Image files, decoded when they are read."""
-
-    paths: list[Path]
-    shape: Shape
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, rows: Tensor) -> Tensor:
-        pixels = np.empty((len(rows), *self.shape), np.uint8)
-        for index, row in enumerate(rows.tolist()):
-            pixels[index] = read_picture(self.paths[row], self.shape)
-        return torch.from_numpy(pixels).float().div_(255)
-
-    def content(self, rows: Tensor) -> Iterator[bytes]:
-        for path in (self.paths[row] for row in rows.tolist()):
-            with reading(path, "an image"):
-                yield hashlib.sha256(path.read_bytes()).digest()
-
-
 def open_images(
     spec: str | os.PathLike[str],
     *,
@@ -172,152 +52,175 @@ def open_images(
     data_root: str | os.PathLike[str] | None = None,
     image_shape: Shape | None = None,
     download: bool = False,
+    array: str | None = None,
+    mode: Mode | None = None,
 ) -> ImageSource:
     """Open images by path or by the name of a data set. A string that is a known name means the data set.
 
-    - a folder of png, jpg, jpeg, bmp or webp files, searched recursively and sorted. `split` chooses among train/ and
-      test/ (or val/) where it has these. Images that all lie in subfolders are labelled by them (as torchvision does),
-      with the numbers that train/ gives to their names.
+    - a folder of png, jpg, jpeg, bmp or webp files, searched recursively and sorted; each real file counts once.
+      `split` chooses among train/ and test/ (or val/) where it has these. Images that all lie in subfolders are
+      labelled by them (as torchvision's ImageFolder does), with the numbers that train/ gives to their names.
     - .npy or .npz: (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 in 0..255 or float in [0, 1]. Keys of an .npz:
-      x_train, y_train, x_test, y_test; or images, labels; or one array.
+      x_train, y_train, x_test, y_test; or images, labels; or one array; or `array`, as in PATH.npz:KEY.
     - idx files as MNIST's, plain or .gz: the images file (labels are found beside it), or their folder.
+    - .mat files as SVHN's.
+    - an LMDB as NVAE's recipes write it (pictures or pixels, by number), or a folder with train.lmdb and test.lmdb or
+      validation.lmdb; needs the extra `lmdb`.
     - one of `DATA_SET_NAMES` (case, hyphens and underscores do not matter), read under `data_root` (default: see
       `default_data_root`) in torchvision's layout or from NAME.npz. Downloaded only if `download` says so.
 
     split: also of a data set; a plain folder, an .npy file or an idx file has no splits and ignores it.
     image_shape: (C, H, W) that the images must have, usually the backbone's.
-    Raises DataError, naming the file, where images are missing, unreadable, of mixed or wrong size, or not in [0, 1].
+    mode: "rgb" or "grey" converts the colours, for instance of a folder that has both kinds.
+    Raises DataError, naming the file, where images are missing, unreadable, of mixed or wrong size, or not in [0, 1];
+    MemoryLimitError where arrays do not fit in free memory; ConfigurationError for arguments that make no sense.
     """
     if split not in get_args(Split):
         raise ConfigurationError(f"split: expected 'train' or 'test', found {split!r}")
+    if mode not in (None, *get_args(Mode)):
+        raise ConfigurationError(f"--data-mode (mode): expected 'rgb' or 'grey', found {mode!r}")
+    _require_words("--data", spec)
+    _require_words("--data-root (data_root)", data_root)
+    given = os.fsdecode(spec)
     name = known_data_set(spec) if isinstance(spec, str) else None
-    if name is not None:
-        root = default_data_root() if data_root is None else Path(data_root).expanduser()
-        source = _open_named(name, split, root, image_shape, download)
-        source.name = f"{name}/{split}"  # a record must not depend on where this machine keeps its data
+    if name is None:
+        path, array = _existing(given, array)
+        source = _open_path(path, split, image_shape, array, mode)
+        source.origin = Origin(os.path.abspath(path), given, split, source.shape, None, array, mode)
         return source
-    path = Path(os.path.expanduser(spec))
-    if not os.path.exists(path):  # unlike Path's own, these two raise for no name, however long
-        raise DataError(
-            f"{path}: no such file or folder, nor the name of a data set ({', '.join(DATA_SET_NAMES)}); check the path"
-        )
-    return _open_path(path, split, image_shape)
+    if array is not None:
+        raise ConfigurationError(f"--array (array=) chooses among the arrays of an .npz file, but {name} is a data set")
+    root = (default_data_root() if data_root is None else Path(data_root)).expanduser()
+    source = _open_named(name, split, root, image_shape, mode, download)
+    source.name = f"{name}/{split}"  # a record must not depend on where this machine keeps its data
+    source.origin = Origin(name, given, split, source.shape, os.path.abspath(root), None, mode)
+    return source
 
 
 def known_data_set(name: str) -> str | None:
-    """The name in `DATA_SET_NAMES` of a data set; case, hyphens and underscores do not matter. None if it has none."""
+    """What `DATA_SET_NAMES` calls the data set; case, hyphens and underscores do not matter. None: not known."""
     return {plain_name(known): known for known in DATA_SET_NAMES}.get(plain_name(name))
 
 
 def default_data_root() -> Path:
-    """The folder of data sets: $EBM_PRIOR_DATA, else ebm-prior/data in the user's cache directory."""
+    """Where data sets are looked for: $EBM_PRIOR_DATA, else ebm-prior/data in the user's cache directory."""
     if chosen := os.environ.get("EBM_PRIOR_DATA"):
         return Path(chosen).expanduser()
     return user_cache() / "data"
 
 
-def from_array(
-    images: ArrayLike, labels: ArrayLike | None = None, *, name: str = "array", image_shape: Shape | None = None
+# Opening by path.
+
+
+def _require_words(option: str, value: object) -> None:
+    """Refuse an empty string, which as a path would be the current folder."""
+    if isinstance(value, str) and not value.strip():
+        raise ConfigurationError(
+            f"{option}: expected a path or a name, found an empty string; if it comes from a variable, is that set?"
+            " The current folder is called ."
+        )
+
+
+def _existing(spec: str, array: str | None) -> tuple[Path, str | None]:
+    """The path, which is there, and the array in it: PATH.npz:KEY names both. Raises DataError where nothing is."""
+    path = os.path.expanduser(spec)
+    file, marked, key = path.rpartition(".npz:")
+    if marked and key and not os.path.lexists(path):
+        if array not in (None, key):
+            raise ConfigurationError(f"{spec}: names the array {key}, but --array (array=) is {array}; leave out one")
+        path, array = f"{file}.npz", key
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        broken = "a link that leads nowhere" if _is_link(path) else "no such file or folder"
+        if isinstance(error, PermissionError):
+            broken = "this user may not look there"
+        raise DataError(
+            f"{path}: {broken}, nor the name of a data set ({', '.join(DATA_SET_NAMES)}); check the path"
+        ) from None
+    return Path(path), array
+
+
+def _is_link(path: str) -> bool:
+    try:
+        return os.path.islink(path)
+    except ValueError:  # a null character
+        return False
+
+
+def _open_path(
+    path: Path, split: Split, image_shape: Shape | None, array: str | None, mode: Mode | None
 ) -> ImageSource:
-    """Images in memory: (N, H, W), (N, C, H, W) or (N, H, W, C) with 1 or 3 channels, uint8 or float in [0, 1].
-
-    labels: integers (N,). `name` stands in messages and records. Memory is shared with `images` where that can be.
-    Raises DataError for another shape or type, for NaN or values outside [0, 1], and for labels that do not fit.
-    """
-    array = np.asarray(images)
-    if 0 in array.shape:
-        raise DataError(f"{name}: no images, the array has shape {array.shape}")
-    if array.dtype != np.uint8 and array.dtype.kind != "f":
-        raise DataError(f"{name}: expected uint8 in 0..255 or floats in [0, 1], found {array.dtype}; convert the array")
-    array = channels_first(array, name, image_shape)
-    shape = (array.shape[1], array.shape[2], array.shape[3])
-    if image_shape is not None:
-        require_shape(name, shape, image_shape)
-    with np.errstate(over="ignore"):  # a float64 too large for float32 becomes inf, which is reported below
-        dtype = np.uint8 if array.dtype == np.uint8 else np.float32
-        pixels = torch.from_numpy(np.require(array, dtype, ["C", "W"]))
-    if pixels.is_floating_point():
-        require_unit_interval(name, pixels)
-    return ImageSource(name, _Arrays(pixels, shape), checked_labels(labels, len(pixels), name))
-
-
-def from_dataset(dataset: Dataset[Any], *, name: str = "dataset", image_shape: Shape | None = None) -> ImageSource:
-    """Any torch Dataset with a length, whose items are images or (image, label, …).
-
-    An image is a Pillow image, or a tensor or array as in `from_array` without the batch axis. The items are read once,
-    now, into memory: a random augmentation is therefore frozen. A second entry that is an integer is the label;
-    anything else there is left out. Raises DataError, naming the item, as `from_array` and `open_images` do.
-    """
-    if not hasattr(dataset, "__len__") or not len(dataset):
-        raise DataError(f"{name}: expected a Dataset with a length of 1 or more, found a {type(dataset).__name__}")
-    first, _ = _item(dataset, 0, name)
-    images = np.empty((len(dataset), *first.shape), first.dtype)
-    labels: list[int] = []
-    for index in range(len(dataset)):
-        image, label = _item(dataset, index, name)
-        if (image.shape, image.dtype) != (first.shape, first.dtype):
-            raise DataError(
-                f"{name}[{index}]: expected {first.dtype} of shape {first.shape} as in item 0, found {image.dtype} of"
-                f" shape {image.shape}; make the images equal first"
-            )
-        images[index] = image
-        labels += [] if label is None else [label]
-    return from_array(images, labels if len(labels) == len(images) else None, name=name, image_shape=image_shape)
-
-
-# Opening by path and by name.
-
-
-def _open_path(path: Path, split: Split, image_shape: Shape | None) -> ImageSource:
+    if array is not None and path.suffix.lower() not in (".npz", ".npy"):
+        raise ConfigurationError(f"--array (array=) chooses among the arrays of an .npz file, but {path} is none")
+    if not path.is_dir() and (kind := special_kind(path.stat().st_mode)):
+        raise DataError(
+            f"{path}: expected a folder or a regular file, found a {kind}; store the images in a file first"
+        )
+    if path.suffix.lower() in (".npy", ".npz") and not path.is_dir():
+        return _open_numpy(path, split, image_shape, array, mode)
+    if path.suffix.lower() == ".mat" and not path.is_dir():
+        return _open_mat(path, image_shape, mode)
+    if database := find_lmdb(path, split):
+        return open_lmdb(database, image_shape, mode)
     if path.is_dir():
         if idx := find_idx(path, split):
-            return _open_idx(idx, image_shape)
+            return _open_idx(idx, image_shape, mode)
         other: Split = "test" if split == "train" else "train"
         if idx := find_idx(path, other):
             raise DataError(f"{path}: has idx files of the {other} split ({idx.name}), but none of the {split} split")
-        return _open_folder(path, split, image_shape)
-    if path.suffix.lower() in (".npy", ".npz"):
-        return _open_numpy(path, split, image_shape)
+        return open_folder(path, split, image_shape, mode)
     if "idx3" in path.name.lower():
-        return _open_idx(path, image_shape)
-    raise DataError(f"{path}: expected a folder of images, .npy, .npz, or an idx file (…-images-idx3-ubyte, also .gz)")
+        return _open_idx(path, image_shape, mode)
+    raise DataError(
+        f"{path}: expected a folder of images, .npy, .npz, .mat, an LMDB, or an idx file (…-images-idx3-ubyte, also"
+        " .gz)"
+    )
 
 
-def _open_folder(root: Path, split: Split, image_shape: Shape | None) -> ImageSource:
-    folder = split_folder(root, split)
-    paths, shape = find_pictures(folder, image_shape)
-    labels = None
-    if found := picture_classes(folder, paths):
-        # A class must have the same number in every split, also where a split lacks one.
-        train = root / "train"
-        known = found if folder in (root, train) else picture_classes(train, list_pictures(train)) or found
-        if strange := sorted(set(found) - set(known)):
-            raise DataError(
-                f"{folder}: holds classes that {train} lacks: {', '.join(strange)}. Add images of them there, or take "
-                "these away"
-            )
-        number = {name: index for index, name in enumerate(sorted(set(known)))}
-        labels = torch.tensor([number[name] for name in found])
-    return ImageSource(str(folder), _Folder(paths, shape), labels)
+def _open_numpy(
+    path: Path, split: Split, image_shape: Shape | None, array: str | None, mode: Mode | None
+) -> ImageSource:
+    name, images, labels, rest = read_numpy(path, split, array)
+    source = _in_memory(images, labels, name, image_shape, mode)
+    if rest:
+        few = ", ".join(rest[:3]) + ", …" * (len(rest) > 3)
+        source.remarks = (*source.remarks, f"left out: {len(rest)} other arrays of the file ({few})")
+    return source
 
 
-def _open_numpy(path: Path, split: Split, image_shape: Shape | None) -> ImageSource:
-    name, images, labels = read_numpy(path, split)
-    return from_array(images, labels, name=name, image_shape=image_shape)
-
-
-def _open_idx(path: Path, image_shape: Shape | None) -> ImageSource:
+def _open_idx(path: Path, image_shape: Shape | None, mode: Mode | None) -> ImageSource:
     images, labels = read_idx(path)
-    return from_array(images, labels, name=str(path), image_shape=image_shape)
+    return _in_memory(images, labels, str(path), image_shape, mode)
 
 
-def _open_named(name: str, split: Split, root: Path, image_shape: Shape | None, download: bool) -> ImageSource:
+def _open_mat(path: Path, image_shape: Shape | None, mode: Mode | None) -> ImageSource:
+    images, labels = read_mat(path)
+    return _in_memory(images, labels, str(path), image_shape, mode)
+
+
+def _in_memory(images: Any, labels: Any, name: str, image_shape: Shape | None, mode: Mode | None) -> ImageSource:
+    """`from_array`, recoloured by `mode` before it is compared with `image_shape`."""
+    if mode is None:
+        return from_array(images, labels, name=name, image_shape=image_shape)
+    source = from_array(images, labels, name=name).recoloured(mode)
+    if image_shape is not None:
+        require_shape(name, source.shape, image_shape)
+    return source
+
+
+# Opening by name.
+
+
+def _open_named(
+    name: str, split: Split, root: Path, image_shape: Shape | None, mode: Mode | None, download: bool
+) -> ImageSource:
     if name == SUBSET:
         with as_file(files("ebm_prior.checkpoints") / "fashion_mnist_subset.npz") as bundled:
-            return _open_numpy(bundled, split, image_shape)
+            return _open_numpy(bundled, split, image_shape, None, mode)
     archive = root / f"{name}.npz"
     if archive.exists():
-        return _open_numpy(archive, split, image_shape)
+        return _open_numpy(archive, split, image_shape, None, mode)
     class_name, place = _DATA_SETS[name]
     where = root / place.format(split=split)
     has_idx = class_name.endswith("MNIST")
@@ -329,10 +232,12 @@ def _open_named(name: str, split: Split, root: Path, image_shape: Shape | None, 
             " other images as --data"
         )
     if idx:
-        return _open_idx(idx, image_shape)
+        return _open_idx(idx, image_shape, mode)
+    if class_name == "SVHN" and not download:
+        return _open_mat(where, image_shape, mode)
     dataset = _torchvision(class_name, root, split, download)
     labels = dataset.labels if class_name == "SVHN" else dataset.targets
-    return from_array(dataset.data, labels, name=str(where), image_shape=image_shape)
+    return _in_memory(dataset.data, labels, str(where), image_shape, mode)
 
 
 def _torchvision(class_name: str, root: Path, split: Split, download: bool) -> Any:
@@ -343,18 +248,6 @@ def _torchvision(class_name: str, root: Path, split: Split, download: bool) -> A
         from torchvision import datasets
 
         return getattr(datasets, class_name)(root, download=download, **which)
-
-
-def _item(dataset: Dataset[Any], index: int, name: str) -> tuple[NDArray[Any], int | None]:
-    item = dataset[index]
-    image, *rest = item if isinstance(item, (tuple, list)) else (item,)
-    if isinstance(image, Image.Image):
-        picture_shape(image, f"{name}[{index}]")
-        image = picture_pixels(image)
-    elif isinstance(image, Tensor):
-        image = (image.float() if image.is_floating_point() else image).detach().cpu()
-    label = np.asarray(rest[0] if rest else None)
-    return np.asarray(image), int(label) if label.ndim == 0 and label.dtype.kind in "iu" else None
 
 
 def plain_name(name: str) -> str:

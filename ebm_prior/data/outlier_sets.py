@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,27 @@ from ebm_prior.interfaces import Images
 SYNTHETIC = ("noise", "constant")
 
 
-def open_set(spec: str, shape: tuple[int, int, int], n: int, *, seed: int, **where: Any) -> Images:
+def open_set(
+    spec: str,
+    shape: tuple[int, int, int],
+    n: int,
+    *,
+    seed: int,
+    open_with: Callable[..., ImageSource] = open_images,
+    **where: Any,
+) -> Images:
     """The test images of `spec`, in the `shape` (C, H, W) of the backbone's images if that loses nothing of them.
 
     Grey images become colour images of three equal channels, smaller ones get a black frame; the name says so. The
     spec `noise` means n images of independent uniform pixels, `constant` n images of one colour each. `where`: further
-    arguments of `open_images`. Raises DataError for images that do not fit.
+    arguments of `open_images`, or of the function given in its place as `open_with`. Raises DataError for images that
+    do not fit.
     """
     if spec in SYNTHETIC:
         random = np.random.default_rng([seed, SYNTHETIC.index(spec)])
         pixels = random.integers(0, 256, (n, *(shape if spec == "noise" else (shape[0], 1, 1))), dtype=np.uint8)
         return from_array(np.ascontiguousarray(np.broadcast_to(pixels, (n, *shape))), name=spec)
-    source = open_images(spec, split="test", **where)
+    source = open_with(spec, split="test", **where)
     return source if source.shape == shape else Adapted(source, shape)
 
 
@@ -43,7 +52,8 @@ class Adapted:
                 f"{source.name}: expected images of shape {shape}, or grey or smaller ones that can be made so without "
                 f"a loss; found {source.shape}. Resize them first"
             )
-        done = ["as RGB"] * (channels != wanted) + [f"padded to {sides[0]}×{sides[1]}"] * (max(self._frame) > 0)
+        colours = "as RGB" if wanted == 3 else f"in {wanted} channels"
+        done = [colours] * (channels != wanted) + [f"padded to {sides[0]}×{sides[1]}"] * (max(self._frame) > 0)
         self.name = f"{source.name} ({', '.join(done)})"
 
     def __len__(self) -> int:

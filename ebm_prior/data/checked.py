@@ -1,0 +1,72 @@
+"""Images of anybody's own class, looked at before a network sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebm_prior.data.arrays import require_unit_interval
+from ebm_prior.data.source import ImageSource
+from ebm_prior.errors import DataError
+from ebm_prior.interfaces import Images
+
+
+def checked(images: Images, *, first: int = 64) -> Images:
+    """The same images, of which every batch is checked when it is read: finite, in [0, 1], float32, of one shape.
+
+    An `ImageSource` does so itself and comes back as it is. Of other images the `first` are read at once, so that most
+    mistakes show at the start; the others show, with the number of the image, when they are first asked for.
+    Raises DataError.
+
+        images = checked(MyImages())
+        images.batch([3, 5])  # DataError: … found NaN or infinite values in image 5 …
+    """
+    if isinstance(images, (ImageSource, Checked)):
+        return images
+    wrapped = Checked(images)
+    if first:
+        wrapped.batch(range(min(first, len(wrapped))))
+    return wrapped
+
+
+class Checked:
+    """`checked` images; whatever else they have (labels, a fingerprint) is theirs."""
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+        self.name: str = getattr(images, "name", type(images).__name__)
+        self._shape: tuple[int, ...] | None = None
+        if not len(images):
+            raise DataError(f"{self.name}: no images, their number (len) is 0")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_images":  # not there yet: a copy is being made
+            raise AttributeError(name)
+        return getattr(self._images, name)
+
+    def batch(self, indices: Tensor | Sequence[int]) -> Tensor:
+        """Images (B, C, H, W), float32 in [0, 1]. Raises DataError with the number of the first that is not so."""
+        found = self._images.batch(indices)
+        if not isinstance(found, Tensor) or found.dtype != torch.float32 or found.ndim != 4:
+            what = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise DataError(
+                f"{self.name}: expected batches as float32 tensors (B, C, H, W) in [0, 1], found {what}; convert them"
+                " in its method batch"
+            )
+        if len(found) != len(indices):
+            raise DataError(f"{self.name}: expected {len(indices)} images for as many indices, found {len(found)}")
+        self._shape = self._shape or tuple(found.shape[1:])
+        if tuple(found.shape[1:]) != self._shape:
+            raise DataError(
+                f"{self.name}: expected images of shape {self._shape} as in its first batch, found"
+                f" {tuple(found.shape[1:])} (channels, height, width); make them equal first"
+            )
+        if len(found):
+            require_unit_interval(self.name, found, indices)
+        return found

@@ -13,6 +13,7 @@ from ebm_prior.cli.help import Command
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import BACKBONE, JSON, OWN_DATA, PATH, PLACE, SEED, open_images, show_result
+from ebm_prior.cli.types import PRIOR_FILE
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.doctor import DoctorConfig, examine
 from ebm_prior.model.passes import Passes
@@ -86,7 +87,7 @@ def doctor(
 
 
 @click.command()
-@click.argument("prior", type=PATH, required=False)
+@click.argument("prior", type=PRIOR_FILE, required=False)
 @click.option("--backbone", "adapter_name", help="adapter that reads --ckpt")
 @click.option("--ckpt", "checkpoint", help="a backbone instead of a prior: official, own form, or bundled name")
 @JSON

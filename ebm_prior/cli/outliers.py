@@ -110,7 +110,7 @@ def ood(
     """Tell outliers from images of the known kind by L^{>k} and LLR^{>k} (Eqs. 20, 21), with f and without."""
     config = replace(resolve(OutlierConfig(), given), seed=seed)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
-    to = to or places.next_free(prior.parent, "ood")
+    to = to or places.next_free(places.beside(prior), "ood")
     require_folder(to, overwrite)
     loaded.sampler = resolve(loaded.sampler, given)
     known = inside or backbones.named_data(prior_record(prior)["record"], str(prior), option="--in")
@@ -180,7 +180,7 @@ def anomaly(
     """Tell anomalies from normal images by L^{>0}, the unnormalised log-posterior (§5.4, Table 4)."""
     config = replace(resolve(OutlierConfig(), given), seed=seed)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
-    to = to or places.next_free(prior.parent, "anomaly")
+    to = to or places.next_free(places.beside(prior), "anomaly")
     require_folder(to, overwrite)
     shape = loaded.backbone.image_shape
     known, strange = (

@@ -17,6 +17,7 @@ import torch
 from ebm_prior.cli.group import WORDS
 from ebm_prior.cli.help import Option
 from ebm_prior.cli.preflight import Need, require
+from ebm_prior.cli.types import BACKBONE_FILE, PATH, PRIOR_FILE
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
 from ebm_prior.data import images
 from ebm_prior.data.source import ImageSource, Mode
@@ -28,17 +29,6 @@ from ebm_prior.storage.atomic import without_nan
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class _Path(click.Path):
-    """A path that is not empty: "" would be the current folder, and is what a variable that is not set leaves."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Click's conversion. Refuses an empty string."""
-        if value == "":
-            self.fail("expected a path, found an empty string; the current folder is called .", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-PATH = _Path(exists=False, path_type=Path)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 
 
@@ -120,7 +110,11 @@ BACKBONE = together(
         "--backbone", "adapter_name", help="adapter that reads the checkpoint (ebm-prior backbones lists them)"
     ),
     click.option(
-        "--ckpt", "checkpoint", required=True, help="backbone: official file or folder, own form, or bundled name"
+        "--ckpt",
+        "checkpoint",
+        type=BACKBONE_FILE,
+        required=True,
+        help="backbone: official file or folder, own form, or bundled name",
     ),
 )
 READING = "ebm_prior.reading"  # key, in click's context, of how images are read: arguments of open_images
@@ -243,7 +237,7 @@ RECORDED = "{help}  [default: as recorded]"
 
 
 PRIOR = together(
-    click.argument("prior", type=PATH),
+    click.argument("prior", type=PRIOR_FILE),
     click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved"),
     click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on"),
 )

@@ -29,6 +29,7 @@ from ebm_prior.cli.shared import (
     preflight,
     show_result,
 )
+from ebm_prior.cli.types import PRIOR_FILE
 from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, feature_classifier
 from ebm_prior.evaluation.fid import amount, published
 from ebm_prior.evaluation.inception import MODES, load_inception
@@ -49,7 +50,7 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
     cls=Command,
     first=("number", "out", "compare", "overwrite", "checkpoint", "steps", "temperature", "seed", "device", "as_json"),
 )
-@click.argument("prior", type=PATH, required=False)
+@click.argument("prior", type=PRIOR_FILE, required=False)
 @click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="number of samples")
 @click.option(
     "--out",
@@ -118,7 +119,7 @@ def sample(
     cls=Command,
     first=("data", "data_root", "samples", "fid", "classifier", "checkpoint", "seed", "device", "as_json"),
 )
-@click.argument("priors", type=PATH, nargs=-1, required=True)
+@click.argument("priors", type=PRIOR_FILE, nargs=-1, required=True)
 @OWN_DATA
 @click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
 @click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
@@ -263,7 +264,7 @@ def show(
     if what == "energy":
         given["steps"] = given["steps"] or LONG_RUN
     loaded.sampler = resolve(loaded.sampler, given)
-    out = out or places.next_free(prior.parent, what, ".png")
+    out = out or places.next_free(places.beside(prior), what, ".png")
     if out.suffix != ".png":
         raise click.UsageError(f"--out is a .png, found {out}")
     for path in (out, out.with_suffix(".npz")):

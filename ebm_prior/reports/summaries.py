@@ -176,12 +176,18 @@ def _making(record: Mapping[str, Any]) -> list[str]:
 
 
 def backbone_list(listed: Mapping[str, Any]) -> str:
-    """Adapters and bundled backbones."""
+    """Adapters, bundled backbones and bundled priors."""
     adapters = [[row["adapter"], row["class"]] for row in listed["adapters"]]
     trained = [[row["name"], row["adapter"], str(row["data"])] for row in listed["bundled"]]
     broken = [row["error"] for row in listed["adapters"] if "error" in row]
-    tables = [table(["adapter", "class"], adapters), table(["bundled", "adapter", "data"], trained)]
-    return "\n\n".join(["\n".join([tables[0], *broken]), tables[1]])
+    priors = [[row["name"], row["backbone"], f"{row['gain']:+.2f} nats"] for row in listed["priors"]]
+    return "\n\n".join(
+        [
+            "\n".join([table(["adapter", "class"], adapters), *broken]),
+            table(["bundled backbone", "adapter", "data"], trained),
+            table(["bundled prior", "on backbone", "held-out gain"], priors),
+        ]
+    )
 
 
 def sampler_text(sampler: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch
 from ebm_prior.errors import UnknownBackboneError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
-from ebm_prior.storage.checkpoint import PRIOR_KEY, backbone_record, bundled
+from ebm_prior.storage.checkpoint import PRIOR_KEY, backbone_record, bundled, bundled_priors, prior_record
 from ebm_prior.storage.registry import adapter, registered
 from ebm_prior.storage.weights import count_parameters, fingerprint, read_tensors
 from ebm_prior.training.fit_config import FitConfig, paper_preset
@@ -54,7 +54,7 @@ def describe_backbone(backbone: Backbone, record: Mapping[str, Any]) -> dict[str
 
 
 def list_backbones() -> dict[str, Any]:
-    """The adapters that are installed, those that cannot be imported with the error, and the bundled backbones."""
+    """Installed adapters (with the error of one that cannot be imported), bundled backbones and bundled priors."""
     adapters = []
     for name, point in registered().items():
         row = {"adapter": name, "class": point.value}
@@ -66,4 +66,9 @@ def list_backbones() -> dict[str, Any]:
     for name, path in bundled().items():
         card = backbone_record(path)
         trained.append({"name": name, "adapter": card["adapter"], "data": card["record"].get("data", {}).get("name")})
-    return {"adapters": adapters, "bundled": trained}
+    priors = []
+    for name, path in bundled_priors().items():
+        record = prior_record(path)
+        gain = record["record"]["held_out"]["tempered"]["nats"]
+        priors.append({"name": name, "backbone": record["backbone"]["checkpoint"], "gain": gain})
+    return {"adapters": adapters, "bundled": trained, "priors": priors}

@@ -120,6 +120,17 @@ def bundled() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.safetensors")) if not path.stem.endswith(others)}
 
 
+def bundled_priors() -> dict[str, Path]:
+    """Name -> file of the energy-based priors that come with the package, on bundled backbones."""
+    folder = Path(str(resources.files("ebm_prior.checkpoints")))
+    return {path.stem: path for path in sorted(folder.glob("*_prior.safetensors"))}
+
+
+def prior_file(name: str | Path) -> Path:
+    """The file of a prior: the bundled one of that name, or else the path itself."""
+    return bundled_priors().get(str(name), Path(name))
+
+
 def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
     """Write a prior as one safetensors file: the heads, and what is needed to use them again.
 
@@ -149,7 +160,7 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
 
 def prior_record(path: str | Path) -> dict[str, Any]:
     """The record in a prior file. Raises CheckpointError for another kind of file or a newer format."""
-    return _read_prior(Path(path))[1]
+    return _read_prior(prior_file(path))[1]
 
 
 def _read_prior(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -180,10 +191,12 @@ def load_prior(
 ) -> EBMPrior:
     """A prior with its backbone: the given one, or the one at `checkpoint`, or the one that the file remembers.
 
+    `path`: a file, or the name of a bundled prior (`ebm-prior backbones` lists them).
+
     Raises CheckpointError for a damaged file, BackboneMismatchError if the backbone's weights are not those that the
     prior was trained on; `force` allows other weights (not other latent groups).
     """
-    path = Path(path)
+    path = prior_file(path)
     tensors, record = _read_prior(path)
     trained_on, tau, regime, target = (record[key] for key in ("backbone", "tau", "regime", "target"))
     ceiling = math.inf if record.get("ceiling") is None else record["ceiling"]  # older files have none

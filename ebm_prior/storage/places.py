@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from ebm_prior.errors import ConfigurationError, OutputError
-from ebm_prior.storage.checkpoint import prior_record
+from ebm_prior.storage.checkpoint import bundled_priors, prior_record
 
 
 def run_directory(out: Path | None, command: str, *, resume: bool) -> Path:
@@ -31,10 +31,15 @@ def newest_prior() -> Path:
     return max(priors, key=lambda path: (path.stat().st_mtime_ns, path))
 
 
+def beside(prior: Path) -> Path:
+    """The folder for results of a prior: its own, or the current one for a bundled prior."""
+    return Path() if prior in bundled_priors().values() else prior.parent
+
+
 def next_drawing(prior: Path) -> Path:
     """The next free drawn-NNN.png beside a prior. Raises CheckpointError where there is no prior."""
     prior_record(prior)  # first: for a mistyped name a folder would be made
-    return next_free(prior.parent, "drawn", ".png")
+    return next_free(beside(prior), "drawn", ".png")
 
 
 def next_free(folder: Path, stem: str, suffix: str = "") -> Path:

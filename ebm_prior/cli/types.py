@@ -1,0 +1,50 @@
+"""Types of arguments: paths that are not empty; priors and backbones by path or bundled name, with completion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from ebm_prior.storage.checkpoint import bundled, bundled_priors, prior_file
+
+
+class _Path(click.Path):
+    """A path that is not empty: "" would be the current folder, and is what a variable that is not set leaves."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Click's conversion. Refuses an empty string."""
+        if value == "":
+            self.fail("expected a path, found an empty string; the current folder is called .", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _Prior(_Path):
+    """The path of a prior, or the name of a bundled one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The file that is meant."""
+        return prior_file(super().convert(value, param, ctx))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Names of bundled priors, and files."""
+        names = [CompletionItem(name) for name in bundled_priors() if name.startswith(incomplete)]
+        return names + super().shell_complete(ctx, param, incomplete)
+
+
+class _Backbone(click.ParamType):
+    """The path of a backbone (an official file or folder, or the own form), or the name of a bundled one."""
+
+    name = "text"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Names of bundled backbones, and files."""
+        names = [CompletionItem(name) for name in bundled() if name.startswith(incomplete)]
+        return [*names, CompletionItem(incomplete, type="file")]
+
+
+PATH = _Path(exists=False, path_type=Path)
+PRIOR_FILE = _Prior(exists=False, path_type=Path)
+BACKBONE_FILE = _Backbone()

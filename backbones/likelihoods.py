@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebm_prior.compute.randomness import Generator, uniform
+from ebm_prior.compute.randomness import Generator, standard_normal, uniform
 from ebm_prior.errors import ConfigurationError
+from ebm_prior.model.backbone import Gaussian
 
 
 class Bernoulli:
@@ -43,6 +44,26 @@ def dequantize(images: Tensor, *, generator: Generator = None) -> Tensor:
     """8-bit images (B, C, H, W) in [0, 1] as (255·x + u)/256 with u uniform: continuous, of the same shape."""
     u = uniform(images.shape, generator, dtype=images.dtype, device=images.device)
     return ((images * 255).round() + u) / 256
+
+
+class GaussianPixels:
+    """Independent normal pixels around a mean image: the plain likelihood of a VAE trained by squared error.
+
+    mean: (B, C, H, W) in [0, 1].  std: one positive number, or a tensor that broadcasts to `mean`.
+    """
+
+    def __init__(self, mean: Tensor, std: float | Tensor = 0.1) -> None:
+        self.mean = mean
+        self.pixels = Gaussian(mean, torch.as_tensor(std, dtype=mean.dtype, device=mean.device))
+
+    def log_prob(self, images: Tensor) -> Tensor:
+        """Nats per image, (B,), of images (B, C, H, W)."""
+        return self.pixels.log_prob(images)
+
+    def sample(self, *, generator: Generator = None) -> Tensor:
+        """Images (B, C, H, W), clipped to [0, 1]."""
+        noise = standard_normal(self.mean.shape, generator, dtype=self.mean.dtype, device=self.mean.device)
+        return (self.mean + self.pixels.std * noise).clamp(0, 1)
 
 
 class LogisticMixture:

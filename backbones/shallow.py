@@ -86,10 +86,10 @@ class ShallowGenerator(Backbone):
     def likelihood(self, features: Tensor) -> ImageDistribution:
         """p(x | z_1) from z_1 (B, D)."""
         mean = self.generator(features[:, :, None, None])
-        return GaussianPixels(mean.to(features.dtype), self.sigma)  # under autocast the network alone is coarser
+        return CentredGaussianPixels(mean.to(features.dtype), self.sigma)  # under autocast the network alone is coarser
 
 
-class GaussianPixels:
+class CentredGaussianPixels:
     """N(mean, σ²) per pixel: a density on y = 2x − 1, from the mean of y (B, C, H, W) in [−1, 1]."""
 
     def __init__(self, mean: Tensor, sigma: float) -> None:

@@ -36,7 +36,7 @@ def adapter(name: str) -> type[Backbone]:
                 return kind
     raise UnknownBackboneError(
         f"no backbone adapter is registered as {name!r}; found: {', '.join(points) or 'none'}. Install the package "
-        f"that provides it, or register your class under the entry-point group {GROUP!r} (README: Your own VAE)"
+        f"that provides it, or register your class under the entry-point group {GROUP!r} (backbones/README.md)"
     )
 
 

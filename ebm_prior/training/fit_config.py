@@ -16,7 +16,7 @@ from ebm_prior.training.stages import StageConfig
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a fit. The defaults are what measured best (README: Why these defaults)."""
+    """Settings of a fit. The defaults are what measured best (ebm_prior/training/README.md)."""
 
     objective: Literal["nce", "mle"] = setting("nce", "how the heads are trained")
     iterations: int = setting(2_400, "gradient steps")

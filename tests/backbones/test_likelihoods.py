@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ebm_prior.backbones.likelihoods import Bernoulli, LogisticMixture, binarize, dequantize
+from ebm_prior.backbones.likelihoods import Bernoulli, GaussianPixels, LogisticMixture, binarize, dequantize
 from tiny_hvae import tiny
 from torch import Tensor
+
+from ebm_prior.compute.randomness import derived_generator
 
 
 def test_bernoulli_probabilities_sum_to_one() -> None:
@@ -69,3 +71,13 @@ def test_observations() -> None:
         images = torch.rand(2, *image_shape)
         model = tiny(image_shape=image_shape, likelihood=likelihood)
         assert torch.equal(model.observe(images, generator=seeded(1)), expected(images, generator=seeded(1)))
+
+
+def test_gaussian_pixels_have_the_density_of_torchs_normal() -> None:
+    mean, images = (torch.rand(3, 2, 4, 4, generator=derived_generator(n), dtype=torch.float64) for n in (1, 2))
+    std = 0.05 + torch.rand(2, 1, 1, generator=derived_generator(3), dtype=torch.float64)
+    expected = torch.distributions.Normal(mean, std).log_prob(images).flatten(1).sum(1)
+    torch.testing.assert_close(GaussianPixels(mean, std).log_prob(images), expected)
+    drawn = GaussianPixels(torch.full((20_000, 1, 1, 1), 0.5), 0.1).sample(generator=derived_generator(4))
+    assert float(drawn.mean()) == pytest.approx(0.5, abs=0.003)
+    assert float(drawn.std()) == pytest.approx(0.1, rel=0.02)

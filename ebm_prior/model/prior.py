@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ebm_prior.compute.isolation import isolated, require_numbers, require_precision
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import BLOCK, BlockGenerator
 from ebm_prior.errors import ConfigurationError, RegimeError
-from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.backbone import Backbone, require_groups
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.samplers import SamplerConfig, draw, effective_sample_size, graphed
 from ebm_prior.model.scores import Form, Lower, Mode, score
@@ -65,6 +66,9 @@ class EBMPrior:
         if target == "published" and regime == "calibrated":
             raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
         like = next(backbone.parameters())
+        require_numbers(like.device)
+        require_precision(like.dtype)
+        require_groups(backbone)
         self.backbone = backbone.for_inference()
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
         self.tau, self.ceiling = tau, ceiling
@@ -73,6 +77,7 @@ class EBMPrior:
         self.sampler = sampler or SamplerConfig()
         self.record = dict(record or {})
 
+    @isolated()
     def f(self, z: Sequence[Tensor]) -> Tensor:
         """The negative energy min(τ f(z), ceiling) in nats, (B,), for z a list of (B, *group.shape)."""
         return self.negative_energy(z, self.backbone.standardize(z) if self.energy.config.conditional else z)
@@ -101,6 +106,7 @@ class EBMPrior:
         trace = self.backbone.given(z)
         return self.negative_energy(z, trace.eps) + trace.log_prior.sum(1)
 
+    @isolated()
     def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 128) -> tuple[float, float]:
         """log Z = log E_{p_β}[e^{τf}] from n ancestral draws, and the ESS of the estimate as a fraction of n.
 
@@ -116,7 +122,7 @@ class EBMPrior:
         f = torch.cat(parts)
         return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
-    @torch.no_grad()
+    @isolated(grad=False)
     def map_chunks(
         self,
         see: Callable[[Samples], Seen],
@@ -147,6 +153,7 @@ class EBMPrior:
 
         return processes.map(drawn, _blocks(n, chunk))
 
+    @isolated()
     def sample(
         self,
         n: int,
@@ -177,6 +184,7 @@ class EBMPrior:
             *(torch.cat(column) for column in zip(*(part[2:] for part in parts), strict=True)),
         )
 
+    @isolated()
     def scores(
         self,
         images: Tensor,
@@ -212,6 +220,7 @@ class EBMPrior:
         ]
         return {form: torch.cat([part[form] for part in parts]) for form in forms}
 
+    @isolated()
     def score(
         self,
         images: Tensor,

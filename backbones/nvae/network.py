@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from ebm_prior.backbones.nvae.cells import Cell, NormedConv2d, decoder_cell, encoder_cell
 from ebm_prior.backbones.nvae.distributions import soft_gaussian
-from ebm_prior.backbones.nvae.flows import Flow
+from ebm_prior.backbones.nvae.flows import Flow, MaskedConv2d
 from ebm_prior.backbones.options import LARGEST_COUNT, require_count, require_counts
 from torch import Tensor, nn
 
@@ -34,8 +34,8 @@ class Architecture:
     that the network sees and the likelihood does not (MNIST: 2). blocks: pre- and post-processing blocks, each of which
     halves or doubles the side and has so many preprocess_cells or postprocess_cells. encoder_cells, decoder_cells: per
     group. flows: normalizing flows per group. residual_posterior: q's parameters add to p's. likelihood: "bernoulli",
-    "logistic_mixture" (with so many components) or "gaussian" (log_std_floor cuts off log σ in log p(x | z); −2 in
-    VAEBM). bits: of an image, below 8 `observe` reduces them.
+    "logistic_mixture" (of 1 or 3 colours, with so many components) or "gaussian" (log_std_floor cuts off log σ in
+    log p(x | z); −2 in VAEBM). bits: of an image, below 8 `observe` reduces them.
     """
 
     image_shape: Sequence[int]
@@ -72,8 +72,11 @@ class Architecture:
             raise ConfigurationError("groups_per_scale: expected at least one scale, found none")
         if self.likelihood not in LIKELIHOODS:
             raise ConfigurationError(f"likelihood: expected one of {LIKELIHOODS}, found {self.likelihood!r}")
-        if self.likelihood == "logistic_mixture" and self.image_shape[0] != 3:
-            raise ConfigurationError(f"the logistic mixture models 3 colours, found images of {self.image_shape[0]}")
+        if self.likelihood == "logistic_mixture" and self.image_shape[0] not in (1, 3):
+            raise ConfigurationError(
+                f"the logistic mixture models 1 or 3 colours, found images of {self.image_shape[0]}: likelihood "
+                "gaussian models any number"
+            )
         floor = self.log_std_floor
         if floor is not None and not (
             self.likelihood == "gaussian" and type(floor) in (int, float) and math.isfinite(floor)
@@ -120,7 +123,7 @@ class Architecture:
     def image_channels(self) -> int:
         """The number of parameters of p(x | z) per pixel."""
         if self.likelihood == "logistic_mixture":
-            return 10 * self.components
+            return (10 if self.image_shape[0] == 3 else 3) * self.components
         return self.image_shape[0] * (2 if self.likelihood == "gaussian" else 1)
 
     @property
@@ -224,6 +227,12 @@ class Network(nn.Module):
             for i in range(a.postprocess_cells)
         )
         self.image_conditional = nn.Sequential(nn.ELU(), NormedConv2d(a.decoder_channels, a.image_channels, 3))
+
+    def make_masks(self) -> None:
+        """Make the flows' masks, which are no weights, for a network whose weights were assigned to it on meta."""
+        for module in self.modules():
+            if isinstance(module, MaskedConv2d):
+                module.make_mask()
 
     def _encoder_tower(self) -> nn.ModuleList:
         a = self.architecture

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ebm_prior.compute.isolation import require_numbers, require_precision
 from ebm_prior.compute.randomness import Generator, standard_normal
 from ebm_prior.errors import CheckpointError, ConfigurationError, ContractError, few
 
@@ -300,3 +301,11 @@ def require_groups(backbone: Backbone) -> None:
             f"{type(backbone).__name__}.groups: expected at least one latent group of shape (D,) or (C, H, W), with "
             f"sizes of at least 1; found {few(wrong) or 'none'}: correct the adapter (check_backbone says what else)"
         )
+
+
+def require_usable(backbone: Backbone) -> None:
+    """Raise ConfigurationError for parameters on meta or of a precision that is not supported; as `require_groups`."""
+    like = next(backbone.parameters())
+    require_numbers(like.device)
+    require_precision(like.dtype)
+    require_groups(backbone)

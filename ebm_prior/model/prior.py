@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ebm_prior.compute.isolation import isolated, require_numbers, require_precision
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import BLOCK, BlockGenerator
 from ebm_prior.errors import ConfigurationError, RegimeError
-from ebm_prior.model.backbone import Backbone, require_groups
+from ebm_prior.model.backbone import Backbone, require_usable
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.samplers import SamplerConfig, draw, effective_sample_size, graphed
 from ebm_prior.model.scores import Form, Lower, Mode, score
@@ -66,9 +66,7 @@ class EBMPrior:
         if target == "published" and regime == "calibrated":
             raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
         like = next(backbone.parameters())
-        require_numbers(like.device)
-        require_precision(like.dtype)
-        require_groups(backbone)
+        require_usable(backbone)
         self.backbone = backbone.for_inference()
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
         self.tau, self.ceiling = tau, ceiling

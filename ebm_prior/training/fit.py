@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import Purpose, derived_generator, seeded
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.interfaces import Callback, Images, Recorder
-from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.backbone import Backbone, require_usable
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import draw, graphed, norm, where
@@ -49,6 +50,7 @@ class Part(NamedTuple):
     chains: list[Tensor]  # where they are persistent
 
 
+@isolated(grad=True)
 def fit(
     backbone: Backbone,
     images: Images,
@@ -70,6 +72,7 @@ def fit(
     and not on how many processes there are. Only the first one is given a `run` and callbacks.
     """
     config = config or FitConfig()
+    require_usable(backbone)
     if config.parts % processes.count:
         raise ConfigurationError(
             f"{processes.count} processes share the parts of a batch: expected a multiple of that, found "

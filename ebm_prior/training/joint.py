@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.compute.cuda_graphs import runner
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, seeded
 from ebm_prior.errors import DivergenceError
 from ebm_prior.interfaces import Callback, Images, Recorder
@@ -37,6 +38,7 @@ NORM_LIMIT = 3.0  # times the posterior's ‖ε‖/√D, at least 1: chains beyo
 EVALUATED = 1_000  # validation images, and PRIOR_DRAWS as many draws of p_β, for the metrics
 
 
+@isolated(grad=True)
 def train_jointly(
     backbone: Backbone,
     images: Images,

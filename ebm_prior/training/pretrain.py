@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, seeded, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.interfaces import Callback, Images, Recorder
@@ -41,6 +42,7 @@ class Elbo(NamedTuple):
         return -self.elbo / (math.log(2) * math.prod(image_shape))
 
 
+@isolated(grad=True)
 def pretrain(
     backbone: Backbone,
     images: Images,

@@ -14,6 +14,7 @@ from ebm_prior.backbones.folding import FoldableBackbone
 from ebm_prior.backbones.hvae import official
 from ebm_prior.backbones.hvae.network import Features, Network, Options, stage_spec
 from ebm_prior.backbones.likelihoods import binarize, dequantize
+from ebm_prior.backbones.options import require_count, require_flag, require_list
 from ebm_prior.backbones.safe_loading import load_file, load_plain
 from ebm_prior.backbones.state_dicts import weights_of
 from torch import Tensor
@@ -51,10 +52,11 @@ class HVAE(FoldableBackbone[Network]):
     ) -> None:
         super().__init__()
         self.image_shape = require_model_options(image_shape, likelihood, activation, q_dropout, p_dropout)
-        if not stages:
-            raise ConfigurationError("stages: expected at least one, found none")
+        require_list("stages", stages, of="stage")
+        require_flag("skips", skips)
         self.discretised = likelihood == "logistic_mixture"
         specs = [stage_spec(stage) for stage in stages]
+        require_count("the number of blocks in all", sum(len(spec.blocks) for spec in specs))
         self.architecture = {
             "image_shape": list(self.image_shape),
             "likelihood": likelihood,

@@ -7,7 +7,6 @@ which takes z in. The top group (index 0) has no encoder combiner, the bottom on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +15,15 @@ import torch
 from ebm_prior.backbones.nvae.cells import Cell, NormedConv2d, decoder_cell, encoder_cell
 from ebm_prior.backbones.nvae.distributions import soft_gaussian
 from ebm_prior.backbones.nvae.flows import Flow, MaskedConv2d
-from ebm_prior.backbones.options import LARGEST_COUNT, require_count, require_counts
+from ebm_prior.backbones.options import (
+    LARGEST_COUNT,
+    require_choice,
+    require_count,
+    require_counts,
+    require_flag,
+    require_list,
+    require_number,
+)
 from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
@@ -64,26 +71,21 @@ class Architecture:
         require_counts(self, "preprocess_cells", "postprocess_cells")  # one of which halves or doubles the side
         require_counts(self, "blocks", "encoder_cells", "decoder_cells", "flows", "padding", least=0)
         for name in ("squeeze_excite", "residual_posterior"):
-            if type(getattr(self, name)) is not bool:
-                raise ConfigurationError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+            require_flag(name, getattr(self, name))
         if len(self.image_shape) != 3 or self.image_shape[1] != self.image_shape[2]:
             raise ConfigurationError(f"image_shape: expected (C, H, W) of a square image, found {self.image_shape}")
-        if not self.groups_per_scale:
-            raise ConfigurationError("groups_per_scale: expected at least one scale, found none")
-        if self.likelihood not in LIKELIHOODS:
-            raise ConfigurationError(f"likelihood: expected one of {LIKELIHOODS}, found {self.likelihood!r}")
+        require_choice("likelihood", self.likelihood, LIKELIHOODS)
         if self.likelihood == "logistic_mixture" and self.image_shape[0] not in (1, 3):
             raise ConfigurationError(
                 f"the logistic mixture models 1 or 3 colours, found images of {self.image_shape[0]}: likelihood "
                 "gaussian models any number"
             )
-        floor = self.log_std_floor
-        if floor is not None and not (
-            self.likelihood == "gaussian" and type(floor) in (int, float) and math.isfinite(floor)
-        ):
-            raise ConfigurationError(
-                f"log_std_floor: expected a number, and the Gaussian likelihood, found {floor!r} and {self.likelihood}"
-            )
+        if self.log_std_floor is not None:
+            require_number("log_std_floor", self.log_std_floor, -100, 100)
+            if self.likelihood != "gaussian":
+                raise ConfigurationError(
+                    f"log_std_floor: expected a number, and the Gaussian likelihood, found {self.likelihood}"
+                )
         if self.bits > 8 or (self.bits < 8 and self.likelihood == "bernoulli"):
             raise ConfigurationError(f"bits: expected 1 to 8, and 8 with the Bernoulli likelihood, found {self.bits}")
         if self.blocks + self.scales > 32 or self.side % 2 ** (self.blocks + self.scales - 1):
@@ -148,8 +150,7 @@ class Architecture:
 
 
 def _counts(name: str, values: Sequence[int]) -> list[int]:
-    if not isinstance(values, (list, tuple)):
-        raise ConfigurationError(f"{name}: expected a list of positive integers, found {values!r}")
+    require_list(name, values, of="positive integer")
     for value in values:
         require_count(name, value)
     return list(values)

@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from ebm_prior.compute.isolation import isolated
-from ebm_prior.errors import CheckpointError, EbmPriorError
+from ebm_prior.errors import CheckpointError, ConfigurationError, EbmPriorError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.storage.weights import check_state
 
@@ -79,12 +79,13 @@ def no_larger_than(tensors: Mapping[str, Tensor], path: Path, *, allocates: bool
 def skeleton(kind: type[Kind], architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Kind:
     """The network `kind(**architecture)` on the device "meta". `tensors`: those of the file at `path`, by any name.
 
-    Raises CheckpointError for an architecture that `kind` cannot build, or one far larger than the file.
+    Raises ConfigurationError for an architecture that `kind` refuses, and CheckpointError for one that it cannot build,
+    or that is far larger than the file.
     """
     try:
         with no_larger_than(tensors, path, allocates=False), torch.device("meta"), _Unfilled():
             return kind(**architecture)
-    except CheckpointError:
+    except EbmPriorError:
         raise
     except Exception as error:  # an adapter can raise nearly anything over a foreign architecture
         if reads_numbers(error):
@@ -113,6 +114,8 @@ def build_described(
     """
     try:
         check_state(tensors, skeleton(kind, architecture, tensors, path).state_dict(), path)
+    except ConfigurationError as error:
+        raise unbuildable(kind, path, error) from error
     except RuntimeError as error:
         if not reads_numbers(error):
             raise

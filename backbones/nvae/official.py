@@ -121,7 +121,7 @@ def _side(state: Mapping[str, Tensor], halvings: int) -> int | None:
     start = state.get("prior_ftr0")
     if start is None or start.dim() != 3 or not 0 <= halvings <= 32:
         return None
-    return int(start.shape[1]) * 2**halvings
+    return int(start.shape[1]) << halvings
 
 
 def _seen(dataset: Any, halvings: int, state: Mapping[str, Tensor]) -> dict[str, Any]:

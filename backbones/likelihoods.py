@@ -67,39 +67,41 @@ class GaussianPixels:
 
 
 class LogisticMixture:
-    """Discretised mixture of logistics over RGB pixels (Salimans et al., PixelCNN++, 2017).
+    """Discretised mixture of logistics over RGB or grey pixels (Salimans et al., PixelCNN++, 2017).
 
     `parameters` (B, 10·M, H, W): M mixture logits, then for each colour M means, M log-scales and M coefficients.
-    Within a component the colours come in sequence: green's mean moves by c₀·red, blue's by c₁·red + c₂·green. The
+    Within a component the colours come in sequence: green's mean moves by c₀·red, blue's by c₁·red + c₂·green. With one
+    colour (B, 3·M, H, W): M mixture logits, M means, M log-scales. C, the number of `colours`, is 3 or 1. The
     arithmetic is on [−1, 1], where the V + 1 = 2^bits values lie 2/V apart and the outermost bins reach to infinity.
     """
 
     LOG_SCALE_MIN = -7.0
     TOP_EDGE = 0.999  # values above lie in the uppermost bin
 
-    def __init__(self, parameters: Tensor, *, bits: int = 8) -> None:
+    def __init__(self, parameters: Tensor, *, bits: int = 8, colours: int = 3) -> None:
         batch, channels, height, width = parameters.shape
-        if channels % 10:
-            raise ConfigurationError(f"expected 10 channels per mixture component, found {channels} in all")
+        own = 3 if colours == 3 else 2  # parameters of a colour in a component
+        if colours not in (1, 3) or channels % (1 + colours * own):
+            raise ConfigurationError(
+                f"expected {1 + colours * own} channels per mixture component of {colours} colours (1 or 3), found "
+                f"{channels} in all"
+            )
         self.top = 2**bits - 1  # V
-        self.components = channels // 10
+        self.components = channels // (1 + colours * own)
         self.logits = parameters[:, : self.components]  # (B, M, H, W)
-        rest = parameters[:, self.components :].view(batch, 3, 3, self.components, height, width)
-        self.means = rest[:, :, 0]  # (B, 3, M, H, W), before the move by the other colours
+        rest = parameters[:, self.components :].view(batch, colours, own, self.components, height, width)
+        self.means = rest[:, :, 0]  # (B, C, M, H, W), before the move by the other colours
         self.log_scales = rest[:, :, 1].clamp(min=self.LOG_SCALE_MIN)
-        self.coefficients = rest[:, :, 2].tanh()
+        self.coefficients = rest[:, :, 2].tanh() if colours == 3 else torch.zeros_like(self.means)
 
     def log_prob(self, images: Tensor) -> Tensor:
-        """Nats per image, (B,), of images (B, 3, H, W) in [0, 1]."""
+        """Nats per image, (B,), of images (B, C, H, W) in [0, 1]."""
         return self.log_prob_of_pixels(images).flatten(1).sum(1)
 
     def log_prob_of_pixels(self, images: Tensor) -> Tensor:
-        """Nats per pixel, its three colours together, (B, H, W), of images (B, 3, H, W) in [0, 1]."""
-        x = (2 * images - 1).unsqueeze(2)  # (B, 3, 1, H, W)
-        red, green = x[:, 0], x[:, 1]
-        c = self.coefficients
-        shift = torch.stack([torch.zeros_like(c[:, 0]), c[:, 0] * red, c[:, 1] * red + c[:, 2] * green], dim=1)
-        u = x - (self.means + shift)
+        """Nats per pixel, its colours together, (B, H, W), of images (B, C, H, W) in [0, 1]."""
+        x = (2 * images - 1).unsqueeze(2)  # (B, C, 1, H, W)
+        u = x - (self.means + self._shift(x))
         v = torch.exp(-self.log_scales)
         upper, lower = v * (u + 1 / self.top), v * (u - 1 / self.top)
         mass = upper.sigmoid() - lower.sigmoid()
@@ -111,28 +113,38 @@ class LogisticMixture:
         )
         return torch.logsumexp(log_mass.sum(1) + self.logits.log_softmax(1), dim=1)
 
+    def _shift(self, x: Tensor) -> Tensor:
+        """By how much the colours before it move each colour's mean, (B, C, M, H, W), for x (B, C, 1, H, W)."""
+        c = self.coefficients
+        if c.shape[1] == 1:
+            return c  # zeros
+        red, green = x[:, 0], x[:, 1]
+        return torch.stack([torch.zeros_like(c[:, 0]), c[:, 0] * red, c[:, 1] * red + c[:, 2] * green], dim=1)
+
     @property
     def mean(self) -> Tensor:
-        """The mixture's mean with every component's colours clipped to the range, (B, 3, H, W)."""
-        colours = self._colours(self.means, self.coefficients)  # (B, 3, M, H, W)
+        """The mixture's mean with every component's colours clipped to the range, (B, C, H, W)."""
+        colours = self._colours(self.means, self.coefficients)  # (B, C, M, H, W)
         mean = (colours * self.logits.softmax(1).unsqueeze(1)).sum(2)
         return ((mean + 1) / 2).clamp(0, 1)  # rounding may leave the range by an ulp
 
     def sample(self, *, generator: Generator = None) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], continuous (not rounded to 8 bits)."""
-        dtype, device = self.logits.dtype, self.logits.device
+        """Images (B, C, H, W) in [0, 1], continuous (not rounded to 8 bits)."""
+        dtype, device, colours = self.logits.dtype, self.logits.device, self.means.shape[1]
         u = 1e-5 + (1 - 2e-5) * uniform(self.logits.shape, generator, dtype=dtype, device=device)
-        chosen = (self.logits - torch.log(-torch.log(u))).argmax(1)[:, None, None].expand(-1, 3, 1, -1, -1)
+        chosen = (self.logits - torch.log(-torch.log(u))).argmax(1)[:, None, None].expand(-1, colours, 1, -1, -1)
         mean, log_scale, coefficients = (
             t.gather(2, chosen) for t in (self.means, self.log_scales, self.coefficients)
-        )  # (B, 3, 1, H, W)
+        )  # (B, C, 1, H, W)
         u = 1e-5 + (1 - 2e-5) * uniform(mean.shape, generator, dtype=dtype, device=device)
         noise = log_scale.exp() * (u.log() - torch.log1p(-u))
         return (self._colours(mean + noise, coefficients).squeeze(2) + 1) / 2
 
     @staticmethod
     def _colours(own: Tensor, c: Tensor) -> Tensor:
-        """Red, green, blue in sequence from their own terms and the coefficients (B, 3, M, H, W), clipped."""
+        """Red, green, blue in sequence from their own terms and the coefficients (B, 3, M, H, W), or grey, clipped."""
+        if own.shape[1] == 1:
+            return own.clamp(-1, 1)
         red = own[:, 0].clamp(-1, 1)
         green = (own[:, 1] + c[:, 0] * red).clamp(-1, 1)
         blue = (own[:, 2] + c[:, 1] * red + c[:, 2] * green).clamp(-1, 1)

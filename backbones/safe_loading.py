@@ -1,12 +1,13 @@
 """Reading other people's checkpoint files: no code runs, and what is wrong is said.
 
 A pickle can name any function of any installed package. `torch.load(weights_only=True)` resolves a fixed list of names
-only, and `load_pickle` turns a fixed list of names into words; what comes out is then held to plain values or to
-tensors, so that a surprise ends here and not in a network.
+only, those of `foreign_values` to functions of ours, and `load_pickle` turns a fixed list of names into words; what
+comes out is then held to plain values or to tensors, so that a surprise ends here and not in a network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -16,32 +17,33 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from ebm_prior.backbones.foreign_values import STAND_INS
 from torch import Tensor
 
-from ebm_prior.errors import CheckpointError
-from ebm_prior.storage.weights import require_finite
+from ebm_prior.errors import CheckpointError, few
+from ebm_prior.storage.weights import FLOATS, require_finite
 
 PLAIN = (str, int, float, bool, type(None))
 LARGEST_RECORD = 100_000  # bytes, or values: an architecture has some hundreds
 
 
-def load_file(path: Path, content: str, *, allow: Sequence[Callable[..., Any]] = ()) -> Any:
+def load_file(path: Path, content: str) -> Any:
     """The content of a torch file. `content` says what the file should hold, for the error message.
 
-    `allow`: classes beyond torch's own list that the file may hold; they must do nothing but keep values. Where the
-    format admits it the tensors are mapped from the file: what nobody reads takes no memory.
+    Values that can run nothing are read or passed over (`foreign_values`); any other name that torch does not know is
+    refused. Where the format admits it the tensors are mapped from the file: what nobody reads takes no memory.
     """
     _require_file(path, content)
     zipped = zipfile.is_zipfile(path)
     try:
         if zipped:
             _require_whole(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(list(allow)):
+        with warnings.catch_warnings(), _stand_ins_alone():
             # official files are older than torch's present pickle protocol
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -49,9 +51,27 @@ def load_file(path: Path, content: str, *, allow: Sequence[Callable[..., Any]] =
         raise _refusal(path, content, error) from error
 
 
+@contextlib.contextmanager
+def _stand_ins_alone() -> Iterator[None]:
+    """Beyond torch's own list the stand-ins are allowed, and not what else this process has declared safe."""
+    declared = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(declared)
+
+
 def _require_whole(path: Path) -> None:
-    """Hold what a zip file contains to its checksums, which torch does not: a flipped bit would be another weight."""
+    """Hold what a zip file contains to its checksums, which torch does not: a flipped bit would be another weight.
+
+    torch compresses nothing: what claims to be larger than the file is refused before it is unpacked.
+    """
     with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+            raise zipfile.BadZipFile("entries larger than the file")
         if (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(damaged)
 
@@ -64,7 +84,9 @@ def _require_file(path: Path, content: str) -> None:
 def _refusal(path: Path, content: str, error: Exception) -> CheckpointError:
     refused = re.search(r"GLOBAL (\S+)", str(error))
     found = (
-        f"the name {refused[1]}, refused because loading it could run code; get the file from its source"
+        f"the name {refused[1][:200]}, refused because loading it could run code. Numbers, texts, lists, dicts, paths, "
+        "numpy's numbers and argparse's Namespace may stand beside the weights: save the file again without the entry "
+        "that holds anything else, where it comes from, or get it from its source"
         if refused
         else f"a damaged file or another format ({type(error).__name__}); copy it again from its source"
     )
@@ -157,9 +179,36 @@ def load_tensors(path: Path, content: str) -> dict[str, Tensor]:
 
 def tensors_of(state: Any, path: Path, content: str) -> dict[str, Tensor]:
     """`state`, from the file at `path`, as a state dict: dense tensors by name, the floating-point ones finite."""
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in state.items()
-    ):
-        raise CheckpointError(f"expected {content} in {path}, found something else than a dict of dense tensors")
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"expected {content} in {path}, tensors by name, found something else than a dict of dense tensors: "
+            f"{_kind(state)}"
+        )
+    wrong = [f"{str(key)[:100]} ({_kind(v)})" for key, v in state.items() if not (isinstance(key, str) and _sound(v))]
+    if wrong:
+        raise CheckpointError(
+            f"expected {content} in {path}, found something else than a dict of dense tensors of numbers: {few(wrong)}"
+        )
+    sizes = [value.numel() * value.element_size() for value in state.values()]
+    if sum(sizes) > 4 * os.path.getsize(path):  # a few tensors under many names each, or one number repeated
+        raise CheckpointError(
+            f"expected {content} in {path}, found tensors of {sum(sizes)} bytes in a file of {os.path.getsize(path)}: "
+            "they are one another's copies; save them again as contiguous tensors"
+        )
     require_finite(state, path)
     return dict(state)
+
+
+def _sound(value: object) -> bool:
+    """Whether a value is a tensor in memory with a number at each place, of a type in which weights are stored."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not value.is_quantized and (value.dtype in FLOATS or not value.is_floating_point())
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, dict):
+        return f"a dict of {few([str(key) for key in value])}" if value else "an empty dict"
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
+    return type(value).__name__

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from ebm_prior.backbones.options import require_count
+from ebm_prior.backbones.options import require_count, require_list, require_number
 from torch import Tensor, nn
 
 from ebm_prior.compute.randomness import Generator, standard_normal
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, shown
 from ebm_prior.model.backbone import Backbone, Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
 
 SLOPE = 0.2  # of the leaky ReLU
@@ -39,16 +39,15 @@ class ShallowGenerator(Backbone):
         sigma: float = 0.3,
     ) -> None:
         super().__init__()
-        if not (isinstance(image_shape, (list, tuple)) and len(image_shape) == 3 and image_shape[1] == image_shape[2]):
-            raise ConfigurationError(f"image_shape: expected (C, S, S), found {image_shape!r}")
-        if not (isinstance(latents, (list, tuple)) and latents):
-            raise ConfigurationError(f"latents: expected the dimensions of z_1, …, z_L, found {latents!r}")
-        for what, count in [("image_shape", n) for n in image_shape] + [("latents", n) for n in latents]:
-            require_count(what, count)
+        for what, counts in (("image_shape", image_shape), ("latents", latents)):
+            require_list(what, counts, of="count")
+            for count in counts:
+                require_count(what, count)
+        if len(image_shape) != 3 or image_shape[1] != image_shape[2]:
+            raise ConfigurationError(f"image_shape: expected (C, S, S), found {shown(image_shape)}")
         require_count("width", width)
         require_count("hidden", hidden)
-        if not (isinstance(sigma, (int, float)) and 0 < sigma < float("inf")):
-            raise ConfigurationError(f"sigma: expected a positive number, found {sigma!r}")
+        require_number("sigma", sigma, 1e-6, 1e3)
         self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
         self.architecture = {
             "image_shape": list(image_shape),

@@ -1,5 +1,10 @@
 """The errors a user can meet. Each message says what was expected, what was found, and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import islice
+
 
 class EbmPriorError(Exception):
     """Base of every error that ebm-prior raises on purpose; the command line turns it into exit code 1."""
@@ -23,6 +28,10 @@ class UnknownBackboneError(EbmPriorError):
 
 class ContractError(EbmPriorError):
     """An adapter breaks the backbone contract; the message names the mistake."""
+
+
+class AssumptionWarning(UserWarning):
+    """A file leaves something open, and the most likely is taken; the message says what, and how to say otherwise."""
 
 
 class DataError(EbmPriorError):
@@ -54,3 +63,21 @@ class DivergenceError(EbmPriorError):
     def __init__(self, message: str, *, kept: object = None) -> None:
         super().__init__(message)
         self.kept = kept
+
+
+# Words of the messages.
+
+
+def few(names: Collection[object], *, most: int = 10, separator: str = ", ") -> str:
+    """At most ten names, each cut off at 200 characters, and how many more there are: a network can have thousands."""
+    first = [text if len(text := str(name)) <= 200 else f"{text[:200]}…" for name in islice(names, most)]
+    return separator.join(first) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def shown(value: object) -> str:
+    """A value out of a file, in Python's notation: at most 200 characters of it."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or an integer too long to print
+        text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 200 else f"{text[:200]}…"

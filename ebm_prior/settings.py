@@ -31,7 +31,7 @@ def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) ->
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = json.loads(file.read_text())
+            values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"--config {file} cannot be read as JSON: {error}") from error
         if not isinstance(values, dict):

@@ -15,12 +15,14 @@ from ebm_prior.backbones.biva_family.layers import fold_weight_norm, require_ini
 from ebm_prior.backbones.folding import FoldableBackbone
 from ebm_prior.backbones.likelihoods import Bernoulli, LogisticMixture, binarize
 from ebm_prior.backbones.options import record
-from ebm_prior.backbones.safe_loading import load_json, load_pickle, load_tensors
+from ebm_prior.backbones.safe_loading import load_file, load_json, load_pickle
+from ebm_prior.backbones.state_dicts import weights_of
 from torch import Tensor
 
 from ebm_prior.compute.randomness import Generator
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.model.backbone import Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.storage.skeleton import skeleton
 from ebm_prior.storage.weights import check_state
 
 
@@ -47,6 +49,7 @@ class BIVA(FoldableBackbone[Network]):
     official_format: ClassVar[str] = (
         "the official format of BIVA is a folder with hyperparameters.p, config.json and model.pth"
     )
+    official_options: ClassVar[tuple[str, ...]] = ("weights",)
 
     layout: ClassVar[torch.memory_format] = torch.contiguous_format  # channels last gains here and loses there
 
@@ -104,24 +107,24 @@ class BIVA(FoldableBackbone[Network]):
         return fold_weight_norm(network)
 
     @classmethod
-    def load_official(cls, path: Path) -> BIVA:
+    def load_official(cls, path: Path, *, weights: str | None = None) -> BIVA:
         """Build the network from a run folder of biva-pytorch, in eval mode, running none of its code.
 
-        Reads hyperparameters.p, config.json and model.pth, and no other file. Raises CheckpointError.
+        Reads hyperparameters.p, config.json and model.pth, and no other file. weights: "plain" or "ema", where
+        model.pth has both. Raises CheckpointError, and ConfigurationError for weights that it has not.
         """
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder, and {cls.official_format}")
         hyperparameters = load_pickle(path / "hyperparameters.p", "the architecture", official.WORDS)
         config = load_json(path / "config.json", "the training options")
-        state = load_tensors(path / "model.pth", "the weights")
+        file = path / "model.pth"
+        state = weights_of(load_file(file, "the weights"), file, "the weights", weights)
         try:
-            architecture = official.translate(hyperparameters, config)
-            with torch.device("meta"):  # a corrupt architecture allocates nothing before the weights confirm it
-                model = cls(**architecture)
+            model = skeleton(cls, official.translate(hyperparameters, config), state, path)
         except ConfigurationError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        check_state(state, model.network.state_dict(), path / "model.pth")
+        check_state(state, model.network.state_dict(), file)
         model.to_empty(device="cpu")
         model.network.load_state_dict(state)
         require_initialized(model.network, path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ebm_prior.backbones.options import require_nothing_left, take
 
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, shown
 
 WORDS = {
     "biva.model.stage.BivaStage": "biva",
@@ -31,14 +31,14 @@ def translate(hyperparameters: Any, config: Mapping[str, Any]) -> dict[str, Any]
     from the hyper-parameters, which are the official constructor's arguments.
     """
     if not isinstance(hyperparameters, dict):
-        raise ConfigurationError(f"expected a dict of hyper-parameters, found {hyperparameters!r}")
+        raise ConfigurationError(f"expected a dict of hyper-parameters, found {shown(hyperparameters)}")
     rest = dict(hyperparameters)
     kind, stage = take(rest, "type", str), take(rest, "Stage", str)
     if kind != stage:
         raise ConfigurationError(f"expected a type and a Stage that agree, found {kind!r} and {stage!r}")
     shape = take(rest, "tensor_shp", list)
     if len(shape) != 4:
-        raise ConfigurationError(f"tensor_shp: expected (batch, C, H, W), found {shape}")
+        raise ConfigurationError(f"tensor_shp: expected (batch, C, H, W), found {shown(shape)}")
     blocks, latents = take(rest, "stages", list), take(rest, "latents", list)
     if len(blocks) != len(latents):
         raise ConfigurationError(f"expected as many stages as latents, found {len(blocks)} and {len(latents)}")
@@ -79,13 +79,13 @@ def _likelihood(features_out: int, colours: Any, config: Mapping[str, Any]) -> d
 
 def _blocks(stage: Any) -> list[dict[str, Any]]:
     if not isinstance(stage, list) or not all(isinstance(block, list) and len(block) == 3 for block in stage):
-        raise ConfigurationError(f"expected a list of blocks [filters, kernel, stride], found {stage!r}")
+        raise ConfigurationError(f"expected a list of blocks [filters, kernel, stride], found {shown(stage)}")
     return [dict(zip(("filters", "kernel", "stride"), block, strict=True)) for block in stage]
 
 
 def _latent(latent: Any) -> dict[str, Any]:
     if not isinstance(latent, dict) or latent.get("block") not in ("dense", "conv"):
-        raise ConfigurationError(f"expected a latent of DenseNormal or ConvNormal, found {latent!r}")
+        raise ConfigurationError(f"expected a latent of DenseNormal or ConvNormal, found {shown(latent)}")
     rest = {key: value for key, value in latent.items() if key != "block"}
     features = take(rest, "N", int)
     kernel = take(rest, "kernel", int) if latent["block"] == "conv" else None

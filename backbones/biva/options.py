@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +9,15 @@ import torch
 import torch.nn.functional as F
 from ebm_prior.backbones.biva_family.layers import Activation, Shape
 from ebm_prior.backbones.biva_family.paths import identity, require_model_options
-from ebm_prior.backbones.options import record, require_count, require_counts
-
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.backbones.options import (
+    record,
+    require_choice,
+    require_count,
+    require_counts,
+    require_flag,
+    require_list,
+    require_number,
+)
 
 KINDS = ("biva", "lvae", "vae")
 LOG_VARIANCES: dict[str, Activation] = {"softplus": F.softplus, "tanh": torch.tanh, "none": identity}
@@ -49,8 +54,7 @@ class StageSpec:
     latent: Latent
 
     def __post_init__(self) -> None:
-        if not isinstance(self.blocks, (list, tuple)) or not self.blocks:
-            raise ConfigurationError(f"StageSpec.blocks: expected a list of at least one block, found {self.blocks!r}")
+        require_list("StageSpec.blocks", self.blocks, of="block")
         object.__setattr__(self, "blocks", [record(Block, block) for block in self.blocks])
         object.__setattr__(self, "latent", record(Latent, self.latent))
 
@@ -85,21 +89,14 @@ class Architecture:
             self.image_shape, self.likelihood, self.activation, self.q_dropout, self.p_dropout
         )
         object.__setattr__(self, "image_shape", list(shape))
-        if not isinstance(self.stages, (list, tuple)) or not self.stages:
-            raise ConfigurationError(f"stages: expected a list of at least one stage, found {self.stages!r}")
+        require_list("stages", self.stages, of="stage")
         object.__setattr__(self, "stages", [record(StageSpec, stage) for stage in self.stages])
         require_count("the number of blocks in all", sum(len(stage.blocks) for stage in self.stages))
-        if self.kind not in KINDS:
-            raise ConfigurationError(f"kind: expected one of {list(KINDS)}, found {self.kind!r}")
-        if self.log_variance not in LOG_VARIANCES:
-            raise ConfigurationError(
-                f"log_variance: expected one of {list(LOG_VARIANCES)}, found {self.log_variance!r}"
-            )
+        require_choice("kind", self.kind, KINDS)
+        require_choice("log_variance", self.log_variance, LOG_VARIANCES)
         require_count("components", self.components)
-        if type(self.skips) is not bool:
-            raise ConfigurationError(f"skips: expected true or false, found {self.skips!r}")
-        if not (isinstance(self.init_std, (int, float)) and 0 < self.init_std < math.inf):
-            raise ConfigurationError(f"init_std: expected a positive number, found {self.init_std!r}")
+        require_flag("skips", self.skips)
+        require_number("init_std", self.init_std, 1e-6, 1e3)
 
     @property
     def shape(self) -> Shape:

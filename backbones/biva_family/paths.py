@@ -15,10 +15,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from ebm_prior.backbones.biva_family.layers import Activation, ResidualBlock, Shape
-from ebm_prior.backbones.options import require_count
+from ebm_prior.backbones.options import require_choice, require_count, require_number
 from torch import Tensor, nn
 
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, shown
 
 
 def identity(x: Tensor) -> Tensor:
@@ -46,18 +46,16 @@ def require_model_options(
 ) -> Shape:
     """The image shape as a tuple, if these make sense together. Raises ConfigurationError."""
     if not isinstance(image_shape, (list, tuple)) or len(image_shape) != 3 or image_shape[1] != image_shape[2]:
-        raise ConfigurationError(f"image_shape: expected (C, H, W) of a square image, found {image_shape}")
-    channels, height, width = image_shape
+        raise ConfigurationError(f"image_shape: expected (C, H, W) of a square image, found {shown(image_shape)}")
     for size in image_shape:
         require_count("image_shape", size)
-    if likelihood not in LIKELIHOODS:
-        raise ConfigurationError(f"likelihood: expected one of {LIKELIHOODS}, found {likelihood!r}")
+    channels, height, width = image_shape
+    require_choice("likelihood", likelihood, LIKELIHOODS)
     if likelihood == "logistic_mixture" and channels != 3:
         raise ConfigurationError(f"the logistic mixture models 3 colours, found images of shape {list(image_shape)}")
-    if activation not in ACTIVATIONS:
-        raise ConfigurationError(f"activation: expected one of {sorted(ACTIVATIONS)}, found {activation!r}")
-    if not all(isinstance(rate, (int, float)) and 0 <= rate < 1 for rate in (q_dropout, p_dropout)):
-        raise ConfigurationError(f"expected dropout rates in [0, 1), found q {q_dropout!r} and p {p_dropout!r}")
+    require_choice("activation", activation, ACTIVATIONS)
+    for which, rate in (("q_dropout", q_dropout), ("p_dropout", p_dropout)):
+        require_number(f"dropout rates in [0, 1): {which}", rate, 0, 0.999)
     return channels, height, width
 
 

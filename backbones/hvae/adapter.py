@@ -8,19 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from ebm_prior.backbones.biva_family.layers import fold_weight_norm, require_initialized
 from ebm_prior.backbones.biva_family.paths import ACTIVATIONS, require_model_options
 from ebm_prior.backbones.folding import FoldableBackbone
 from ebm_prior.backbones.hvae import official
 from ebm_prior.backbones.hvae.network import Features, Network, Options, stage_spec
 from ebm_prior.backbones.likelihoods import binarize, dequantize
-from ebm_prior.backbones.safe_loading import load_plain, load_tensors
+from ebm_prior.backbones.options import require_count, require_flag, require_list
+from ebm_prior.backbones.safe_loading import load_file, load_plain
+from ebm_prior.backbones.state_dicts import weights_of
 from torch import Tensor
 
 from ebm_prior.compute.randomness import Generator
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.model.backbone import Draw, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.storage.skeleton import skeleton
 from ebm_prior.storage.weights import check_state
 
 
@@ -36,6 +38,7 @@ class HVAE(FoldableBackbone[Network]):
     official_format: ClassVar[str] = (
         "the official format of HVAE is a folder with model_kwargs.pt, model_class_name.pt and model_state_dict.pt"
     )
+    official_options: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __init__(
         self,
@@ -49,10 +52,11 @@ class HVAE(FoldableBackbone[Network]):
     ) -> None:
         super().__init__()
         self.image_shape = require_model_options(image_shape, likelihood, activation, q_dropout, p_dropout)
-        if not stages:
-            raise ConfigurationError("stages: expected at least one, found none")
+        require_list("stages", stages, of="stage")
+        require_flag("skips", skips)
         self.discretised = likelihood == "logistic_mixture"
         specs = [stage_spec(stage) for stage in stages]
+        require_count("the number of blocks in all", sum(len(spec.blocks) for spec in specs))
         self.architecture = {
             "image_shape": list(self.image_shape),
             "likelihood": likelihood,
@@ -90,11 +94,12 @@ class HVAE(FoldableBackbone[Network]):
         return fold_weight_norm(network)
 
     @classmethod
-    def load_official(cls, path: Path) -> HVAE:
+    def load_official(cls, path: Path, *, weights: str | None = None) -> HVAE:
         """Build the network from a run folder of hvae-oodd, in eval mode, running none of its code.
 
         Reads model_class_name.pt, model_kwargs.pt, model_state_dict.pt, datamodule_config.pt if that is there, and no
-        other file. Raises CheckpointError.
+        other file. weights: "plain" or "ema", where model_state_dict.pt has both. Raises CheckpointError, and
+        ConfigurationError for weights that it has not.
         """
         path = Path(path)
         if not path.is_dir():
@@ -103,14 +108,13 @@ class HVAE(FoldableBackbone[Network]):
         if name != "VAE":
             raise CheckpointError(f"expected the model class VAE in {path}, found {name!r}, which is not supported")
         kwargs = load_plain(path / "model_kwargs.pt", "the architecture")
-        state = load_tensors(path / "model_state_dict.pt", "the weights")
+        file = path / "model_state_dict.pt"
+        state = weights_of(load_file(file, "the weights"), file, "the weights", weights)
         try:
-            architecture = official.translate(kwargs)
-            with torch.device("meta"):  # a corrupt architecture allocates nothing before the weights confirm it
-                model = cls(**architecture)
+            model = skeleton(cls, official.translate(kwargs), state, path / "model_kwargs.pt")
         except ConfigurationError as error:
             raise CheckpointError(f"{path / 'model_kwargs.pt'}: {error}") from error
-        check_state(state, model.network.state_dict(), path / "model_state_dict.pt")
+        check_state(state, model.network.state_dict(), file)
         model.to_empty(device="cpu")
         model.network.load_state_dict(state)
         require_initialized(model.network, path)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from ebm_prior.backbones.biva_family.layers import Activation, Dense, ResidualBlock, SameConv2d, Shape
 from ebm_prior.backbones.biva_family.paths import GenerativePath, InferencePath, Skips, chain, require_meeting_shapes
 from ebm_prior.backbones.likelihoods import Bernoulli, LogisticMixture
-from ebm_prior.backbones.options import record, require_counts
+from ebm_prior.backbones.options import record, require_counts, require_flag, require_list
 from torch import Tensor, nn
 
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, shown
 from ebm_prior.model.backbone import Draw, Gaussian
 
 MIXTURE_CHANNELS = 100  # ten components of ten parameters
@@ -39,6 +39,8 @@ class Block:
 
     def __post_init__(self) -> None:
         require_counts(self, "filters", "kernel", "stride")
+        require_flag("Block.gated", self.gated)
+        require_flag("Block.weight_norm", self.weight_norm)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Latent:
 
     def __post_init__(self) -> None:
         require_counts(self, "features", *(["kernel"] if self.kernel is not None else []))
+        require_flag("Latent.weight_norm", self.weight_norm)
+        require_flag("Latent.learned_prior", self.learned_prior)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class StageSpec:
 def stage_spec(options: Any) -> StageSpec:
     """A stage from its JSON form. Raises ConfigurationError."""
     if not isinstance(options, Mapping) or set(options) != {"blocks", "latent"} or not options["blocks"]:
-        raise ConfigurationError(f"expected a stage with blocks (at least one) and a latent, found {options}")
+        raise ConfigurationError(f"expected a stage with blocks (at least one) and a latent, found {shown(options)}")
+    require_list("blocks", options["blocks"], of="block")
     return StageSpec(tuple(record(Block, b) for b in options["blocks"]), record(Latent, options["latent"]))
 
 

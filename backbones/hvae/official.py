@@ -6,7 +6,7 @@ from typing import Any
 
 from ebm_prior.backbones.options import require_nothing_left, take
 
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, shown
 
 LIKELIHOODS = {
     "BernoulliLikelihoodConv2d": "bernoulli",
@@ -22,16 +22,18 @@ def translate(record: Any) -> dict[str, Any]:
     """
     kwargs = record.get("kwargs") if isinstance(record, dict) else None
     if not isinstance(kwargs, dict):
-        raise ConfigurationError(f"expected a dict with the entry 'kwargs', found {record!r}")
+        raise ConfigurationError(f"expected a dict with the entry 'kwargs', found {shown(record)}")
     kwargs = dict(kwargs)
     image_shape = take(kwargs, "input_shape", list)
     likelihood = take(kwargs, "likelihood_module", str)
     if likelihood not in LIKELIHOODS:
-        raise ConfigurationError(f"expected a likelihood among {list(LIKELIHOODS)}, found {likelihood}")
+        raise ConfigurationError(f"expected a likelihood among {list(LIKELIHOODS)}, found {shown(likelihood)}")
     blocks = take(kwargs, "config_deterministic", list)
     latents = take(kwargs, "config_stochastic", list)
     if not image_shape or not all(isinstance(stage, list) for stage in blocks):
-        raise ConfigurationError(f"expected an image shape and lists of blocks, found {image_shape} and {blocks}")
+        raise ConfigurationError(
+            f"expected an image shape and lists of blocks, found {shown(image_shape)} and {shown(blocks)}"
+        )
     if len(blocks) != len(latents):
         raise ConfigurationError(f"expected as many stages as latents, found {len(blocks)} and {len(latents)}")
     if kwargs.pop("padded_shape", None) is not None:
@@ -93,5 +95,5 @@ def _latent(config: Any) -> dict[str, Any]:
 
 def _named(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("block") not in names:
-        raise ConfigurationError(f"expected a block among {names}, found {config!r}")
+        raise ConfigurationError(f"expected a block among {names}, found {shown(config)}")
     return {key: value for key, value in config.items() if key != "block"}

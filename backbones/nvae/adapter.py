@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from ebm_prior.backbones.folding import FoldableBackbone
+from ebm_prior.backbones.foreign_values import Arguments
 from ebm_prior.backbones.likelihoods import Bernoulli, binarize
 from ebm_prior.backbones.nvae import official
 from ebm_prior.backbones.nvae.cells import BatchNorm, Conv2d
@@ -20,14 +20,18 @@ from ebm_prior.backbones.nvae.folding import FoldedCell, fold
 from ebm_prior.backbones.nvae.network import Architecture, Context, Features, Network
 from ebm_prior.backbones.nvae.spectral import spectral_norms
 from ebm_prior.backbones.options import record
-from ebm_prior.backbones.safe_loading import load_file, tensors_of
+from ebm_prior.backbones.safe_loading import load_file
+from ebm_prior.backbones.state_dicts import completed, holds_weights, weights_of
 from torch import Tensor
 
 from ebm_prior.compute.randomness import Generator
-from ebm_prior.errors import CheckpointError, ConfigurationError
+from ebm_prior.errors import CheckpointError, ConfigurationError, few
 from ebm_prior.model.backbone import Draw, Gaussian, ImageDistribution, LatentGroup, PosteriorDraw
+from ebm_prior.storage.skeleton import skeleton
 from ebm_prior.storage.weights import check_state
 
+CHECKPOINT = "checkpoint.pt"
+"""The name that the official code gives its file."""
 ALIAS = ".weight_normalized"
 """How the keys end under which official files repeat the weights of convolutions without weight norm."""
 
@@ -46,6 +50,7 @@ class NVAE(FoldableBackbone[Network]):
     official_format: ClassVar[str] = (
         "the official format of NVAE is a checkpoint.pt, a dict with state_dict and args (an argparse.Namespace)"
     )
+    official_options: ClassVar[tuple[str, ...]] = ("weights", *official.OPEN)
 
     def __init__(self, **architecture: Any) -> None:
         super().__init__()
@@ -88,7 +93,7 @@ class NVAE(FoldableBackbone[Network]):
             return Bernoulli(parameters)
         if a.likelihood == "gaussian":
             return GaussianImage(parameters, log_std_floor=a.log_std_floor)
-        return NvaeMixture(parameters, bits=a.bits)
+        return NvaeMixture(parameters, bits=a.bits, colours=a.image_shape[0])
 
     def observe(self, images: Tensor, *, generator: Generator = None) -> Tensor:
         """Dynamic binarisation for the Bernoulli likelihood; else the model's bit depth."""
@@ -141,31 +146,44 @@ class NVAE(FoldableBackbone[Network]):
         return (module for module in self.network.modules() if isinstance(module, BatchNorm))
 
     @classmethod
-    def load_official(cls, path: Path) -> NVAE:
-        """Build the network from a checkpoint of the official code, in eval mode. Raises CheckpointError.
+    def load_official(cls, path: Path, **options: Any) -> NVAE:
+        """Build the network from a checkpoint of the official code, in eval mode.
 
         Reads the arguments and the weights; the optimizer's state, two thirds of the file, stays on disk. The file
         does not say which code trained a Gaussian decoder: log p(x | z) is NVAE's, and VAEBM's with log_std_floor −2
         (`ebm-prior convert --set log_std_floor=-2`).
+
+        path: the file, or the folder with a checkpoint.pt. options: weights "plain" or "ema", where the file has both;
+        image_shape, padding, likelihood and components, which go before what the name of the data set or the weights
+        say. What is concluded is said by an AssumptionWarning. Raises CheckpointError, and ConfigurationError for
+        options that make no sense.
         """
+        path = Path(path)
+        if os.path.isfile(path / CHECKPOINT):
+            path = path / CHECKPOINT
         if not os.path.isfile(path):
             raise CheckpointError(f"{path} is not a file, and {cls.official_format}")
-        path, content = Path(path), load_file(path, "an NVAE checkpoint", allow=[argparse.Namespace])
+        content = load_file(path, "an NVAE checkpoint")
         args = content.get("args") if isinstance(content, dict) else None
-        if not isinstance(args, argparse.Namespace) or "state_dict" not in content:
-            found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
+        if not isinstance(args, (Arguments, dict)) or not holds_weights(content):
+            found = (
+                f"a dict of {few(sorted(map(str, content)))}" if isinstance(content, dict) else type(content).__name__
+            )
             raise CheckpointError(f"expected an NVAE checkpoint in {path}, found {found}; {cls.official_format}")
-        state = tensors_of(content["state_dict"], path, "the weights")
+        args = args if isinstance(args, dict) else vars(args)
+        state = weights_of(content, path, "the weights", options.pop("weights", None))
         state = {key: tensor for key, tensor in state.items() if not key.endswith(ALIAS)}
         try:
-            with torch.device("meta"):  # a corrupt architecture allocates nothing before the weights confirm it
-                model = cls(**official.translate(vars(args)))
+            model = skeleton(cls, official.translate(args, state, options), state, path)
         except ConfigurationError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+            kind = ConfigurationError if options else CheckpointError
+            raise kind(f"{path}: {error}") from error
         expected = model.network.state_dict()
+        state = completed(state, expected)
         check_state(state, expected, path)
-        model.data_name = args.dataset
-        # Copied from the mapped file. Assigned, for the masks of the flows are no weights and exist already.
+        model.data_name = args["dataset"] if isinstance(args.get("dataset"), str) else None
+        # Copied from the mapped file. Assigned, for a module on meta has nothing to copy to.
         copies = {key: torch.empty_like(expected[key], device="cpu").copy_(tensor) for key, tensor in state.items()}
         model.network.load_state_dict(copies, assign=True)
+        model.network.make_masks()
         return model.eval()

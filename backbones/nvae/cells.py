@@ -41,7 +41,10 @@ class NormedConv2d(Conv2d):
         self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, groups: int = 1, bias: bool = True
     ) -> None:
         super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=bias)
-        self.log_weight_norm = nn.Parameter((self._norm(self.weight.detach()) + 1e-2).log())
+        if self.weight.is_meta:  # torch takes seconds to import what computes a norm of nothing
+            self.log_weight_norm = nn.Parameter(self.weight.new_empty(out_channels, 1, 1, 1))
+        else:
+            self.log_weight_norm = nn.Parameter((self._norm(self.weight.detach()) + 1e-2).log())
 
     @staticmethod
     def _norm(weight: Tensor) -> Tensor:

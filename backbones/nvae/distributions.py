@@ -37,7 +37,7 @@ class NvaeMixture(LogisticMixture):
 
     @property
     def mean(self) -> Tensor:
-        """One chain of colours with the components' averaged means and coefficients, as published: (B, 3, H, W)."""
+        """One chain of colours with the components' averaged means and coefficients, as published: (B, C, H, W)."""
         weights = self.logits.softmax(1).unsqueeze(1)
         own, c = ((weights * values).sum(2) for values in (self.means, self.coefficients))
         return (self._colours(own, c) + 1) / 2

@@ -40,17 +40,38 @@ def causal_mask(
 class MaskedConv2d(NormedConv2d):
     """Weight-normed convolution of the masked weight: the norm counts what the mask leaves.
 
-    The mask is a buffer outside the state dict. It is made on the CPU, also under `torch.device("meta")`.
+    `mask`: the arguments of `causal_mask`. The mask itself is a buffer outside the state dict; on the device "meta" it
+    has a shape alone, until `make_mask` is called.
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor, in_channels: int, *, bias: bool = False) -> None:
-        out_channels, per_group, kernel, _ = mask.shape
-        super().__init__(in_channels, out_channels, kernel, groups=in_channels // per_group, bias=bias)
-        self.register_buffer("mask", mask, persistent=False)
-        weight = self.weight.detach()
-        self.log_weight_norm = nn.Parameter((self._norm(weight * mask.to(weight.device)) + 1e-2).log())
+    def __init__(
+        self,
+        latents: int,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        strict: bool,
+        mirror: bool,
+        depthwise: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel, groups=in_channels if depthwise else 1, bias=bias)
+        self._order = (latents, strict, mirror)
+        self.register_buffer("mask", torch.empty_like(self.weight, requires_grad=False), persistent=False)
+        if not self.weight.is_meta:
+            self.make_mask()
+            self.log_weight_norm = nn.Parameter((self._norm(self.weight.detach() * self.mask) + 1e-2).log())
+
+    def make_mask(self) -> None:
+        """Make the mask anew, where the weight is."""
+        latents, strict, mirror = self._order
+        out_channels, in_channels, kernel, _ = self.weight.shape
+        self.mask = causal_mask(latents, out_channels, in_channels, kernel, strict=strict, mirror=mirror).to(
+            self.weight.device
+        )
 
     def kernel(self) -> Tensor:
         """ŵ of the masked weight, (C_out, C_in/groups, K, K)."""
@@ -64,11 +85,10 @@ class Shift(nn.Module):
     def __init__(self, latents: int, *, mirror: bool) -> None:
         super().__init__()
         hidden = WIDENING * latents
-        first = causal_mask(latents, hidden, latents, 3, strict=True, mirror=mirror)
-        second = causal_mask(latents, hidden, 1, 5, strict=False, mirror=mirror)
-        last = causal_mask(latents, latents, hidden, 1, strict=False, mirror=mirror)
-        convz = nn.Sequential(MaskedConv2d(first, latents), nn.ELU(), MaskedConv2d(second, hidden), nn.ELU())
-        mu = MaskedConv2d(last, hidden, bias=True)
+        first = MaskedConv2d(latents, latents, hidden, 3, strict=True, mirror=mirror)
+        second = MaskedConv2d(latents, hidden, hidden, 5, strict=False, mirror=mirror, depthwise=True)
+        convz = nn.Sequential(first, nn.ELU(), second, nn.ELU())
+        mu = MaskedConv2d(latents, hidden, latents, 1, strict=False, mirror=mirror, bias=True)
         mu.log_weight_norm.data -= math.log(10)  # near the identity at first
         self.conv = nn.ModuleDict({"convz": convz})
         self.mu = nn.ModuleDict({"conv_0": mu})

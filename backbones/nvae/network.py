@@ -7,7 +7,6 @@ which takes z in. The top group (index 0) has no encoder combiner, the bottom on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,8 +14,16 @@ from typing import NamedTuple
 import torch
 from ebm_prior.backbones.nvae.cells import Cell, NormedConv2d, decoder_cell, encoder_cell
 from ebm_prior.backbones.nvae.distributions import soft_gaussian
-from ebm_prior.backbones.nvae.flows import Flow
-from ebm_prior.backbones.options import LARGEST_COUNT, require_count, require_counts
+from ebm_prior.backbones.nvae.flows import Flow, MaskedConv2d
+from ebm_prior.backbones.options import (
+    LARGEST_COUNT,
+    require_choice,
+    require_count,
+    require_counts,
+    require_flag,
+    require_list,
+    require_number,
+)
 from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
@@ -34,8 +41,8 @@ class Architecture:
     that the network sees and the likelihood does not (MNIST: 2). blocks: pre- and post-processing blocks, each of which
     halves or doubles the side and has so many preprocess_cells or postprocess_cells. encoder_cells, decoder_cells: per
     group. flows: normalizing flows per group. residual_posterior: q's parameters add to p's. likelihood: "bernoulli",
-    "logistic_mixture" (with so many components) or "gaussian" (log_std_floor cuts off log σ in log p(x | z); −2 in
-    VAEBM). bits: of an image, below 8 `observe` reduces them.
+    "logistic_mixture" (of 1 or 3 colours, with so many components) or "gaussian" (log_std_floor cuts off log σ in
+    log p(x | z); −2 in VAEBM). bits: of an image, below 8 `observe` reduces them.
     """
 
     image_shape: Sequence[int]
@@ -64,23 +71,21 @@ class Architecture:
         require_counts(self, "preprocess_cells", "postprocess_cells")  # one of which halves or doubles the side
         require_counts(self, "blocks", "encoder_cells", "decoder_cells", "flows", "padding", least=0)
         for name in ("squeeze_excite", "residual_posterior"):
-            if type(getattr(self, name)) is not bool:
-                raise ConfigurationError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+            require_flag(name, getattr(self, name))
         if len(self.image_shape) != 3 or self.image_shape[1] != self.image_shape[2]:
             raise ConfigurationError(f"image_shape: expected (C, H, W) of a square image, found {self.image_shape}")
-        if not self.groups_per_scale:
-            raise ConfigurationError("groups_per_scale: expected at least one scale, found none")
-        if self.likelihood not in LIKELIHOODS:
-            raise ConfigurationError(f"likelihood: expected one of {LIKELIHOODS}, found {self.likelihood!r}")
-        if self.likelihood == "logistic_mixture" and self.image_shape[0] != 3:
-            raise ConfigurationError(f"the logistic mixture models 3 colours, found images of {self.image_shape[0]}")
-        floor = self.log_std_floor
-        if floor is not None and not (
-            self.likelihood == "gaussian" and type(floor) in (int, float) and math.isfinite(floor)
-        ):
+        require_choice("likelihood", self.likelihood, LIKELIHOODS)
+        if self.likelihood == "logistic_mixture" and self.image_shape[0] not in (1, 3):
             raise ConfigurationError(
-                f"log_std_floor: expected a number, and the Gaussian likelihood, found {floor!r} and {self.likelihood}"
+                f"the logistic mixture models 1 or 3 colours, found images of {self.image_shape[0]}: likelihood "
+                "gaussian models any number"
             )
+        if self.log_std_floor is not None:
+            require_number("log_std_floor", self.log_std_floor, -100, 100)
+            if self.likelihood != "gaussian":
+                raise ConfigurationError(
+                    f"log_std_floor: expected a number, and the Gaussian likelihood, found {self.likelihood}"
+                )
         if self.bits > 8 or (self.bits < 8 and self.likelihood == "bernoulli"):
             raise ConfigurationError(f"bits: expected 1 to 8, and 8 with the Bernoulli likelihood, found {self.bits}")
         if self.blocks + self.scales > 32 or self.side % 2 ** (self.blocks + self.scales - 1):
@@ -120,7 +125,7 @@ class Architecture:
     def image_channels(self) -> int:
         """The number of parameters of p(x | z) per pixel."""
         if self.likelihood == "logistic_mixture":
-            return 10 * self.components
+            return (10 if self.image_shape[0] == 3 else 3) * self.components
         return self.image_shape[0] * (2 if self.likelihood == "gaussian" else 1)
 
     @property
@@ -145,8 +150,7 @@ class Architecture:
 
 
 def _counts(name: str, values: Sequence[int]) -> list[int]:
-    if not isinstance(values, (list, tuple)):
-        raise ConfigurationError(f"{name}: expected a list of positive integers, found {values!r}")
+    require_list(name, values, of="positive integer")
     for value in values:
         require_count(name, value)
     return list(values)
@@ -224,6 +228,12 @@ class Network(nn.Module):
             for i in range(a.postprocess_cells)
         )
         self.image_conditional = nn.Sequential(nn.ELU(), NormedConv2d(a.decoder_channels, a.image_channels, 3))
+
+    def make_masks(self) -> None:
+        """Make the flows' masks, which are no weights, for a network whose weights were assigned to it on meta."""
+        for module in self.modules():
+            if isinstance(module, MaskedConv2d):
+                module.make_mask()
 
     def _encoder_tower(self) -> nn.ModuleList:
         a = self.architecture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -52,6 +53,7 @@ class Group(click.Group):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         """Click's context, which also remembers the words that were typed: results say which command made them."""
+        in_any_encoding()
         words = list(args)
         context = super().make_context(info_name, args, parent, **extra)
         context.meta[WORDS] = words
@@ -72,6 +74,13 @@ class Group(click.Group):
                 raise
             complain(f"error: {error}")
             ctx.exit(1)
+
+
+def in_any_encoding() -> None:
+    """What stdout and stderr cannot encode, an ε or … in Latin-1, is printed as its number, and breaks nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def complain(text: str) -> None:

@@ -57,11 +57,15 @@ def main() -> None:
     Start with `ebm-prior demo`. With a backbone of your own: `fit`, then `sample` and `eval`, which several processes
     share: torchrun --standalone --nproc-per-node 2 -m ebm_prior fit …
     """
-    from ebm_prior.cli.shared import silence  # here, with torch behind it, so that --help need not wait for it
+    from ebm_prior.cli.shared import (  # here, with torch behind it, so that --help need not wait for it
+        plain_remarks,
+        silence,
+    )
     from ebm_prior.compute.parallel import launched
 
     keep_freed_memory()
     context = click.get_current_context()
+    context.with_resource(plain_remarks())
     processes = context.obj = context.with_resource(launched())
     if processes.count > 1 and context.invoked_subcommand not in SHARED:
         raise ConfigurationError(

@@ -15,7 +15,6 @@ from ebm_prior.cli.shared import (
     DATA_FORMS,
     DATA_ROOT,
     JSON,
-    PATH,
     PLACE,
     PRIOR,
     RECORDED,
@@ -25,6 +24,7 @@ from ebm_prior.cli.shared import (
     together,
     typed_command,
 )
+from ebm_prior.cli.types import PATH
 from ebm_prior.data import outlier_sets
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.outliers import OutlierConfig, every_form, find_anomalies, find_outliers, set_size

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
@@ -18,10 +19,11 @@ from ebm_prior.cli.group import WORDS
 from ebm_prior.cli.help import Option
 from ebm_prior.cli.preflight import Need, require
 from ebm_prior.cli.types import BACKBONE_FILE, PATH, PRIOR_FILE
+from ebm_prior.compute.isolation import require_numbers
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
 from ebm_prior.data import images
 from ebm_prior.data.source import ImageSource, Mode
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import AssumptionWarning, ConfigurationError
 from ebm_prior.model.passes import Passes
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan
@@ -203,10 +205,27 @@ def silence() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def plain_remarks() -> Iterator[None]:
+    """An AssumptionWarning becomes one line on stderr, without the line of code that gave it."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, AssumptionWarning):
+            click.echo(f"note: {message}", err=True)
+        else:
+            usual(message, category, *place, **more)
+
+    with warnings.catch_warnings():  # which also puts showwarning back
+        warnings.simplefilter("always", AssumptionWarning)
+        warnings.showwarning = show
+        yield
+
+
 def torch_device(name: str) -> torch.device:
     """The device of this process for --device `name`. Raises ConfigurationError where it cannot be used."""
     try:
-        device = torch.device(own_device(name))
+        require_numbers(device := torch.device(own_device(name)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -34,7 +34,7 @@ class _Prior(_Path):
         return names + super().shell_complete(ctx, param, incomplete)
 
 
-class _Backbone(click.ParamType):
+class _Backbone(click.types.StringParamType):
     """The path of a backbone (an official file or folder, or the own form), or the name of a bundled one."""
 
     name = "text"

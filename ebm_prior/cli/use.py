@@ -19,7 +19,6 @@ from ebm_prior.cli.shared import (
     JSON,
     OWN_DATA,
     PASSES,
-    PATH,
     PLACE,
     PRIOR,
     RECORDED,
@@ -29,7 +28,7 @@ from ebm_prior.cli.shared import (
     preflight,
     show_result,
 )
-from ebm_prior.cli.types import PRIOR_FILE
+from ebm_prior.cli.types import PATH, PRIOR_FILE
 from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, feature_classifier
 from ebm_prior.evaluation.fid import amount, published
 from ebm_prior.evaluation.inception import MODES, load_inception

@@ -23,8 +23,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ebm_prior.compute.isolation import require_numbers, require_precision
 from ebm_prior.compute.randomness import Generator, standard_normal
-from ebm_prior.errors import CheckpointError, ConfigurationError
+from ebm_prior.errors import CheckpointError, ConfigurationError, ContractError, few
 
 
 class LatentGroup(NamedTuple):
@@ -137,6 +138,9 @@ class Backbone(nn.Module, ABC):
     discretised: bool = False
     data_name: str | None = None  # the data set that an official file names as its training data
     official_format: ClassVar[str] = "this adapter reads no foreign checkpoint format"
+    official_options: ClassVar[
+        tuple[str, ...]
+    ] = ()  # what `load_official` takes as keywords, where files leave it open
 
     @abstractmethod
     def top_down(self, draw: Draw, batch_size: int) -> Any:
@@ -282,3 +286,25 @@ class Backbone(nn.Module, ABC):
                 f"{what}: expected one tensor per latent group with a common batch axis, {expected}; "
                 f"found {[tuple(t.shape) for t in tensors]}"
             )
+
+
+def require_groups(backbone: Backbone) -> None:
+    """Raise ContractError where a latent group's shape is neither (D,) nor (C, H, W), or one of its sizes is 0."""
+    wrong = [
+        f"{group.name} {tuple(group.shape)}"
+        for group in backbone.groups
+        if len(group.shape) not in (1, 3) or not all(type(size) is int and size > 0 for size in group.shape)
+    ]
+    if wrong or not backbone.groups:
+        raise ContractError(
+            f"{type(backbone).__name__}.groups: expected at least one latent group of shape (D,) or (C, H, W), with "
+            f"sizes of at least 1; found {few(wrong) or 'none'}: correct the adapter (check_backbone says what else)"
+        )
+
+
+def require_usable(backbone: Backbone) -> None:
+    """Raise ConfigurationError for parameters on meta or of a precision that is not supported; as `require_groups`."""
+    like = next(backbone.parameters())
+    require_numbers(like.device)
+    require_precision(like.dtype)
+    require_groups(backbone)

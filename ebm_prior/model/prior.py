@@ -12,11 +12,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import BlockGenerator, chunks
 from ebm_prior.errors import ConfigurationError, RegimeError
 from ebm_prior.interfaces import SILENT, Progress
-from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.backbone import Backbone, require_usable
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.samplers import SamplerConfig, draw, effective_sample_size, graphed
 from ebm_prior.model.scores import Form, scores
@@ -66,6 +67,7 @@ class EBMPrior:
         if target == "published" and regime == "calibrated":
             raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
         like = next(backbone.parameters())
+        require_usable(backbone)
         self.backbone = backbone.for_inference()
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
         self.tau, self.ceiling = tau, ceiling
@@ -74,6 +76,7 @@ class EBMPrior:
         self.sampler = sampler or SamplerConfig()
         self.record = dict(record or {})
 
+    @isolated()
     def f(self, z: Sequence[Tensor], eps: Sequence[Tensor] | None = None) -> Tensor:
         """The negative energy min(τ f(z), ceiling) in nats, (B,), for z a list of (B, *group.shape).
 
@@ -103,6 +106,7 @@ class EBMPrior:
         trace = self.backbone.given(z)
         return self.f(z, trace.eps) + trace.log_prior.sum(1)
 
+    @isolated()
     def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 128) -> tuple[float, float]:
         """log Z = log E_{p_β}[e^{τf}] from n ancestral draws, and the ESS of the estimate as a fraction of n.
 
@@ -118,7 +122,7 @@ class EBMPrior:
         f = torch.cat(parts)
         return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
-    @torch.no_grad()
+    @isolated(grad=False)
     def map_chunks(
         self,
         see: Callable[[Samples], Seen],
@@ -150,6 +154,7 @@ class EBMPrior:
 
         return processes.map(drawn, chunks(n, chunk))
 
+    @isolated()
     def sample(
         self,
         n: int,
@@ -180,6 +185,7 @@ class EBMPrior:
             *(torch.cat(column) for column in zip(*(part[2:] for part in parts), strict=True)),
         )
 
+    @isolated()
     def scores(
         self,
         images: Tensor,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ebm_prior.data.images import DATA_SET_NAMES, known_data_set
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.batch_norm import readjust_batch_norm
@@ -92,19 +93,41 @@ def readjusted(
     return load_backbone(None, path, device=like.device, dtype=like.dtype)
 
 
+_BARE_TEXT = re.compile("[a-z0-9][a-z0-9_.,:-]*")  # no capitals: Python's True, False and None are refused
+
+
 def parsed_options(words: Sequence[str]) -> dict[str, Any]:
-    """Arguments of an adapter from words KEY=VALUE, each value in JSON. Raises ConfigurationError."""
+    """Arguments of an adapter from words KEY=VALUE, each value in JSON. Raises ConfigurationError.
+
+    Texts of small letters, digits and _.,:- need no quotes: data_set=cifar10, dec_blocks=1x1,4m1.
+    """
     options: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
         try:
             options[key] = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            if _BARE_TEXT.fullmatch(value):
+                options[key] = value
+                continue
             raise ConfigurationError(
                 f"--set {word}: expected KEY=VALUE with the value in JSON, e.g. log_std_floor=-2 or skips=false, and "
-                f"texts in double quotes ({error})"
+                f"texts with other characters than a-z 0-9 _.,:- in double quotes ({error})"
             ) from error
     return options
+
+
+def load_with_options(name: str | None, checkpoint: str, options: Mapping[str, Any]) -> Backbone:
+    """A backbone at whose loading options are given.
+
+    Official files are read with those that the adapter names in `official_options`; the others change the architecture,
+    as `with_options` does. Raises what `load_backbone` does, and ConfigurationError.
+    """
+    official = name is not None and checkpoint not in bundled() and Path(checkpoint).suffix != ".safetensors"
+    known = adapter(str(name)).official_options if official else ()
+    backbone = load_backbone(name, checkpoint, options={key: v for key, v in options.items() if key in known})
+    changes = {key: v for key, v in options.items() if key not in known}
+    return with_options(backbone, changes) if changes else backbone
 
 
 def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
@@ -125,7 +148,7 @@ def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
     if unfit := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         raise ConfigurationError(
             f"{named}: expected options that change no weights, found {len(unfit)} weights that would change: "
-            f"{', '.join(unfit[:5])}{', …' * (len(unfit) > 5)}"
+            f"{few(unfit, most=5)}"
         )
     changed.load_state_dict(backbone.state_dict())
     return changed.eval()
@@ -155,7 +178,7 @@ def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
             )
         return build(kind, record["architecture"], seed=seed)
     try:
-        described = json.loads(Path(architecture).read_text())
+        described = json.loads(Path(architecture).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"--architecture {architecture} cannot be read as JSON, nor is it bundled ({', '.join(bundled())}): {error}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import ebm_prior
-from ebm_prior.errors import BackboneMismatchError, CheckpointError
-from ebm_prior.model.backbone import Backbone
+from ebm_prior.compute.isolation import isolated, require_numbers, require_precision
+from ebm_prior.errors import BackboneMismatchError, CheckpointError, ConfigurationError, few, shown
+from ebm_prior.model.backbone import Backbone, require_groups
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior, Regime, Target
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.storage.registry import adapter, adapter_name
+from ebm_prior.storage.skeleton import build_described
 from ebm_prior.storage.weights import (
     count_parameters,
     fingerprint,
@@ -42,6 +44,7 @@ def _require_format(path: Path, record: Mapping[str, Any]) -> None:
         )
 
 
+@isolated()
 def save_backbone(
     backbone: Backbone, path: str | Path, *, dtype: torch.dtype | None = None, record: Mapping[str, Any] | None = None
 ) -> None:
@@ -66,15 +69,26 @@ def save_backbone(
     write_tensors(path, state, BACKBONE_KEY, described)
 
 
+@isolated()
 def load_backbone(
-    name: str | None, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str | None,
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    options: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """A pretrained backbone, frozen and in eval mode, from its official or own form.
 
     `name`: the registered adapter; None takes the one that an own-form file names. `path`: the file or folder, or the
     name of a bundled backbone (`bundled()` lists them). `dtype` torch.bfloat16: float32 with the cells in bfloat16.
-    Raises UnknownBackboneError, CheckpointError, and ConfigurationError where there are no such cells.
+    `options`: what an official file leaves open, by the names in the adapter's `official_options`. Raises
+    UnknownBackboneError, CheckpointError, and ConfigurationError where there are no such cells or options, or for a
+    device or dtype in which nothing can be computed.
     """
+    half = dtype == torch.bfloat16
+    require_numbers(device)
+    require_precision(torch.float32 if half else dtype)
     if name is not None:
         adapter(name)  # an unknown name is the error to report first
     path = bundled().get(str(path), Path(path))
@@ -87,10 +101,19 @@ def load_backbone(
     elif name is None:
         raise CheckpointError(f"{path} is not in ebm-prior's own form: say which adapter reads it (--backbone NAME)")
     else:
-        backbone = adapter(name).load_official(path)
+        backbone = _load_official(adapter(name), path, options or {})
         require_finite(backbone.state_dict(), path)
+    require_groups(backbone)
     passes = Passes(torch.device(device), dtype)
     return passes.apply(passes.place(backbone).eval().requires_grad_(False))
+
+
+def _load_official(kind: type[Backbone], path: Path, options: Mapping[str, Any]) -> Backbone:
+    if unknown := sorted(options.keys() - set(kind.official_options)):
+        known = ", ".join(kind.official_options) or "none"
+        raise ConfigurationError(f"{few(unknown)}: {kind.__name__} reads official files with the options {known}")
+    load: Callable[..., Backbone] = kind.load_official  # an adapter's own takes what it names
+    return load(path, **options)
 
 
 def _load_own(name: str | None, path: Path) -> Backbone:
@@ -100,10 +123,13 @@ def _load_own(name: str | None, path: Path) -> Backbone:
     kind = adapter(stored)
     if name is not None and adapter(name) is not kind:
         raise CheckpointError(f"{path} is a backbone of adapter {stored!r}, not {name!r}; use --backbone {stored}")
-    try:
-        backbone = kind(**record["architecture"])
-    except Exception as error:  # an adapter can raise nearly anything over a foreign architecture
-        raise CheckpointError(f"{path} describes an architecture that {stored!r} cannot build: {error}") from error
+    architecture = record.get("architecture")
+    if not isinstance(architecture, dict):
+        raise CheckpointError(
+            f"{path} says nothing of its architecture: expected options of the adapter {stored!r} by name, found "
+            f"{shown(architecture)}. Copy or make it again"
+        )
+    backbone = build_described(kind, architecture, tensors, path)
     _load_widened(backbone, tensors, path)
     return backbone
 
@@ -131,6 +157,7 @@ def prior_file(name: str | Path) -> Path:
     return bundled_priors().get(str(name), Path(name))
 
 
+@isolated()
 def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
     """Write a prior as one safetensors file: the heads, and what is needed to use them again.
 
@@ -180,6 +207,7 @@ def _read_prior(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, record
 
 
+@isolated()
 def load_prior(
     path: str | Path,
     backbone: Backbone | None = None,
@@ -217,7 +245,8 @@ def load_prior(
         backbone = load_backbone(trained_on["adapter"], where, device=device, dtype=dtype)
     if _groups(backbone) != trained_on["groups"]:
         raise BackboneMismatchError(
-            f"{path} is for a backbone with the latent groups {trained_on['groups']}, found {_groups(backbone)}"
+            f"{path} is for a backbone with the latent groups {_listed(trained_on['groups'])}; found "
+            f"{_listed(_groups(backbone))}. Give the backbone that it was trained on (--ckpt)"
         )
     found = fingerprint(backbone)
     if found != trained_on["fingerprint"] and not force:
@@ -262,3 +291,8 @@ def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
 
 def _groups(backbone: Backbone) -> list[list[Any]]:
     return [[group.name, list(group.shape)] for group in backbone.groups]
+
+
+def _listed(groups: Any) -> str:
+    """Some latent groups in words, as a record has them."""
+    return few([f"{group}" for group in groups]) if isinstance(groups, list) else shown(groups)

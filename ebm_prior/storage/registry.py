@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import Purpose, seeded
-from ebm_prior.errors import ConfigurationError, UnknownBackboneError
-from ebm_prior.model.backbone import Backbone
+from ebm_prior.errors import ConfigurationError, UnknownBackboneError, shown
+from ebm_prior.model.backbone import Backbone, require_groups
 
 GROUP = "ebm_prior.backbones"
 
@@ -67,8 +68,10 @@ def _qualified_name(kind: type[Backbone]) -> str:
 
 def build(kind: type[Backbone], architecture: Mapping[str, Any], *, seed: int = 0) -> Backbone:
     """An untrained network of adapter class `kind`, whose initial weights depend on the seed alone."""
-    with seeded(torch.device("cpu"), seed, Purpose.INITIAL_WEIGHTS):
+    with isolated(), seeded(torch.device("cpu"), seed, Purpose.INITIAL_WEIGHTS):
         try:
-            return kind(**architecture)
+            backbone = kind(**architecture)
         except Exception as error:  # an adapter can raise nearly anything over arguments that make no sense
-            raise ConfigurationError(f"{kind.__name__} cannot build {architecture}: {error}") from error
+            raise ConfigurationError(f"{kind.__name__} cannot build {shown(dict(architecture))}: {error}") from error
+        require_groups(backbone)
+        return backbone

@@ -17,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ebm_prior.errors import CheckpointError
+from ebm_prior.errors import CheckpointError, few
 from ebm_prior.storage.atomic import write_atomically
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""In which weights can be stored."""
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]) -> None:
@@ -47,7 +50,7 @@ def read_tensors(path: str | Path, key: str, what: str) -> tuple[dict[str, Tenso
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get(key, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file ({error}); expected {what}. Copy or make it again"
         ) from error
@@ -69,31 +72,54 @@ def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Names, shapes and kinds of `found` must be those of `expected`; CheckpointError names every one that is not."""
-    problems = [f"missing: {key} {tuple(expected[key].shape)}" for key in expected if key not in found]
-    problems += [f"unexpected: {key} {tuple(found[key].shape)}" for key in found if key not in expected]
-    for key in [key for key in expected if key in found]:
-        wanted, got = expected[key], found[key]
-        if wanted.shape != got.shape:
-            problems.append(f"mis-shaped: {key} expected {tuple(wanted.shape)}, found {tuple(got.shape)}")
-        elif wanted.is_floating_point() != got.is_floating_point():
-            problems.append(f"of another type: {key} expected {wanted.dtype}, found {got.dtype}")
-    if problems:
+def check_state(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    path: Path,
+    *,
+    architecture: str = "architecture recorded with them",
+) -> None:
+    """Names, shapes and kinds of `found` must be those of `expected`; CheckpointError names up to ten that are not.
+
+    `architecture`: in words, where `expected` comes from.
+    """
+    common = [key for key in expected if key in found]
+    pairs = {key: (expected[key], found[key]) for key in common}
+    problems = {
+        "missing": [f"{key} {tuple(expected[key].shape)}" for key in expected if key not in found],
+        "unexpected": [f"{key} {tuple(found[key].shape)}" for key in found if key not in expected],
+        "mis-shaped": [
+            f"{key} expected {tuple(wanted.shape)}, found {tuple(got.shape)}"
+            for key, (wanted, got) in pairs.items()
+            if wanted.shape != got.shape
+        ],
+        "of another type": [
+            f"{key} expected {wanted.dtype}, found {got.dtype}"
+            for key, (wanted, got) in pairs.items()
+            if wanted.shape == got.shape and not _same_kind(wanted.dtype, got.dtype)
+        ],
+    }
+    kinds = [kind for kind, names in problems.items() if names]
+    if kinds:
+        most = 10 // len(kinds)
+        listed = "; ".join(f"{kind}: {few(problems[kind], most=most)}" for kind in kinds)
         raise CheckpointError(
-            f"the weights in {path} do not fit the architecture recorded with them: {'; '.join(problems)}"
+            f"the weights in {path} do not fit the {architecture}: {listed}. Give the weights and the record of one run"
         )
+
+
+def _same_kind(wanted: torch.dtype, got: torch.dtype) -> bool:
+    """Whether numbers of type `got` can be copied into `wanted`: floats of 16 bits or more into floats."""
+    return got in FLOATS if wanted.is_floating_point else not (got.is_floating_point or got.is_complex)
 
 
 def require_finite(
     tensors: Mapping[str, Tensor], where: str | Path, advice: str = "the file is broken: copy or make it again"
 ) -> None:
     """Raise CheckpointError that names the floating-point tensors with NaN or infinity. `where`: what holds them."""
-    broken = [key for key, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    broken = [key for key, t in tensors.items() if t.dtype in FLOATS and not bool(t.isfinite().all())]
     if broken:
-        raise CheckpointError(
-            f"expected finite weights in {where}, found NaN or infinity in {', '.join(broken[:5])}; {advice}"
-        )
+        raise CheckpointError(f"expected finite weights in {where}, found NaN or infinity in {few(broken)}; {advice}")
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import Purpose, seeded
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
-from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.backbone import Backbone, require_usable
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.training.course import Course, Workbench
@@ -40,6 +41,7 @@ from ebm_prior.training.steps import (
 )
 
 
+@isolated(grad=True)
 def fit(
     backbone: Backbone,
     images: Images,
@@ -61,6 +63,7 @@ def fit(
     and not on how many processes there are. Only the first one is given a `run`, `progress` and `on_evaluate`.
     """
     config = config or FitConfig()
+    require_usable(backbone)
     if config.parts % processes.count:
         raise ConfigurationError(
             f"{processes.count} processes share the parts of a batch: expected a multiple of that, found "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.compute.cuda_graphs import runner
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, seeded
 from ebm_prior.errors import DivergenceError
 from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
@@ -46,6 +47,7 @@ from ebm_prior.training.steps import (
 EVALUATED = 1_000  # validation images for the metrics, at most; log Z takes PRIOR_DRAWS times as many draws of p_β
 
 
+@isolated(grad=True)
 def train_jointly(
     backbone: Backbone,
     images: Images,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, seeded, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
@@ -46,6 +47,7 @@ class Elbo(NamedTuple):
         return -self.elbo / (math.log(2) * math.prod(image_shape))
 
 
+@isolated(grad=True)
 def pretrain(
     backbone: Backbone,
     images: Images,

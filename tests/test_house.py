@@ -23,7 +23,15 @@ ROOMS = (
 )
 # The contract kit ships with the library and is a guest of its lower floors; nothing of the library needs it.
 KIT = "testing"
-MAY_KNOW = {"errors", "settings", "interfaces", "compute.randomness", "model.backbone", "storage.weights"}
+MAY_KNOW = {
+    "errors",
+    "settings",
+    "interfaces",
+    "compute.randomness",
+    "model.backbone",
+    "storage.skeleton",
+    "storage.weights",
+}
 """Of the library, what a backbone may import: the contract and how it is kept, and no energies."""
 MATHEMATICS = ("compute", "model", "training")
 FILES = {"pathlib", "os", "io", "shutil", "tempfile", "sys", "json"}

@@ -161,8 +161,9 @@ def words(workshop: Workshop, fitted: Path, tmp_path: Path, monkeypatch: pytest.
     """`ebm-prior eval` on Inception's features in two modes; only the networks in the files are others."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(inception, "FEATURES", FEATURES)
-    for builder in ("_from_torchscript", "_from_state_dict"):
-        monkeypatch.setattr(inception, builder, lambda content, mode, device: stand_in(mode)._network)
+    tensorflow, pytorch = stand_in("legacy_tensorflow")._network, stand_in("legacy_pytorch")._network
+    monkeypatch.setattr(inception, "_from_torchscript", lambda content, device, *, resize_inside: tensorflow)
+    monkeypatch.setattr(inception, "_from_state_dict", lambda content, device: pytorch)
     (tmp_path / "weights").write_bytes(b"stand-in")
     where = ["--data", "mnist", "--data-root", workshop.data_root, "--inception", tmp_path / "weights"]
     return ["eval", fitted / "prior.safetensors", *where, *EVAL]

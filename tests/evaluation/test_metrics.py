@@ -142,6 +142,8 @@ def test_extract_runs_in_batches_without_gradients():
 
 
 def test_import_is_light():
-    code = "import sys, ebm_prior.metrics; print({'torchvision', 'cleanfid', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys, ebm_prior.evaluation.metrics; print({'torchvision', 'cleanfid', 'matplotlib'} & set(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

@@ -193,5 +193,8 @@ def test_fingerprints_follow_content(tmp_path: Path) -> None:
 
 
 def test_torchvision_and_downloads_stay_out_of_an_import() -> None:
-    code = "import sys, ebm_prior.data.images, ebm_prior.pictures.grids; print({'torchvision', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys, ebm_prior.data.images, ebm_prior.pictures.grids; "
+        "print({'torchvision', 'matplotlib'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -1,0 +1,73 @@
+"""What README shows runs as it is typed: its commands, with short settings where they are long, and its Python."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIVE = "## Your own pretrained VAE in five commands"
+SHORT = {  # options that make a long command short
+    "doctor": "--samples 60 --gauge-iterations 5",
+    "fit": "--iterations 4 --batch-size 16 --held-out 20 --evaluate-every 2",
+    "sample": "-n 4 --proposals 2 --steps 1",
+    "eval": "--samples 64 --gauge-iterations 5 --proposals 2 --steps 1",
+    "report": "",
+}
+
+
+def blocks(language: str, title: str = "") -> list[str]:
+    """The code blocks in `language`, of the whole page or of the section with this title."""
+    text = README.partition(title + "\n")[2].partition("\n## ")[0] if title else README
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def run(folder: Path, *words: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_a_person_reads_it_in_ten_minutes() -> None:
+    assert len(README.splitlines()) <= 220
+
+
+def test_the_five_commands_run_as_typed(tmp_path: Path) -> None:
+    (commands,) = blocks("console", FIVE)
+    typed = [shlex.split(line) for line in commands.splitlines()]
+    assert [words[1] for words in typed] == list(SHORT)
+    for words in typed:
+        run(tmp_path, "-m", "ebm_prior", *words[1:], *shlex.split(SHORT[words[1]]))
+    assert {"prior.safetensors", "report.html"} <= {path.name for path in (tmp_path / "runs/mine").iterdir()}
+    assert (tmp_path / "before-after.png").is_file()
+
+
+def test_its_python_runs(tmp_path: Path) -> None:
+    (program,) = blocks("python", "## From Python")
+    short = program.replace("iterations=800", "iterations=4, batch_size=16, held_out=20, evaluate_every=2")
+    short = short.replace("sample(64", "sample(4").replace("log_normalizer()", "log_normalizer(n=64)")
+    assert short != program
+    assert "nats" in run(tmp_path, "-c", short)
+
+
+@pytest.mark.parametrize("line", re.findall(r"`ebm-prior ([a-z0-9-]+)", README))
+def test_every_command_that_it_names_is_there(line: str, tmp_path: Path) -> None:
+    from ebm_prior.cli.main import main
+
+    assert line in main.entries or line == "demo"  # type: ignore[attr-defined]
+
+
+def test_every_page_that_it_links_to_is_there() -> None:
+    pages = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
+    assert pages
+    assert [page for page in pages if not (ROOT / page).exists()] == []

@@ -20,6 +20,7 @@ from ebm_prior.cli.shared import (
     PRIOR,
     RECORDED,
     SEED,
+    own,
     show_result,
     together,
     torch_device,
@@ -111,6 +112,7 @@ def ood(
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
     to = to or places.next_free(prior.parent, "ood")
     require_folder(to, overwrite)
+    own(to)
     loaded.sampler = resolve(loaded.sampler, given)
     known = inside or backbones.named_data(prior_record(prior)["record"], str(prior), option="--in")
     shape = loaded.backbone.image_shape
@@ -161,6 +163,7 @@ def anomaly(
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
     to = to or places.next_free(prior.parent, "anomaly")
     require_folder(to, overwrite)
+    own(to)
     shape = loaded.backbone.image_shape
     known, strange = (
         open_images(spec, split="test", data_root=data_root, download=download, image_shape=shape)

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ebm_prior.plain import printable
+
 
 class Bar:
     """A progress bar that shows the latest numbers. `total` 0: not known yet."""
@@ -47,4 +49,4 @@ class Bar:
 
     def remark(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(printable(text), file=sys.stderr)

@@ -17,8 +17,10 @@ from ebm_prior.cli.group import WORDS
 from ebm_prior.cli.preflight import Need, require
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
 from ebm_prior.errors import ConfigurationError
+from ebm_prior.plain import all_printable
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan
+from ebm_prior.storage.lock import owned
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(exists=False, path_type=Path)
@@ -120,6 +122,11 @@ def run_directory(out: Path | None, command: str, resume: bool) -> Path:
     return directory
 
 
+def own(folder: Path) -> None:
+    """Own a folder of results until the command ends. Raises OutputError where another process does."""
+    click.get_current_context().with_resource(owned(folder))
+
+
 def launched_processes() -> Processes:
     """Those that torchrun has started, connected by `main`."""
     return click.get_current_context().find_object(Processes) or ALONE
@@ -155,7 +162,7 @@ def typed_command() -> str:
 def show_result(result: Any, as_json: bool, human: Callable[[Any], str]) -> None:
     """Print a result: text, or JSON that also says which command made it."""
     if not as_json:
-        click.echo(human(result))
+        click.echo(human(all_printable(result)))
         return
     made = {"command": typed_command()}
     marked = [made | each for each in result] if isinstance(result, list) else made | result

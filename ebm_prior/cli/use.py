@@ -24,6 +24,7 @@ from ebm_prior.cli.shared import (
     RECORDED,
     SEED,
     launched_processes,
+    own,
     preflight,
     show_result,
     torch_device,
@@ -98,6 +99,8 @@ def sample(
     if compare and out.suffix != ".png":
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
     places.require_free(out, overwrite, folder=not out.suffix)
+    if not out.suffix and processes.first:
+        own(out)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=torch_device(device), dtype=DTYPES[dtype])
     if checkpointing:
         loaded.backbone = loaded.backbone.checkpointing()

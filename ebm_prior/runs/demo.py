@@ -21,6 +21,7 @@ from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.samples import write_comparison
 from ebm_prior.storage.atomic import without_nan, write_atomically
 from ebm_prior.storage.checkpoint import load_backbone, save_prior
+from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_writable
 from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
@@ -63,7 +64,11 @@ def run_demo(
     An earlier demo there is replaced; a folder of something else only with `overwrite`, or OutputError is raised.
     """
     require_demo_folder(out, overwrite)
-    say = on_stage or (lambda text: None)
+    with owned(out):
+        return _run(out, seed, on_step, on_stage or (lambda text: None))
+
+
+def _run(out: Path, seed: int, on_step: Callback | None, say: Callable[[str], None]) -> dict[str, Any]:
     began = time.monotonic()
     say(f"backbone {DEMO_BACKBONE}, images {SUBSET}: fitting the energy-based prior")
     backbone = load_backbone(None, DEMO_BACKBONE)

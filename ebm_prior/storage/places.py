@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from ebm_prior.errors import ConfigurationError, OutputError
+from ebm_prior.storage.atomic import remove_leftovers, temporary_affixes
 from ebm_prior.storage.checkpoint import prior_record
 
 
@@ -46,7 +47,8 @@ def require_writable(out: Path) -> None:
     """Make `out`'s parent folder; refuse a place where nothing can be written, before work is done: OutputError."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent, prefix="."):
+        prefix, suffix = temporary_affixes("probe")
+        with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent, prefix=prefix, suffix=suffix):
             pass  # tried for real: permission bits do not tell of read-only disks, and mean nothing to root
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
@@ -58,6 +60,7 @@ def require_free(out: Path, overwrite: bool, *, folder: bool = False) -> None:
     `folder`: `out` is to be a folder of samples, not a file.
     """
     require_writable(out)
+    remove_leftovers(out.parent, of=out.name)
     if out.is_dir() and not folder:
         raise OutputError(f"{out} is a folder; expected the name of a file: choose another --out")
     if out.exists() and not overwrite:

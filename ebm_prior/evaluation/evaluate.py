@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.settings import require_seed, setting
+from ebm_prior.storage.records import FIT_RECORD, keeps_to
 from ebm_prior.training.objectives import Gain, gain
 
 
@@ -201,8 +202,8 @@ def evaluate(prior: EBMPrior, reference: Reference, *, on_stage: Callable[[str],
     }
     device = next(prior.energy.parameters()).device
     f_q, f_p, f_drawn = (values(prior.f, z, device) for z in (reference.posterior, reference.backbone_latents, latents))
-    stages = prior.record.get("stages")
-    if stages:  # whose normaliser, 0, is known from the fit: weights of p_β's draws alone do not reach that far
+    if prior.record.get("stages") and keeps_to(FIT_RECORD, prior.record):
+        # Their normaliser, 0, is known from the fit: weights of p_β's draws alone do not reach that far.
         held_out = Gain(float(f_q.mean()), prior.record["held_out"]["tempered"]["ess_fraction"], 1.0)
     else:
         held_out = gain(f_q, f_p)
@@ -255,5 +256,7 @@ def evaluate_all(
 
 def _trained_on(prior: EBMPrior, name: str, images: str) -> bool:
     """Whether a prior says that it was trained on the images with this fingerprint, or failing that with this name."""
-    known = prior.record.get("data") or {}
+    known = prior.record.get("data")
+    if not isinstance(known, Mapping):  # a library user may record anything
+        return False
     return bool(known["fingerprint"] == images if "fingerprint" in known else known.get("name") == name)

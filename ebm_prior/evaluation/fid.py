@@ -104,7 +104,11 @@ def reference_statistics(
     chosen = torch.randperm(len(features), generator=derived_generator(0, Purpose.KERNEL_ROWS))[:KERNEL_ROWS]
     moments = FeatureStatistics.of(features)
     buffer = BytesIO()
-    arrays = {"mean": moments.mean, "covariance": moments.covariance, "features": features[chosen].numpy()}
+    arrays: dict[str, Any] = {
+        "mean": moments.mean,
+        "covariance": moments.covariance,
+        "features": features[chosen].numpy(),
+    }
     text = json.dumps(provenance, sort_keys=True)
     np.savez(buffer, **arrays, provenance=np.array(text), sha256=np.array(_digest(arrays, text)))
     if processes.first:

@@ -21,6 +21,7 @@ from ebm_prior.pictures.grids import grid, save_png
 from ebm_prior.runs.backbones import readjusted
 from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.folder import Run, run_inputs
+from ebm_prior.runs.kept import diverged
 from ebm_prior.runs.samples import write_comparison
 from ebm_prior.storage.checkpoint import bundled, save_prior
 from ebm_prior.storage.weights import fingerprint
@@ -95,8 +96,7 @@ def fit_into(
             prior = fit(backbone, images, config, processes=processes)
     except DivergenceError as error:
         if isinstance(error.kept, EBMPrior):
-            keep(error.kept)
-            raise DivergenceError(f"{error} It was written to {path}", kept=error.kept) from error
+            raise diverged(error, partial(keep, error.kept), path) from error
         raise
     seconds = time.process_time() - began
     keep(prior)

@@ -83,9 +83,8 @@ class Run:
     def _check_same(self, record: Path, now: Mapping[str, Any]) -> None:
         before = read_run_record(record)
         old, new = ({k: v for part in now for k, v in _flat(run[part]).items()} for run in (before, now))
-        changed = [
-            f"{k}: {shown(old.get(k))} before, {shown(new.get(k))} now" for k in names if old.get(k) != new.get(k)
-        ]
+        differing = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        changed = [f"{k}: {shown(old.get(k))} before, {shown(new.get(k))} now" for k in differing]
         if changed:
             raise ConfigurationError(
                 f"cannot resume {self.directory}, which was begun with other settings: {few(changed, between='; ')}. "

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.pictures.grids import save_png, titled_grids
 from ebm_prior.runs.backbones import source_record
 from ebm_prior.runs.folder import Run, run_inputs
+from ebm_prior.runs.kept import diverged
 from ebm_prior.storage.checkpoint import save_backbone
 from ebm_prior.storage.weights import count_parameters, fingerprint
 from ebm_prior.training.pretrain import Elbo, evaluate_elbo, pretrain, training_record
@@ -60,8 +62,7 @@ def pretrain_into(
     except DivergenceError as error:
         if isinstance(error.kept, Backbone):
             record = {**training_record(config, train, elbo), **start, "diverged": str(error)}
-            save_backbone(error.kept, path, record=record)
-            raise DivergenceError(f"{error} It was written to {path}", kept=error.kept) from error
+            raise diverged(error, partial(save_backbone, error.kept, path, record=record), path) from error
         raise
     seconds = time.process_time() - began
     if elbo is None and held_out is not None:  # a finished run, resumed

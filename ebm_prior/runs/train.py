@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ebm_prior.pictures.grids import save_png, titled_grids
 from ebm_prior.runs.backbones import source_record
 from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.folder import Run, run_inputs
+from ebm_prior.runs.kept import diverged
 from ebm_prior.storage.checkpoint import save_backbone, save_prior
 from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.joint import train_jointly, validate
@@ -69,8 +71,7 @@ def train_into(
         prior = train_jointly(backbone, train, config, validation=test, run=run, on_step=on_step, on_evaluate=show)
     except DivergenceError as error:
         if isinstance(error.kept, EBMPrior):
-            keep(error.kept)
-            raise DivergenceError(f"{error} Written: {path}", kept=error.kept) from error
+            raise diverged(error, partial(keep, error.kept), path) from error
         raise
     seconds = time.process_time() - began
     keep(prior)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -160,10 +161,9 @@ def config(kind: type[Any]) -> Check:
         if not isinstance(value, Mapping):
             raise InvalidError(where, "an object of settings", value)
         try:
-            of_plain(kind, value)
+            return asdict(of_plain(kind, value))
         except ConfigurationError as error:
             raise InvalidError(where, f"settings that fit together ({error})", dict(value)) from error
-        return dict(value)
 
     return check
 

@@ -13,6 +13,7 @@ from typing import Any
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.errors import DivergenceError
 from ebm_prior.interfaces import Callback, Recorder
+from ebm_prior.training.resume import resume
 
 
 class Training(ABC):
@@ -68,7 +69,7 @@ class Training(ABC):
         """
         saved = processes.of_first(lambda: recorder.load_state() if recorder else None)
         if saved is not None:
-            self.restore(saved)
+            resume(self, saved)
         good = self.state()
         while not self.finished():
             try:

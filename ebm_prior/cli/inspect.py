@@ -131,7 +131,8 @@ def convert(
     record = {**source_record(checkpoint, backbone), "stage": "convert"}
     if options:
         backbone = with_options(backbone, options)
-        record["set"] = record.get("set", {}) | options
+        earlier = record.get("set")
+        record["set"] = {**(earlier if isinstance(earlier, dict) else {}), **options}
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
     click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
 

@@ -61,12 +61,7 @@ class EBMPrior:
         sampler: SamplerConfig | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        if not (-CEILING_LIMIT <= ceiling <= CEILING_LIMIT or ceiling == math.inf):
-            raise ConfigurationError(
-                f"expected a ceiling within ±{CEILING_LIMIT:g} nats, or inf for none; found {ceiling}"
-            )
-        if not 0 <= tau <= TAU_LIMIT:
-            raise ConfigurationError(f"expected tau from 0 to {TAU_LIMIT:g}, found {tau}")
+        _require_ranges(tau, ceiling)
         if target == "published" and regime == "calibrated":
             raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
         like = next(backbone.parameters())
@@ -244,6 +239,13 @@ class EBMPrior:
                 "log density ratio. Fit with --objective nce, or use "
                 "this prior for samples only"
             )
+
+
+def _require_ranges(tau: float, ceiling: float) -> None:
+    if not 0 <= tau <= TAU_LIMIT:
+        raise ConfigurationError(f"expected tau from 0 to {TAU_LIMIT:g}, found {tau}")
+    if not (-CEILING_LIMIT <= ceiling <= CEILING_LIMIT or ceiling == math.inf):
+        raise ConfigurationError(f"expected a ceiling within ±{CEILING_LIMIT:g} nats or inf for none, found {ceiling}")
 
 
 def _blocks(n: int, chunk: int) -> list[tuple[int, int]]:

@@ -104,6 +104,7 @@ GROUP = fields(
 )
 DIAGNOSIS = fields(
     {
+        "verdict": text(),
         "groups": listed(GROUP, 1),
         "images": COUNT,
         "data": text(),
@@ -114,7 +115,6 @@ DIAGNOSIS = fields(
         "dropout_largest": measured,
         "running_variance": anything,
         "training_mode": flag,
-        "verdict": text(),
     },
     {"auc": measured, "auc_budget": text(), "command": text()},
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -190,6 +190,7 @@ def load_prior(
     trained_on, ceiling = record["backbone"], record.get("ceiling")
     config = of_plain(EnergyConfig, record["energy"])
     groups = [LatentGroup(name, tuple(shape)) for name, shape in trained_on["groups"]]
+    _require_as_many(groups, config, len(tensors), path)
     energy = build_strictly(lambda: JointEnergy(groups, config), tensors, path)
     if backbone is None:
         where = str(checkpoint or trained_on["checkpoint"])
@@ -233,6 +234,16 @@ def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         module.double()
     load_strictly(module, tensors, path)
+
+
+def _require_as_many(groups: Sequence[LatentGroup], config: EnergyConfig, tensors: int, path: Path) -> None:
+    """Refuse heads of far more parts than the file has tensors, before even their names are made."""
+    layers = config.vector_layers * sum(len(group.shape) < 3 for group in groups)
+    if 4 * len(groups) + 2 * layers > tensors + 1_000:
+        raise CheckpointError(
+            f"{path} describes {len(groups):,} heads with {layers:,} layers, but has only {tensors:,} tensors: it is "
+            "damaged, copy it again, or fit it again"
+        )
 
 
 def _groups(backbone: Backbone) -> list[list[Any]]:

@@ -115,6 +115,8 @@ def test_every_field_of_a_prior_with_every_odd_value(stored: Stored, backbone: B
     for way in list(ways(stored.record)):
         if way[0] == "record" and len(way) > 2 and way[1] == "config":
             continue  # of which nothing is read but the objective
+        if any(isinstance(key, int) and key > 1 for key in way):
+            continue  # groups like those before
         for value in [*ODD, ...]:
             stored.write(without(stored.record, way) if value is ... else changed(stored.record, way, value))
             count += 1

@@ -127,7 +127,7 @@ def test_mistakes_are_named(workshop: Workshop, run: Path, page: Page, tmp_path:
     arguments = ("report", run, "--out", tmp_path / "page.html")
     assert "verdict" in workshop.error(*arguments, "--doctor", run / "eval.json")
     (tmp_path / "broken.json").write_text("[{")
-    assert "cannot read" in workshop.error(*arguments, "--eval", tmp_path / "broken.json")
+    assert "cannot be read" in workshop.error(*arguments, "--eval", tmp_path / "broken.json")
     assert not (tmp_path / "page.html").exists()
 
 

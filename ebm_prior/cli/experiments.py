@@ -12,7 +12,8 @@ import click
 import torch
 
 from ebm_prior.cli.progress import Bar
-from ebm_prior.cli.shared import DATA, DATA_ROOT, DEVICE_NAME, PATH, SEED, open_images, together, torch_device
+from ebm_prior.cli.shared import DATA, DATA_ROOT, DEVICE_NAME, SEED, open_images, together, torch_device
+from ebm_prior.cli.types import PATH
 from ebm_prior.data.outlier_sets import labelled
 from ebm_prior.evaluation import evaluate
 from ebm_prior.experiments import ablations, anomaly_table, jobs, latents_2d

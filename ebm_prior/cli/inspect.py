@@ -12,8 +12,8 @@ import torch
 from ebm_prior.cli.help import Command
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
-from ebm_prior.cli.shared import BACKBONE, JSON, OWN_DATA, PATH, PLACE, SEED, open_images, show_result
-from ebm_prior.cli.types import PRIOR_FILE
+from ebm_prior.cli.shared import BACKBONE, JSON, OWN_DATA, PLACE, SEED, open_images, show_result
+from ebm_prior.cli.types import PATH, PRIOR_FILE
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.doctor import DoctorConfig, examine
 from ebm_prior.model.passes import Passes
@@ -134,7 +134,8 @@ def convert(
     record = {**source_record(checkpoint, backbone), "stage": "convert"}
     if options:
         backbone = with_options(backbone, options)
-        record["set"] = record.get("set", {}) | options
+        earlier = record.get("set")
+        record["set"] = {**(earlier if isinstance(earlier, dict) else {}), **options}
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
     click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
 

@@ -20,7 +20,6 @@ from ebm_prior.cli.shared import (
     JSON,
     OWN_DATA,
     PASSES,
-    PATH,
     RUN,
     RUN_SEED,
     SEED,
@@ -33,6 +32,7 @@ from ebm_prior.cli.shared import (
     run_directory,
     show_result,
 )
+from ebm_prior.cli.types import PATH
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.model.passes import Passes

@@ -19,17 +19,17 @@ from ebm_prior.cli.shared import (
     JSON,
     OWN_DATA,
     PASSES,
-    PATH,
     PLACE,
     PRIOR,
     RECORDED,
     SEED,
     launched_processes,
     open_images,
+    own,
     preflight,
     show_result,
 )
-from ebm_prior.cli.types import PRIOR_FILE
+from ebm_prior.cli.types import PATH, PRIOR_FILE
 from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, feature_classifier
 from ebm_prior.evaluation.fid import amount, published
 from ebm_prior.evaluation.inception import MODES, load_inception
@@ -101,6 +101,8 @@ def sample(
     if compare and out.suffix != ".png":
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
     samples.require_place(out, overwrite)
+    if not out.suffix and processes.first:
+        own(out)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     sampler = resolve(loaded.sampler, given)
     preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.batch_norm import readjust_batch_norm
+from ebm_prior.plain import NotPlainError, parse_json, read_json
 from ebm_prior.storage.checkpoint import backbone_record, bundled, load_backbone, save_backbone
 from ebm_prior.storage.registry import adapter, build
 
@@ -98,8 +98,8 @@ def parsed_options(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, _, value = word.partition("=")
         try:
-            options[key] = json.loads(value)
-        except ValueError as error:
+            options[key] = parse_json(value)
+        except NotPlainError as error:
             raise ConfigurationError(
                 f"--set {word}: expected KEY=VALUE with the value in JSON, e.g. log_std_floor=-2 or skips=false, and "
                 f"texts in double quotes ({error})"
@@ -154,12 +154,12 @@ def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
                 f"{record['adapter']}"
             )
         return build(kind, record["architecture"], seed=seed)
-    try:
-        described = json.loads(Path(architecture).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"--architecture {architecture} cannot be read as JSON, nor is it bundled ({', '.join(bundled())}): {error}"
-        ) from error
+    described = read_json(
+        architecture,
+        "the adapter's arguments for --architecture, as JSON or as the name of a bundled backbone",
+        error=ConfigurationError,
+        advice=f"give a JSON object, or one of {', '.join(bundled())}",
+    )
     if not isinstance(described, dict):
         raise ConfigurationError(f"--architecture {architecture}: expected a JSON object of keyword arguments")
     return build(kind, described, seed=seed)

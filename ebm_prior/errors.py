@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from itertools import islice
+from collections.abc import Iterable
 
 
 class EbmPriorError(Exception):
@@ -68,10 +67,11 @@ class DivergenceError(EbmPriorError):
 # Words of the messages.
 
 
-def few(names: Collection[object], *, most: int = 10, separator: str = ", ") -> str:
+def few(names: Iterable[object], *, most: int = 10, separator: str = ", ") -> str:
     """At most ten names, each cut off at 200 characters, and how many more there are: a network can have thousands."""
-    first = [text if len(text := str(name)) <= 200 else f"{text[:200]}…" for name in islice(names, most)]
-    return separator.join(first) + (f" and {len(names) - most} more" if len(names) > most else "")
+    every = list(names)
+    first = [text if len(text := str(name)) <= 200 else f"{text[:200]}…" for name in every[:most]]
+    return separator.join(first) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def shown(value: object) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, few, shown
+from ebm_prior.plain import printable, read_json
 
 Config = TypeVar("Config")
 Value = TypeVar("Value")
@@ -30,17 +31,26 @@ def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) ->
     """
     values: dict[str, Any] = {}
     if file is not None:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"--config {file} cannot be read as JSON: {error}") from error
+        advice = "give a JSON object of settings, or a run's config.json"
+        values = read_json(file, "settings for --config", error=ConfigurationError, advice=advice)
         if not isinstance(values, dict):
             raise ConfigurationError(f"--config {file}: expected a JSON object, found {type(values).__name__}")
         values = values.get("config", values)  # a run's config.json can be given as it stands
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"--config {file}: expected an object of settings, found {shown(values)}")
     known = {name for name, *_ in every_setting(type(base), ())}
     chosen = {name: value for name, value in given.items() if value is not None and name in known}
     resolved: Config = _replaced(_replaced(base, values), _by_dataclass(base, chosen))
     return resolved
+
+
+def of_plain(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """The configuration `kind` of plain values, e.g. from a file; what is not said has its default.
+
+    Raises ConfigurationError for an unknown setting, and for a value of another type or out of its range.
+    """
+    made: Config = _replaced(kind(), values)
+    return made
 
 
 def settings(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -120,7 +130,9 @@ def _replaced(base: Any, values: Mapping[str, Any]) -> Any:
     hints = get_type_hints(type(base))
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise ConfigurationError(f"unknown settings {', '.join(unknown)}; {type(base).__name__} has {', '.join(hints)}")
+        raise ConfigurationError(
+            f"unknown settings {few(printable(name)[:80] for name in unknown)}; {_near(unknown, hints, base)}"
+        )
     new: dict[str, Any] = {}
     for name, value in values.items():
         hint = _not_none(hints[name])
@@ -128,10 +140,16 @@ def _replaced(base: Any, values: Mapping[str, Any]) -> Any:
             current = getattr(base, name)
             new[name] = _replaced(hint() if current is None else current, value)
         elif not (_fits(value, hint) or (value is None and hint is not hints[name])):
-            raise ConfigurationError(f"{type(base).__name__}: {name} must be {_described(hint)}, found {value!r}")
+            raise ConfigurationError(f"{type(base).__name__}: {name} must be {_described(hint)}, found {shown(value)}")
         else:
             new[name] = tuple(value) if get_origin(hint) is tuple else value
     return replace(base, **new)
+
+
+def _near(unknown: Sequence[str], known: Iterable[str], base: Any) -> str:
+    """The settings that there are, those first that are spelled like the unknown ones."""
+    like = [name for wrong in unknown for name in get_close_matches(wrong, list(known), cutoff=0.5)]
+    return f"{type(base).__name__} has {few(dict.fromkeys([*like, *known]))}"
 
 
 def _fits(value: Any, hint: Any) -> bool:

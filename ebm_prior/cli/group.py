@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import click
 
 from ebm_prior.errors import DivergenceError, EbmPriorError
+from ebm_prior.plain import printable
 
 WORDS = "ebm_prior.words"  # key, in click's context, of the words that were typed
 
@@ -85,6 +86,7 @@ def in_any_encoding() -> None:
 
 def complain(text: str) -> None:
     """One line on stderr; of several processes each has its own."""
+    text = printable(" ".join(text.splitlines()))  # parts of it may come from files
     processes = click.get_current_context().find_root().obj  # Processes, or None before they are connected
     if processes is None or processes.first:
         click.echo(f"ebm-prior: {text}", err=True)

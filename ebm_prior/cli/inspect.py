@@ -134,7 +134,8 @@ def convert(
     backbone = load_with_options(adapter_name, checkpoint, options)
     record = {**source_record(checkpoint, backbone), "stage": "convert"}
     if options:
-        record["set"] = record.get("set", {}) | options
+        earlier = record.get("set")
+        record["set"] = {**(earlier if isinstance(earlier, dict) else {}), **options}
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
     click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
 

@@ -20,6 +20,7 @@ from ebm_prior.cli.shared import (
     RECORDED,
     SEED,
     open_images,
+    own,
     show_result,
     together,
     typed_command,
@@ -112,6 +113,7 @@ def ood(
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     to = to or places.next_free(places.beside(prior), "ood")
     require_folder(to, overwrite)
+    own(to)
     loaded.sampler = resolve(loaded.sampler, given)
     known = inside or backbones.named_data(prior_record(prior)["record"], str(prior), option="--in")
     shape = loaded.backbone.image_shape
@@ -182,6 +184,7 @@ def anomaly(
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     to = to or places.next_free(places.beside(prior), "anomaly")
     require_folder(to, overwrite)
+    own(to)
     shape = loaded.backbone.image_shape
     known, strange = (
         open_images(spec, split="test", data_root=data_root, download=download, image_shape=shape)

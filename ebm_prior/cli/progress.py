@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ebm_prior.interfaces import Progress
+from ebm_prior.plain import printable
 
 
 class Bar(Progress):
@@ -43,4 +44,4 @@ class Bar(Progress):
 
     def remark(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(printable(text), file=sys.stderr)

@@ -25,8 +25,10 @@ from ebm_prior.data import images
 from ebm_prior.data.source import ImageSource, Mode
 from ebm_prior.errors import AssumptionWarning, ConfigurationError
 from ebm_prior.model.passes import Passes
+from ebm_prior.plain import all_printable
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan
+from ebm_prior.storage.lock import owned
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -193,6 +195,11 @@ def run_directory(out: Path | None, command: str, resume: bool) -> Path:
     return directory
 
 
+def own(folder: Path) -> None:
+    """Own a folder of results until the command ends. Raises OutputError where another process does."""
+    click.get_current_context().with_resource(owned(folder))
+
+
 def launched_processes() -> Processes:
     """The processes that torchrun has started, connected by `main`; one alone without torchrun."""
     return click.get_current_context().find_object(Processes) or ALONE
@@ -245,7 +252,7 @@ def typed_command() -> str:
 def show_result(result: Any, as_json: bool, human: Callable[[Any], str]) -> None:
     """Print a result: text, or JSON that also says which command made it."""
     if not as_json:
-        click.echo(human(result))
+        click.echo(human(all_printable(result)))
         return
     made = {"command": typed_command()}
     marked = [made | each for each in result] if isinstance(result, list) else made | result

@@ -25,6 +25,7 @@ from ebm_prior.cli.shared import (
     SEED,
     launched_processes,
     open_images,
+    own,
     preflight,
     show_result,
 )
@@ -100,6 +101,8 @@ def sample(
     if compare and out.suffix != ".png":
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
     samples.require_place(out, overwrite)
+    if not out.suffix and processes.first:
+        own(out)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     sampler = resolve(loaded.sampler, given)
     preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)

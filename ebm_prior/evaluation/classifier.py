@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed
 from ebm_prior.data.images import plain_name
-from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
+from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.settings import require_choices, require_positive, require_seed, setting
-from ebm_prior.storage.weights import fingerprint, load_strictly, read_tensors, write_tensors
+from ebm_prior.storage.records import checked, fields, listed, one_of, text, whole
+from ebm_prior.storage.weights import build_strictly, fingerprint, read_tensors, require_finite, write_tensors
 from ebm_prior.training.steps import batch_indices
 
 FEATURES = 64
@@ -30,6 +31,16 @@ CLASSIFIER_KEY = "ebm_prior_classifier"
 _SMALLEST_SIDE = 8
 Shape = tuple[int, int, int]
 NetworkKind = Literal["plain", "residual"]
+CLASSIFIER_RECORD = fields(
+    {
+        "architecture": fields(
+            {"shape": listed(whole(1, 2**16), 3, 3), "classes": whole(2, 2**20), "width": whole(1, 2**16)},
+            {"network": one_of(*get_args(NetworkKind))},
+        ),
+        "record": fields({}, {"data": text()}),
+    },
+    {"format": whole(1, 1)},
+)
 
 
 class LabelledImages(Protocol):
@@ -236,6 +247,7 @@ def accuracy(classifier: FeatureClassifier, source: LabelledImages, batch_size: 
 
 def save_classifier(classifier: FeatureClassifier, path: Path) -> None:
     """Write weights and record as one safetensors file, atomically; equal runs give equal bytes."""
+    require_finite(classifier.state_dict(), "the classifier", "nothing was written: train it again at a lower rate")
     write_tensors(
         path,
         classifier.state_dict(),
@@ -268,18 +280,19 @@ def load_classifier(path: Path) -> FeatureClassifier:
     """
     what = "a feature classifier (`ebm-prior classifier` trains one)"
     tensors, stored = read_tensors(path, CLASSIFIER_KEY, what)
-    try:
-        architecture = stored["architecture"]
-        classifier = FeatureClassifier(
+    stored = checked(CLASSIFIER_RECORD, stored, path, f"it describes no network: expected {what}")
+    architecture = stored["architecture"]
+
+    def build() -> FeatureClassifier:
+        return FeatureClassifier(
             tuple(architecture["shape"]),
             architecture["classes"],
             network=architecture.get("network", "plain"),
             width=architecture["width"],
         )
-        classifier.record = dict(stored["record"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} describes no network that can be built ({error!r}); expected {what}") from error
-    load_strictly(classifier, tensors, path)
+
+    classifier = build_strictly(build, tensors, path)
+    classifier.record = dict(stored["record"])
     return classifier.eval().requires_grad_(False)
 
 

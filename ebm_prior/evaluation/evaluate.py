@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.settings import require_seed, setting
+from ebm_prior.storage.records import FIT_RECORD, keeps_to
 from ebm_prior.training.objectives import Gain, gain
 
 
@@ -200,7 +201,7 @@ def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILE
     }
     device = next(prior.energy.parameters()).device
     f_q, f_p, f_drawn = (values(prior.f, z, device) for z in (reference.posterior, reference.backbone_latents, latents))
-    if prior.record.get("stages"):
+    if prior.record.get("stages") and keeps_to(FIT_RECORD, prior.record):
         # The fit of stages has set log Z to 0. Here it cannot be estimated: draws of p_β alone do not reach that far.
         held_out = Gain(float(f_q.mean()), prior.record["held_out"]["tempered"]["ess_fraction"], 1.0)
     else:
@@ -256,5 +257,7 @@ def evaluate_all(
 
 def _trained_on(prior: EBMPrior, name: str, images: str) -> bool:
     """Whether a prior says that it was trained on the images with this fingerprint, or failing that with this name."""
-    known = prior.record.get("data") or {}
+    known = prior.record.get("data")
+    if not isinstance(known, Mapping):  # a library user may record anything
+        return False
     return bool(known["fingerprint"] == images if "fingerprint" in known else known.get("name") == name)

@@ -7,9 +7,9 @@ the same path is taken under other names (`Inception.distance_name`).
 
 from __future__ import annotations
 
+import hashlib
 import json
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,19 +22,22 @@ from torch import Tensor
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import CheckpointError, ConfigurationError
+from ebm_prior.errors import CheckpointError, ConfigurationError, shown
 from ebm_prior.evaluation.inception import Inception
 from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.plain import parse_json
 from ebm_prior.settings import require_choices, setting
-from ebm_prior.storage.atomic import user_cache, write_atomically
+from ebm_prior.storage.atomic import remove_leftovers, user_cache, write_atomically
+from ebm_prior.storage.records import fields, whole
 
 SPLITS = 10  # of the Inception Score
 KERNEL_ROWS = 10_000  # images whose features are kept for KID, at most: its subsets have 1,000
 FORMAT = 1
+_PROVENANCE = fields({"images": whole(2)})
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,15 @@ def reference_statistics(
     chosen = torch.randperm(len(features), generator=derived_generator(0, Purpose.KERNEL_ROWS))[:KERNEL_ROWS]
     moments = FeatureStatistics.of(features)
     buffer = BytesIO()
-    np.savez(
-        buffer,
-        mean=moments.mean,
-        covariance=moments.covariance,
-        features=features[chosen].numpy(),
-        provenance=np.array(json.dumps(provenance, sort_keys=True)),
-    )
+    arrays: dict[str, Any] = {
+        "mean": moments.mean,
+        "covariance": moments.covariance,
+        "features": features[chosen].numpy(),
+    }
+    text = json.dumps(provenance, sort_keys=True)
+    np.savez(buffer, **arrays, provenance=np.array(text), sha256=np.array(_digest(arrays, text)))
     if processes.first:
+        remove_leftovers(path.parent, of=path.name)
         write_atomically(path, buffer.getvalue())
     return ReferenceStatistics(moments, features[chosen], provenance, path)
 
@@ -120,17 +124,43 @@ def _read(path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
     """The statistics in a file, whose images, mode and weights must be those of `provenance`; names may differ."""
     try:
         with np.load(path) as file:
-            recorded = json.loads(str(file["provenance"]))
-            moments = FeatureStatistics(file["mean"], file["covariance"], recorded["images"])
-            features = torch.from_numpy(file["features"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            text = str(file["provenance"])
+            arrays = {name: file[name] for name in ("mean", "covariance", "features")}
+            if "sha256" in file and str(file["sha256"]) != _digest(
+                arrays, text
+            ):  # older files have the zip's CRC alone
+                raise ValueError("its content is not what its checksum says")
+            recorded = _PROVENANCE(parse_json(text), "its provenance")
+        _require_statistics(**arrays)
+        moments = FeatureStatistics(arrays["mean"], arrays["covariance"], recorded["images"])
+        features = torch.from_numpy(arrays["features"])
+    except Exception as error:  # an archive that is damaged, or none of ours, can raise nearly anything
         raise CheckpointError(f"{path} is damaged ({error}): delete it, and it will be computed again") from error
-    checked = ("format", "images", "images_sha256", "mode", "weights_sha256")
-    wrong = [key for key in checked if recorded.get(key) != provenance[key]]
+    compared = ("format", "images", "images_sha256", "mode", "weights_sha256")
+    wrong = [key for key in compared if recorded.get(key) != provenance[key]]
     if wrong:
-        what = ", ".join(f"{key} {provenance[key]!r}, found {recorded.get(key)!r}" for key in wrong)
+        what = ", ".join(f"{key} {provenance[key]!r}, found {shown(recorded.get(key))}" for key in wrong)
         raise CheckpointError(f"{path}: expected {what}: delete it, and it will be computed again")
     return ReferenceStatistics(moments, features, provenance, path)
+
+
+def _require_statistics(mean: Any, covariance: Any, features: Any) -> None:
+    """Moments (D,), (D, D) and rows (N, D) of floating-point numbers, all finite, or ValueError."""
+    shapes, size = [each.shape for each in (mean, covariance, features)], mean.shape[-1:]
+    if shapes[:2] != [size, size * 2] or len(shapes[2]) != 2 or shapes[2][1:] != size:
+        raise ValueError(f"expected shapes (D,), (D, D) and (N, D), found {', '.join(map(str, shapes))}")
+    for name, each in (("mean", mean), ("covariance", covariance), ("features", features)):
+        if each.dtype.kind != "f" or not np.isfinite(each).all():
+            raise ValueError(f"expected finite numbers in {name}")
+
+
+def _digest(arrays: Mapping[str, Any], provenance: str) -> str:
+    """SHA-256 over arrays and provenance."""
+    digest = hashlib.sha256(provenance.encode())
+    for name, each in sorted(arrays.items()):
+        digest.update(f"{name} {each.shape} {each.dtype} ".encode())
+        digest.update(np.ascontiguousarray(each).tobytes())
+    return digest.hexdigest()
 
 
 def figures(features: Tensor, network: Inception, reference: ReferenceStatistics, seed: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
-from ebm_prior.storage.atomic import user_cache, write_atomically
+from ebm_prior.storage.atomic import remove_leftovers, user_cache, write_atomically
 
 Mode = Literal["clean", "legacy_pytorch", "legacy_tensorflow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -192,6 +192,7 @@ def _cached(mode: Mode, download: bool, cache_dir: Path) -> Path:
             f"what {url} sent is not the official file: expected SHA-256 {official.sha256}, found {found}; nothing was "
             "kept. Try again, or pass --inception PATH"
         )
+    remove_leftovers(place.parent, of=place.name)
     write_atomically(place, content)
     return place
 

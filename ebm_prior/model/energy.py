@@ -23,6 +23,8 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.settings import setting
 
+WIDEST, DEEPEST = 2**20, 1_000  # channels or widths, and layers: more is a mistake, or a file that is none of ours
+LARGEST_BOUND = 1e9  # in units of posterior standard deviations
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu": partial(nn.LeakyReLU, 0.2)}
 
 
@@ -45,8 +47,13 @@ class EnergyConfig:
             raise ConfigurationError(
                 f"expected positive channels, hidden, vector_layers; joint >= 0; dropout in [0, 1); found {self}"
             )
-        if not 0 <= self.bound < math.inf:
-            raise ConfigurationError(f"expected a bound of 0 (none) or more, found {self.bound}")
+        if max(self.channels, self.hidden, self.joint) > WIDEST or self.vector_layers > DEEPEST:
+            raise ConfigurationError(
+                f"expected channels, hidden and joint of at most {WIDEST:,}, and at most {DEEPEST:,} vector_layers; "
+                f"found {self}"
+            )
+        if not 0 <= self.bound <= LARGEST_BOUND:
+            raise ConfigurationError(f"expected a bound from 0 (none) to {LARGEST_BOUND:g}, found {self.bound}")
         if self.activation not in ACTIVATIONS:
             raise ConfigurationError(f"expected activation {' or '.join(ACTIVATIONS)}, found {self.activation!r}")
 

@@ -25,6 +25,7 @@ from ebm_prior.model.scores import Form, scores
 Regime = Literal["calibrated", "refiner"]
 Target = Literal["exact", "published"]
 Seen = TypeVar("Seen")
+TAU_LIMIT, CEILING_LIMIT = 1e3, 1e9  # nats, the latter: beyond them is no prior that training gives
 
 ANCESTRAL = SamplerConfig(proposals=1, steps=0)
 """The sampler that ignores f: the backbone's own prior."""
@@ -62,8 +63,7 @@ class EBMPrior:
         sampler: SamplerConfig | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
-        if math.isnan(ceiling):
-            raise ConfigurationError("expected a ceiling in nats, or inf for none; found nan")
+        _require_ranges(tau, ceiling)
         if target == "published" and regime == "calibrated":
             raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
         like = next(backbone.parameters())
@@ -228,6 +228,13 @@ class EBMPrior:
                 "log density ratio. Fit with --objective nce, or use "
                 "this prior for samples only"
             )
+
+
+def _require_ranges(tau: float, ceiling: float) -> None:
+    if not 0 <= tau <= TAU_LIMIT:
+        raise ConfigurationError(f"expected tau from 0 to {TAU_LIMIT:g}, found {tau}")
+    if not (-CEILING_LIMIT <= ceiling <= CEILING_LIMIT or ceiling == math.inf):
+        raise ConfigurationError(f"expected a ceiling within ±{CEILING_LIMIT:g} nats or inf for none, found {ceiling}")
 
 
 def _log_standard_normal(eps: Sequence[Tensor]) -> Tensor:

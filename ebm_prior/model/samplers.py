@@ -23,6 +23,7 @@ from ebm_prior.compute.randomness import Generator, standard_normal, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.settings import setting
 
+MOST_STEPS, MOST_PROPOSALS, MOST_LEAPFROGS = 100_000, 100_000, 1_000  # more is a mistake: it would not end
 JITTER = 0.3  # largest relative change of a trajectory's step size
 # Optimal acceptances are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013).
 TARGET_ACCEPTANCE = 0.6
@@ -64,6 +65,11 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.proposals < 1 or self.steps < 0 or not 0 <= self.adapt_steps <= self.steps:
             raise ConfigurationError(f"expected proposals >= 1, 0 <= adapt_steps <= steps, found {self}")
+        if self.proposals > MOST_PROPOSALS or self.steps > MOST_STEPS or self.leapfrogs > MOST_LEAPFROGS:
+            raise ConfigurationError(
+                f"expected at most {MOST_PROPOSALS:,} proposals, {MOST_STEPS:,} steps, {MOST_LEAPFROGS:,} leapfrogs; "
+                f"found {self}"
+            )
         if self.kernel not in KERNELS:
             raise ConfigurationError(f"expected kernel {' or '.join(KERNELS)}, found {self.kernel!r}")
         if not 0 < self.step_size <= 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,17 +11,20 @@ from typing import Any
 
 import ebm_prior
 from ebm_prior.data.images import DATA_SET_NAMES
-from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.errors import CheckpointError, ConfigurationError, DataError
 from ebm_prior.pictures.plots import COLOURS, Series, plot
+from ebm_prior.plain import read_json
 from ebm_prior.reports.findings import doctor_blocks, evaluation_blocks, outlier_blocks
 from ebm_prior.reports.html import Code, Figure, Figures, Folded, Part, Picture, Pictures, Statement, web_page
+from ebm_prior.reports.results import RESULTS
 from ebm_prior.reports.summaries import fit_blocks, prior_blocks
 from ebm_prior.reports.text import Table
 from ebm_prior.runs.describe import head_parameters
-from ebm_prior.runs.folder import read_metrics
-from ebm_prior.settings import as_words, resolve, settings
+from ebm_prior.runs.folder import read_metrics, read_run_record
+from ebm_prior.settings import as_words, of_plain, resolve, settings
 from ebm_prior.storage.atomic import with_nan
 from ebm_prior.storage.checkpoint import backbone_record, prior_record
+from ebm_prior.storage.records import FIT_RECORD, InvalidError, checked, fields, text, whole
 from ebm_prior.training.fit_config import PRESETS, FitConfig
 
 # The curves of a fit: title, unit, and columns of metrics.jsonl with their labels.
@@ -31,6 +33,13 @@ CURVES = (
     ("Held-out gain", "gain (nats)", {"gain": "f as trained", "tempered_gain": "tempered"}),
     ("Effective sample size", "ESS / draws", {"ess_fraction": "f as trained", "tempered_ess_fraction": "tempered"}),
     ("Mean f, posterior - prior latents", "difference (nats)", {"f_gap": "in training"}),
+)
+_RUN = fields(
+    {
+        "config": fields({"objective": text()}),
+        "inputs": fields({"data": text(), "device": text(), "precision": text(), "threads": whole(1)}),
+        "versions": fields({}),
+    }
 )
 
 
@@ -93,7 +102,7 @@ def fit_command(config: FitConfig, inputs: Mapping[str, Any], backbone: Mapping[
     )
     own = run / "backbone.safetensors"
     if inputs.get("bn_readjust") and own.is_file():  # the file keeps the name of the backbone before that
-        backbone = {**backbone, "checkpoint": backbone_record(own)["record"]["source"]}
+        backbone = {**backbone, "checkpoint": str(backbone_record(own)["record"].get("source"))}
     words = [
         *_backbone(backbone, run),
         *("--data", _named(inputs["data"])),
@@ -129,17 +138,17 @@ def _read_run(run: Path) -> tuple[dict[str, Any], FitConfig, dict[str, Any], dic
     """The prior's record, the settings, the inputs and the versions of a finished fit."""
     path, prior = run / "config.json", run / "prior.safetensors"
     try:
-        stored = json.loads(path.read_text())
-        inputs, versions = dict(stored["inputs"]), dict(stored["versions"])
-        if "objective" not in stored["config"]:
-            raise KeyError("objective")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = _RUN(read_run_record(path), "")
+    except (CheckpointError, InvalidError) as error:
         raise ConfigurationError(
             f"{run}: expected the folder of a run of ebm-prior fit, found no config.json of one ({error})"
         ) from error
+    inputs, versions = dict(stored["inputs"]), dict(stored["versions"])
     if not prior.is_file():
         raise ConfigurationError(f"{run} holds no prior.safetensors yet: finish the run with ebm-prior fit --resume")
-    return prior_record(prior), resolve(FitConfig(), {}, path), inputs, versions
+    record = prior_record(prior)
+    checked(FIT_RECORD, record["record"], prior, "it is none of ebm-prior fit, whose runs the report is of")
+    return record, of_plain(FitConfig, stored["config"]), inputs, versions
 
 
 def _resolved(config: FitConfig) -> FitConfig:
@@ -157,14 +166,12 @@ def _read_results(path: Path | None, name: str) -> list[dict[str, Any]]:
     """The results in a file of `ebm-prior NAME --json`, as a list."""
     if path is None:
         return []
-    key = {"eval": "fd_prior", "ood": "sets", "doctor": "verdict"}[name]
+    what, advice = f"what ebm-prior {name} --json prints", "make it again, or leave it out"
+    stored = with_nan(read_json(path, what, error=DataError, advice=advice))
     try:
-        stored = with_nan(json.loads(path.read_text()))
-        results = [dict(each) for each in (stored if isinstance(stored, list) else [stored])]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"cannot read {path} as what ebm-prior {name} --json prints: {error}") from error
-    if not results or any(key not in each for each in results):
-        raise DataError(f"{path}: expected what ebm-prior {name} --json prints, found other JSON (without {key})")
+        results: list[dict[str, Any]] = RESULTS[name](stored if isinstance(stored, list) else [stored], "")
+    except InvalidError as error:
+        raise DataError(f"{path}: expected {what}, found other JSON ({error}): {advice}") from error
     return results
 
 

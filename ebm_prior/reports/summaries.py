@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ebm_prior.reports.text import Block, Table, table, text
+from ebm_prior.reports.text import Block, Table, table
+from ebm_prior.reports.text import text as as_text
+from ebm_prior.storage.records import FIT_SUMMARY, READJUSTMENT, fields, keeps_to, measured, text, whole
 
 
 def files_written(result: Mapping[str, Any]) -> str:
@@ -16,7 +18,7 @@ def files_written(result: Mapping[str, Any]) -> str:
 def fit_summary(result: Mapping[str, Any]) -> str:
     """The result of a fit as text, and the command to go on with."""
     count = result["parameters"]
-    return text(
+    return as_text(
         [
             *fit_blocks(result),
             f"{result['cpu_seconds']:.0f} CPU-seconds; heads {count['heads']:,} parameters, {count['ratio']:.1%} of "
@@ -98,7 +100,7 @@ def train_summary(result: Mapping[str, Any]) -> str:
 
 def prior_card(record: Mapping[str, Any]) -> str:
     """The record of a prior file as text."""
-    return text(prior_blocks(record))
+    return as_text(prior_blocks(record))
 
 
 def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
@@ -119,12 +121,12 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
         Table(["group (top first)", "shape", "head parameters"], rows),
         f"sampler: {sampler_text(record['sampler'])}",
     ]
-    if "bn_readjust" in training:
+    if keeps_to(READJUSTMENT, training.get("bn_readjust")):
         lines.append(
             "batch norms of the backbone re-adjusted: {iterations} batches of {batch_size} samples at temperature "
             "{temperature:g}, seed {seed}".format(**training["bn_readjust"])
         )
-    if "held_out" in training:  # a library user may record anything
+    if keeps_to(FIT_SUMMARY, training):  # a library user may record anything
         gain = training["held_out"]["tempered"]
         lines.append(
             f"trained on {training['data']['name']}: {training['config']['objective']}, {training['iterations']} "
@@ -164,8 +166,16 @@ def _plain_list(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in value)
 
 
+_DATA = fields({"name": text()})
+_STEPS = fields({"iterations": whole(), "batch_size": whole()})
+_ELBO = fields({"elbo": measured})
+
+
 def _making(record: Mapping[str, Any]) -> list[str]:
-    data, config, elbo = (record.get(key) or {} for key in ("data", "config", "test_elbo"))
+    data, config, elbo = (
+        record[key] if keeps_to(check, record.get(key)) else {}
+        for key, check in (("data", _DATA), ("config", _STEPS), ("test_elbo", _ELBO))
+    )
     said = [
         *([f"trained on {data['name']}"] if "name" in data else []),
         *([f"{config['iterations']:,} steps of batch {config['batch_size']}"] if "batch_size" in config else []),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.batch_norm import readjust_batch_norm
+from ebm_prior.plain import NotPlainError, parse_json, read_json
 from ebm_prior.storage.checkpoint import backbone_record, bundled, load_backbone, save_backbone
 from ebm_prior.storage.registry import adapter, build
 
@@ -105,8 +105,8 @@ def parsed_options(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, _, value = word.partition("=")
         try:
-            options[key] = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            options[key] = parse_json(value)
+        except NotPlainError as error:
             if _BARE_TEXT.fullmatch(value):
                 options[key] = value
                 continue
@@ -177,12 +177,12 @@ def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
                 f"{record['adapter']}"
             )
         return build(kind, record["architecture"], seed=seed)
-    try:
-        described = json.loads(Path(architecture).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"--architecture {architecture} cannot be read as JSON, nor is it bundled ({', '.join(bundled())}): {error}"
-        ) from error
+    described = read_json(
+        architecture,
+        "the adapter's arguments for --architecture, as JSON or as the name of a bundled backbone",
+        error=ConfigurationError,
+        advice=f"give a JSON object, or one of {', '.join(bundled())}",
+    )
     if not isinstance(described, dict):
         raise ConfigurationError(f"--architecture {architecture}: expected a JSON object of keyword arguments")
     return build(kind, described, seed=seed)

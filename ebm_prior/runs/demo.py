@@ -20,6 +20,7 @@ from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.samples import write_comparison
 from ebm_prior.storage.atomic import without_nan, write_atomically
 from ebm_prior.storage.checkpoint import load_backbone, save_prior
+from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_writable
 from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
@@ -72,6 +73,11 @@ def run_demo(
     progress: gets the steps of the fit, and remarks. Returns the result, as plain values.
     """
     require_demo_folder(out, overwrite)
+    with owned(out):
+        return _run(out, seed, progress)
+
+
+def _run(out: Path, seed: int, progress: Progress) -> dict[str, Any]:
     began = time.monotonic()
     progress.remark(f"backbone {DEMO_BACKBONE}, images {SUBSET}: fitting the energy-based prior")
     backbone = load_backbone(None, DEMO_BACKBONE)

@@ -69,17 +69,16 @@ def fit_into(
     def draw(shown: Mapping[str, Any], picture: Path) -> None:
         save_png(grid(shown["prior"].sample(32, seed=config.seed).images, columns=8), picture)
 
-    def keep(prior: EBMPrior, _: str | None) -> Path:
+    def keep(prior: EBMPrior, _: str | None) -> None:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
         if settings is not None:
             prior.record["bn_readjust"] = settings
         if processes.first:
             save_prior(prior, path, checkpoint=where)
-        return path
 
     show = pictures(directory, draw, progress, every=5 * config.evaluate_every)
     told: dict[str, Any] = {"run": run, "progress": progress, "on_evaluate": show} if processes.first else {}
-    prior, seconds = timed(lambda: fit(backbone, images, config, **told, processes=processes), keep)
+    prior, seconds = timed(lambda: fit(backbone, images, config, **told, processes=processes), keep, path)
     before_after = directory / "before-after.png"
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,23 @@ import torch
 
 import ebm_prior
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import CheckpointError, ConfigurationError, OutputError
+from ebm_prior.errors import CheckpointError, ConfigurationError, OutputError, few, shown
 from ebm_prior.model.backbone import Backbone
+from ebm_prior.plain import read_json
 from ebm_prior.storage.atomic import append_line, without_nan, write_atomically
+from ebm_prior.storage.lock import Hold
+from ebm_prior.storage.records import InvalidError, fields
+from ebm_prior.storage.sealed import opened_record, read_lines, read_state, sealed_line, sealed_record, state_bytes
+
+RUN_RECORD = fields({"config": fields({}), "inputs": fields({})}, {"versions": fields({})})
+REMARKS = logging.getLogger("ebm_prior")
 
 
 class Run:
-    """One run directory. `config` and `inputs` (JSON-able) make the run; a resume with other ones is refused."""
+    """One run directory. `config` and `inputs` (JSON-able) make the run; a resume with other ones is refused.
+
+    The folder is this process's as long as there is this object: OutputError where another process has it.
+    """
 
     def __init__(
         self,
@@ -32,21 +42,30 @@ class Run:
     ) -> None:
         self.directory = directory
         normal = json.loads(json.dumps({"config": config, "inputs": inputs}, sort_keys=True))
+        if directory.exists() and not directory.is_dir():
+            raise OutputError(f"{directory} is a file; a run needs a folder: choose another --out")
+        self._hold = Hold(directory, advice="go on with --resume")
         try:
             self._begin(normal, resume=resume, overwrite=overwrite)
             for name in ("config.json", "metrics.jsonl", "state.pt"):
                 for rest in directory.glob(f".{name}.*"):  # of a write that a kill cut short (see write_atomically)
                     rest.unlink()
-        except OSError as error:  # most often a folder of somebody else's
-            raise OutputError(f"cannot use {directory}: {error.strerror or error}; choose another --out") from error
+        except BaseException as error:
+            self._hold.leave()
+            if isinstance(error, OSError):  # most often a folder of somebody else's
+                reason = error.strerror or error
+                raise OutputError(f"cannot use {directory}: {reason}; choose another --out") from error
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to the other processes of a run, of which the first alone writes: not the hold of the folder."""
+        return {"directory": self.directory}
 
     def _begin(self, normal: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         directory, record = self.directory, self.directory / "config.json"
         if record.exists() and resume:
             self._check_same(record, normal)
             return
-        if directory.exists() and not directory.is_dir():
-            raise OutputError(f"{directory} is a file; a run needs a folder: choose another --out")
         if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
             if not _is_run(record):
                 raise OutputError(f"{directory} is not empty and not a run of ebm-prior: choose another --out")
@@ -58,26 +77,23 @@ class Run:
             for path in (directory / "state.pt", directory / "metrics.jsonl", *directory.glob("samples-*.png")):
                 path.unlink(missing_ok=True)
         versions = {"ebm_prior": ebm_prior.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        text = json.dumps({**normal, "versions": versions}, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(sealed_record({**normal, "versions": versions}), indent=2, sort_keys=True) + "\n"
         write_atomically(record, text.encode())
 
     def _check_same(self, record: Path, now: Mapping[str, Any]) -> None:
-        try:
-            before = json.loads(record.read_text())
-            old, new = ({k: v for part in now for k, v in _flat(run[part]).items()} for run in (before, now))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{record} cannot be read ({error}); choose another --out") from error
-        names = sorted({*old, *new})
-        changed = [f"{k}: {old.get(k)!r} before, {new.get(k)!r} now" for k in names if old.get(k) != new.get(k)]
+        before = read_run_record(record)
+        old, new = ({k: v for part in now for k, v in _flat(run[part]).items()} for run in (before, now))
+        differing = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        changed = [f"{k}: {shown(old.get(k))} before, {shown(new.get(k))} now" for k in differing]
         if changed:
             raise ConfigurationError(
-                f"cannot resume {self.directory}, which was begun with other settings: {'; '.join(changed)}. Give the "
-                "same again (threads: by OMP_NUM_THREADS), or another --out"
+                f"cannot resume {self.directory}, which was begun with other settings: {few(changed, separator='; ')}. "
+                "Give the same again (threads: by OMP_NUM_THREADS), or another --out"
             )
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; it must have the key "iteration"."""
-        append_line(self.directory / "metrics.jsonl", json.dumps(without_nan(metrics)))
+        append_line(self.directory / "metrics.jsonl", sealed_line(without_nan(metrics)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
@@ -85,46 +101,41 @@ class Run:
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Write the resume state (tensors and plain values, with "iteration"), atomically."""
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        write_atomically(self.directory / "state.pt", buffer.getvalue())
+        self._hold.require()
+        write_atomically(self.directory / "state.pt", state_bytes(state))
 
     def load_state(self) -> dict[str, Any] | None:
         """The resume state, or None at the start. Metrics written after it are dropped: they will come again."""
         path = self.directory / "state.pt"
-        state: dict[str, Any] | None = None
-        if path.exists():
-            try:
-                state = dict(torch.load(path, weights_only=True, map_location="cpu"))
-                if not isinstance(state["iteration"], int):
-                    raise TypeError(f"iteration {state['iteration']!r}")
-            except Exception as error:  # a damaged archive or pickle can raise nearly anything
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise CheckpointError(f"{path} is damaged ({reason}); start anew with --overwrite") from error
+        state, sealed = read_state(path) if path.exists() else (None, True)
+        if not sealed:
+            REMARKS.warning("%s has no checksum of its own (version 0.1.0 wrote none): its parts' CRC-32 hold", path)
         reached = state["iteration"] if state else 0
-        kept = [line for line in self.metrics() if line["iteration"] <= reached]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(sealed_line(line) + "\n" for line in self.metrics() if line["iteration"] <= reached)
         write_atomically(self.directory / "metrics.jsonl", text.encode())
         return state
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, none where there is no file; a last line that a kill cut short is left out.
+    """The lines of a metrics.jsonl, without their checksums: see `read_lines`."""
+    return read_lines(path)
 
-    Raises CheckpointError for another line that is broken.
-    """
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """A run's config.json: settings, inputs and versions. Raises CheckpointError."""
+    advice = "choose another --out"
     try:
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [dict(json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove the broken line and use --resume") from error
+        record: dict[str, Any] = RUN_RECORD(read_json(path, "a run's record", advice=advice), "")
+    except InvalidError as error:
+        raise CheckpointError(f"{path} cannot be read as a run's record ({error}); {advice}") from error
+    return opened_record(record, path, advice)
 
 
 def _is_run(record: Path) -> bool:
     """Whether this config.json is ours: other programs use the name, too."""
     try:
-        return {"config", "inputs", "versions"} <= set(json.loads(record.read_text()))
-    except (OSError, ValueError, TypeError):
+        return {"config", "inputs", "versions"} <= set(read_json(record, "a run's record"))
+    except (CheckpointError, TypeError):
         return False
 
 

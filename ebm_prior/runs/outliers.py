@@ -19,6 +19,7 @@ from ebm_prior.pictures.grids import save_png
 from ebm_prior.pictures.plots import histogram
 from ebm_prior.pictures.sheets import page
 from ebm_prior.storage.atomic import without_nan, write_atomically
+from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_writable
 
 FILES = ("scores.npz", "result.json", "histograms.png")
@@ -39,11 +40,11 @@ def write_results(
     folder: Path, result: Mapping[str, Any], forms: Sequence[Form], scored: Sequence[Scored], title: str
 ) -> list[str]:
     """Write scores.npz, result.json and histograms.png into a folder; returns their paths. `title`: of the picture."""
-    write_scores(folder / "scores.npz", forms, scored)
-    write_atomically(
-        folder / "result.json", (json.dumps(without_nan(result), indent=2, sort_keys=True) + "\n").encode()
-    )
-    save_png(histograms(result, forms, scored, title), folder / "histograms.png")
+    text = json.dumps(without_nan(result), indent=2, sort_keys=True) + "\n"
+    with owned(folder):
+        write_scores(folder / "scores.npz", forms, scored)
+        write_atomically(folder / "result.json", text.encode())
+        save_png(histograms(result, forms, scored, title), folder / "histograms.png")
     return [str(folder / name) for name in FILES]
 
 

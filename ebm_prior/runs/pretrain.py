@@ -50,13 +50,12 @@ def pretrain_into(
         elbo = shown["elbo"]
         write_progress(shown["backbone"], test, picture, config.seed)
 
-    def keep(trained: Backbone, diverged: str | None) -> Path:
+    def keep(trained: Backbone, diverged: str | None) -> None:
         nonlocal elbo
         if elbo is None and held_out is not None and diverged is None:  # a finished run, resumed
             elbo = evaluate_elbo(trained, held_out, seed=config.seed)
         record = {**training_record(config, train, elbo), **start, **({"diverged": diverged} if diverged else {})}
         save_backbone(trained, path, record=record)
-        return path
 
     trained, seconds = timed(
         lambda: pretrain(
@@ -69,6 +68,7 @@ def pretrain_into(
             on_evaluate=pictures(directory, draw, progress),
         ),
         keep,
+        path,
     )
     return {
         "backbone": str(path),

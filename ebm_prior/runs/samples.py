@@ -16,7 +16,8 @@ from ebm_prior.errors import OutputError
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.pictures.grids import grid, picture, save_png, titled_grids
-from ebm_prior.storage.atomic import write_atomically
+from ebm_prior.storage.atomic import temporary_affixes, write_atomically
+from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_absent, require_free, require_writable
 
 
@@ -75,14 +76,15 @@ def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, comp
     names = [f"{index:0{width}d}.png" for index in range(len(images))]
     try:
         out.mkdir(parents=True, exist_ok=True)
+        prefix, suffix = temporary_affixes("new")
         # Inside `out`, which may be a disk of its own: from anywhere else files would be copied, not renamed.
-        with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as new:
+        with owned(out), tempfile.TemporaryDirectory(dir=out, prefix=prefix, suffix=suffix) as new:
             for image, name in zip(images, names, strict=True):
                 save_png(picture(image), Path(new, name))
             for name in names:
                 Path(new, name).replace(out / name)
-        for surplus in [path for path in out.iterdir() if _is_sample(path) and path.name not in names]:
-            surplus.unlink()
+            for surplus in [path for path in out.iterdir() if _is_sample(path) and path.name not in names]:
+                surplus.unlink()
     except OSError as error:
         raise OutputError(
             f"cannot write into {out}: {error.strerror or error}; free some space or choose another --out"

@@ -46,11 +46,10 @@ def train_into(
     def draw(shown: Mapping[str, Any], picture: Path) -> None:
         write_pictures(shown["prior"], test, picture, config.seed)
 
-    def keep(prior: EBMPrior, _: str | None) -> Path:
+    def keep(prior: EBMPrior, _: str | None) -> None:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
         save_backbone(prior.backbone, own, record={**prior.record, **start})
         save_prior(prior, path, checkpoint=own.name)  # beside it: wherever the run is, equal runs give equal bytes
-        return path
 
     prior, seconds = timed(
         lambda: train_jointly(
@@ -63,6 +62,7 @@ def train_into(
             on_evaluate=pictures(directory, draw, progress),
         ),
         keep,
+        path,
     )
     count = parameters(prior.backbone, config.energy)
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,6 +16,7 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.runs.backbones import source_record
 from ebm_prior.runs.folder import run_inputs
+from ebm_prior.runs.kept import diverged
 from ebm_prior.storage.weights import fingerprint
 
 Product = TypeVar("Product", Backbone, EBMPrior)
@@ -50,18 +52,20 @@ def pictures(
     return on_evaluate
 
 
-def timed(train: Callable[[], Product], keep: Callable[[Product, str | None], Path]) -> tuple[Product, float]:
+def timed(
+    train: Callable[[], Product], keep: Callable[[Product, str | None], object], path: Path
+) -> tuple[Product, float]:
     """Train, and `keep` the product in a file: also what is left where training diverges for good.
 
     Args:
         train: trains, and returns the product; it may raise DivergenceError.
-        keep: writes the product, and returns the file. It gets the text of the DivergenceError, or None.
+        keep: writes the product to `path`. It gets the text of the DivergenceError, or None.
 
     Returns:
         The product, and the CPU seconds of its training.
 
     Raises:
-        DivergenceError: as `train` does; it says where the product was written, if there is one.
+        DivergenceError: as `train` does; it says whether the product was written, if there is one, and where.
     """
     began = time.process_time()
     try:
@@ -69,8 +73,7 @@ def timed(train: Callable[[], Product], keep: Callable[[Product, str | None], Pa
     except DivergenceError as error:
         if error.kept is None:
             raise
-        path = keep(cast(Product, error.kept), str(error))
-        raise DivergenceError(f"{error} It was written to {path}", kept=error.kept) from error
+        raise diverged(error, partial(keep, cast(Product, error.kept), str(error)), path) from error
     seconds = time.process_time() - began
     keep(product, None)
     return product, seconds

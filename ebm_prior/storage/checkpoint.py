@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ebm_prior
 from ebm_prior.compute.isolation import isolated, require_numbers, require_precision
-from ebm_prior.errors import BackboneMismatchError, CheckpointError, ConfigurationError, few, shown
-from ebm_prior.model.backbone import Backbone, require_groups
+from ebm_prior.errors import BackboneMismatchError, CheckpointError, ConfigurationError, RegimeError, few, shown
+from ebm_prior.model.backbone import Backbone, LatentGroup, require_groups
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.passes import Passes
-from ebm_prior.model.prior import EBMPrior, Regime, Target
+from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.settings import of_plain
+from ebm_prior.storage.records import BACKBONE_RECORD, PRIOR_RECORD, checked
 from ebm_prior.storage.registry import adapter, adapter_name
 from ebm_prior.storage.skeleton import build_described
 from ebm_prior.storage.weights import (
+    build_strictly,
     count_parameters,
     fingerprint,
     load_strictly,
@@ -39,8 +42,8 @@ PRIOR_KEY = "ebm_prior"
 def _require_format(path: Path, record: Mapping[str, Any]) -> None:
     if record.get("format") != 1:
         raise CheckpointError(
-            f"{path} has format {record.get('format')!r}, written by ebm-prior {record.get('library')}; this version, "
-            f"{ebm_prior.__version__}, reads format 1: update ebm-prior"
+            f"{path} has format {shown(record.get('format'))}, written by ebm-prior {record.get('library')}; this "
+            f"version, {ebm_prior.__version__}, reads format 1: update ebm-prior"
         )
 
 
@@ -119,7 +122,8 @@ def _load_official(kind: type[Backbone], path: Path, options: Mapping[str, Any])
 def _load_own(name: str | None, path: Path) -> Backbone:
     tensors, record = read_tensors(path, BACKBONE_KEY, "a backbone in ebm-prior's own form")
     _require_format(path, record)
-    stored = str(record.get("adapter"))
+    record = checked(BACKBONE_RECORD, record, path, "it is damaged: copy or make it again")
+    stored = record["adapter"]
     kind = adapter(stored)
     if name is not None and adapter(name) is not kind:
         raise CheckpointError(f"{path} is a backbone of adapter {stored!r}, not {name!r}; use --backbone {stored}")
@@ -136,7 +140,11 @@ def _load_own(name: str | None, path: Path) -> Backbone:
 
 def backbone_record(path: str | Path) -> dict[str, Any]:
     """The metadata of an own-form file: adapter, architecture, record."""
-    return read_tensors(bundled().get(str(path), Path(path)), BACKBONE_KEY, "a backbone in ebm-prior's own form")[1]
+    path = bundled().get(str(path), Path(path))
+    record = read_tensors(path, BACKBONE_KEY, "a backbone in ebm-prior's own form")[1]
+    _require_format(path, record)
+    typed: dict[str, Any] = checked(BACKBONE_RECORD, record, path, "it is damaged: copy or make it again")
+    return typed
 
 
 def bundled() -> dict[str, Path]:
@@ -162,7 +170,8 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
     """Write a prior as one safetensors file: the heads, and what is needed to use them again.
 
     `checkpoint`: where the backbone was loaded from (a path, or the name of a bundled one), for `load_prior`. A path
-    without a folder means that it lies beside the prior.
+    without a folder means that it lies beside the prior. Raises CheckpointError for a prior that `load_prior` would
+    refuse: nothing is then written.
     """
     record = {
         "format": 1,
@@ -182,6 +191,8 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
         "sampler": asdict(prior.sampler),
         "record": prior.record,
     }
+    checked(PRIOR_RECORD, record, path, "nothing was written: give the prior values within their ranges")
+    require_finite(prior.energy.state_dict(), "the heads", "nothing was written: the training that gave them failed")
     write_tensors(path, prior.energy.state_dict(), PRIOR_KEY, record)
 
 
@@ -193,18 +204,8 @@ def prior_record(path: str | Path) -> dict[str, Any]:
 def _read_prior(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, record = read_tensors(path, PRIOR_KEY, "an ebm-prior file")
     _require_format(path, record)
-    backbone = record.get("backbone")
-    lacking = [
-        key for key in ("backbone", "energy", "tau", "regime", "target", "sampler", "record") if key not in record
-    ]
-    if isinstance(backbone, dict):
-        parts = ("adapter", "checkpoint", "fingerprint", "groups", "parameters")
-        lacking += [f"backbone.{key}" for key in parts if key not in backbone]
-    elif "backbone" in record:
-        lacking += ["backbone"]
-    if lacking:
-        raise CheckpointError(f"{path} lacks {', '.join(lacking)} in its record: it is damaged, fit it again")
-    return tensors, record
+    typed: dict[str, Any] = checked(PRIOR_RECORD, record, path, "it is damaged: copy it again, or fit it again")
+    return tensors, typed
 
 
 @isolated()
@@ -226,16 +227,11 @@ def load_prior(
     """
     path = prior_file(path)
     tensors, record = _read_prior(path)
-    trained_on, tau, regime, target = (record[key] for key in ("backbone", "tau", "regime", "target"))
-    ceiling = math.inf if record.get("ceiling") is None else record["ceiling"]  # older files have none
-    try:
-        config, sampler = EnergyConfig(**record["energy"]), SamplerConfig(**record["sampler"])
-        if not (
-            math.isfinite(tau) and ceiling > -math.inf and regime in get_args(Regime) and target in get_args(Target)
-        ):
-            raise ValueError(f"tau {tau}, ceiling {ceiling}, regime {regime!r}, target {target!r}")
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
+    trained_on, ceiling = record["backbone"], record.get("ceiling")
+    config = of_plain(EnergyConfig, record["energy"])
+    groups = [LatentGroup(name, tuple(shape)) for name, shape in trained_on["groups"]]
+    _require_as_many(groups, config, len(tensors), path)
+    energy = build_strictly(lambda: JointEnergy(groups, config), tensors, path)
     if backbone is None:
         where = str(checkpoint) if checkpoint else _backbone_path(path, str(trained_on["checkpoint"]))
         if where not in bundled() and not os.path.exists(where):
@@ -256,20 +252,18 @@ def load_prior(
             "(--ckpt), or use --force if you know better"
         )
     try:
-        energy = JointEnergy(backbone.groups, config)
-    except RuntimeError as error:  # sizes that no memory holds
-        raise CheckpointError(f"{path} describes heads that cannot be built: {error}") from error
-    _load_widened(energy, tensors, path)
-    return EBMPrior(
-        backbone,
-        energy,
-        tau=tau,
-        ceiling=ceiling,
-        regime=regime,
-        target=target,
-        sampler=sampler,
-        record=record["record"],
-    )
+        return EBMPrior(
+            backbone,
+            energy,
+            tau=record["tau"],
+            ceiling=math.inf if ceiling is None else ceiling,
+            regime=record["regime"],
+            target=record["target"],
+            sampler=of_plain(SamplerConfig, record["sampler"]),
+            record=record["record"],
+        )
+    except RegimeError as error:
+        raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
 
 
 def _backbone_path(prior: Path, recorded: str) -> str:
@@ -287,6 +281,16 @@ def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         module.double()
     load_strictly(module, tensors, path)
+
+
+def _require_as_many(groups: Sequence[LatentGroup], config: EnergyConfig, tensors: int, path: Path) -> None:
+    """Refuse heads of far more parts than the file has tensors, before even their names are made."""
+    layers = config.vector_layers * sum(len(group.shape) < 3 for group in groups)
+    if 4 * len(groups) + 2 * layers > tensors + 1_000:
+        raise CheckpointError(
+            f"{path} describes {len(groups):,} heads with {layers:,} layers, but has only {tensors:,} tensors: it is "
+            "damaged, copy it again, or fit it again"
+        )
 
 
 def _groups(backbone: Backbone) -> list[list[Any]]:

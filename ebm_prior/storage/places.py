@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from ebm_prior.errors import ConfigurationError, OutputError
+from ebm_prior.storage.atomic import remove_leftovers, temporary_affixes
 from ebm_prior.storage.checkpoint import bundled_priors, prior_record
 
 
@@ -54,7 +55,8 @@ def require_writable(out: Path) -> None:
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent, prefix="."):
+        prefix, suffix = temporary_affixes("probe")
+        with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent, prefix=prefix, suffix=suffix):
             pass  # tried for real: permission bits do not tell of read-only disks, and mean nothing to root
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
@@ -66,6 +68,7 @@ def require_free(out: Path, overwrite: bool) -> None:
     Raises OutputError.
     """
     require_writable(out)
+    remove_leftovers(out.parent, of=out.name)
     if out.is_dir():
         raise OutputError(f"{out} is a folder; expected the name of a file: choose another --out")
     require_absent(out, overwrite)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,19 +18,46 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ebm_prior.errors import CheckpointError, few
+from ebm_prior.plain import NotPlainError, parse_json, printable
 from ebm_prior.storage.atomic import write_atomically
 
+Module = TypeVar("Module", bound=nn.Module)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""In which weights can be stored."""
+"""Types of the numbers in which weights can be stored."""
+KINDS = {  # of tensors that are written and read: as safetensors calls them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]) -> None:
-    """Write tensors and the record as one safetensors file, atomically. Equal content gives equal bytes."""
+    """Write tensors and the record as one safetensors file, atomically. Equal content gives equal bytes.
+
+    Raises CheckpointError for what `read_tensors` would refuse.
+    """
     # Cloned, for safetensors refuses tensors that share memory, as tied weights do.
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in sorted(tensors.items())
     }
+    if odd := [f"{name} ({tensor.dtype})" for name, tensor in plain.items() if tensor.dtype not in KINDS.values()]:
+        raise CheckpointError(
+            f"cannot write {path}: expected tensors of ordinary numbers, found {few(odd)}; convert them"
+        )
+    try:
+        parse_json(json.dumps(record, sort_keys=True), finite=False)
+    except (NotPlainError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: expected a record of plain values that can be read again ({error}); change it"
+        ) from error
     record = {**record, "sha256": _digest(plain, record)}
     write_atomically(path, save(plain, metadata={key: json.dumps(record, sort_keys=True)}))
 
@@ -48,7 +75,10 @@ def read_tensors(path: str | Path, key: str, what: str) -> tuple[dict[str, Tenso
         )
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get(key, "null"))
+            record = parse_json((file.metadata() or {}).get(key, "null"), finite=False)
+            kinds = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if odd := [f"{printable(name)} ({kind})" for name, kind in kinds.items() if kind not in KINDS]:
+                raise NotPlainError(f"tensors of numbers that this version does not know: {few(odd)}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -68,7 +98,7 @@ def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(normal, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -87,7 +117,7 @@ def check_state(
     pairs = {key: (expected[key], found[key]) for key in common}
     problems = {
         "missing": [f"{key} {tuple(expected[key].shape)}" for key in expected if key not in found],
-        "unexpected": [f"{key} {tuple(found[key].shape)}" for key in found if key not in expected],
+        "unexpected": [f"{printable(key)} {tuple(found[key].shape)}" for key in found if key not in expected],
         "mis-shaped": [
             f"{key} expected {tuple(wanted.shape)}, found {tuple(got.shape)}"
             for key, (wanted, got) in pairs.items()
@@ -123,10 +153,32 @@ def require_finite(
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict with every missing, unexpected, mis-shaped and not finite key named: CheckpointError."""
+    """Load a state dict. CheckpointError names the keys that are missing, unexpected, mis-shaped or not finite."""
     check_state(tensors, module.state_dict(), path)
     require_finite(tensors, path)
     module.load_state_dict(dict(tensors))
+
+
+def build_strictly(build: Callable[[], Module], tensors: Mapping[str, Tensor], path: Path) -> Module:
+    """The module that `build` makes, with these weights: no size is believed before the weights are there that have it.
+
+    It is built without memory (torch's device meta), compared with the tensors, and given these themselves. Its numbers
+    are float64 where the file has such, else float32, as a new module's. Raises CheckpointError, also where `build`
+    fails.
+    """
+    try:
+        with torch.device("meta"):
+            module = build()
+    except Exception as error:  # sizes that no number holds, among others
+        raise CheckpointError(
+            f"{path} describes a network that cannot be built: {str(error).splitlines()[:1]}"
+        ) from error
+    check_state(tensors, module.state_dict(), path)
+    require_finite(tensors, path)
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
+    given = {name: tensor.to(wide) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    module.load_state_dict(given, assign=True)
+    return module
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -26,6 +26,7 @@ from ebm_prior.model.samplers import SamplerConfig, draw, graphed, norm, where
 from ebm_prior.training.course import Best, Course, Finished, Pairs, Workbench
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.objectives import Gain, mle_loss
+from ebm_prior.training.resume import require_shapes
 from ebm_prior.training.stages import BOUND_PER_SPREAD, MovedDraws, Stages, draws_at_once
 from ebm_prior.training.steps import FIT_NORM_LIMIT
 
@@ -147,6 +148,9 @@ class MaximumLikelihood(_OneEnergy):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
+        if state["chains"]:
+            shapes = [(self.config.batch_size, *group.shape) for group in self.bench.draws.backbone.groups]
+            require_shapes("chains", state["chains"], shapes)
         self.chains = [chains.to(self.bench.device) for chains in state["chains"]]
 
     def _norm_limit(self) -> float:

@@ -32,6 +32,7 @@ from ebm_prior.training.joint_loss import Terms, terms
 from ebm_prior.training.latents import PRIOR_DRAWS
 from ebm_prior.training.loop import Training
 from ebm_prior.training.objectives import gain
+from ebm_prior.training.resume import require_shapes
 from ebm_prior.training.steps import (
     JOINT_GAP_LIMIT,
     JOINT_NORM_LIMIT,
@@ -271,6 +272,9 @@ class JointTraining(Training):
         return {"persistent": self.chains.persistent}
 
     def restore_own(self, state: Mapping[str, Any]) -> None:
+        if state["persistent"]:
+            shapes = [(self.config.batch_size, *group.shape) for group in self.backbone.groups]
+            require_shapes("persistent", state["persistent"], shapes)
         self.chains.persistent = [chain.to(self.device) for chain in state["persistent"]]
 
 

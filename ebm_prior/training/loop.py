@@ -17,6 +17,7 @@ from torch import nn
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.errors import DivergenceError
 from ebm_prior.interfaces import SILENT, Callback, Progress, Recorder
+from ebm_prior.training.resume import resume
 
 
 class Training(ABC):
@@ -92,6 +93,10 @@ class Training(ABC):
         self.optimizer.load_state_dict(state["optimizer"])
         self.restore_own(state)
 
+    def translated(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A saved state with the names of this version; an earlier one may have had others."""
+        return state
+
     def own_state(self) -> dict[str, Any]:
         """What changes in this kind of training beside weights, optimizer and counters."""
         return {}
@@ -107,7 +112,7 @@ class Training(ABC):
         """
         saved = self.processes.of_first(lambda: recorder.load_state() if recorder else None)
         if saved is not None:
-            self.restore(saved)
+            resume(self, saved)
         good = self.state()
         while not self.finished():
             try:

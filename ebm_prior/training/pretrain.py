@@ -179,8 +179,9 @@ class Pretraining(Training):
         require_finite("the norm of the weights", self.iteration, norm)
         return super().state()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore({**state, "average": _average_weights(state["average"])})
+    def translated(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        average = state.get("average")
+        return {**state, "average": _average_weights(average)} if isinstance(average, Mapping) else state
 
 
 def evaluate_elbo(backbone: Backbone, images: Images, *, seed: int = 0, batch_size: int = 500) -> Elbo:
@@ -250,4 +251,4 @@ def _average_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a saved moving average; states of earlier versions name them module.* and count their updates."""
     if "n_averaged" not in state:
         return dict(state)
-    return {key.removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
+    return {str(key).removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}

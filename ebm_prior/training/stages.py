@@ -50,6 +50,7 @@ from ebm_prior.model.samplers import (
 )
 from ebm_prior.settings import setting
 from ebm_prior.training.objectives import Gain, gain
+from ebm_prior.training.resume import require_shapes
 
 COLD_STEPS = 16  # pCN-Langevin steps from p_β to p_k, each of `leapfrogs`
 HALVINGS = 10  # of a stage's step, at most
@@ -272,6 +273,7 @@ class Stages:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()`."""
+        require_shapes("stages.eps", state["eps"], [old.shape for old in self.eps])
         self.eps = [e.to(old.device) for e, old in zip(state["eps"], self.eps, strict=True)]
         self.reference.load_state_dict(state["reference"])
         self.step_size, self.rate, self.done = state["step_size"], state["rate"], state["done"]

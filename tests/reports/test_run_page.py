@@ -125,9 +125,9 @@ def test_mistakes_are_named(workshop: Workshop, run: Path, page: Page, tmp_path:
     shutil.copy(run / "config.json", tmp_path)
     assert "finish the run" in workshop.error("report", tmp_path)
     arguments = ("report", run, "--out", tmp_path / "page.html")
-    assert "without verdict" in workshop.error(*arguments, "--doctor", run / "eval.json")
+    assert "verdict" in workshop.error(*arguments, "--doctor", run / "eval.json")
     (tmp_path / "broken.json").write_text("[{")
-    assert "cannot read" in workshop.error(*arguments, "--eval", tmp_path / "broken.json")
+    assert "cannot be read" in workshop.error(*arguments, "--eval", tmp_path / "broken.json")
     assert not (tmp_path / "page.html").exists()
 
 

@@ -58,7 +58,7 @@ def test_metrics_that_the_state_does_not_know_are_dropped(tmp_path: Path, state:
     run.load_state()
     run.log({"iteration": 2})
     assert run.metrics() == [{"iteration": 1}] * state + [{"iteration": 2}]
-    assert (run.directory / "metrics.jsonl").read_text().endswith('{"iteration": 2}\n')
+    assert (run.directory / "metrics.jsonl").read_text().endswith('{"iteration": 2, "crc32": "cbeca53f"}\n')
 
 
 def test_metrics_are_strict_json(tmp_path: Path) -> None:

@@ -1,0 +1,170 @@
+"""What eval, ood and doctor print as JSON, typed: a report is made of these files, which may be anybody's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ebm_prior.model.scores import LOWERS, MODES
+from ebm_prior.storage.records import (
+    Check,
+    InvalidError,
+    anything,
+    either,
+    fields,
+    flag,
+    listed,
+    mapping,
+    measured,
+    one_of,
+    text,
+    whole,
+)
+
+COUNT = whole(0, 10**15)
+SEED = whole(0, 10**300)
+SAMPLER = fields(
+    {"proposals": COUNT, "steps": COUNT, "kernel": text(), "step_size": measured, "temperature": measured},
+    {"leapfrogs": COUNT},
+)
+_DISTANCES = fields({"fid": measured, "kid": measured}, {"inception_score": measured, "inception_score_sd": measured})
+CARD = fields(
+    {
+        "distance": text(),
+        "official": flag,
+        "mode": text(),
+        "weights": text(),
+        "samples": COUNT,
+        "sampler": SAMPLER,
+        "seed": SEED,
+        "reference": fields({"images": COUNT, "data": text(), "split": text()}),
+        "statistics": text(),
+        "statistics_file": text(),
+        "kid_rows": COUNT,
+        "splits": COUNT,
+        "backbone": _DISTANCES,
+        "prior": _DISTANCES,
+    }
+)
+_EVALUATED = ("backbone", "prior", "reconstruction")
+EVALUATION = fields(
+    {
+        **{f"{distance}_{of}": measured for distance in ("fd", "fdrec", "kid") for of in _EVALUATED},
+        **dict.fromkeys(("gap_closed", "gap_closed_rec", "acceptance", "norm", "resampling_ess_fraction"), measured),
+        **dict.fromkeys(("gain_nats", "ess_fraction", "tau"), measured),
+        **dict.fromkeys(("extractor", "data", "statistics"), text()),
+        **dict.fromkeys(("samples", "held_out_images"), COUNT),
+        "seed": SEED,
+        "sampler": SAMPLER,
+    },
+    {
+        "published": listed(CARD),
+        "prior": text(),
+        "command": text(),
+        "held_out": flag,
+        **dict.fromkeys(("f_posterior", "f_backbone", "f_prior", "auc_before", "auc_after"), measured),
+        "auc_before_per_group": mapping(measured),
+        "auc_after_per_group": mapping(measured),
+        "auc_budget": text(),
+    },
+)
+_QUALITY = {"auroc": measured, "auprc": measured}
+_MEASURES = fields(_QUALITY, {"fpr80": measured, "auprc_trapezoid": measured})
+ROW = fields(
+    {
+        "score": text(),
+        "k": COUNT,
+        "mode": one_of(*MODES),
+        "lower": either(one_of(*LOWERS), measured),  # none where no group is drawn
+        "f=0": _MEASURES,
+        "f": _MEASURES,
+        "gain": fields({"auroc": measured, "low": fields({"auroc": measured}), "high": fields({"auroc": measured})}),
+    }
+)
+OUTLIERS = fields(
+    {
+        "images": either(COUNT, listed(COUNT, 2, 2)),
+        "draws": COUNT,
+        "seed": SEED,
+        "tau": measured,
+        "sampler": SAMPLER,
+        "in": text(),
+        "sets": listed(fields({"out": text(), "rows": listed(ROW)}), 1),
+    },
+    {"prevalence": measured, "command": text(), "files": listed(text())},
+)
+GROUP = fields(
+    {
+        "group": text(),
+        "kl_nats": measured,
+        "active_units": COUNT,
+        "units": COUNT,
+        **dict.fromkeys(("eps_mean_rms", "eps_variance", "std_low", "std_high"), measured),
+    },
+    {"auc": measured},
+)
+DIAGNOSIS = fields(
+    {
+        "verdict": text(),
+        "groups": listed(GROUP, 1),
+        "images": COUNT,
+        "data": text(),
+        "seed": SEED,
+        "not_finite": mapping(COUNT),
+        "batch_norms": COUNT,
+        "dropout_layers": COUNT,
+        "dropout_largest": measured,
+        "running_variance": anything,
+        "training_mode": flag,
+    },
+    {"auc": measured, "auc_budget": text(), "command": text()},
+)
+
+
+def _together(keys: tuple[str, ...], check: Check) -> Check:
+    """Entries that come all or none."""
+
+    def checked(value: Any, where: str) -> Any:
+        found = check(value, where)
+        there = [key for key in keys if key in found]
+        if there and len(there) < len(keys):
+            raise InvalidError(where, ", ".join(keys), there)
+        return found
+
+    return checked
+
+
+def _evaluation(value: Any, where: str) -> Any:
+    found = _together(("f_posterior", "f_backbone", "f_prior"), EVALUATION)(value, where)
+    auc = ("auc_before", "auc_after", "auc_before_per_group", "auc_after_per_group", "auc_budget")
+    found = _together(auc, lambda value, where: found)(found, where)
+    if "auc_before" in found and set(found["auc_before_per_group"]) != set(found["auc_after_per_group"]):
+        raise InvalidError(where, "an AUC of each group before and after", found["auc_after_per_group"])
+    for card in found.get("published", ()):
+        for which in ("backbone", "prior"):
+            _together(("inception_score", "inception_score_sd"), lambda value, where: value)(card[which], where)
+    return found
+
+
+def _outliers(value: Any, where: str) -> Any:
+    found = OUTLIERS(value, where)
+    last = "fpr80" if isinstance(found["images"], int) else "auprc_trapezoid"
+    for each in found["sets"]:
+        for row in each["rows"]:
+            for which in ("f=0", "f"):
+                fields({last: measured})(row[which], f"{where}.sets")
+    return found
+
+
+def _diagnosis(value: Any, where: str) -> Any:
+    found = _together(("auc", "auc_budget"), DIAGNOSIS)(value, where)
+    if found["batch_norms"]:
+        listed(measured, 2, 2)(found["running_variance"], f"{where}.running_variance")
+    return found
+
+
+RESULTS: dict[str, Check] = {
+    "eval": listed(_evaluation, 1),
+    "ood": listed(_outliers, 1),
+    "doctor": listed(_diagnosis, 1, 1),
+}
+"""Of each command: a list of what it prints."""

@@ -1,0 +1,224 @@
+"""One owner of a folder at a time, on one machine and on a shared disk.
+
+The owner is named in a hidden file of the folder, which is made in one step (a hard link to a complete file: either
+it is there as a whole or not at all, over NFS, too). A thread touches it every BEAT seconds. A lock of a process that
+has ended here is no obstacle; one of another machine is none when it was last touched more than STALE seconds ago.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ebm_prior.errors import OutputError
+from ebm_prior.plain import parse_json, printable
+from ebm_prior.storage.atomic import advice_for, advise, remove_leftovers, temporary_affixes
+from ebm_prior.storage.owner import Owner, this_process
+from ebm_prior.storage.records import InvalidError, fields, text, whole
+
+LOCK = ".ebm-prior.lock"
+BEAT, STALE = 30.0, 600.0  # seconds
+_RECORD = fields(
+    {"machine": text(), "pid": whole(1), "start": whole(), "host": text(), "since": text(), "token": text()}
+)
+
+
+class _Found(NamedTuple):
+    """A lock that is there already."""
+
+    token: str | None  # None: a file that is no lock of ours
+    age: float  # seconds since it was touched, by the clock of its disk
+    record: dict[str, Any]
+
+    @property
+    def held(self) -> bool:
+        """Whether its process may still be at work."""
+        if self.token is not None:
+            owner = Owner(self.record["machine"], self.record["pid"], self.record["start"])
+            if owner.local:
+                return owner.alive
+        return self.age < STALE
+
+
+class _Lock:
+    """A lock of this process on one folder; it may be taken several times, and goes with the last."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path, self.pid = folder, folder / LOCK, os.getpid()
+        self.token, self.count = secrets.token_hex(8), 0
+        self._ended = threading.Event()
+        self.made = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._take()
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {folder}: {error.strerror or error}; {advice_for(folder / LOCK, error)}"
+            ) from error
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _take(self) -> None:
+        owner = this_process()
+        record = {"host": socket.gethostname(), "since": _now(), "token": self.token, **owner._asdict()}
+        prefix, suffix = temporary_affixes("lock")
+        descriptor, whole_file = tempfile.mkstemp(dir=self.folder, prefix=prefix, suffix=suffix)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(json.dumps(record, sort_keys=True) + "\n")
+            for _ in range(100):  # each time another process was quicker to take or to leave it
+                if _link(whole_file, self.path):
+                    return
+                found = _read(self.path, now=os.stat(whole_file).st_mtime)
+                if found is None:
+                    continue
+                if found.held:
+                    raise OutputError(_in_use(self.folder, found))
+                self._remove(found, whole_file + "-old")
+        finally:
+            os.unlink(whole_file)
+        raise OutputError(f"{self.folder}: other processes take and leave it all the time; choose another --out")
+
+    def _remove(self, found: _Found, aside: str) -> None:
+        """Remove the lock that was found, and none that another process has put in its place meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, aside)
+            moved = _read(Path(aside), now=0.0)
+            if moved is not None and moved.token != found.token:
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self.path)
+            os.unlink(aside)
+
+    def require(self) -> None:
+        """Touch the lock. Raises OutputError where another process, thinking this one dead, has taken the folder."""
+        found = _read(self.path, now=0.0)
+        if found is None or found.token != self.token:
+            held = "somebody has removed its lock" if found is None else _in_use(self.folder, found)
+            raise OutputError(f"{self.folder} is no longer this process's, which stops here: {held}")
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def leave(self) -> None:
+        """Give the folder back; one that was made for it and is empty goes."""
+        self._ended.set()
+        if self.pid != os.getpid():  # a child of the owner
+            return
+        found = _read(self.path, now=0.0)
+        with contextlib.suppress(OSError):
+            if found is not None and found.token == self.token:
+                os.unlink(self.path)
+            if self.made:
+                os.rmdir(self.folder)
+
+
+_HELD: dict[str, _Lock] = {}
+_GUARD = threading.RLock()
+
+
+class Hold:
+    """This process's hold of a folder, until `leave`, or until nobody has this object any more.
+
+    `advice`: what to do where a file in it cannot be written, e.g. "go on with --resume".
+    """
+
+    def __init__(self, folder: Path, *, advice: str | None = None) -> None:
+        self._key = os.path.realpath(folder)
+        with _GUARD:
+            lock = _HELD.get(self._key)
+            if lock is None or lock.pid != os.getpid():
+                lock = _HELD[self._key] = _Lock(Path(folder))
+                remove_leftovers(Path(folder))
+            lock.count += 1
+        self._lock = lock
+        if advice is not None:
+            advise(Path(folder), advice)
+        self.leave = weakref.finalize(self, _leave, self._key, lock)
+
+    def require(self) -> None:
+        """Say that this process lives. Raises OutputError where the folder has been taken over."""
+        self._lock.require()
+
+
+def _leave(key: str, lock: _Lock) -> None:
+    with _GUARD:
+        lock.count -= 1
+        if lock.count == 0:
+            if _HELD.get(key) is lock:
+                del _HELD[key]
+            advise(Path(key), None)
+            lock.leave()
+
+
+@contextlib.contextmanager
+def owned(folder: Path, *, advice: str | None = None) -> Iterator[None]:
+    """Own `folder` inside the block; it is made where it is not there.
+
+    Raises OutputError, which names process, host and time, where another process does.
+    """
+    hold = Hold(folder, advice=advice)
+    try:
+        yield
+    finally:
+        hold.leave()
+
+
+def _link(whole_file: str, lock: Path) -> bool:
+    """Make the lock in one step. False: there is one."""
+    try:
+        os.link(whole_file, lock)
+    except FileExistsError:
+        return os.stat(whole_file).st_nlink == 2  # NFS may lose the answer and ask again
+    except OSError:  # a disk without hard links
+        try:
+            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(Path(whole_file).read_bytes())
+    return True
+
+
+def _read(path: Path, *, now: float) -> _Found | None:
+    """What a lock says; None where there is none."""
+    try:
+        age = now - os.stat(path).st_mtime
+        with open(path, "rb") as file:
+            content = file.read(10_000)
+    except FileNotFoundError:
+        return None
+    try:
+        record = _RECORD(parse_json(content.decode()), "")
+    except (ValueError, InvalidError):
+        return _Found(None, age, {})
+    return _Found(record["token"], age, record)
+
+
+def _in_use(folder: Path, found: _Found) -> str:
+    if found.token is None:
+        return f"{folder} holds a file {LOCK} that is no lock of ebm-prior: remove it, or choose another --out"
+    record = {key: printable(str(value)) for key, value in found.record.items()}
+    owner = Owner(found.record["machine"], found.record["pid"], found.record["start"])
+    elsewhere = "" if owner.local else f" (last sign of life {max(0.0, found.age) / 60:.0f} minutes ago)"
+    sure = "" if owner.local else f"; if it has ended, wait {STALE / 60:.0f} minutes or remove {folder / LOCK}"
+    return (
+        f"{folder} is in use by process {record['pid']} on {record['host']} since {record['since']}{elsewhere}: "
+        f"expected one run in a folder at a time; wait until it has ended, or choose another --out{sure}"
+    )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,9 +1,9 @@
-"""What `ebm-prior demo` gains, over seeds and numbers of threads: the share of the gap closed in FD and FDrec, and time.
+"""What `ebm-prior demo` gains, over seeds and numbers of threads: shares of the gap closed in FD and FDrec, and time.
 
 python tests/benchmarks/demo_seeds.py --seeds 0 1 2 3 4 --threads 1 2 --json out.json
 
-Each row is one whole demo. Rows are written as they come: what has been measured is kept if this is stopped. CPU
-seconds over threads are what the demo takes on idle cores, at least; by the clock other work on the machine counts, too.
+Each row is one whole demo. Rows are written as they come: what has been measured is kept if this is stopped. The demo
+takes at least its CPU seconds over the number of threads; by the clock, other work on the machine counts, too.
 """
 
 from __future__ import annotations

@@ -64,6 +64,18 @@ class DivergenceError(EbmPriorError):
         self.kept = kept
 
 
+class Stopped(KeyboardInterrupt):
+    """Somebody stopped the work by Ctrl-C or SIGTERM; no error, so nothing that handles errors may take it for one.
+
+    The command line turns it into exit code 128 + `signal`: 130 or 143. `saved`: the iteration that is kept in the
+    run's state; None where the work stopped at once.
+    """
+
+    def __init__(self, signal: int, saved: int | None = None) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal, self.saved = signal, saved
+
+
 # Words of the messages.
 
 

@@ -14,6 +14,9 @@ Callback = Callable[[Mapping[str, Any]], None]
 class Progress(Protocol):
     """Somebody who is told how far a piece of work has come: the command line's bar, or `SILENT`."""
 
+    def begin(self, name: str, total: int) -> None:
+        """Another piece of work begins, with a count of its own: of `total` steps, stages or items, 0 where unknown."""
+
     def step(self, shown: Mapping[str, Any]) -> None:
         """An iteration is done: "iteration", "iterations", and the numbers to show."""
 
@@ -29,6 +32,8 @@ class Progress(Protocol):
 
 class Silent:
     """A `Progress` that nobody watches, and a base for one that is told of some things alone."""
+
+    def begin(self, name: str, total: int) -> None: ...
 
     def step(self, shown: Mapping[str, Any]) -> None: ...
 
@@ -59,6 +64,12 @@ class Recorder(Protocol):
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append metrics, with the key "iteration"."""
+
+    def note(self, shown: Mapping[str, Any]) -> None:
+        """Append numbers of a step, with the key "iteration", for somebody who watches.
+
+        When that is done depends on the clock, and two equal runs note different iterations; `log` has what they share.
+        """
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Replace the resume state: tensors and plain values, with the key "iteration"."""

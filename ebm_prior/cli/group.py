@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import click
 
-from ebm_prior.errors import DivergenceError, EbmPriorError
+from ebm_prior.compute.stopping import stoppable
+from ebm_prior.errors import DivergenceError, EbmPriorError, Stopped
 from ebm_prior.plain import printable
 
 WORDS = "ebm_prior.words"  # key, in click's context, of the words that were typed
+RUN_FOLDER = "ebm_prior.run"  # key of the folder of the run that a command has begun, if it has
 
 
 class Entry(NamedTuple):
@@ -61,9 +66,14 @@ class Group(click.Group):
         return context
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; exit code 3 where training diverged, 1 at any other stated error."""
+        """Run a command; exit code 3 where training diverged, 1 at any other stated error, 128 + n at signal n."""
         try:
-            return super().invoke(ctx)
+            with stoppable(_say_that_it_will_stop):
+                return super().invoke(ctx)
+        except Stopped as stopped:
+            if getattr(ctx.obj, "first", True):  # of several processes, all of which have stopped after the same step
+                complain(_way_on(ctx, stopped))
+            ctx.exit(128 + stopped.signal)
         except DivergenceError as error:
             complain(f"diverged: {error}")
             ctx.exit(3)
@@ -92,3 +102,34 @@ def complain(text: str) -> None:
         click.echo(f"ebm-prior: {text}", err=True)
     else:  # whose sys.stderr leads nowhere
         click.echo(f"ebm-prior: process {processes.rank} of {processes.count}: {text}", file=sys.__stderr__)
+
+
+def resume_command(words: Sequence[str], folder: object, processes: int = 1) -> str:
+    """The command that goes on with a run in `folder`, from the `words` that began it."""
+    kept, skip = list[str](), False
+    for word in words:
+        if not skip and word not in ("--resume", "--overwrite", "--out") and not word.startswith("--out="):
+            kept.append(word)
+        skip = not skip and word == "--out"
+    threads = os.environ.get("OMP_NUM_THREADS")  # on which the bytes of a run depend
+    program = ["ebm-prior"]
+    if processes > 1:
+        program = ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "ebm_prior"]
+    command = shlex.join([*program, *kept, "--resume", "--out", str(folder)])
+    return f"OMP_NUM_THREADS={shlex.quote(threads)} {command}" if threads else command
+
+
+def _way_on(ctx: click.Context, stopped: Stopped) -> str:
+    """One line for somebody who has stopped a command: what is kept, and how to go on."""
+    folder = ctx.meta.get(RUN_FOLDER)
+    if folder is None or not (folder / "config.json").exists():
+        return "stopped"
+    what = "at once" if stopped.saved is None else f"after iteration {stopped.saved}, which is saved"
+    return f"stopped {what}. Go on with: {resume_command(ctx.meta[WORDS], folder, getattr(ctx.obj, 'count', 1))}"
+
+
+def _say_that_it_will_stop() -> None:
+    """Within a signal's handler, where buffered output may be in the midst of a write."""
+    if sys.stderr is sys.__stderr__:  # not where it is caught, and not in the other processes, which say nothing
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nebm-prior: stopping when this step is done and saved; Ctrl-C again stops at once\n")

@@ -146,7 +146,7 @@ def convert(
 @SEED
 @JSON
 def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:
-    """Fit a prior to the bundled HVAE and show samples before and after. Offline, a few minutes on two cores."""
+    """Fit a prior to the bundled BIVA and show samples before and after. Offline, a few minutes on two cores."""
     require_demo_folder(out, overwrite)
     with Bar("demo", demo_config().iterations) as bar:
         result = run_demo(out, seed=seed, overwrite=overwrite, progress=bar)

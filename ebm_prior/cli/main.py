@@ -2,7 +2,7 @@
 is there, and that remake experiments have a module each.
 
 Results go to stdout (`--json` for machines), progress and remarks to stderr.
-Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged.
+Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast, get_args
 import click
 import torch
 
-from ebm_prior.cli.group import WORDS
+from ebm_prior.cli.group import RUN_FOLDER, WORDS
 from ebm_prior.cli.help import Option
 from ebm_prior.cli.preflight import Need, require
 from ebm_prior.cli.types import BACKBONE_FILE, PATH, PRIOR_FILE
@@ -191,6 +191,7 @@ def refuse_unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool,
 def run_directory(out: Path | None, command: str, resume: bool) -> Path:
     """`places.run_directory`, printed before the work begins, so that a run that is killed can be resumed."""
     directory = places.run_directory(out, command, resume=resume)
+    click.get_current_context().meta[RUN_FOLDER] = directory
     click.echo(f"run: {directory}", err=True)
     return directory
 

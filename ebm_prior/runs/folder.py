@@ -1,4 +1,9 @@
-"""A run directory: resolved configuration, metrics.jsonl, pictures, resume state. Kill it at any moment and resume."""
+"""A run directory: resolved configuration, metrics.jsonl, pictures, resume state. Kill it at any moment and resume.
+
+metrics.jsonl has the evaluations, which are a function of the run: equal runs write equal lines, whatever kills them on
+the way. progress.jsonl has numbers of single steps, by the clock, for whoever watches; these no two runs share, so they
+have a file of their own.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +29,9 @@ from ebm_prior.storage.sealed import opened_record, read_lines, read_state, seal
 RUN_RECORD = fields({"config": fields({}), "inputs": fields({})}, {"versions": fields({})})
 REMARKS = logging.getLogger("ebm_prior")
 
+METRICS, PROGRESS = "metrics.jsonl", "progress.jsonl"
+BOARD = "tensorboard"  # the folder of a run that TensorBoard reads
+
 
 class Run:
     """One run directory. `config` and `inputs` (JSON-able) make the run; a resume with other ones is refused.
@@ -47,7 +55,7 @@ class Run:
         self._hold = Hold(directory, advice="go on with --resume")
         try:
             self._begin(normal, resume=resume, overwrite=overwrite)
-            for name in ("config.json", "metrics.jsonl", "state.pt"):
+            for name in ("config.json", METRICS, PROGRESS, "state.pt"):
                 for rest in directory.glob(f".{name}.*"):  # of a write that a kill cut short (see write_atomically)
                     rest.unlink()
         except BaseException as error:
@@ -74,7 +82,8 @@ class Run:
                     f"{directory} holds a run: pass --resume to go on, --overwrite to start anew, or another --out"
                 )
             # Only what would mix with the new run goes. A result stands until the new one replaces it.
-            for path in (directory / "state.pt", directory / "metrics.jsonl", *directory.glob("samples-*.png")):
+            old = ("state.pt", METRICS, PROGRESS, "samples-*.png", f"{BOARD}/events.out.tfevents.*")
+            for path in (path for name in old for path in directory.glob(name)):
                 path.unlink(missing_ok=True)
         versions = {"ebm_prior": ebm_prior.__version__, "torch": torch.__version__, "python": platform.python_version()}
         text = json.dumps(sealed_record({**normal, "versions": versions}), indent=2, sort_keys=True) + "\n"
@@ -93,11 +102,15 @@ class Run:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; it must have the key "iteration"."""
-        append_line(self.directory / "metrics.jsonl", sealed_line(without_nan(metrics)))
+        append_line(self.directory / METRICS, sealed_line(without_nan(metrics)))
+
+    def note(self, shown: Mapping[str, Any]) -> None:
+        """Append one line to progress.jsonl; it must have the key "iteration"."""
+        append_line(self.directory / PROGRESS, sealed_line(without_nan(shown)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
-        return read_metrics(self.directory / "metrics.jsonl")
+        return read_metrics(self.directory / METRICS)
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Write the resume state (tensors and plain values, with "iteration"), atomically."""
@@ -111,8 +124,10 @@ class Run:
         if not sealed:
             REMARKS.warning("%s has no checksum of its own (version 0.1.0 wrote none): its parts' CRC-32 hold", path)
         reached = state["iteration"] if state else 0
-        text = "".join(sealed_line(line) + "\n" for line in self.metrics() if line["iteration"] <= reached)
-        write_atomically(self.directory / "metrics.jsonl", text.encode())
+        for lines in (self.directory / METRICS, self.directory / PROGRESS):
+            if lines.exists() or lines.name == METRICS:
+                kept = [line for line in read_metrics(lines) if line["iteration"] <= reached]
+                write_atomically(lines, "".join(sealed_line(line) + "\n" for line in kept).encode())
         return state
 
 

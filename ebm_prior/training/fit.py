@@ -54,10 +54,10 @@ def fit(
 ) -> EBMPrior:
     """Train an energy-based prior for a frozen `backbone` on `images`.
 
-    With a `run`, state and metrics are written every `evaluate_every` iterations and the run goes on from its last
-    state. `on_evaluate` gets {"iteration", "prior"}: the moving average as a prior. When a loss or chain is not finite,
-    chains leave the typical set, or the held-out gain collapses, training returns to the last good state at half the
-    rate; the second time it raises DivergenceError, whose `kept` is the best one so far.
+    With a `run`, metrics are written every `evaluate_every` iterations, the state then and by the clock, and the run
+    goes on from its last state. `on_evaluate` gets {"iteration", "prior"}: the moving average as a prior. When a loss
+    or chain is not finite, chains leave the typical set, or the held-out gain collapses, training returns to the last
+    good state at half the rate; the second time it raises DivergenceError, whose `kept` is the best one so far.
 
     A batch is drawn and differentiated in `config.parts`, which the `processes` share: the result depends on the parts
     and not on how many processes there are. Only the first one is given a `run`, `progress` and `on_evaluate`.
@@ -84,6 +84,7 @@ class Part(NamedTuple):
 class Fitting(Training):
     """A fit under way."""
 
+    title = "fit"
     learns = "energy"
     network: JointEnergy
     average: JointEnergy
@@ -106,7 +107,7 @@ class Fitting(Training):
             config.stage.suited(backbone, config.parts)  # refused now, not when stages take over
         with seeded(like.device, config.seed, Purpose.HEADS):
             energy = JointEnergy(backbone.groups, config.energy).to(like.device, like.dtype)
-        draws = Draws(self.backbone, images, energy, config, processes)
+        draws = Draws(self.backbone, images, energy, config, processes, progress)
         training, held_out = draws.split()
         latents = draws.held_out(held_out)
         if config.energy.standardize:

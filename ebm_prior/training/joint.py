@@ -91,6 +91,7 @@ class BatchGradients(NamedTuple):
 class JointTraining(Training):
     """A joint training under way."""
 
+    title = "train"
     learns = "model"
     network: WholeModel
     average: WholeModel

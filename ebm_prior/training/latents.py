@@ -16,7 +16,7 @@ from torch import Tensor
 from ebm_prior.compute.parallel import Processes
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.interfaces import Images
+from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import JointEnergy, values
 from ebm_prior.training.fit_config import FitConfig
@@ -43,10 +43,16 @@ class Draws:
     """Draws the latents of a fit: posterior ones of its images, and ancestral ones of its backbone's prior."""
 
     def __init__(
-        self, backbone: Backbone, images: Images, energy: JointEnergy, config: FitConfig, processes: Processes
+        self,
+        backbone: Backbone,
+        images: Images,
+        energy: JointEnergy,
+        config: FitConfig,
+        processes: Processes,
+        progress: Progress = SILENT,
     ) -> None:
         self.backbone, self.images, self.energy = backbone, images, energy
-        self.config, self.processes = config, processes
+        self.config, self.processes, self.progress = config, processes, progress
         self.like = next(backbone.parameters())
 
     def generators(self, *words: int) -> list[torch.Generator]:
@@ -101,8 +107,11 @@ class Draws:
         def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
             generator = derived_generator(self.config.seed, Purpose.HELD_OUT_PRIOR, batch[0], device=self.like.device)
             eps = (self.backbone.standard_normal(len(batch[1]), generator=generator) for _ in range(PRIOR_DRAWS))
-            return [[seen.cpu() for seen in self.of_prior(e)] for e in eps]
+            found = [[seen.cpu() for seen in self.of_prior(e)] for e in eps]
+            self.progress.advance(self.processes.count * PRIOR_DRAWS * len(batch[1]))  # the others are about as far
+            return found
 
+        self.progress.begin("held-out latents", (PRIOR_DRAWS + 1) * len(indices))
         batches = self.processes.map(drawn, self._batches(indices))
         prior = [latents for batch in batches for latents in batch]
         posterior = self._of_images(indices, Purpose.HELD_OUT_POSTERIOR, lambda seen: [z.cpu() for z in seen])
@@ -111,6 +120,7 @@ class Draws:
 
     def moments(self, indices: Tensor) -> list[Tensor]:
         """`JointEnergy.moments` of a posterior draw of each image."""
+        self.progress.begin("moments of the latents", len(indices))
         return [
             torch.stack(group).sum(0)
             for group in zip(*self._of_images(indices, Purpose.MOMENTS, self.energy.moments), strict=True)
@@ -126,7 +136,9 @@ class Draws:
 
         def drawn(batch: tuple[int, Tensor]) -> list[Tensor]:
             generator = derived_generator(self.config.seed, purpose, batch[0], device=self.like.device)
-            return read(self.posterior(batch[1], generator))
+            found = read(self.posterior(batch[1], generator))
+            self.progress.advance(self.processes.count * len(batch[1]))
+            return found
 
         return self.processes.map(drawn, self._batches(indices))
 

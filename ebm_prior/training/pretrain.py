@@ -75,6 +75,7 @@ def pretrain(
 class Pretraining(Training):
     """A pretraining under way."""
 
+    title = "pretrain"
     learns = "backbone"
     average: Backbone
 

@@ -14,11 +14,15 @@ class Listener:
         on_step: Callable[[Mapping[str, Any]], object] = lambda shown: None,
         on_remark: Callable[[str], object] = lambda text: None,
     ) -> None:
+        self.begun: list[tuple[str, int]] = []
         self.steps: list[dict[str, Any]] = []
         self.stages: list[str] = []
         self.counts: list[int] = []
         self.remarks: list[str] = []
         self._on_step, self._on_remark = on_step, on_remark
+
+    def begin(self, name: str, total: int) -> None:
+        self.begun.append((name, total))
 
     def step(self, shown: Mapping[str, Any]) -> None:
         self.steps.append(dict(shown))

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from listener import Listener
 from workshop import Workshop
+
+from ebm_prior.training import loop
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -23,14 +26,21 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def save_each_step(patch: pytest.MonkeyPatch) -> None:
+    """Let the clock save the state of each step."""
+    patch.setattr(loop, "STATE_SECONDS", 0.0)
+    patch.setattr(loop, "STATE_SHARE", 1e9)
+
+
 class Interrupted(BaseException):
     """No Exception, as Ctrl-C is none: nothing on the way may take it for a failure that it knows."""
 
 
 def check_an_interruption(run: Callable[..., bytes], folder: Path, result: str, after: int) -> None:
-    """Runs "whole" and "cut" in `folder`, the latter stopped after an iteration and resumed: they end alike.
+    """Runs "whole", "cut" and "clocked" in `folder`, the latter two stopped after an iteration: resumed they end alike.
 
-    `run(out, progress=…, resume=…)` gives the bytes of `result`, the file that only a finished run writes.
+    "cut" goes on from its last evaluation. "clocked" has a state of each step, as if these took a minute, and repeats
+    none. `run(out, progress=…, resume=…)` gives the bytes of `result`, the file that only a finished run writes.
     """
 
     def stop(shown: Mapping[str, Any]) -> None:
@@ -44,6 +54,17 @@ def check_an_interruption(run: Callable[..., bytes], folder: Path, result: str, 
     assert run(cut, resume=True) == whole
     assert metrics(cut) == metrics(folder / "whole")
     assert run(cut, resume=True) == whole  # nothing left to do
+
+    clocked, rest = folder / "clocked", Listener()
+    with pytest.MonkeyPatch.context() as patch:
+        save_each_step(patch)
+        with pytest.raises(Interrupted):
+            run(clocked, progress=Listener(stop))
+    saved = torch.load(clocked / "state.pt", weights_only=True)["iteration"]
+    assert saved in (after - 1, after)  # the former where it was told of a stage in the midst of a step
+    assert run(clocked, progress=rest, resume=True) == whole
+    assert metrics(clocked) == metrics(folder / "whole")
+    assert rest.steps == [] or rest.steps[0]["iteration"] == saved + 1
 
 
 def check_kills(

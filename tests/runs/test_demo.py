@@ -68,11 +68,15 @@ def test_an_interrupted_demo_can_be_repeated(
 
 @pytest.mark.long
 def test_the_demo_shows_a_gain(workshop: Workshop, tmp_path: Path) -> None:
-    """What the README promises of its first command, on real images: by every measure the prior is better."""
+    """What the README promises of its first command, on real images: a picture that convinces, with numbers to match.
+
+    Of other seeds: tests/benchmarks/demo_seeds.py.
+    """
     result = json.loads(workshop.run("demo", "--out", tmp_path / "demo", "--json").stdout)
     assert result["gain_nats"] > 0
-    assert result["gap_closed"] > 0
-    assert result["gap_closed_rec"] > 0
+    assert result["gap_closed"] >= 0.60
+    assert result["gap_closed_rec"] >= 0.80
+    assert result["cpu_seconds"] <= 480  # four minutes on two cores
     assert result["kid_prior"] < result["kid_backbone"]
     assert result["f_posterior"] > result["f_backbone"]
     assert result["f_prior"] > result["f_backbone"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from listener import Listener
-from run_folders import Interrupted, metrics
+from run_folders import Interrupted, metrics, save_each_step
 from small_fits import OBJECTIVES, into, small
 from workshop import Workshop
 
@@ -93,6 +93,30 @@ def test_a_roll_back_is_part_of_the_state(
         with pytest.raises(Interrupted):
             into(tmp_path / "cut", workshop, backbone, images, config, progress=Listener(stop))
     assert into(tmp_path / "cut", workshop, backbone, images, config, resume=True) == whole
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_state_of_the_clock_is_not_what_a_roll_back_returns_to(
+    workshop: Workshop, backbone: Backbone, images: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved after iteration 3, which then diverges: the last good state is that of the evaluation after iteration 2."""
+    config = small()
+    with monkeypatch.context() as patch:
+        spoiled({4}, patch)
+        whole = into(tmp_path / "whole", workshop, backbone, images, config)
+
+    def stop(shown: Mapping[str, Any]) -> None:
+        if shown["iteration"] == 3:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        save_each_step(patch)
+        with pytest.raises(Interrupted):
+            into(tmp_path / "cut", workshop, backbone, images, config, progress=Listener(stop))
+    assert torch.load(tmp_path / "cut" / "state.pt", weights_only=True)["iteration"] == 3
+    with monkeypatch.context() as patch:
+        spoiled({1}, patch)
+        assert into(tmp_path / "cut", workshop, backbone, images, config, resume=True) == whole
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 

@@ -25,6 +25,10 @@ class ContractError(EbmPriorError):
     """An adapter breaks the backbone contract; the message names the mistake."""
 
 
+class AssumptionWarning(UserWarning):
+    """A file leaves something open, and the most likely is taken; the message says what, and how to say otherwise."""
+
+
 class DataError(EbmPriorError):
     """Images are missing, unreadable, of mixed or wrong size, or not finite; the message names the file."""
 

@@ -137,6 +137,9 @@ class Backbone(nn.Module, ABC):
     discretised: bool = False
     data_name: str | None = None  # the data set that an official file names as its training data
     official_format: ClassVar[str] = "this adapter reads no foreign checkpoint format"
+    official_options: ClassVar[
+        tuple[str, ...]
+    ] = ()  # what `load_official` takes as keywords, where files leave it open
 
     @abstractmethod
     def top_down(self, draw: Draw, batch_size: int) -> Any:

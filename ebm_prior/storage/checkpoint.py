@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ebm_prior
-from ebm_prior.errors import BackboneMismatchError, CheckpointError
+from ebm_prior.errors import BackboneMismatchError, CheckpointError, ConfigurationError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.passes import Passes
@@ -67,13 +67,19 @@ def save_backbone(
 
 
 def load_backbone(
-    name: str | None, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str | None,
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    options: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """A pretrained backbone, frozen and in eval mode, from its official or own form.
 
     `name`: the registered adapter; None takes the one that an own-form file names. `path`: the file or folder, or the
     name of a bundled backbone (`bundled()` lists them). `dtype` torch.bfloat16: float32 with the cells in bfloat16.
-    Raises UnknownBackboneError, CheckpointError, and ConfigurationError where there are no such cells.
+    `options`: what an official file leaves open, by the names in the adapter's `official_options`. Raises
+    UnknownBackboneError, CheckpointError, and ConfigurationError where there are no such cells or options.
     """
     if name is not None:
         adapter(name)  # an unknown name is the error to report first
@@ -87,10 +93,18 @@ def load_backbone(
     elif name is None:
         raise CheckpointError(f"{path} is not in ebm-prior's own form: say which adapter reads it (--backbone NAME)")
     else:
-        backbone = adapter(name).load_official(path)
+        backbone = _load_official(adapter(name), path, options or {})
         require_finite(backbone.state_dict(), path)
     passes = Passes(torch.device(device), dtype)
     return passes.apply(passes.place(backbone).eval().requires_grad_(False))
+
+
+def _load_official(kind: type[Backbone], path: Path, options: Mapping[str, Any]) -> Backbone:
+    if unknown := sorted(options.keys() - set(kind.official_options)):
+        known = ", ".join(kind.official_options) or "none"
+        raise ConfigurationError(f"{', '.join(unknown)}: {kind.__name__} reads official files with the options {known}")
+    load: Callable[..., Backbone] = kind.load_official  # an adapter's own takes what it names
+    return load(path, **options)
 
 
 def _load_own(name: str | None, path: Path) -> Backbone:

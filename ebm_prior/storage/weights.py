@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,23 @@ def _digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Names, shapes and kinds of `found` must be those of `expected`; CheckpointError names every one that is not."""
+def listed(names: Sequence[str], *, separator: str = ", ") -> str:
+    """At most ten names, and how many more there are: a network can have thousands."""
+    more = [f"and {len(names) - 10} more"] if len(names) > 10 else []
+    return separator.join([*names[:10], *more])
+
+
+def check_state(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    path: Path,
+    *,
+    architecture: str = "architecture recorded with them",
+) -> None:
+    """Names, shapes and kinds of `found` must be those of `expected`; CheckpointError names up to ten that are not.
+
+    `architecture`: in words, where `expected` comes from.
+    """
     problems = [f"missing: {key} {tuple(expected[key].shape)}" for key in expected if key not in found]
     problems += [f"unexpected: {key} {tuple(found[key].shape)}" for key in found if key not in expected]
     for key in [key for key in expected if key in found]:
@@ -81,7 +96,7 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], pat
             problems.append(f"of another type: {key} expected {wanted.dtype}, found {got.dtype}")
     if problems:
         raise CheckpointError(
-            f"the weights in {path} do not fit the architecture recorded with them: {'; '.join(problems)}"
+            f"the weights in {path} do not fit the {architecture}: {listed(problems, separator='; ')}"
         )
 
 

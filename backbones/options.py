@@ -32,6 +32,12 @@ def require_count(where: str, value: object, *, least: int = 1) -> None:
         raise ConfigurationError(f"{where}: expected an integer from {least} to {LARGEST_COUNT}, found {value!r}")
 
 
+def require_flag(where: str, value: object) -> None:
+    """True or false, and no text or number that would count as either; `where` names it in the ConfigurationError."""
+    if type(value) is not bool:
+        raise ConfigurationError(f"{where}: expected true or false, found {value!r}")
+
+
 def require_counts(options: Any, *names: str, least: int = 1) -> None:
     """`require_count` of the named fields of a record."""
     for name in names:

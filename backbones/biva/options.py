@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from ebm_prior.backbones.biva_family.layers import Activation, Shape
 from ebm_prior.backbones.biva_family.paths import identity, require_model_options
-from ebm_prior.backbones.options import record, require_count, require_counts
+from ebm_prior.backbones.options import record, require_count, require_counts, require_flag
 
 from ebm_prior.errors import ConfigurationError
 
@@ -96,8 +96,7 @@ class Architecture:
                 f"log_variance: expected one of {list(LOG_VARIANCES)}, found {self.log_variance!r}"
             )
         require_count("components", self.components)
-        if type(self.skips) is not bool:
-            raise ConfigurationError(f"skips: expected true or false, found {self.skips!r}")
+        require_flag("skips", self.skips)
         if not (isinstance(self.init_std, (int, float)) and 0 < self.init_std < math.inf):
             raise ConfigurationError(f"init_std: expected a positive number, found {self.init_std!r}")
 

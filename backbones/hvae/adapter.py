@@ -15,6 +15,7 @@ from ebm_prior.backbones.folding import FoldableBackbone
 from ebm_prior.backbones.hvae import official
 from ebm_prior.backbones.hvae.network import Features, Network, Options, stage_spec
 from ebm_prior.backbones.likelihoods import binarize, dequantize
+from ebm_prior.backbones.options import require_flag
 from ebm_prior.backbones.safe_loading import load_plain, load_tensors
 from torch import Tensor
 
@@ -51,6 +52,7 @@ class HVAE(FoldableBackbone[Network]):
         self.image_shape = require_model_options(image_shape, likelihood, activation, q_dropout, p_dropout)
         if not stages:
             raise ConfigurationError("stages: expected at least one, found none")
+        require_flag("skips", skips)
         self.discretised = likelihood == "logistic_mixture"
         specs = [stage_spec(stage) for stage in stages]
         self.architecture = {

@@ -16,7 +16,7 @@ import torch
 from ebm_prior.backbones.nvae.cells import Cell, NormedConv2d, decoder_cell, encoder_cell
 from ebm_prior.backbones.nvae.distributions import soft_gaussian
 from ebm_prior.backbones.nvae.flows import Flow
-from ebm_prior.backbones.options import LARGEST_COUNT, require_count, require_counts
+from ebm_prior.backbones.options import LARGEST_COUNT, require_count, require_counts, require_flag
 from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
@@ -64,8 +64,7 @@ class Architecture:
         require_counts(self, "preprocess_cells", "postprocess_cells")  # one of which halves or doubles the side
         require_counts(self, "blocks", "encoder_cells", "decoder_cells", "flows", "padding", least=0)
         for name in ("squeeze_excite", "residual_posterior"):
-            if type(getattr(self, name)) is not bool:
-                raise ConfigurationError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+            require_flag(name, getattr(self, name))
         if len(self.image_shape) != 3 or self.image_shape[1] != self.image_shape[2]:
             raise ConfigurationError(f"image_shape: expected (C, H, W) of a square image, found {self.image_shape}")
         if not self.groups_per_scale:

@@ -131,7 +131,7 @@ def describe(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any]) 
         differences = [
             f"{k} {v}, found {f}" for (k, v), f in zip(described._asdict().items(), found, strict=True) if v != f
         ]
-        raise CheckpointError(f"{path} is not what {source} describe: expected {'; '.join(differences)}; {_ADVICE}")
+        raise CheckpointError(f"{path} does not fit {source}: expected {'; '.join(differences)}; {_ADVICE}")
     return Described(architecture, source, assumed)
 
 

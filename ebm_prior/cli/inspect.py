@@ -20,7 +20,7 @@ from ebm_prior.model.passes import Passes
 from ebm_prior.reports import findings, summaries
 from ebm_prior.reports.run_page import run_page
 from ebm_prior.runs import describe
-from ebm_prior.runs.backbones import own_data, own_record, parsed_options, source_record, with_options
+from ebm_prior.runs.backbones import load_with_options, own_data, own_record, parsed_options, source_record
 from ebm_prior.runs.demo import demo_config, require_demo_folder, run_demo
 from ebm_prior.settings import resolve
 from ebm_prior.storage import places
@@ -118,8 +118,8 @@ def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, a
     "changes",
     metavar="KEY=VALUE",
     multiple=True,
-    help="change an option of the architecture that holds no weights, VALUE in JSON; VAEBM's Gaussian decoders: "
-    "log_std_floor=-2",
+    help="an option of the architecture, VALUE in JSON: what a VDVAE's file leaves open (data_set=imagenet64, "
+    "enc_blocks=…), or a change of what holds no weights (VAEBM's Gaussian decoders: log_std_floor=-2)",
 )
 @click.option("--overwrite", is_flag=True, help="replace --out")
 def convert(
@@ -130,10 +130,9 @@ def convert(
     if out.suffix != ".safetensors":
         raise ConfigurationError(f"--out must end in .safetensors, which names its form to all commands; found {out}")
     places.require_free(out, overwrite)
-    backbone = load_backbone(adapter_name, checkpoint)
+    backbone = load_with_options(adapter_name, checkpoint, options)
     record = {**source_record(checkpoint, backbone), "stage": "convert"}
     if options:
-        backbone = with_options(backbone, options)
         record["set"] = record.get("set", {}) | options
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
     click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")

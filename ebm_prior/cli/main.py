@@ -57,11 +57,12 @@ def main() -> None:
     Start with `ebm-prior demo`. With a backbone of your own: `fit`, then `sample` and `eval`, which several processes
     share: torchrun --standalone --nproc-per-node 2 -m ebm_prior fit …
     """
-    from ebm_prior.cli.shared import silence  # here, with torch behind it, so that --help need not wait for it
+    from ebm_prior.cli.shared import plain_remarks, silence  # here: torch is behind it, for which --help need not wait
     from ebm_prior.compute.parallel import launched
 
     keep_freed_memory()
     context = click.get_current_context()
+    context.with_resource(plain_remarks())
     processes = context.obj = context.with_resource(launched())
     if processes.count > 1 and context.invoked_subcommand not in SHARED:
         raise ConfigurationError(

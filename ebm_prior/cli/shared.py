@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,7 +19,7 @@ from ebm_prior.cli.group import WORDS
 from ebm_prior.cli.help import Option
 from ebm_prior.cli.preflight import Need, require
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import AssumptionWarning, ConfigurationError
 from ebm_prior.model.passes import Passes
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan
@@ -48,9 +49,9 @@ DEVICE_NAME = click.option(
 def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command], Command]:
     """Options that say how a backbone is computed; the command gets them as one argument, `passes: Passes`.
 
-    `precisions`: choices of --precision. `cells`: with the options for what an NVAE's cells do, too.
+    `precisions`: choices of --precision. `cells`: with the options for what a network's cells do, too.
     """
-    half = "; bf16: in the cells of an NVAE, all else in float32" if "bf16" in precisions else ""
+    half = "; bf16: in the cells of an NVAE or VDVAE, all else in float32" if "bf16" in precisions else ""
     options = [
         DEVICE_NAME,
         click.option(
@@ -84,7 +85,8 @@ CELLS = (
         cls=Option,
         section=MACHINE,
         is_flag=True,
-        help="in the cells of an NVAE, keep less for the backward pass and compute it again: less memory, same results",
+        help="in the cells of an NVAE or VDVAE, keep less for the backward pass and compute it again: less memory, "
+        "same results",
     ),
     click.option(
         "--compile",
@@ -92,7 +94,7 @@ CELLS = (
         cls=Option,
         section=MACHINE,
         is_flag=True,
-        help="fuse the cells of an NVAE by torch.compile: 10 s at first, then less time on a GPU",
+        help="fuse the cells of an NVAE or VDVAE by torch.compile: 10 s at first, then less time on a GPU",
     ),
 )
 PASSES = passes_options(*DTYPES, cells=True)  # commands whose time and memory the chains take
@@ -158,6 +160,22 @@ def launched_processes() -> Processes:
 def silence() -> Iterator[None]:
     """Nothing is printed: of several processes the first one speaks."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def plain_remarks() -> Iterator[None]:
+    """An AssumptionWarning becomes one line on stderr, without the line of code that gave it."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, AssumptionWarning):
+            click.echo(f"note: {message}", err=True)
+        else:
+            usual(message, category, *place, **more)
+
+    with warnings.catch_warnings():  # which also puts showwarning back
+        warnings.showwarning = show
         yield
 
 

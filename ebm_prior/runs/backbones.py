@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,19 +93,41 @@ def readjusted(
     return load_backbone(None, path, device=like.device, dtype=like.dtype)
 
 
+_BARE_TEXT = re.compile("[a-z0-9][a-z0-9_.,:-]*")  # no capitals: Python's True, False and None are refused
+
+
 def parsed_options(words: Sequence[str]) -> dict[str, Any]:
-    """Arguments of an adapter from words KEY=VALUE, each value in JSON. Raises ConfigurationError."""
+    """Arguments of an adapter from words KEY=VALUE, each value in JSON. Raises ConfigurationError.
+
+    Texts of small letters, digits and _.,:- need no quotes: data_set=cifar10, dec_blocks=1x1,4m1.
+    """
     options: dict[str, Any] = {}
     for word in words:
         key, _, value = word.partition("=")
         try:
             options[key] = json.loads(value)
         except ValueError as error:
+            if _BARE_TEXT.fullmatch(value):
+                options[key] = value
+                continue
             raise ConfigurationError(
                 f"--set {word}: expected KEY=VALUE with the value in JSON, e.g. log_std_floor=-2 or skips=false, and "
-                f"texts in double quotes ({error})"
+                f"texts with other characters than a-z 0-9 _.,:- in double quotes ({error})"
             ) from error
     return options
+
+
+def load_with_options(name: str | None, checkpoint: str, options: Mapping[str, Any]) -> Backbone:
+    """A backbone at whose loading options are given.
+
+    An adapter that names `official_options` reads its official files with them; else they change the architecture, as
+    `with_options` does. Raises what `load_backbone` does, and ConfigurationError.
+    """
+    official = name is not None and checkpoint not in bundled() and Path(checkpoint).suffix != ".safetensors"
+    if official and adapter(str(name)).official_options:
+        return load_backbone(name, checkpoint, options=options)
+    backbone = load_backbone(name, checkpoint)
+    return with_options(backbone, options) if options else backbone
 
 
 def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:

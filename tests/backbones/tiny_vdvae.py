@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ebm_prior.backbones.vdvae.adapter import VDVAE
+from ebm_prior.backbones.vdvae.official import PUBLISHED
 
 FIXTURES = Path(__file__).resolve().parents[2] / "../shared/fixtures/vdvae"
 FILES = {
@@ -57,3 +58,10 @@ def trained_tiny() -> VDVAE:
 def official(name: str) -> VDVAE:
     """The network of a fixture."""
     return VDVAE.load_official(FIXTURES / name / FILES[name])
+
+
+@cache
+def published(name: str) -> VDVAE:
+    """The network without its weights."""
+    with torch.device("meta"):
+        return VDVAE(data_set=name, **PUBLISHED[name])

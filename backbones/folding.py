@@ -97,7 +97,7 @@ def constants(network: Network) -> Network:
 
 
 class InferenceCell(nn.Module):
-    """A cell of a folded network: a sum or a branch, `compute`, of one map (B, C, H, W), and how it is run."""
+    """A cell of a folded network: `compute`, of one map (B, C, H, W), and how it is run."""
 
     branch_dtype: torch.dtype | None = None  # None: that of the input
     recomputed = False  # keep the input alone for the backward pass, and compute the rest again there
@@ -105,7 +105,7 @@ class InferenceCell(nn.Module):
 
     @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
-        """The cell's result in the precision of x. Between its ends the branch works in `branch_dtype`."""
+        """The cell's result, or the part of it that is worth computing again and compiling."""
 
     @abstractmethod
     def branch(self) -> Sequence[nn.Module]:

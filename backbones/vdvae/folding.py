@@ -46,12 +46,17 @@ class FoldedBlock(InferenceCell):
         """The four convolutions."""
         return list(self.layers)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """h(x), or x + h(x). What is kept to compute h again is x in the precision of the branch."""
+        y = super().forward(x.to(self.branch_dtype or x.dtype))
+        return x + y if self.residual else y.to(x.dtype)
+
     def compute(self, x: Tensor) -> Tensor:
-        """h(x), or x + h(x)."""
-        y = x.to(self.branch_dtype or x.dtype)
+        """h(x)."""
+        y = x
         for layer in self.layers:
             y = layer(F.gelu(y))
-        return x + y if self.residual else y.to(x.dtype)
+        return y
 
 
 def _constant(convolution: nn.Conv2d) -> nn.Module:

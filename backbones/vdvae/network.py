@@ -109,24 +109,22 @@ class TopDownBlock(nn.Module):
         self.resnet = Block(width, inner, width, side, residual=True, last=scale)
 
     def conditional(self, stream: Tensor) -> tuple[Gaussian, Tensor]:
-        """p(z_i | z_<i), (B, Z, r, r), and the stream (B, C, r, r) with what the prior's block adds to it."""
-        raw = self.prior(stream)
-        return _gaussian(raw[:, : 2 * self.zdim]), stream + raw[:, 2 * self.zdim :]
+        """p(z_i | z_<i), (B, Z, r, r), and the stream (B, C, r, r) with what the prior's block adds to it.
+
+        σ is the exponential of what the network says; nothing is clamped.
+        """
+        mean, log_std, moved = self.prior(stream).split([self.zdim, self.zdim, stream.shape[1]], dim=1)
+        return Gaussian(mean, log_std.exp()), stream + moved
 
     def posterior(self, stream: Tensor, activation: Tensor) -> Gaussian:
         """q(z_i | x, z_<i), from the stream as `conditional` takes it and the encoder's activation (B, C, r, r)."""
-        return _gaussian(self.enc(torch.cat([stream.expand_as(activation), activation], dim=1)))
+        mean, log_std = self.enc(torch.cat([stream.expand_as(activation), activation], dim=1)).chunk(2, dim=1)
+        return Gaussian(mean, log_std.exp())
 
     def forward(self, stream: Tensor, z: Tensor) -> Tensor:
         """The stream after the block (B, C, r, r), from what `conditional` returned and z (B, Z, r, r)."""
         joined: Tensor = self.resnet(stream + self.z_proj(z))
         return joined
-
-
-def _gaussian(raw: Tensor) -> Gaussian:
-    """Mean and log σ from raw (B, 2Z, r, r); nothing is clamped."""
-    mean, log_std = raw.chunk(2, dim=1)
-    return Gaussian(mean, log_std.exp())
 
 
 class Output(nn.Module):

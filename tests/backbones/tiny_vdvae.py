@@ -55,6 +55,14 @@ def trained_tiny() -> VDVAE:
     return trained(tiny())
 
 
+@cache
+def trained_smallest() -> VDVAE:
+    """Two groups of one side: as few shapes as torch.compile can be shown."""
+    torch.manual_seed(0)
+    words = {"enc_blocks": "4", "dec_blocks": "4x2", "custom_width_str": "", "no_bias_above": 4}
+    return trained(tiny(**words))
+
+
 def official(name: str) -> VDVAE:
     """The network of a fixture."""
     return VDVAE.load_official(FIXTURES / name / FILES[name])

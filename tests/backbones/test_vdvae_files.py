@@ -313,7 +313,7 @@ def test_converts_with_what_the_file_leaves_open(workshop: Workshop, tmp_path: P
     for key, tensor in again.state_dict().items():
         torch.testing.assert_close(tensor, trained_tiny().state_dict()[key], rtol=1e-3, atol=1e-5)
     error = workshop.error("convert", "--ckpt", own, "--out", tmp_path / "x.safetensors", "--set", "zdim=3")
-    assert "--set zdim: expected options that hold no weights" in error
+    assert "--set zdim: expected options that change no weights" in error
 
 
 @pytest.mark.usefixtures("as_published")

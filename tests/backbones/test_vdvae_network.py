@@ -203,7 +203,24 @@ def test_a_new_network_starts_from_standard_normal_priors() -> None:
         assert 0.8 * bound < weight.abs().max() <= bound, name
 
 
-# The likelihood at few bits.
+# Pixels.
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "deviation", "bits"),
+    [
+        ("cifar10", 120.63838, 64.16736, 8),
+        ("imagenet32", 116.2373, 69.37404, 8),
+        ("imagenet64", 115.92961967, 69.37404, 8),
+        ("ffhq256", 112.8666757481, 69.84780273, 5),
+        ("ffhq1024", 255 * 0.4387, 255 * 0.2743, 8),
+    ],
+)
+def test_each_data_set_has_its_published_constants(name: str, mean: float, deviation: float, bits: int) -> None:
+    pixels = tiny(data_set=name).network.architecture.pixels
+    seen = pixels.normalised(torch.tensor([mean, mean + deviation], dtype=torch.float64) / 255)
+    torch.testing.assert_close(seen, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert pixels.bits == bits
 
 
 def mixture(bits: int) -> LogisticMixture:
@@ -215,8 +232,8 @@ def mixture(bits: int) -> LogisticMixture:
 def test_images_are_scored_by_their_leading_bits(bits: int) -> None:
     v = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     coarse = (v >> (8 - bits)) << (8 - bits)
-    for dtype in (torch.float32, torch.float64):
-        image, reduced = v.to(dtype) / 255, coarse.double() / 255
+    for dtype, off in ((torch.float32, 0), (torch.float64, 0), (torch.float64, -0.4), (torch.float64, 0.4)):
+        image, reduced = (v.to(dtype) + off) / 255, coarse.double() / 255
         assert torch.allclose(
             mixture(bits).log_prob_of_pixels(image), mixture(bits).log_prob_of_pixels(reduced), atol=1e-4
         )

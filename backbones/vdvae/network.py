@@ -1,7 +1,9 @@
 """The network of the very deep VAE (Child, 2021), with the official parameter names.
 
 Bottom-up, residual blocks and average pooling leave one activation per side. Top-down, each block has one latent group
-and one stream per side that it reads and writes; a block that begins a side first adds the stream of a lower side.
+and reads and writes the stream of its side; one that begins a side first adds the stream of a lower side.
+
+Source: Child (2021) and its release, whose first weights, too, are those of a new network here.
 """
 
 from __future__ import annotations

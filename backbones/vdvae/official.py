@@ -22,6 +22,7 @@ from ..options import record
 from ..safe_loading import LARGEST_RECORD, load_file, tensors_of
 from .options import Architecture
 from .pixels import data_set_name
+from .published import COMMON, PUBLISHED
 
 CONTENT = "the weights of a VDVAE"
 LARGEST_LOG = 2**28  # bytes
@@ -36,42 +37,6 @@ SETTINGS = (
     "num_mixtures",
 )
 """What a log says of the architecture, but for the data set, under the names of `Architecture`."""
-
-COMMON = {"width": 512, "custom_width_str": "", "zdim": 16, "bottleneck_multiple": 0.25, "no_bias_above": 64}
-COMMON |= {"num_mixtures": 10}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "cifar10": COMMON
-    | {
-        "width": 384,
-        "enc_blocks": "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3",
-        "dec_blocks": "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21",
-    },
-    "imagenet32": COMMON
-    | {
-        "enc_blocks": "32x15,32d2,16x9,16d2,8x8,8d2,4x6,4d4,1x6",
-        "dec_blocks": "1x2,4m1,4x4,8m4,8x9,16m8,16x19,32m16,32x40",
-    },
-    "imagenet64": COMMON
-    | {
-        "enc_blocks": "64x11,64d2,32x20,32d2,16x9,16d2,8x8,8d2,4x7,4d4,1x5",
-        "dec_blocks": "1x2,4m1,4x3,8m4,8x7,16m8,16x15,32m16,32x31,64m32,64x12",
-    },
-    "ffhq256": COMMON
-    | {
-        "enc_blocks": "256x3,256d2,128x8,128d2,64x12,64d2,32x17,32d2,16x7,16d2,8x5,8d2,4x5,4d4,1x4",
-        "dec_blocks": "1x2,4m1,4x3,8m4,8x4,16m8,16x9,32m16,32x21,64m32,64x13,128m64,128x7,256m128",
-    },
-    "ffhq1024": COMMON  # as the release has it, which its own published file does not fit
-    | {
-        "width": 16,
-        "num_mixtures": 2,
-        "custom_width_str": "512:32,256:64,128:512,64:512,32:512,16:512,8:512,4:512,1:512",
-        "enc_blocks": "1024x1,1024d2,512x3,512d2,256x5,256d2,128x7,128d2,64x10,64d2,32x14,32d2,16x7,16d2,8x5,8d2,4x5,"
-        "4d4,1x4",
-        "dec_blocks": "1x2,4m1,4x3,8m4,8x4,16m8,16x9,32m16,32x20,64m32,64x14,128m64,128x7,256m128,256x2,512m256,"
-        "1024m512",
-    },
-}
 
 
 class Signature(NamedTuple):
@@ -108,7 +73,7 @@ def describe(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any]) 
     """
     found, (log, logged) = signature(state, path), read_log(path)
     settings = {**logged, **given}
-    if "data_set" in settings:
+    if isinstance(settings.get("data_set"), str):
         settings["data_set"] = data_set_name(settings["data_set"])
     sources = (["the settings given"] if given else []) + ([log] if logged else [])
     assumed = False
@@ -128,10 +93,10 @@ def describe(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any]) 
             raise
         raise CheckpointError(f"{source} beside {path}: {error}") from error
     if (described := Signature.of(architecture)) != found:
-        differences = [
-            f"{k} {v}, found {f}" for (k, v), f in zip(described._asdict().items(), found, strict=True) if v != f
-        ]
-        raise CheckpointError(f"{path} does not fit {source}: expected {'; '.join(differences)}; {_ADVICE}")
+        pairs = zip(Signature._fields, described, found, strict=True)
+        differences = "; ".join(f"{name} {wanted}, found {got}" for name, wanted, got in pairs if wanted != got)
+        other_run = "move the log away if it is another run's, or " if logged else ""
+        raise CheckpointError(f"{path} does not fit {source}: expected {differences}; {other_run}{_ADVICE}")
     return Described(architecture, source, assumed)
 
 
@@ -146,7 +111,7 @@ def _published(path: Path, found: Signature, settings: Mapping[str, Any]) -> str
     signatures = {name: Signature.of(Architecture(data_set=name, **row)) for name, row in PUBLISHED.items()}
     match = next((name for name, other in signatures.items() if other == found), None)
     name = settings.get("data_set")
-    if name in signatures and match != name:
+    if isinstance(name, str) and name in signatures and match != name:
         raise ConfigurationError(
             f"data_set={name} is published with {signatures[name]}; found {found} in {path}: give another data_set, or "
             "enc_blocks and dec_blocks, too"

@@ -1,7 +1,7 @@
 """What builds a VDVAE: the block strings, the widths of the sides, and what the two must satisfy together.
 
 Settings have the names under which the official code records them in its logs, so that a run's own words can be given
-as they stand. Source: Child (2021), appendix B of which lists the settings of the published networks.
+as they stand. Source: Child (2021), and the words of the release's command line.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from ebm_prior.backbones import likelihoods
 from ebm_prior.backbones.vdvae.adapter import VDVAE
 from ebm_prior.backbones.vdvae.network import Features, Network, TopDownBlock
-from ebm_prior.backbones.vdvae.official import PUBLISHED
+from ebm_prior.backbones.vdvae.published import PUBLISHED
 from tiny_vdvae import FIXTURES, REFERENCES, needs_fixtures, official
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence

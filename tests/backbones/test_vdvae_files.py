@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import Workshop
 from ebm_prior.backbones.vdvae.adapter import VDVAE
-from ebm_prior.backbones.vdvae.official import PUBLISHED, describe, read_log
+from ebm_prior.backbones.vdvae.official import describe, read_log
 from ebm_prior.backbones.vdvae.options import Architecture
+from ebm_prior.backbones.vdvae.published import PUBLISHED
 from tiny_vdvae import FIXTURES, TINY, needs_fixtures, published, tiny, trained_tiny
 from torch import Tensor
 
@@ -178,6 +179,7 @@ def test_settings_that_make_no_sense_are_refused_as_settings(tmp_path: Path) -> 
     path, _ = write(tmp_path), write_log(tmp_path)
     refused(path, "enc_blocks: expected the side 8 next", ConfigurationError, enc_blocks="4x1")
     refused(path, "expected options among .*blocks", ConfigurationError, blocks="4x1")
+    refused(path, "data_set: expected text, found \\[", ConfigurationError, data_set=["cifar10"])
     refused(
         path,
         "does not fit the settings given and latest-log.jsonl: expected decoder_blocks 5",

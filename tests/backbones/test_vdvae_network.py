@@ -11,9 +11,9 @@ import pytest
 import torch
 from ebm_prior.backbones.likelihoods import LogisticMixture
 from ebm_prior.backbones.vdvae.adapter import VDVAE
-from ebm_prior.backbones.vdvae.official import PUBLISHED
 from ebm_prior.backbones.vdvae.options import Place, parse_blocks, parse_widths
 from ebm_prior.backbones.vdvae.pixels import CoarseMixture
+from ebm_prior.backbones.vdvae.published import PUBLISHED
 from tiny_vdvae import FIXTURES, REFERENCES, TINY, needs_fixtures, official, published, tiny, trained
 
 from ebm_prior.errors import ConfigurationError

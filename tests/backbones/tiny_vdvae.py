@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ebm_prior.backbones.vdvae.adapter import VDVAE
-from ebm_prior.backbones.vdvae.official import PUBLISHED
+from ebm_prior.backbones.vdvae.published import PUBLISHED
 
 FIXTURES = Path(__file__).resolve().parents[2] / "../shared/fixtures/vdvae"
 FILES = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from ebm_prior.backbones.vdvae.adapter import VDVAE
-from ebm_prior.backbones.vdvae.official import PUBLISHED
+from ebm_prior.backbones.vdvae.published import PUBLISHED
 from measure import arguments, interleaved, peak_bytes, report
 
 from ebm_prior.model.backbone import Backbone

@@ -134,7 +134,7 @@ _KEY = re.compile(
 
 
 def signature(state: Mapping[str, Tensor], path: Path) -> Signature:
-    """The signature of the tensors; CheckpointError for names or shapes that no VDVAE has."""
+    """The signature of the tensors. Raises CheckpointError where they have not even the tensors that tell it."""
     matches = {key: _KEY.fullmatch(key) for key in state}
     foreign = [key for key, match in matches.items() if match is None]
     where = {
@@ -143,13 +143,11 @@ def signature(state: Mapping[str, Tensor], path: Path) -> Signature:
         "num_mixtures": ("decoder.out_net.out_conv.weight", 0),
     }
     lacking = [key for key, _ in where.values() if key not in state or state[key].dim() != 4]
-    if foreign or lacking:
+    if lacking:
+        others = f", but {listed(foreign)}" if foreign else ""
         raise CheckpointError(
-            f"expected {CONTENT} in {path}: encoder.in_conv, encoder.enc_blocks, decoder.dec_blocks, …; found "
-            + "; ".join(
-                [f"the names {listed(foreign)}"] * bool(foreign) + [f"no convolution {listed(lacking)}"] * bool(lacking)
-            )
-            + ". Other networks, Efficient-VDVAE among them, are not supported"
+            f"expected {CONTENT} in {path}: encoder.in_conv, encoder.enc_blocks, decoder.dec_blocks, …; found no "
+            f"convolution {listed(lacking)}{others}. Other networks, Efficient-VDVAE among them, are not supported"
         )
     encoder_blocks, decoder_blocks = (
         max((int(match[side]) + 1 for match in matches.values() if match and match[side]), default=0)

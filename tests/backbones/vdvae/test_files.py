@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
 import warnings
 from pathlib import Path
@@ -12,40 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Workshop
 from ebm_prior.backbones.vdvae.adapter import VDVAE
 from ebm_prior.backbones.vdvae.official import describe, read_log
 from ebm_prior.backbones.vdvae.options import Architecture
 from ebm_prior.backbones.vdvae.published import PUBLISHED
-from tiny_vdvae import FIXTURES, TINY, needs_fixtures, published, tiny, trained_tiny
+from tiny_vdvae import FIXTURES, TINY, needs_fixtures, published, tiny, trained_tiny, weights, write_log, write_weights
 from torch import Tensor
+from workshop import Workshop
 
 from ebm_prior.errors import AssumptionWarning, CheckpointError, ConfigurationError, EbmPriorError
 from ebm_prior.storage.checkpoint import backbone_record, load_backbone
 from ebm_prior.storage.weights import fingerprint
-
-LOGGED = {("dataset" if key == "data_set" else key): value for key, value in TINY.items()}
-
-
-def weights(prefix: str = "") -> dict[str, Tensor]:
-    return {f"{prefix}{key}": tensor for key, tensor in trained_tiny().network.state_dict().items()}
-
-
-def write(folder: Path, name: str = "latest-model-ema.th", *, state: Any = None) -> Path:
-    """The file of weights that the official code leaves behind, of `tiny()` unless told otherwise."""
-    torch.save(weights() if state is None else state, folder / name)
-    return folder / name
-
-
-def write_log(folder: Path, name: str = "latest-log.jsonl", **changes: Any) -> Path:
-    """The log of a run that began with another width, in which its settings occur twice."""
-    entries = [{"type": "hparam", "key": key, "value": value} for key, value in {**LOGGED, "width": 3}.items()]
-    entries += [{"type": "hparam", "key": key, "value": value} for key, value in {**LOGGED, **changes}.items()]
-    entries += [{"type": "hparam", "key": "lr", "value": 0.1}, {"type": "train_loss", "step": 1, "width": 7}]
-    text = "".join(json.dumps({"time": "now", **entry}) + "\n" for entry in entries)
-    (folder / name).write_text(text + '{"time": "now", "type": "hparam", "key": "wid')  # killed while it wrote
-    return folder / name
-
 
 # What gives back the network.
 
@@ -53,7 +28,7 @@ def write_log(folder: Path, name: str = "latest-log.jsonl", **changes: Any) -> P
 @pytest.mark.parametrize(("file", "prefix"), [("latest-model-ema.th", ""), ("latest-model.th", "module.")])
 def test_an_official_file_gives_back_the_network(tmp_path: Path, file: str, prefix: str) -> None:
     write_log(tmp_path)
-    loaded = VDVAE.load_official(write(tmp_path, file, state=weights(prefix)))
+    loaded = VDVAE.load_official(write_weights(tmp_path, file, state=weights(prefix)))
     assert loaded.architecture == tiny().architecture
     assert not loaded.training
     assert loaded.data_name == "cifar10"
@@ -63,21 +38,21 @@ def test_an_official_file_gives_back_the_network(tmp_path: Path, file: str, pref
 
 
 def test_settings_go_before_the_log_and_the_log_of_the_file_before_the_runs(tmp_path: Path) -> None:
-    path = write(tmp_path)
+    path = write_weights(tmp_path)
     write_log(tmp_path, "log.jsonl", dataset="imagenet64")
     assert VDVAE.load_official(path).architecture["data_set"] == "imagenet64"
     write_log(tmp_path, dataset="ffhq_256")
     assert VDVAE.load_official(path).architecture["data_set"] == "ffhq256"
     given = VDVAE.load_official(path, data_set="imagenet32", bits=7)
     assert (given.architecture["data_set"], given.architecture["bits"]) == ("imagenet32", 7)
-    assert VDVAE.load_official(write(tmp_path, "renamed.th")).architecture["data_set"] == "imagenet64"
+    assert VDVAE.load_official(write_weights(tmp_path, "renamed.th")).architecture["data_set"] == "imagenet64"
 
 
 def test_without_a_log_settings_are_enough_and_sizes_are_the_files(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(
         'not a run\'s\n[1]\n{"type": "hparam"}\n{"type": "hparam", "key": [], "value": 1}\n'
     )
-    path, sizes = write(tmp_path), ("width", "zdim", "num_mixtures")
+    path, sizes = write_weights(tmp_path), ("width", "zdim", "num_mixtures")
     loaded = VDVAE.load_official(path, **{key: value for key, value in TINY.items() if key not in sizes})
     assert loaded.architecture == tiny().architecture
 
@@ -104,7 +79,7 @@ def as_published(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("as_published")
 def test_the_data_set_of_a_published_configuration_is_said(tmp_path: Path) -> None:
-    path = write(tmp_path)
+    path = write_weights(tmp_path)
     with pytest.warns(AssumptionWarning, match="shapes published for cifar10: it is taken to be.*--set data_set=NAME"):
         loaded = VDVAE.load_official(path)
     assert loaded.architecture == tiny().architecture
@@ -135,9 +110,9 @@ def refused(path: Path, message: str, kind: type[EbmPriorError] = CheckpointErro
 
 
 def test_what_neither_log_nor_settings_say_is_asked_for(tmp_path: Path) -> None:
-    path = write(tmp_path)
+    path = write_weights(tmp_path)
     refused(
-        path, "expected the settings enc_blocks, dec_blocks, data_set of .*found no log.*encoder_blocks 5, decoder_"
+        path, "expected the settings enc_blocks, dec_blocks, data_set of .*found no log.*encoder_blocks 4, decoder_"
     )
     refused(path, "expected the settings enc_blocks, data_set of", dec_blocks=TINY["dec_blocks"])
     blocks = {key: TINY[key] for key in ("enc_blocks", "dec_blocks")}
@@ -146,15 +121,15 @@ def test_what_neither_log_nor_settings_say_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_published_data_set_of_other_shapes_is_refused_with_both(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    message = "data_set=imagenet32 is published with encoder_blocks 48, decoder_blocks 78.*found encoder_blocks 5"
+    path = write_weights(tmp_path)
+    message = "data_set=imagenet32 is published with encoder_blocks 48, decoder_blocks 78.*found encoder_blocks 4"
     refused(path, message, ConfigurationError, data_set="imagenet32")
     with pytest.raises(ConfigurationError, match=r"published with encoder_blocks 68.*found encoder_blocks 33"):
         describe(path, published("cifar10").network.state_dict(), {"data_set": "ffhq_256"})
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "blocks": ({"dec_blocks": "1x1,4m1,8m4,8x2"}, "does not fit latest-log.jsonl: expected decoder_blocks 5, found 4"),
+    "blocks": ({"dec_blocks": "1x1,4m1,8m4,8x2"}, "does not fit latest-log.jsonl: expected decoder_blocks 5, found 3"),
     "width": ({"width": 6}, "expected width 6, found 4"),
     "latents and mixtures": ({"zdim": 3, "num_mixtures": 10}, "expected zdim 3, found 2; num_mixtures 10, found 2"),
     "widths": (
@@ -172,11 +147,11 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_log_that_contradicts_the_file_is_refused(tmp_path: Path, case: str) -> None:
     changes, message = CONTRADICTIONS[case]
     write_log(tmp_path, **changes)
-    refused(write(tmp_path), message)
+    refused(write_weights(tmp_path), message)
 
 
 def test_settings_that_make_no_sense_are_refused_as_settings(tmp_path: Path) -> None:
-    path, _ = write(tmp_path), write_log(tmp_path)
+    path, _ = write_weights(tmp_path), write_log(tmp_path)
     refused(path, "enc_blocks: expected the side 8 next", ConfigurationError, enc_blocks="4x1")
     refused(path, "expected options among .*blocks", ConfigurationError, blocks="4x1")
     refused(path, "data_set: expected text, found \\[", ConfigurationError, data_set=["cifar10"])
@@ -194,7 +169,10 @@ def test_a_side_that_convolutions_do_not_tell_is_still_checked(tmp_path: Path) -
     state = weights()
     state["decoder.dec_blocks.0.prior.c2.weight"] = torch.zeros(3, 3, 3, 3)
     write_log(tmp_path)
-    refused(write(tmp_path, state=state), r"mis-shaped: decoder.dec_blocks.0.prior.c2.weight expected \(3, 3, 1, 1\)")
+    refused(
+        write_weights(tmp_path, state=state),
+        r"mis-shaped: decoder.dec_blocks.0.prior.c2.weight expected \(3, 3, 1, 1\)",
+    )
 
 
 # Refusals: what is no such file.
@@ -205,23 +183,22 @@ def renamed(old: str, new: str) -> dict[str, Tensor]:
 
 
 FOREIGN: dict[str, tuple[Any, str]] = {
-    "one renamed key": (renamed("decoder.gain", "decoder.gian"), "found the names decoder.gian. Other networks"),
-    "another renamed key": (
-        renamed("decoder.dec_blocks.3.z_proj.bias", "decoder.dec_blocks.3.enc.c1.biases"),
-        "found the names decoder.dec_blocks.3.enc.c1.biases",
+    "one renamed key": (
+        renamed("decoder.gain", "decoder.gian"),
+        r"missing: decoder.gain \(1, 4, 1, 1\); unexpected: decoder.gian \(1, 4, 1, 1\)$",
     ),
     "a key with another's name": (
-        renamed("encoder.enc_blocks.4.c1.bias", "decoder.bias_xs.2"),
-        r"missing: encoder.enc_blocks.4.c1.bias \(3,\); unexpected: decoder.bias_xs.2 \(3,\)",
+        renamed("encoder.enc_blocks.3.c1.bias", "decoder.bias_xs.2"),
+        r"missing: encoder.enc_blocks.3.c1.bias \(3,\); unexpected: decoder.bias_xs.2 \(3,\)",
     ),
     "a first key renamed": (
         renamed("encoder.in_conv.weight", "encoder.conv_in.weight"),
-        "found the names encoder.conv_in.weight; no convolution encoder.in_conv.weight",
+        "found no convolution encoder.in_conv.weight, but encoder.conv_in.weight",
     ),
     "no convolution": ({**weights(), "encoder.in_conv.weight": torch.ones(3)}, "no convolution encoder.in_conv.weight"),
     "Efficient-VDVAE": (
         {f"{side}.levels.{i}.conv.weight": torch.ones(1) for side in ("bottom_up", "top_down") for i in range(9)},
-        "found the names bottom_up.*and 8 more; no convolution .*Other networks, Efficient-VDVAE among them",
+        "found no convolution .*, but bottom_up.*and 8 more. Other networks, Efficient-VDVAE among them",
     ),
     "a training state": (
         {"model_state_dict": weights(), "global_step": 3},
@@ -233,15 +210,6 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     ),
     "nothing": ({}, "found a dict with nothing"),
     "a list": ([1, 2], "something else than a dict of dense tensors"),
-    "a value that is no tensor": ({**weights(), "decoder.gain": 1}, "something else than a dict of dense tensors"),
-    "not finite": (
-        {**weights(), "decoder.gain": torch.full((1, 4, 1, 1), math.inf)},
-        "NaN or infinity in decoder.gain",
-    ),
-    "integers": (
-        {**weights(), "decoder.gain": torch.ones(1, 4, 1, 1, dtype=torch.int64)},
-        "of another type: decoder.gain",
-    ),
     "both forms": ({**weights(), "module.decoder.gain": torch.ones(1, 4, 1, 1)}, "some with and without the prefix"),
     "everything else": (
         {key: torch.ones(7) if key.endswith(".bias") and "." in key else tensor for key, tensor in weights().items()},
@@ -254,51 +222,21 @@ FOREIGN: dict[str, tuple[Any, str]] = {
 def test_another_file_is_refused(tmp_path: Path, case: str) -> None:
     content, message = FOREIGN[case]
     write_log(tmp_path)
-    refused(write(tmp_path, state=content), message)
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
-def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
-    path, _ = write(tmp_path), write_log(tmp_path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole))])
-    refused(path, "latest-model-ema.th, found a damaged file")
-
-
-class Exploit:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, victim: Path) -> None:
-        self.victim = str(victim)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.victim,)
-
-
-def test_a_malicious_file_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    exploit = Exploit(tmp_path / "run")
-    for content in (exploit, {**weights(), "decoder.gain": exploit}):
-        refused(write(tmp_path, state=content), "mkdir, refused because loading it could run code")
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_is_no_file_is_told_the_format(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nothing.th"):
-        refused(path, "is not a file, and the official format of VDVAE is a file of weights, X-model-ema.th")
+    refused(write_weights(tmp_path, state=content), message)
 
 
 def test_nothing_is_allocated_before_the_shapes_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log that describes terabytes costs nothing."""
     monkeypatch.setattr(VDVAE, "to_empty", lambda *_, **__: pytest.fail("allocated"))
     write_log(tmp_path, custom_width_str="4:4096,1:4096", bottleneck_multiple=1.0)
-    refused(write(tmp_path), "do not fit the architecture of latest-log.jsonl: mis-shaped")
+    refused(write_weights(tmp_path), "do not fit the architecture of latest-log.jsonl: mis-shaped")
 
 
 # The own form, and the command line.
 
 
 def test_converts_with_what_the_file_leaves_open(workshop: Workshop, tmp_path: Path) -> None:
-    official, own, half = write(tmp_path), tmp_path / "own.safetensors", tmp_path / "half.safetensors"
+    official, own, half = write_weights(tmp_path), tmp_path / "own.safetensors", tmp_path / "half.safetensors"
     convert = ("convert", "--backbone", "vdvae", "--ckpt", official, "--out", own)
     assert "expected the settings enc_blocks, dec_blocks, data_set" in workshop.error(*convert)
     assert "VDVAE reads official files with the options" in workshop.error(*convert, "--set", "encblocks=8x1")
@@ -320,7 +258,7 @@ def test_converts_with_what_the_file_leaves_open(workshop: Workshop, tmp_path: P
 
 @pytest.mark.usefixtures("as_published")
 def test_commands_say_what_is_assumed_in_one_line(workshop: Workshop, tmp_path: Path) -> None:
-    result = workshop.run("info", "--backbone", "vdvae", "--ckpt", write(tmp_path))
+    result = workshop.run("info", "--backbone", "vdvae", "--ckpt", write_weights(tmp_path))
     notes = [line for line in result.stderr.splitlines() if "cifar10" in line]
     assert len(notes) == 1
     assert notes[0].startswith("note: latest-model-ema.th has the shapes published for cifar10")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ class Computed:
 
     def image_side(self, prefix: str, features: Features) -> Tensor:
         """What the features lead to; returns log p(x | z)."""
-        self.out[f"{prefix}/params"] = self.strided(f"f64/{prefix}/params", self.model.network.decoder.image(features))
+        self.out[f"{prefix}/params"] = self.strided(f"f64/{prefix}/params", self.model.running.decoder.image(features))
         log_px = self.out[f"{prefix}/log_px"] = self.model.likelihood(features).log_prob(self.x)
         return log_px
 
@@ -119,7 +120,7 @@ class Computed:
         monkeypatch.setattr(TopDownBlock, "forward", lambda *a: streams.append(forward(*a)) or streams[-1])
         self.model.likelihood(self.model.infer(self.x, noise=self.noise).features)
         self.add("debug/block", streams)
-        self.out |= {f"debug/acts/{side}": t for side, t in self.model.network.encoder(self.x).items()}
+        self.out |= {f"debug/acts/{side}": t for side, t in self.model.running.encoder(self.x).items()}
 
     def sample(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """One image of p(x | z), with the numbers that the official sampler was given."""
@@ -141,9 +142,8 @@ def difference(found: Tensor, expected: np.ndarray) -> float:
     return float(np.abs(found.detach().double().numpy() - expected).max() / (np.abs(expected).max() or 1.0))
 
 
-def computed(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Computed, Arrays]:
+def computed(model: VDVAE, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> tuple[Computed, Arrays]:
     arrays = dict(np.load(FIXTURES / name / "reference.npz"))
-    model = official(name).to(dtype).requires_grad_(False)
     assert list(arrays["groups"]) == list(arrays["posterior_draw_order"]) == [group.name for group in model.groups]
     assert [group.shape for group in model.groups] == list(map(tuple, arrays["z_shapes"]))
     result = Computed(model, arrays, dtype)
@@ -158,7 +158,8 @@ def computed(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_agrees_with_every_array_of_the_official_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64; arrays that are stored rounded agree to this."""
-    found, arrays = computed(name, torch.float64, monkeypatch)
+    model = official(name).double().requires_grad_(False)
+    found, arrays = computed(model, name, torch.float64, monkeypatch)
     left = {key for key in arrays if key not in GIVEN and not key.startswith(GIVEN_PREFIXES)}
     wrong = {}
     for key in left:
@@ -169,9 +170,12 @@ def test_agrees_with_every_array_of_the_official_code(name: str, monkeypatch: py
 
 
 @needs_fixtures
+@pytest.mark.parametrize("form", [pytest.param("as trained", marks=pytest.mark.long), "for inference"])
 @pytest.mark.parametrize("name", REFERENCES)
-def test_float32_agrees_to_its_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, arrays = computed(name, torch.float32, monkeypatch)
+def test_float32_agrees_to_its_rounding(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = official(name).requires_grad_(False)
+    model = model if form == "as trained" else cast(VDVAE, model.for_inference())
+    found, arrays = computed(model, name, torch.float32, monkeypatch)
     keys = {key for key in arrays if key.startswith("f64/")} - {
         "f64/sample/image",
         "f64/sample/uint8",
@@ -209,41 +213,54 @@ def summaries(tensors: Sequence[Tensor]) -> dict[str, np.ndarray]:
     }
 
 
-@needs_fixtures
-@torch.no_grad()
-def test_the_published_cifar10_network_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = dict(np.load(FIXTURES / "published" / "cifar10-formula.npz"))
+def published_cifar10() -> VDVAE:
+    """The network in float64, with the weights of the formulas."""
     with torch.device("meta"):
         model = VDVAE(data_set="cifar10", **PUBLISHED["cifar10"])
     shapes = {key: tuple(tensor.shape) for key, tensor in model.network.state_dict().items()}
     state = {key: torch.from_numpy(weight(j, key, shapes[key])) for j, key in enumerate(sorted(shapes))}
     model.network.load_state_dict(state, assign=True)
-    model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
-    x = torch.from_numpy(arrays["x_uint8"]).permute(0, 3, 1, 2).double() / 255
-    eps, noise = (
-        [torch.from_numpy(drawn(first + g, 1.7, (1, *group.shape))) for g, group in enumerate(model.groups)]
-        for first in (10_000, 20_000)
-    )
-    trace = model.transform(eps)
+
+def latents(model: VDVAE, first: int) -> list[Tensor]:
+    return [torch.from_numpy(drawn(first + g, 1.7, (1, *group.shape))) for g, group in enumerate(model.groups)]
+
+
+def prior_pass(model: VDVAE) -> dict[str, Any]:
+    trace = model.transform(latents(model, 10_000))
     parameters = model.network.decoder.image(trace.features)
-    found = {f"prior/z/{k}": v for k, v in summaries(trace.z).items()}
+    found: dict[str, Any] = {f"prior/z/{k}": v for k, v in summaries(trace.z).items()}
     found |= {f"prior/std/{k}": v for k, v in summaries([p.std for p in trace.priors]).items()}
-    found |= {"prior/params/corner": parameters[0, :, 0, 0].numpy(), "prior/params/sum": parameters.sum().numpy()}
-    activations: dict[int, Tensor] = {}
-    encode, qs, posterior = model.network.encoder.forward, [], Network.posterior
-    monkeypatch.setattr(model.network.encoder, "forward", lambda x: activations.update(encode(x)) or activations)
-    monkeypatch.setattr(Network, "posterior", lambda *a: qs.append(posterior(*a)) or qs[-1])
-    priors: list[Gaussian] = []
-    draw = model.encode(x, noise)
-    inferred = model.trace(lambda i, p, context: priors.append(p) or draw(i, p, context), 1)
-    found |= {f"post/z/{k}": v for k, v in summaries(inferred.z).items()}
+    return found | {"prior/params/corner": parameters[0, :, 0, 0], "prior/params/sum": parameters.sum()}
+
+
+def posterior_pass(model: VDVAE, x: Tensor) -> dict[str, Any]:
+    activations, qs, priors = model.network.encoder(x), list[Gaussian](), list[Gaussian]()
+    noise = latents(model, 20_000)
+
+    def draw(index: int, prior: Gaussian, stream: Tensor) -> Tensor:
+        q = model.network.posterior(index, activations, stream)
+        qs.append(q)
+        priors.append(prior)
+        return q.mean + q.std * noise[index]
+
+    inferred = model.trace(draw, 1)
     kl = [kl_divergence(Normal(*q), Normal(*p)).sum() for q, p in zip(qs, priors, strict=True)]
-    found |= {"post/kl": torch.stack(kl).numpy()}
-    found |= {f"acts/{side}/sum_of_squares": t.square().sum().numpy() for side, t in activations.items()}
-    found |= {"post/log_px": model.likelihood(inferred.features).log_prob(x).squeeze().numpy()}
-    assert found.keys() == arrays.keys() - {"x_uint8"}
-    wrong = {
-        k: d for k, v in found.items() if not (d := difference(torch.from_numpy(np.asarray(v)), arrays[k])) <= 1e-9
-    }
+    found: dict[str, Any] = {f"post/z/{k}": v for k, v in summaries(inferred.z).items()}
+    found |= {f"acts/{side}/sum_of_squares": t.square().sum() for side, t in activations.items()}
+    log_px = model.likelihood(inferred.features).log_prob(x).squeeze()
+    return found | {"post/kl": torch.stack(kl), "post/log_px": log_px}
+
+
+@needs_fixtures
+@pytest.mark.parametrize("path", ["prior", pytest.param("post", marks=pytest.mark.long)])
+@torch.no_grad()
+def test_the_published_cifar10_network_at_full_size(path: str) -> None:
+    arrays = dict(np.load(FIXTURES / "published" / "cifar10-formula.npz"))
+    x = torch.from_numpy(arrays.pop("x_uint8")).permute(0, 3, 1, 2).double() / 255
+    model = published_cifar10()
+    found = prior_pass(model) if path == "prior" else posterior_pass(model, x)
+    assert found.keys() == {key for key in arrays if key.startswith("prior") == (path == "prior")}
+    wrong = {k: d for k, v in found.items() if not (d := difference(torch.as_tensor(v), arrays[k])) <= 1e-9}
     assert wrong == {}

@@ -60,38 +60,12 @@ def test_published_configurations_have_the_official_keys_and_shapes(name: str) -
 
 # The contract, in float64 with small networks.
 
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "widths, and a side without a map": {},
-    "side 2, one width, other pixels": {
-        "enc_blocks": "8d4,2,2d2,1",
-        "dec_blocks": "1,2m1,8m2",
-        "custom_width_str": "",
-        **{"data_set": "mine", "shift": -100.0, "scale": 0.02, "bits": 3},
-    },
-    "a side mixed in twice, another from two sides, 5 bits": {
-        "dec_blocks": "1x1,4m1,4m1,8m1,8m4",
-        "data_set": "ffhq256",
-    },
-}
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_keeps_the_contract(name: str) -> None:
-    torch.manual_seed(0)
-    assert not check_backbone(trained(tiny(**CONFIGURATIONS[name])), batch_size=2).skipped
-
 
 @pytest.mark.long
 @needs_fixtures
 @pytest.mark.parametrize("name", REFERENCES)
 def test_the_official_networks_keep_the_contract(name: str) -> None:
     assert not check_backbone(official(name), batch_size=2).skipped
-
-
-def test_the_architecture_is_json_and_builds_it_again() -> None:
-    again = VDVAE(**json.loads(json.dumps(tiny().architecture)))
-    assert again.architecture == tiny().architecture
-    assert (again.groups, again.image_shape) == (tiny().groups, (3, 8, 8))
 
 
 # Words.
@@ -102,7 +76,7 @@ def test_block_strings_mean_what_the_official_ones_do() -> None:
     assert parse_blocks("x", "32m2") == parse_blocks("x", "32d2")
     assert parse_widths("16:10,8:16") == {16: 10, 8: 16}
     assert parse_widths("") == {}
-    words = {"enc_blocks": "8,8m2,4,4m4,1", "dec_blocks": "1,4d1,8d4,8d1"}
+    words = {"enc_blocks": "8,8m2,4m4,1", "dec_blocks": "1,4d1,8d4"}
     assert tiny(**words).network.architecture.encoder == tiny().network.architecture.encoder
     assert tiny(**words).network.architecture.decoder == tiny().network.architecture.decoder
 
@@ -192,9 +166,9 @@ def test_a_new_network_starts_from_standard_normal_priors() -> None:
     assert not any(p.any() for key, p in state.items() if key.endswith(".bias") or "bias_xs" in key)
     assert (state["decoder.gain"] == 1).all()
     for name, factor in (
-        ("encoder.enc_blocks.0.c4", 5**-0.5),
-        ("decoder.dec_blocks.0.resnet.c4", 4**-0.5),
-        ("decoder.dec_blocks.0.z_proj", 4**-0.5),
+        ("encoder.enc_blocks.0.c4", 4**-0.5),
+        ("decoder.dec_blocks.0.resnet.c4", 3**-0.5),
+        ("decoder.dec_blocks.0.z_proj", 3**-0.5),
         ("decoder.dec_blocks.0.enc.c4", 1),
         ("encoder.enc_blocks.0.c1", 1),
     ):

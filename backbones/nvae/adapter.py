@@ -6,17 +6,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from ebm_prior.backbones.folding import FoldableBackbone
+from ebm_prior.backbones.folding import CellBackbone
 from ebm_prior.backbones.foreign_values import Arguments
 from ebm_prior.backbones.likelihoods import Bernoulli, binarize
 from ebm_prior.backbones.nvae import official
 from ebm_prior.backbones.nvae.cells import BatchNorm, Conv2d
 from ebm_prior.backbones.nvae.distributions import GaussianImage, NvaeMixture, reduce_bits
-from ebm_prior.backbones.nvae.folding import FoldedCell, fold
+from ebm_prior.backbones.nvae.folding import fold
 from ebm_prior.backbones.nvae.network import Architecture, Context, Features, Network
 from ebm_prior.backbones.nvae.spectral import spectral_norms
 from ebm_prior.backbones.options import record
@@ -36,7 +36,7 @@ ALIAS = ".weight_normalized"
 """How the keys end under which official files repeat the weights of convolutions without weight norm."""
 
 
-class NVAE(FoldableBackbone[Network]):
+class NVAE(CellBackbone[Network]):
     """NVAE as a backbone; `load_official` reads the checkpoints of its code and of VAEBM's.
 
     The keyword arguments are the fields of `nvae_network.Architecture`: image_shape, groups_per_scale and likelihood
@@ -105,27 +105,6 @@ class NVAE(FoldableBackbone[Network]):
     def fold(self, network: Network) -> Network:
         """See `nvae_folding`."""
         return fold(network)
-
-    def lower(self, folded: Network, cells: torch.dtype) -> None:
-        """The residual branches of the cells in `cells`; what they are added to, and all else, stays as it is."""
-        for module in folded.modules():
-            if isinstance(module, FoldedCell):
-                module.lower(cells)
-
-    def checkpointing(self) -> NVAE:
-        """Folded, with cells that keep their input alone for the backward pass."""
-        return self._folded_cells(recomputed=True)
-
-    def compiled(self) -> NVAE:
-        """Folded, with cells that torch.compile has fused."""
-        return self._folded_cells(compiled=True)
-
-    def _folded_cells(self, **settings: bool) -> NVAE:
-        folded = cast(NVAE, self.for_inference())
-        for module in folded.running.modules():
-            if isinstance(module, FoldedCell):
-                vars(module).update(settings)
-        return folded
 
     def regularization(self) -> Tensor:
         """Σ σ₁(W) + Σ max |γ|, over all convolutions and all batch norms: the spectral regularisation of §3.2.

@@ -15,17 +15,16 @@ Maps are channels last, where a 1×1 convolution is a matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from ebm_prior.backbones.constant_layers import CellPointwise, ConstantConv2d, Pointwise
+from ebm_prior.backbones.folding import InferenceCell
 from ebm_prior.backbones.nvae.cells import BatchNorm, Cell, Conv2d, InvertedResidual, NormSwishConv
 from ebm_prior.backbones.nvae.network import DecoderCombiner, Network
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 RESIDUAL = 0.1
 """The factor of a cell's residual branch."""
@@ -48,60 +47,6 @@ def fold(network: Network) -> Network:
             elif isinstance(child, nn.ELU):
                 setattr(module, name, Elu())
     return network
-
-
-class Pointwise(nn.Module):
-    """A 1×1 convolution as a matrix product over the channels: (B, C_in, H, W) to (B, C_out, H, W), channels last."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.contiguous())  # (C_out, C_in)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """W x + b at every pixel."""
-        return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
-
-
-class CellPointwise(Pointwise):
-    """One in a cell, where most of the work is: on a GPU in float32 a convolution, which torch lets round to TF32.
-
-    So do the unfolded network's. A matrix product torch computes in full, at a quarter of the speed.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """W x + b at every pixel."""
-        if x.is_cuda and x.dtype == torch.float32:
-            return F.conv2d(x, self.weight[:, :, None, None], self.bias)
-        return super().forward(x)
-
-
-class Depthwise(nn.Module):
-    """A depthwise convolution of odd size with a constant weight (C, 1, K, K): (B, C, H, W) to the same shape."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The cross-correlation, plus a bias per channel."""
-        y: Tensor = _ConstantDepthwise.apply(x, self.weight, self.bias)
-        return y
-
-
-class _ConstantDepthwise(torch.autograd.Function):
-    """Its gradient is the convolution with the kernel turned; x, which torch's own keeps, is not needed for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        turned = weight.flip(2, 3)
-        return F.conv2d(gradient, turned, padding=weight.shape[-1] // 2, groups=len(weight)), None, None
 
 
 class Elu(nn.Module):
@@ -149,7 +94,7 @@ class FoldedCombiner(nn.Module):
         return sum_
 
 
-class FoldedCell(Cell):
+class FoldedCell(InferenceCell, Cell):
     """A cell with the factor of its residual branch in the weights."""
 
     def __init__(self, cell: Cell) -> None:
@@ -162,25 +107,13 @@ class FoldedCell(Cell):
         if gate is not None:
             cast(nn.Linear, gate.se[0]).weight.div_(RESIDUAL)
         super().__init__(_swapped(cell.skip), ops, gate)
-        self.branch_dtype: torch.dtype | None = None  # None: that of the input
-        self.recomputed = False  # keep the input alone for the backward pass, and compute the rest again there
-        self.compiled = False  # by torch.compile, which fuses what is done element by element
 
-    def lower(self, dtype: torch.dtype) -> None:
-        """Run the residual branch in a lower precision. The sum stays in that of the input."""
-        self.branch_dtype = dtype
-        for module in (*self._ops, *([] if self.se is None else [self.se])):
-            module.to(dtype)
+    def branch(self) -> list[nn.Module]:
+        """The operations and the gate."""
+        return [*self._ops, *([] if self.se is None else [self.se])]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """The residual sum."""
-        run = _compiled_sum() if self.compiled else FoldedCell._sum
-        if not (self.recomputed and torch.is_grad_enabled() and x.requires_grad):
-            return run(self, x)
-        again: Tensor = checkpoint(run, self, x, use_reentrant=False, preserve_rng_state=False)
-        return again
-
-    def _sum(self, x: Tensor) -> Tensor:
         y = x.to(self.branch_dtype or x.dtype)
         for op in self._ops:
             y = op(y)
@@ -189,15 +122,6 @@ class FoldedCell(Cell):
             return sum_
         gate: Tensor = self.se.se(y.mean((2, 3)))[:, :, None, None]
         return torch.addcmul(self.skip(x), y, gate) if self.branch_dtype is None else self.skip(x) + y * gate
-
-
-@cache
-def _compiled_sum() -> Callable[[FoldedCell, Tensor], Tensor]:
-    """`FoldedCell._sum` compiled: once for all cells of one shape, at their first pass."""
-    import torch._dynamo  # takes a while, which only those who compile should wait
-
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # shapes; it is 8
-    return torch.compile(FoldedCell._sum, dynamic=False)
 
 
 class FoldedResidual(nn.Module):
@@ -212,7 +136,7 @@ class FoldedResidual(nn.Module):
         (scale1, shift1), (scale2, shift2) = affine(bn1), affine(bn2)
         weight = conv1.weight.flatten(1)
         self.expand = CellPointwise(scale1[:, None] * weight * scale0, scale1 * (weight @ shift0) + shift1)
-        self.depthwise = Depthwise(scale2[:, None, None, None] * conv2.weight, shift2)
+        self.depthwise = ConstantConv2d(scale2[:, None, None, None] * conv2.weight, shift2, groups=len(conv2.weight))
         weight = cast(Conv2d, project).weight.flatten(1)
         self.project = CellPointwise(RESIDUAL * scale3[:, None] * weight, RESIDUAL * shift3)
 

@@ -56,9 +56,9 @@ DEVICE_NAME = click.option(
 def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command], Command]:
     """Options that say how a backbone is computed; the command gets them as one argument, `passes: Passes`.
 
-    `precisions`: choices of --precision. `cells`: with the options for what an NVAE's cells do, too.
+    `precisions`: choices of --precision. `cells`: with the options for what a network's cells do, too.
     """
-    half = "; bf16: in the cells of an NVAE, all else in float32" if "bf16" in precisions else ""
+    half = "; bf16: in the cells of an NVAE or VDVAE, all else in float32" if "bf16" in precisions else ""
     options = [
         DEVICE_NAME,
         click.option(
@@ -92,7 +92,8 @@ CELLS = (
         cls=Option,
         section=MACHINE,
         is_flag=True,
-        help="in the cells of an NVAE, keep less for the backward pass and compute it again: less memory, same results",
+        help="in the cells of an NVAE or VDVAE, keep less for the backward pass and compute it again: less memory, "
+        "same results",
     ),
     click.option(
         "--compile",
@@ -100,7 +101,7 @@ CELLS = (
         cls=Option,
         section=MACHINE,
         is_flag=True,
-        help="fuse the cells of an NVAE by torch.compile: 10 s at first, then less time on a GPU",
+        help="fuse the cells of an NVAE or VDVAE by torch.compile: 10 s at first, then less time on a GPU",
     ),
 )
 PASSES = passes_options(*DTYPES, cells=True)  # commands whose time and memory the chains take

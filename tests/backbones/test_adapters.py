@@ -16,6 +16,7 @@ import tiny_biva
 import tiny_hvae
 import tiny_nvae
 import tiny_shallow
+import tiny_vdvae
 import torch
 from adapter_cases import AdapterCase, Official
 from ebm_prior.backbones.folding import FoldableBackbone
@@ -40,6 +41,7 @@ ADAPTERS: dict[str, AdapterCase] = {
     "biva": tiny_biva.CASE,
     "hvae": tiny_hvae.CASE,
     "shallow": tiny_shallow.CASE,
+    "vdvae": tiny_vdvae.CASE,
 }
 OFFICIAL = {name: case.official for name, case in ADAPTERS.items() if case.official is not None}
 Make = Callable[[], Backbone]

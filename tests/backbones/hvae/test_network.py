@@ -149,6 +149,8 @@ def test_shapes_that_cannot_meet_are_refused() -> None:
     queue = [{**stages[0], "blocks": [{"filters": 4, "kernel": 3}] * 2 + stages[0]["blocks"]}, stages[1]]
     with pytest.raises(ConfigurationError, match="turn in the queue"):
         tiny(stages=queue)
+    with pytest.raises(ConfigurationError, match="skips: expected true or false, found 'no'"):
+        tiny(skips="no")
     with pytest.raises(ConfigurationError, match="expected options among"):
         tiny(stages=[{"blocks": [{"filter": 4}], "latent": {"features": 1}}])
 

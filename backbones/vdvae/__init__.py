@@ -1,0 +1,1 @@
+"""VDVAE (Child, 2021): adapter, network, and the official checkpoints."""

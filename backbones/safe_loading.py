@@ -172,11 +172,6 @@ def _plain(value: Any, path: Path) -> Any:
         raise CheckpointError(f"expected plain values in {path}, found entries that contain themselves") from error
 
 
-def load_tensors(path: Path, content: str) -> dict[str, Tensor]:
-    """A state dict: dense tensors by name, the floating-point ones finite."""
-    return tensors_of(load_file(path, content), path, content)
-
-
 def tensors_of(state: Any, path: Path, content: str) -> dict[str, Tensor]:
     """`state`, from the file at `path`, as a state dict: dense tensors by name, the floating-point ones finite."""
     if not isinstance(state, dict):

@@ -89,7 +89,7 @@ def few(names: Iterable[object], *, most: int = 10, separator: str = ", ") -> st
 def shown(value: object) -> str:
     """A value out of a file, in Python's notation: at most 200 characters of it."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except (RecursionError, ValueError):  # nested too deep, or an integer too long to print
         text = f"a {type(value).__name__} too large to print"
     return text if len(text) <= 200 else f"{text[:200]}…"

@@ -316,6 +316,8 @@ def begun(bench: Workbench, config: FitConfig, iteration: int = 0) -> Course:
 def resumed(bench: Workbench, config: FitConfig, state: Mapping[str, Any]) -> Course:
     """The course that a saved `state` belongs to, as it was. `config`: the settings with which the fit began."""
     saturated = state["saturated"]
+    if bool(state["stages"]) != bool(saturated or config.ratios == "staged"):
+        raise ValueError(f"stages: expected {'some' if saturated else 'none'} at iteration {state['iteration']}")
     if saturated:
         course: Course = staged(bench, config.staging(saturated["iteration"]), state["iteration"], saturated)
     else:

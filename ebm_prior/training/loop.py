@@ -149,7 +149,9 @@ class Training(ABC):
         if saved is not None:
             good = saved.pop("good", None)  # beside a state that was saved by the clock: where a roll-back returns to
             if good is not None:
+                fresh = self.state()
                 resume(self, good)
+                self.restore(fresh)
             resume(self, saved)
         return good or self.state()
 

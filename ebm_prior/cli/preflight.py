@@ -81,6 +81,11 @@ def for_fit(backbone: Backbone, config: FitConfig, passes: Passes = PLAIN) -> Ne
     return max(learning, moving)
 
 
+def for_step(step: Callable[[], object], device: torch.device, of: str, remedy: str) -> Need:
+    """Memory for a step of training, which is taken: `of` and `remedy` as in Need."""
+    return Need(int(OVERHEAD.get(device.type, 1.2) * peak_bytes(step)), of, remedy)
+
+
 def require(need: Need, device: torch.device) -> str:
     """One line that says how much is needed and how much is free. Raises MemoryLimitError where it does not fit."""
     free = free_bytes(device)

@@ -26,6 +26,7 @@ from ebm_prior.data.source import ImageSource, Mode
 from ebm_prior.errors import AssumptionWarning, ConfigurationError
 from ebm_prior.model.passes import Passes
 from ebm_prior.plain import all_printable
+from ebm_prior.runs.watch import Watch
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan
 from ebm_prior.storage.lock import owned
@@ -163,6 +164,35 @@ RUN = together(
     click.option("--resume", is_flag=True, help="go on from the last state of the run in --out, if there is one"),
     click.option("--config", "config_file", type=PATH, help="JSON file of settings; options given here win"),
 )
+WATCHING = "Watching"
+
+
+def watch_options(*, preview: bool = False) -> Callable[[Command], Command]:
+    """Options of somebody who watches a training; the command gets them as one argument, `watch: Watch`.
+
+    `preview`: with --preview, for trainings that make no picture at each evaluation by themselves.
+    """
+    options = [
+        click.option(
+            "--tensorboard",
+            cls=Option,
+            section=WATCHING,
+            is_flag=True,
+            help="scalars and pictures for TensorBoard, too",
+        )
+    ]
+    if preview:
+        text = "a picture at each evaluation, not at every fifth"
+        options.insert(0, click.option("--preview", cls=Option, section=WATCHING, is_flag=True, help=text))
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def with_watch(*, tensorboard: bool, preview: bool = False, **given: Any) -> Any:
+            return command(watch=Watch(preview, tensorboard), **given)
+
+        return cast(Command, together(*options)(with_watch))
+
+    return decorate
 
 
 def open_images(spec: str, **where: Any) -> ImageSource:

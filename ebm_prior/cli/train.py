@@ -10,6 +10,7 @@ import click
 import torch
 from click.core import ParameterSource
 
+from ebm_prior.cli import dry_run as dry
 from ebm_prior.cli.help import Command
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.preflight import for_fit
@@ -31,6 +32,7 @@ from ebm_prior.cli.shared import (
     refuse_unused,
     run_directory,
     show_result,
+    watch_options,
 )
 from ebm_prior.cli.types import PATH
 from ebm_prior.errors import ConfigurationError
@@ -41,6 +43,7 @@ from ebm_prior.runs.backbones import new_backbone, new_network, own_data
 from ebm_prior.runs.fit import fit_into
 from ebm_prior.runs.pretrain import pretrain_into
 from ebm_prior.runs.train import train_into
+from ebm_prior.runs.watch import Watch
 from ebm_prior.settings import resolve
 from ebm_prior.storage import places
 from ebm_prior.storage.checkpoint import load_backbone
@@ -65,6 +68,7 @@ SUITED = {
         "data_root",
         "out",
         "resume",
+        "dry_run",
         "preset",
         "iterations",
         "objective",
@@ -90,6 +94,8 @@ SUITED = {
 )
 @RUN_SEED
 @PASSES
+@watch_options(preview=True)
+@dry.DRY_RUN
 @JSON
 def fit(
     adapter_name: str | None,
@@ -105,6 +111,8 @@ def fit(
     preset: str,
     seed: int | None,
     passes: Passes,
+    watch: Watch,
+    dry_run: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -126,6 +134,8 @@ def fit(
         data = own_data(checkpoint, backbone)
         click.echo(f"images: {data}, on which {checkpoint} was trained (--data takes others)", err=True)
     images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
+    if dry_run:
+        return dry.fit(backbone, images, config, passes, out, as_json)
     preflight(for_fit(backbone, config, passes), passes.device)
     directory = processes.of_first(lambda: run_directory(out, "fit", resume))
     with Bar("fit", config.iterations) as bar:
@@ -141,6 +151,7 @@ def fit(
             overwrite=overwrite,
             progress=bar,
             processes=processes,
+            watch=watch,
         )
     show_result(result, as_json, summaries.fit_summary)
 
@@ -155,6 +166,7 @@ def fit(
         "data_root",
         "out",
         "resume",
+        "dry_run",
         "iterations",
         "batch_size",
         "learning_rate",
@@ -173,6 +185,8 @@ def fit(
 @config_options(PretrainConfig)
 @RUN_SEED
 @TRAINING_PLACE
+@watch_options()
+@dry.DRY_RUN
 @JSON
 def pretrain(
     adapter_name: str | None,
@@ -187,6 +201,8 @@ def pretrain(
     config_file: Path | None,
     seed: int | None,
     passes: Passes,
+    watch: Watch,
+    dry_run: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -205,6 +221,8 @@ def pretrain(
         open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
         for split in ("train", "test")
     )
+    if dry_run:
+        return dry.pretrain(backbone, train, config, out, as_json)
     directory = run_directory(out, "pretrain", resume)
     with Bar("pretrain", config.iterations) as bar:
         result = pretrain_into(
@@ -217,6 +235,7 @@ def pretrain(
             resume=resume,
             overwrite=overwrite,
             progress=bar,
+            watch=watch,
         )
     show_result(result, as_json, summaries.pretrain_summary)
 
@@ -231,6 +250,7 @@ def pretrain(
         "data_root",
         "out",
         "resume",
+        "dry_run",
         "posterior",
         "prior",
         "iterations",
@@ -257,6 +277,8 @@ def pretrain(
 @config_options(JointConfig, skip=("seed", "standardize"))
 @RUN_SEED
 @TRAINING_PLACE
+@watch_options()
+@dry.DRY_RUN
 @JSON
 def train(
     adapter_name: str,
@@ -273,6 +295,8 @@ def train(
     preset: str,
     seed: int | None,
     passes: Passes,
+    watch: Watch,
+    dry_run: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -298,6 +322,8 @@ def train(
         backbone = passes.place(new_network(adapter_name, architecture, changes, images.shape, config.seed))
     if images.shape != backbone.image_shape:
         raise ConfigurationError(f"the network takes images {backbone.image_shape}, found {data} with {images.shape}")
+    if dry_run:
+        return dry.train(backbone, images, config, out, as_json)
     directory = run_directory(out, "train", resume)
     with Bar("train", config.iterations) as bar:
         result = train_into(
@@ -310,6 +336,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             progress=bar,
+            watch=watch,
         )
     show_result(result, as_json, summaries.train_summary)
 

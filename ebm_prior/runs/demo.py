@@ -15,7 +15,7 @@ from ebm_prior.data.images import SUBSET, open_images
 from ebm_prior.errors import OutputError
 from ebm_prior.evaluation.classifier import bundled_classifier
 from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all
-from ebm_prior.interfaces import SILENT, Progress, Silent
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.samples import write_comparison
 from ebm_prior.storage.atomic import without_nan, write_atomically
@@ -27,6 +27,7 @@ from ebm_prior.training.fit_config import FitConfig
 
 DEMO_BACKBONE = "biva_fashion_mnist"  # its prior hole is wide enough to be seen in a picture
 PRIOR, PICTURE, TABLE = "prior.safetensors", "before-after.png", "result.json"  # the files of a demo
+MEASURED_PARTS = 4  # of an evaluation: reference, samples, distances, AUC
 
 
 def demo_config() -> FitConfig:
@@ -40,16 +41,6 @@ def demo_eval_config(samples: int) -> EvalConfig:
     So fits of different seeds are compared on the same noise, beside the same draws of the backbone.
     """
     return EvalConfig(samples=samples)
-
-
-class _Remarks(Silent):
-    """Told of the evaluation within the demo, whose progress counts the steps of the fit: parts become remarks."""
-
-    def __init__(self, whole: Progress) -> None:
-        self._whole = whole
-
-    def stage(self, name: str) -> None:
-        self._whole.remark(name)
 
 
 def require_demo_folder(out: Path, overwrite: bool) -> None:
@@ -90,13 +81,14 @@ def _run(out: Path, seed: int, progress: Progress) -> dict[str, Any]:
     save_prior(prior, path, checkpoint=DEMO_BACKBONE)
     progress.remark(f"fitted in {time.monotonic() - began:.0f} s; measuring")
     judge = bundled_classifier(test.shape, test.name)
-    result = evaluate_all([prior], [str(path)], test, train, judge, demo_eval_config(len(test)), _Remarks(progress))[0]
+    progress.begin("measuring", MEASURED_PARTS)
+    result = evaluate_all([prior], [str(path)], test, train, judge, demo_eval_config(len(test)), progress)[0]
     caption = [
         f"{result['extractor']}: {result['fd_backbone']:.1f} before, {result['fd_prior']:.1f} after, "
         f"{result['fd_reconstruction']:.1f} for reconstructions, the best that a prior could reach; "
         f"N = {result['samples']}",
     ]
-    write_comparison(prior, picture, seed=seed, caption=caption)
+    write_comparison(prior, picture, seed=seed, caption=caption, progress=progress)
     result |= {
         "command": "demo",
         "fit_seed": seed,

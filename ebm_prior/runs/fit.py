@@ -23,6 +23,7 @@ from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.folder import Run, run_inputs
 from ebm_prior.runs.samples import write_comparison
 from ebm_prior.runs.training import pictures, timed
+from ebm_prior.runs.watch import UNWATCHED, Watch
 from ebm_prior.storage.checkpoint import bundled, save_prior
 from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.fit import fit
@@ -42,6 +43,7 @@ def fit_into(
     overwrite: bool = False,
     progress: Progress = SILENT,
     processes: Processes = ALONE,
+    watch: Watch = UNWATCHED,
 ) -> dict[str, Any]:
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
 
@@ -50,6 +52,7 @@ def fit_into(
     training diverges for good, the best prior so far is written before DivergenceError goes on. The first of the
     `processes` writes and tells `progress`, and none of the others.
     """
+    watch.require()
     settings = _bn_settings(config.seed) if bn_readjust else None
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
     path, own = directory / "prior.safetensors", directory / "backbone.safetensors"
@@ -76,12 +79,13 @@ def fit_into(
         if processes.first:
             save_prior(prior, path, checkpoint=where)
 
-    show = pictures(directory, draw, progress, every=5 * config.evaluate_every)
-    told: dict[str, Any] = {"run": run, "progress": progress, "on_evaluate": show} if processes.first else {}
+    board = watch.board(run) if processes.first else None
+    show = pictures(directory, draw, progress, every=(1 if watch.preview else 5) * config.evaluate_every, board=board)
+    told: dict[str, Any] = {"run": board or run, "progress": progress, "on_evaluate": show} if processes.first else {}
     prior, seconds = timed(lambda: fit(backbone, images, config, **told, processes=processes), keep, path)
     before_after = directory / "before-after.png"
     if processes.first:
-        write_comparison(prior, before_after, seed=config.seed)
+        write_comparison(prior, before_after, seed=config.seed, progress=progress)
     files = {"prior": str(path), "picture": str(before_after)}
     return {**files, "parameters": parameters(backbone, config.energy), "cpu_seconds": seconds, **_summary(prior)}
 

@@ -15,6 +15,7 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.pictures.grids import save_png, titled_grids
 from ebm_prior.runs.folder import Run
 from ebm_prior.runs.training import network_inputs, pictures, start_record, timed
+from ebm_prior.runs.watch import UNWATCHED, Watch
 from ebm_prior.storage.checkpoint import save_backbone
 from ebm_prior.storage.weights import count_parameters
 from ebm_prior.training.pretrain import Elbo, evaluate_elbo, pretrain, training_record
@@ -32,6 +33,7 @@ def pretrain_into(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
+    watch: Watch = UNWATCHED,
 ) -> dict[str, Any]:
     """Train a backbone in a run directory: backbone.safetensors, metrics, pictures, resume state.
 
@@ -39,8 +41,10 @@ def pretrain_into(
     holds the training images, from a source without splits. Where training diverges for good, the last good backbone is
     written before DivergenceError goes on.
     """
+    watch.require()
     inputs, start = network_inputs(backbone, train), start_record(checkpoint, backbone)
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
+    board = watch.board(run)
     held_out = None if test.fingerprint() == inputs["images"] else test
     path = directory / "backbone.safetensors"
     elbo: Elbo | None = None
@@ -62,10 +66,10 @@ def pretrain_into(
             backbone,
             train,
             config,
-            run=run,
+            run=board or run,
             validation=held_out,
             progress=progress,
-            on_evaluate=pictures(directory, draw, progress),
+            on_evaluate=pictures(directory, draw, progress, board=board),
         ),
         keep,
         path,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ebm_prior.errors import OutputError
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.pictures.grids import grid, picture, save_png, titled_grids
@@ -21,10 +22,19 @@ from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_absent, require_free, require_writable
 
 
-def write_comparison(prior: EBMPrior, path: Path, *, seed: int, number: int = 64, caption: Sequence[str] = ()) -> None:
+def write_comparison(
+    prior: EBMPrior,
+    path: Path,
+    *,
+    seed: int,
+    number: int = 64,
+    caption: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> None:
     """Write a picture of `number` samples of the backbone's prior beside as many of the energy-based prior."""
-    before = prior.sample(number, seed=seed, sampler=ANCESTRAL).images
-    after = prior.sample(number, seed=seed).images
+    progress.begin("before and after", 2 * number)
+    before = prior.sample(number, seed=seed, sampler=ANCESTRAL, progress=progress).images
+    after = prior.sample(number, seed=seed, progress=progress).images
     panels = [("before: the backbone's prior", before), ("after: the energy-based prior", after)]
     save_png(titled_grids(panels, columns=8, caption=caption), path)
 

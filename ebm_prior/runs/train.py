@@ -17,6 +17,7 @@ from ebm_prior.pictures.grids import save_png, titled_grids
 from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.folder import Run
 from ebm_prior.runs.training import network_inputs, pictures, start_record, timed
+from ebm_prior.runs.watch import UNWATCHED, Watch
 from ebm_prior.storage.checkpoint import save_backbone, save_prior
 from ebm_prior.training.joint import train_jointly, validate
 from ebm_prior.training.joint_config import JointConfig
@@ -33,14 +34,17 @@ def train_into(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
+    watch: Watch = UNWATCHED,
 ) -> dict[str, Any]:
     """Train a whole model: backbone.safetensors and prior.safetensors, metrics, pictures, resume state.
 
     `checkpoint`: where the backbone's weights come from, for the record; None: from the seed. Where training diverges
     for good, the model of the last state is written before DivergenceError goes on.
     """
+    watch.require()
     inputs, start = network_inputs(backbone, train), start_record(checkpoint, backbone)
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
+    board = watch.board(run)
     own, path = directory / "backbone.safetensors", directory / "prior.safetensors"
 
     def draw(shown: Mapping[str, Any], picture: Path) -> None:
@@ -57,9 +61,9 @@ def train_into(
             train,
             config,
             validation=test,
-            run=run,
+            run=board or run,
             progress=progress,
-            on_evaluate=pictures(directory, draw, progress),
+            on_evaluate=pictures(directory, draw, progress, board=board),
         ),
         keep,
         path,

@@ -17,6 +17,7 @@ from ebm_prior.model.prior import EBMPrior
 from ebm_prior.runs.backbones import source_record
 from ebm_prior.runs.folder import run_inputs
 from ebm_prior.runs.kept import diverged
+from ebm_prior.runs.watch import Board
 from ebm_prior.storage.weights import fingerprint
 
 Product = TypeVar("Product", Backbone, EBMPrior)
@@ -34,20 +35,30 @@ def start_record(checkpoint: str | None, backbone: Backbone) -> dict[str, Any]:
 
 
 def pictures(
-    directory: Path, draw: Callable[[Mapping[str, Any], Path], None], progress: Progress, *, every: int = 1
+    directory: Path,
+    draw: Callable[[Mapping[str, Any], Path], None],
+    progress: Progress,
+    *,
+    every: int = 1,
+    board: Board | None = None,
 ) -> Callback:
     """An `on_evaluate` that lets `draw` make samples-ITERATION.png in `directory`, at multiples of `every` iterations.
 
+    With a `board` they are shown there, too.
     A picture whose chains diverge is left out with a remark: training watches chains of its own.
     """
 
     def on_evaluate(shown: Mapping[str, Any]) -> None:
         iteration = shown["iteration"]
         if iteration % every == 0:
+            path = directory / f"samples-{iteration:06d}.png"
             try:
-                draw(shown, directory / f"samples-{iteration:06d}.png")
+                draw(shown, path)
             except DivergenceError as error:
                 progress.remark(f"no picture of iteration {iteration}: {error}")
+                return
+            if board:
+                board.picture(path, iteration)
 
     return on_evaluate
 

@@ -67,6 +67,8 @@ class Run:
             old, new = ({k: v for part in now for k, v in _flat(run[part]).items()} for run in (before, now))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{record} cannot be read ({error}); choose another --out") from error
+        if old.get("images", 0) == new.get("images"):  # the same pixels: what they are called, and where, is no matter
+            old, new = ({k: v for k, v in values.items() if k != "data"} for values in (old, new))
         names = sorted({*old, *new})
         changed = [f"{k}: {old.get(k)!r} before, {new.get(k)!r} now" for k in names if old.get(k) != new.get(k)]
         if changed:

@@ -13,6 +13,7 @@ from ebm_prior.data.images import ImageSource
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.pictures.grids import save_png, titled_grids
+from ebm_prior.runs.data import remember, with_kept_name
 from ebm_prior.runs.folder import Run
 from ebm_prior.runs.training import network_inputs, pictures, start_record, timed
 from ebm_prior.storage.checkpoint import save_backbone
@@ -41,6 +42,8 @@ def pretrain_into(
     """
     inputs, start = network_inputs(backbone, train), start_record(checkpoint, backbone)
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
+    remember(directory, train, inputs["images"])
+    train = with_kept_name(directory, train, inputs["images"])
     held_out = None if test.fingerprint() == inputs["images"] else test
     path = directory / "backbone.safetensors"
     elbo: Elbo | None = None

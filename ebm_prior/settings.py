@@ -22,22 +22,14 @@ def setting(default: Value, help: str) -> Value:
     return field(default=default, metadata={"help": help})
 
 
-def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) -> Config:
+def resolve(base: Config, given: Mapping[str, Any], file: Path | Mapping[str, Any] | None = None) -> Config:
     """A copy of `base` in which the settings in a JSON `file`, then those in `given`, replace its own.
 
     given: values by the name of their option; None means that the option was not given, and names that are no settings
-    of `base` are left out. Raises ConfigurationError for a file that cannot be read, an unknown setting in it, or a
-    value of the wrong kind.
+    of `base` are left out.  file: or what was read from it. Raises ConfigurationError for a file that cannot be read,
+    an unknown setting in it, or a value of the wrong kind.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        advice = "give a JSON object of settings, or a run's config.json"
-        values = read_json(file, "settings for --config", error=ConfigurationError, advice=advice)
-        if not isinstance(values, dict):
-            raise ConfigurationError(f"--config {file}: expected a JSON object, found {type(values).__name__}")
-        values = values.get("config", values)  # a run's config.json can be given as it stands
-        if not isinstance(values, dict):
-            raise ConfigurationError(f"--config {file}: expected an object of settings, found {shown(values)}")
+    values = read_settings(file) if isinstance(file, Path) else file or {}
     known = {name for name, *_ in every_setting(type(base), ())}
     chosen = {name: value for name, value in given.items() if value is not None and name in known}
     resolved: Config = _replaced(_replaced(base, values), _by_dataclass(base, chosen))
@@ -51,6 +43,44 @@ def of_plain(kind: type[Config], values: Mapping[str, Any]) -> Config:
     """
     made: Config = _replaced(kind(), values)
     return made
+
+
+def read_settings(file: Path | None) -> dict[str, Any]:
+    """The settings in a JSON file, or in a run's config.json as it stands; none without a file.
+
+    Raises ConfigurationError for a file that cannot be read.
+    """
+    if file is None:
+        return {}
+    advice = "give a JSON object of settings, or a run's config.json"
+    values = read_json(file, "settings for --config", error=ConfigurationError, advice=advice)
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"--config {file}: expected a JSON object, found {type(values).__name__}")
+    values = values.get("config", values)
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"--config {file}: expected an object of settings, found {shown(values)}")
+    return values
+
+
+def read_parts(file: Path | None, **kinds: type[Any]) -> dict[str, dict[str, Any]]:
+    """The settings in a file for a command that has several configuration dataclasses, divided among these.
+
+    kinds: each by its name. A setting goes to the dataclass that has it; an object under the name of a dataclass holds
+    settings of that one, as {"sampler": {"steps": 20}} does. Raises ConfigurationError, also for a setting of none.
+    """
+    parts: dict[str, dict[str, Any]] = {name: {} for name in kinds}
+    owners = {entry.name: name for name, kind in kinds.items() for entry in fields(kind)}
+    unknown = []
+    for key, value in read_settings(file).items():
+        if key in owners:
+            parts[owners[key]][key] = value
+        elif key in kinds and isinstance(value, dict):
+            parts[key] |= value
+        else:
+            unknown.append(printable(key)[:80])
+    if unknown:
+        raise ConfigurationError(f"--config {file}: unknown settings {few(unknown)}; known are {', '.join(owners)}")
+    return parts
 
 
 def settings(config: Any, prefix: str = "") -> dict[str, Any]:

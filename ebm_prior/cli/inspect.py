@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ import click
 import torch
 
 from ebm_prior.cli.help import Command
+from ebm_prior.cli.images import Opener
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
-from ebm_prior.cli.shared import BACKBONE, JSON, OWN_DATA, PLACE, SEED, open_images, show_result
+from ebm_prior.cli.shared import BACKBONE, CONFIG, JSON, OWN_DATA, PLACE, RUN_SEED, SEED, show_result
 from ebm_prior.cli.types import PATH, PRIOR_FILE
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.evaluation.doctor import DoctorConfig, examine
+from ebm_prior.evaluation.doctor import DoctorConfig, examine, parts
 from ebm_prior.model.passes import Passes
 from ebm_prior.reports import findings, summaries
 from ebm_prior.reports.run_page import run_page
 from ebm_prior.runs import describe
 from ebm_prior.runs.backbones import load_with_options, own_data, own_record, parsed_options, source_record
+from ebm_prior.runs.data import of_backbone
 from ebm_prior.runs.demo import demo_config, require_demo_folder, run_demo
 from ebm_prior.settings import resolve
 from ebm_prior.storage import places
@@ -60,8 +63,9 @@ def report(
 )
 @BACKBONE
 @OWN_DATA
+@CONFIG
 @config_options(DoctorConfig, skip=("seed", "energy"))
-@SEED
+@RUN_SEED
 @PLACE
 @JSON
 def doctor(
@@ -70,18 +74,22 @@ def doctor(
     data: str | None,
     data_root: Path | None,
     download: bool,
-    seed: int,
+    config_file: Path | None,
+    seed: int | None,
     passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Say whether a VAE has a prior hole that an energy can fill, and in which groups."""
-    config = resolve(DoctorConfig(), given)
-    config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
+    config = resolve(DoctorConfig(), given | {"seed": seed}, config_file)
+    config = replace(config, gauge=replace(config.gauge, seed=config.seed))
     backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
-    data = data or own_data(checkpoint, backbone)
-    images = open_images(data, split="test", data_root=data_root, download=download, image_shape=backbone.image_shape)
-    with Bar("doctor", 3) as bar:
+    shape, opener = backbone.image_shape, Opener(data_root, download, of_backbone(checkpoint, backbone))
+    if data is not None:
+        images = opener.typed(data, split="test", image_shape=shape)
+    else:
+        (images,) = opener.own("test", otherwise=partial(own_data, checkpoint, backbone), shape=shape)
+    with Bar("doctor", parts(len(backbone.groups), config)) as bar:
         result = examine(backbone, images, config, progress=bar)
     show_result(result, as_json, findings.doctor_card)
 

@@ -7,12 +7,13 @@ options given. Nested dataclasses become options with a prefix: --energy-channel
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
 from ebm_prior.cli.help import Option
-from ebm_prior.settings import every_setting, spelled
+from ebm_prior.settings import every_setting, require_seed, setting, spelled
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 WORDING = "{help}  [default: {default}]"
@@ -26,6 +27,16 @@ SECTIONS = {  # of --help-all, by how the names of options begin
     "gauge_": "Classifier test between latents",
     "fid_": "FID",
 }
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Settings of a command that draws from a prior, beside those of the sampler."""
+
+    seed: int = setting(0, "seed of everything random")
+
+    def __post_init__(self) -> None:
+        require_seed(self)
 
 
 def config_options(

@@ -2,62 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ebm_prior.cli.help import Command
+from ebm_prior.cli.images import Opener
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
+    CONFIG,
     DATA_FORMS,
     DATA_ROOT,
     JSON,
     PLACE,
     PRIOR,
     RECORDED,
-    SEED,
-    open_images,
+    RUN_SEED,
     own,
     show_result,
-    together,
     typed_command,
 )
 from ebm_prior.cli.types import PATH
 from ebm_prior.data import outlier_sets
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.evaluation.outliers import OutlierConfig, every_form, find_anomalies, find_outliers, set_size
+from ebm_prior.interfaces import Images
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.model.scores import LOWERS, MODES, Lower, Mode
 from ebm_prior.reports import findings
 from ebm_prior.runs import backbones
+from ebm_prior.runs.data import of_prior
 from ebm_prior.runs.outliers import require_folder, write_results
-from ebm_prior.settings import resolve
+from ebm_prior.settings import read_parts, resolve
 from ebm_prior.storage import places
 from ebm_prior.storage.checkpoint import load_prior, prior_record
 
-RESULTS = together(
-    click.option("--to", type=PATH, help="folder of the results  [default: the next free one beside PRIOR]"),
-    click.option("--overwrite", is_flag=True, help="replace the results that lie in --to"),
-)
+FOLDER = "folder of the results  [default: the next free one beside PRIOR]"
+OLD_FOLDER = click.option("--to", "old_out", type=PATH, hidden=True)  # as --out was called once
+OVERWRITE = click.option("--overwrite", is_flag=True, help="replace the results that lie in --out")
 
 
 @click.command(
     cls=Command,
-    first=("inside", "outside", "data_root", "ks", "modes", "to", "samples", "draws", "seed", "device", "as_json"),
+    first=("inside", "outside", "data_root", "ks", "modes", "out", "samples", "draws", "seed", "device", "as_json"),
 )
 @PRIOR
 @click.option(
     "--in", "inside", help=f"images of the known kind, {DATA_FORMS}  [default: what the prior was trained on]"
 )
 @click.option(
-    "--out",
+    "--outliers",
     "outside",
     multiple=True,
-    required=True,
     help=f"outliers, {DATA_FORMS}, or noise, constant; repeat the option for several",
 )
 @DATA_ROOT
@@ -84,10 +84,13 @@ RESULTS = together(
     help="groups that are not inferred: drawn from the prior given the others, or means of the backbone's prior  "
     "[default: both]",
 )
-@RESULTS
+@click.option("--out", metavar="PATH", multiple=True, help=FOLDER)
+@OLD_FOLDER
+@OVERWRITE
+@CONFIG
 @config_options(OutlierConfig)
 @config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
-@SEED
+@RUN_SEED
 @PLACE
 @JSON
 def ood(
@@ -101,36 +104,68 @@ def ood(
     ks: str,
     modes: tuple[Mode, ...],
     lowers: tuple[Lower, ...],
-    to: Path | None,
+    out: tuple[str, ...],
+    old_out: Path | None,
     overwrite: bool,
-    seed: int,
+    config_file: Path | None,
+    seed: int | None,
     passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Tell outliers from images of the known kind by L^{>k} and LLR^{>k} (Eqs. 20, 21), with f and without."""
-    config = replace(resolve(OutlierConfig(), given), seed=seed)
+    outside, chosen = sets_and_folder(outside, out, old_out)
+    stored = read_parts(config_file, ood=OutlierConfig, sampler=SamplerConfig)
+    config = resolve(OutlierConfig(), given | {"seed": seed}, stored["ood"])
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
-    to = to or places.next_free(places.beside(prior), "ood")
-    require_folder(to, overwrite)
-    own(to)
-    loaded.sampler = resolve(loaded.sampler, given)
-    known = inside or backbones.named_data(prior_record(prior)["record"], str(prior), option="--in")
-    shape = loaded.backbone.image_shape
-    sets = [
-        outlier_sets.open_set(
-            spec, shape, config.samples, seed=seed, open_with=open_images, data_root=data_root, download=download
-        )
-        for spec in (known, *outside)
-    ]
+    folder = chosen or places.next_free(places.beside(prior), "ood")
+    require_folder(folder, overwrite)
+    own(folder)
+    loaded.sampler = resolve(loaded.sampler, given, stored["sampler"])
+    images, shape = Opener(data_root, download, of_prior(prior)), loaded.backbone.image_shape
+    open_set = partial(outlier_sets.open_set, shape=shape, n=config.samples, seed=config.seed, open_with=images.typed)
+    if inside is not None:
+        known = open_set(inside)
+    else:
+        named = partial(backbones.named_data, prior_record(prior)["record"], str(prior), option="--in")
+        known = images.held_out(otherwise=named, shape=shape, option="--in")[0]
+    sets: list[Images] = [known, *map(open_set, outside)]
     numbers = parsed_k(ks, len(loaded.backbone.groups))
     forms = every_form(numbers, modes or MODES, lowers or LOWERS)
     with Bar("ood", len(sets) * set_size(sets[0], sets[1:], config)) as bar:
         result, columns, scored = find_outliers(loaded, sets[0], sets[1:], forms, config, progress=bar)
     title = f"{scored[0].name} (in) and {', '.join(each.name for each in scored[1:])} (out)"
     result |= {"prior": str(prior), "command": typed_command()}
-    result["files"] = write_results(to, result, columns, scored, title)
+    result["files"] = write_results(folder, result, columns, scored, title)
     show_result(result, as_json, findings.outlier_tables)
+
+
+def sets_and_folder(
+    outliers: tuple[str, ...], out: tuple[str, ...], old_out: Path | None
+) -> tuple[tuple[str, ...], Path | None]:
+    """The sets of outliers and the folder of the results, from --outliers and --out, or from --out and --to.
+
+    The latter is how they were spelled once, which goes on working with a remark. Raises click.UsageError.
+    """
+    if not outliers and not out:
+        raise click.UsageError("say which images are the outliers: --outliers, once for each set")
+    if not outliers:
+        new = "--outliers for the sets" + ", --out for the folder" * (old_out is not None)
+        click.echo(f"remark: --out with sets of outliers is an old spelling: {new}", err=True)
+        return out, old_out
+    if len(out) > 1 or "" in out:
+        raise click.UsageError(f"--out is the one folder of the results, found {', '.join(map(repr, out))}")
+    return outliers, folder_of(Path(out[0]) if out else None, old_out)
+
+
+def folder_of(out: Path | None, old_out: Path | None) -> Path | None:
+    """--out, or --to as it was called once, with a remark. Raises click.UsageError where both are given."""
+    if old_out is None:
+        return out
+    if out is not None:
+        raise click.UsageError("--to is the old spelling of --out: give one of them")
+    click.echo("remark: --to is an old spelling: --out", err=True)
+    return old_out
 
 
 def parsed_k(text: str, groups: int) -> list[int]:
@@ -151,16 +186,19 @@ def parsed_k(text: str, groups: int) -> list[int]:
 
 @click.command(
     cls=Command,
-    first=("normal", "anomalies", "labels", "data_root", "to", "overwrite", "draws", "seed", "device", "as_json"),
+    first=("normal", "anomalies", "labels", "data_root", "out", "overwrite", "draws", "seed", "device", "as_json"),
 )
 @PRIOR
 @click.option("--normal", required=True, help=f"normal images, {DATA_FORMS}; those with --labels are left out")
 @click.option("--test", "anomalies", required=True, help=f"anomalies, {DATA_FORMS}: the images with --labels, or all")
 @click.option("--labels", type=int, multiple=True, help="label of anomalies; repeat the option for several")
 @DATA_ROOT
-@RESULTS
+@click.option("--out", type=PATH, help=FOLDER)
+@OLD_FOLDER
+@OVERWRITE
+@CONFIG
 @config_options(OutlierConfig, skip=("seed", "samples"))
-@SEED
+@RUN_SEED
 @PLACE
 @JSON
 def anomaly(
@@ -172,24 +210,25 @@ def anomaly(
     labels: tuple[int, ...],
     data_root: Path | None,
     download: bool,
-    to: Path | None,
+    out: Path | None,
+    old_out: Path | None,
     overwrite: bool,
-    seed: int,
+    config_file: Path | None,
+    seed: int | None,
     passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Tell anomalies from normal images by L^{>0}, the unnormalised log-posterior (§5.4, Table 4)."""
-    config = replace(resolve(OutlierConfig(), given), seed=seed)
+    chosen = folder_of(out, old_out)
+    config = resolve(OutlierConfig(), given | {"seed": seed}, config_file)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
-    to = to or places.next_free(places.beside(prior), "anomaly")
-    require_folder(to, overwrite)
-    own(to)
+    folder = chosen or places.next_free(places.beside(prior), "anomaly")
+    require_folder(folder, overwrite)
+    own(folder)
     shape = loaded.backbone.image_shape
-    known, strange = (
-        open_images(spec, split="test", data_root=data_root, download=download, image_shape=shape)
-        for spec in (normal, anomalies)
-    )
+    images = Opener(data_root, download, of_prior(prior))
+    known, strange = (images.typed(spec, split="test", image_shape=shape) for spec in (normal, anomalies))
     known, strange = (
         outlier_sets.labelled(known, labels, among=False),
         outlier_sets.labelled(strange, labels, among=True),
@@ -198,6 +237,6 @@ def anomaly(
         result, columns, scored = find_anomalies(loaded, known, strange, config, progress=bar)
     result |= {"prior": str(prior), "command": typed_command()}
     result["files"] = write_results(
-        to, result, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
+        folder, result, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"
     )
     show_result(result, as_json, findings.outlier_tables)

@@ -158,11 +158,12 @@ OWN_DATA = together(
     click.option("--data", help=f"{DATA_FORMS}  [default: what the backbone or prior was trained on]"),
     DATA_ROOT,
 )
+CONFIG = click.option("--config", "config_file", type=PATH, help="JSON file of settings; options given here win")
 RUN = together(
     click.option("--out", type=PATH, help="run directory  [default: the next free one under ./runs]"),
     click.option("--overwrite", is_flag=True, help="start anew where an earlier run lies"),
     click.option("--resume", is_flag=True, help="go on from the last state of the run in --out, if there is one"),
-    click.option("--config", "config_file", type=PATH, help="JSON file of settings; options given here win"),
+    CONFIG,
 )
 WATCHING = "Watching"
 
@@ -197,13 +198,19 @@ def watch_options(*, preview: bool = False) -> Callable[[Command], Command]:
 
 def open_images(spec: str, **where: Any) -> ImageSource:
     """`ebm_prior.data.images.open_images` with --array and --data-mode; its remarks go to stderr, each once."""
+    reading = click.get_current_context().meta.get(READING, {})
+    source = images.open_images(spec, **reading, **where)
+    say_remarks(source)
+    return source
+
+
+def say_remarks(source: ImageSource) -> None:
+    """Print on stderr what a user should know of the reading of images, each remark once."""
     meta = click.get_current_context().meta
-    source = images.open_images(spec, **meta.get(READING, {}), **where)
     for remark in (f"{source.name}: {remark}" for remark in source.remarks):
         if remark not in meta.setdefault(REMARKED, set()):
             click.echo(remark, err=True)
         meta[REMARKED].add(remark)
-    return source
 
 
 def new_or_resumed(resume: bool, overwrite: bool) -> None:

@@ -17,13 +17,13 @@ from ebm_prior.cli.preflight import for_fit
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
     BACKBONE,
+    CONFIG,
     DATA,
     JSON,
     OWN_DATA,
     PASSES,
     RUN,
     RUN_SEED,
-    SEED,
     TRAINING_PLACE,
     launched_processes,
     new_or_resumed,
@@ -345,15 +345,23 @@ def train(
 @DATA
 @click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
 @click.option("--overwrite", is_flag=True, help="replace --out")
+@CONFIG
 @config_options(ClassifierConfig, skip=("seed", "data"), wording=SUITED)
-@SEED
+@RUN_SEED
 def classifier(
-    data: str, data_root: Path | None, download: bool, out: Path, overwrite: bool, seed: int, **given: Any
+    data: str,
+    data_root: Path | None,
+    download: bool,
+    out: Path,
+    overwrite: bool,
+    config_file: Path | None,
+    seed: int | None,
+    **given: Any,
 ) -> None:
     """Train the classifier whose features FD compares, on a labelled data set (for `eval --classifier`)."""
     places.require_free(out, overwrite)
     train, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
-    config = replace(resolve(ClassifierConfig.suited(train.shape, Path(data).stem), given), seed=seed)
+    config = resolve(ClassifierConfig.suited(train.shape, Path(data).stem), given | {"seed": seed}, config_file)
     with Bar("classifier", 0) as bar:
         trained, accuracy = train_classifier(train, test, config, progress=bar)
     save_classifier(trained, out)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from ebm_prior.cli.help import Command
-from ebm_prior.cli.options import config_options
+from ebm_prior.cli.images import Opener
+from ebm_prior.cli.options import Drawing, config_options
 from ebm_prior.cli.preflight import for_samples
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
+    CONFIG,
     DATA_FORMS,
     DATA_ROOT,
     JSON,
@@ -22,18 +26,21 @@ from ebm_prior.cli.shared import (
     PLACE,
     PRIOR,
     RECORDED,
-    SEED,
+    RUN_SEED,
     launched_processes,
-    open_images,
     own,
     preflight,
     show_result,
 )
 from ebm_prior.cli.types import PATH, PRIOR_FILE
-from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, feature_classifier
+from ebm_prior.data.source import ImageSource, Shape, Split
+from ebm_prior.errors import DataError
+from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, feature_classifier, parts
+from ebm_prior.evaluation.features import own_features
 from ebm_prior.evaluation.fid import amount, published
 from ebm_prior.evaluation.inception import MODES, load_inception
 from ebm_prior.evaluation.inception import Mode as InceptionMode
+from ebm_prior.evaluation.metrics import FeatureExtractor
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
@@ -41,7 +48,8 @@ from ebm_prior.pictures.sheets import save_page
 from ebm_prior.pictures.show import LONG_RUN, PICTURES, WITH_CHAINS, WITH_IMAGES, draw_picture
 from ebm_prior.reports import findings, summaries
 from ebm_prior.runs import backbones, samples
-from ebm_prior.settings import resolve
+from ebm_prior.runs.data import of_prior
+from ebm_prior.settings import read_parts, resolve
 from ebm_prior.storage import places
 from ebm_prior.storage.checkpoint import load_prior, prior_record
 
@@ -69,8 +77,9 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
     show_default=True,
     help="samples at a time, rounded to blocks of 64; changes no result",
 )
+@CONFIG
 @config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
-@SEED
+@RUN_SEED
 @PASSES
 @JSON
 def sample(
@@ -82,7 +91,8 @@ def sample(
     checkpoint: str | None,
     force: bool,
     chunk: int,
-    seed: int,
+    config_file: Path | None,
+    seed: int | None,
     passes: Passes,
     as_json: bool,
     **given: Any,
@@ -91,7 +101,8 @@ def sample(
 
     Without PRIOR it is the newest one under ./runs.
     """
-    processes = launched_processes()
+    processes, stored = launched_processes(), read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
+    seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
     if prior is None:
         prior = places.newest_prior()
         click.echo(f"prior: {prior}, the newest under ./runs", err=True)
@@ -104,7 +115,7 @@ def sample(
     if not out.suffix and processes.first:
         own(out)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
-    sampler = resolve(loaded.sampler, given)
+    sampler = resolve(loaded.sampler, given, stored["sampler"])
     preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)
     loaded.backbone = passes.apply(loaded.backbone)
     with Bar("sample", number) as bar:
@@ -127,6 +138,13 @@ def sample(
 @click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
 @click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
 @click.option(
+    "--features",
+    "own",
+    metavar="MODULE:FUNCTION",
+    help="features of FD of your own: a function from images (B, C, H, W) in [0, 1] to (B, D), in an installed module "
+    "or in the current folder",
+)
+@click.option(
     "--inception", type=PATH, help="Inception weights, a file or a folder of both: take their features, and add FID"
 )
 @click.option("--fid", is_flag=True, help="as --inception, with the weights in the cache (--download fetches them)")
@@ -138,9 +156,10 @@ def sample(
     help="clean-fid's preprocessing; repeat the option for several; legacy_pytorch is comparable with the paper  "
     "[default: clean]",
 )
+@CONFIG
 @config_options(EvalConfig, skip=("seed", "energy"))
 @config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
-@SEED
+@RUN_SEED
 @PASSES
 @JSON
 def evaluate(
@@ -151,58 +170,90 @@ def evaluate(
     checkpoint: str | None,
     force: bool,
     classifier: Path | None,
+    own: str | None,
     inception: Path | None,
     fid: bool,
     modes: tuple[InceptionMode, ...],
-    seed: int,
+    config_file: Path | None,
+    seed: int | None,
     passes: Passes,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Measure priors of one backbone against held-out images: FD, KID, gap closed, held-out gain, AUC.
+    """Measure priors of one backbone against held-out images: FD, KID, gap closed, held-out gain, AUC, pixels.
 
-    With several PRIORS (training seeds, say) the mean and standard deviation are printed as well. With Inception's
+    FD and KID need features: of the bundled classifier for such images, or of --classifier, --features or --fid. With
+    several PRIORS (training seeds, say) the mean and standard deviation are printed as well. With Inception's
     features come the figures that papers publish: FID, KID and Inception Score of --fid-samples draws against all
     images of --fid-split, each with its card.
     """
-    _require_one_network(classifier, inception, fid, modes, given)
-    config = resolve(EvalConfig(), given)
-    config = replace(config, seed=seed, gauge=replace(config.gauge, seed=seed))
-    loaded = _loaded(priors, checkpoint, force, passes, given)
+    _require_one_network((classifier, own, inception, fid), modes, given)
+    stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
+    config = resolve(EvalConfig(), given | {"seed": seed}, stored["eval"])
+    config = replace(config, gauge=replace(config.gauge, seed=config.seed))
+    loaded = _loaded(priors, checkpoint, force, passes, given, stored["sampler"])
     backbone = loaded[0].backbone
     preflight(for_samples(loaded[0], config.samples, config.chunk, loaded[0].sampler, passes), passes.device)
     backbone = passes.apply(backbone)
     for prior in loaded:
         prior.backbone = backbone
-    spec = data or backbones.named_data(prior_record(priors[0])["record"], str(priors[0]))
-    test, train = (
-        open_images(spec, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
-        for split in ("test", "train")
-    )
+    test, train = _held_out(data, Opener(data_root, download, of_prior(priors[0])), priors[0], backbone.image_shape)
     networks = [
         load_inception(inception, mode=mode, download=download, device=passes.device)
         for mode in (dict.fromkeys(modes or ("clean",)) if inception or fid else ())
     ]
-    extractor = networks[0] if networks else feature_classifier(test, classifier, passes.device)
+    extractor = networks[0] if networks else _features(test, classifier, own, passes.device)
     processes = launched_processes()
-    with Bar("eval", 4 * len(loaded) + 1) as bar:
+    with Bar("eval", parts(len(loaded), len(backbone.groups), len(test), config)) as bar:
         results = evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar, processes)
     if networks:
         compared = train if config.fid.split == "train" else test
         with Bar("FID", amount(len(loaded), len(networks), len(compared), config.fid)) as bar:
             cards = published(
-                loaded, networks, compared, config.fid, seed=seed, chunk=config.chunk, progress=bar, processes=processes
+                loaded,
+                networks,
+                compared,
+                config.fid,
+                seed=config.seed,
+                chunk=config.chunk,
+                progress=bar,
+                processes=processes,
             )
         results = [result | {"published": card} for result, card in zip(results, cards, strict=True)]
     show_result(results, as_json, findings.evaluation_tables)
 
 
-def _require_one_network(
-    classifier: Path | None, inception: Path | None, fid: bool, modes: Sequence[str], given: Mapping[str, Any]
-) -> None:
-    """Refuse options that name several networks of features, or that mean nothing without Inception's."""
-    if sum(map(bool, (classifier, inception, fid))) > 1:
-        raise click.UsageError("--classifier, --inception and --fid each name the network of features: give one")
+def _held_out(data: str | None, images: Opener, prior: Path, shape: Shape) -> list[ImageSource]:
+    """The test and the training images: as typed, or those that the prior was trained on."""
+    if data is not None:
+        splits: tuple[Split, ...] = ("test", "train")
+        return [images.typed(data, split=split, image_shape=shape) for split in splits]
+    return images.held_out(
+        otherwise=partial(backbones.named_data, prior_record(prior)["record"], str(prior)), shape=shape
+    )
+
+
+def _features(
+    images: ImageSource, classifier: Path | None, own: str | None, device: torch.device
+) -> FeatureExtractor | None:
+    """The network of FD that was asked for, else the bundled one for such images; None, with a remark, without one."""
+    if own is not None:
+        return own_features(own, device)
+    try:
+        return feature_classifier(images, classifier, device)
+    except DataError as error:  # of bundled classifiers alone: one from a file is a CheckpointError
+        click.echo(f"remark: FD and KID are left out. {error}", err=True)
+        return None
+
+
+def _require_one_network(named: Sequence[object], modes: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Refuse options that name several networks of features, or that mean nothing without Inception's.
+
+    named: the values of --classifier, --features, --inception and --fid.
+    """
+    inception, fid = named[-2:]
+    if sum(map(bool, named)) > 1:
+        raise click.UsageError("--classifier, --features, --inception and --fid each name the features: give one")
     lacking = [key for key in ("fid_samples", "fid_split") if given[key] is not None] + ["fid_mode"] * bool(modes)
     if lacking and not (inception or fid):
         names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
@@ -210,13 +261,18 @@ def _require_one_network(
 
 
 def _loaded(
-    paths: Sequence[Path], checkpoint: str | None, force: bool, passes: Passes, given: Mapping[str, Any]
+    paths: Sequence[Path],
+    checkpoint: str | None,
+    force: bool,
+    passes: Passes,
+    given: Mapping[str, Any],
+    stored: Mapping[str, Any],
 ) -> list[EBMPrior]:
-    """The priors, on one backbone, with the options of the sampler that are given in place of those recorded."""
+    """The priors, on one backbone, with the sampler's settings that are given or stored in place of those recorded."""
     first = load_prior(paths[0], checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     loaded = [first, *(load_prior(path, first.backbone, force=force) for path in paths[1:])]
     for prior in loaded:
-        prior.sampler = resolve(prior.sampler, given)
+        prior.sampler = resolve(prior.sampler, given, stored)
     return loaded
 
 
@@ -232,8 +288,9 @@ def _loaded(
     "--out", type=PATH, help="the .png; its arrays lie beside it as .npz  [default: the next free beside PRIOR]"
 )
 @click.option("--overwrite", is_flag=True, help="replace what is at --out")
+@CONFIG
 @config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
-@SEED
+@RUN_SEED
 @PLACE
 @JSON
 def show(
@@ -247,7 +304,8 @@ def show(
     number: int | None,
     out: Path | None,
     overwrite: bool,
-    seed: int,
+    config_file: Path | None,
+    seed: int | None,
     passes: Passes,
     as_json: bool,
     **given: Any,
@@ -262,10 +320,11 @@ def show(
     interpolate     from one image to another in ε-space
     latents         posterior codes and chains, two dimensions per group (Fig. 2)
     """
+    stored = read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
+    seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
-    if what == "energy":
-        given["steps"] = given["steps"] or LONG_RUN
-    loaded.sampler = resolve(loaded.sampler, given)
+    long = {"steps": LONG_RUN} if what == "energy" else {}
+    loaded.sampler = resolve(loaded.sampler, given, long | stored["sampler"])
     out = out or places.next_free(places.beside(prior), what, ".png")
     if out.suffix != ".png":
         raise click.UsageError(f"--out is a .png, found {out}")
@@ -273,9 +332,12 @@ def show(
         places.require_free(path, overwrite)
     images = None
     if what in WITH_IMAGES:
-        data = data or backbones.named_data(prior_record(prior)["record"], str(prior))
-        shape = loaded.backbone.image_shape
-        images = open_images(data, split="test", data_root=data_root, download=download, image_shape=shape)
+        shape, opener = loaded.backbone.image_shape, Opener(data_root, download, of_prior(prior))
+        named = partial(backbones.named_data, prior_record(prior)["record"], str(prior))
+        if data is not None:
+            images = opener.typed(data, split="test", image_shape=shape)
+        else:
+            (images,) = opener.own("test", otherwise=named, shape=shape)
     elif data is not None:
         raise click.UsageError(f"{what} starts from no images: leave --data out")
     with Bar("show", loaded.sampler.steps if what in WITH_CHAINS else 1) as bar:

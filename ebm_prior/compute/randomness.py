@@ -60,6 +60,7 @@ class Purpose(IntEnum):
     DOCTOR_CHOICE = 50
     DOCTOR_POSTERIOR = 51
     DOCTOR_PRIOR = 52
+    DOCTOR_NULL = 53
     LATENTS_2D = 50
     KERNEL_ROWS = 60
     PICTURE_CHAIN = 60

@@ -45,18 +45,20 @@ def reopen(
     fingerprint: str | None = None,
     *,
     beside: str | os.PathLike[str] | None = None,
+    relative: str | None = None,
     data_root: str | os.PathLike[str] | None = None,
     split: Split | None = None,
     download: bool = False,
 ) -> ImageSource:
     """The images that a record speaks of, which must have the recorded fingerprint if there is one.
 
-    Looked for, in this order: a path where it was; by its name in the folder `beside`; as it was given, from `beside`
-    and, where a fingerprint tells right from wrong, from the three folders above; by its name under the data root.
-    A named data set under `data_root`, the recorded root, `beside`, the default root.
+    Looked for, in this order: a path where it was; at `relative`; by its name in the folder `beside`; as it was given,
+    from `beside` and, where a fingerprint tells right from wrong, from the three folders above; by its name under the
+    data root. A named data set under `data_root`, the recorded root, `relative`, `beside`, the default root.
 
     origin: of an `ImageSource`, or its record.  beside: a folder that may have moved together with the images, for
-    instance that of the run.  split: another split of the same images; the fingerprint is still of the recorded one.
+    instance that of the run.  relative: path of the images, or of the root of a named data set, seen from `beside`.
+    split: another split of the same images; the fingerprint is still of the recorded one.
     Raises DataError with every place that was tried, and why it was not the one.
 
         source = open_images("images.npy")
@@ -65,7 +67,7 @@ def reopen(
     if not isinstance(origin, Origin):
         origin = recorded_origin(origin)
     tried: list[str] = []
-    for spec, root in _places(origin, beside, data_root, upwards=3 if fingerprint else 0):
+    for spec, root in _places(origin, beside, relative, data_root, upwards=3 if fingerprint else 0):
         what = f"{spec} under {root}" if root is not None else spec
 
         def opened(split: Split, spec: str = spec, root: str | None = root) -> ImageSource:
@@ -99,6 +101,7 @@ def reopen(
 def _places(
     origin: Origin,
     beside: str | os.PathLike[str] | None,
+    relative: str | None,
     data_root: str | os.PathLike[str] | None,
     *,
     upwards: int,
@@ -106,14 +109,15 @@ def _places(
     """Where to look, each place once: what to open, and the root of a named data set (None: a path)."""
     chosen = None if data_root is None else os.path.abspath(os.path.expanduser(data_root))
     near = None if beside is None else os.path.abspath(beside)
+    moved = None if near is None or relative is None else os.path.normpath(Path(os.path.realpath(near)) / relative)
     default = os.path.abspath(default_data_root())
     found: list[tuple[str, str | None]]
     if origin.root is not None and known_data_set(origin.spec):
-        found = [(origin.spec, root) for root in (chosen, origin.root, near, default) if root is not None]
+        found = [(origin.spec, root) for root in (chosen, origin.root, moved, near, default) if root is not None]
     else:
         name = os.path.basename(origin.spec)
         given = os.path.expanduser(origin.given.rpartition(".npz:")[0] + ".npz") if _marked(origin) else origin.given
-        paths = [origin.spec]
+        paths = [origin.spec, *([moved] if moved is not None else [])]
         if near is not None:
             folders = [Path(near), *list(Path(near).parents)[:upwards]]
             paths += [os.path.join(near, name), *(os.path.normpath(folder / given) for folder in folders)]

@@ -78,6 +78,7 @@ class ImageSource:
         self.remarks = tuple(remarks)
         self.origin: Origin | None = None
         self._store = store
+        self._digest: str | None = None
         self._rows = torch.arange(len(store)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -114,11 +115,17 @@ class ImageSource:
         return ImageSource(self.name, Recoloured(self._store, mode), self.labels, self._rows, remarks=self.remarks)
 
     def fingerprint(self) -> str:
-        """SHA-256 over shape and pixels, in order; for a folder, over the files as they are, whatever their names."""
+        """SHA-256 over shape and pixels, in order; for a folder, over the files as they are, whatever their names.
+
+        Taken at the first call, and kept.
+        """
+        if self._digest is not None:
+            return self._digest
         digest = hashlib.sha256(f"{len(self)} {self.shape}".encode())
         for chunk in self._store.content(self._rows):
             digest.update(chunk)
-        return digest.hexdigest()
+        self._digest = digest.hexdigest()
+        return self._digest
 
     def _checked(self, indices: Tensor | Sequence[int]) -> Tensor:
         found = torch.as_tensor(indices)

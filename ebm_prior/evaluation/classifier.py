@@ -268,7 +268,7 @@ def bundled_classifier(shape: Shape, data: str = "") -> FeatureClassifier:
         made_for = ", ".join(f"{c.record.get('data')} {c.shape}" for c in found)
         raise DataError(
             f"no bundled classifier was made for images {tuple(shape)}, only for {made_for}. Pass --classifier with "
-            "one trained on such images (ebm-prior classifier makes it), or --fid"
+            "one trained on such images (ebm-prior classifier makes it), --features with your own, or --fid"
         )
     return next((c for c in fit if plain_name(data).startswith(plain_name(c.record.get("data", "?")))), fit[0])
 

@@ -2,12 +2,14 @@
 
 Good reconstructions beside bad samples mean that the encoder's latents are distributed unlike the prior's. A classifier
 measures how far they are apart, and in which groups; KL, active units and the moments of the standardised codes ε show
-the reason.
+the reason. How far two samples of one distribution seem to be apart depends on their number and on the classifier, so
+the same test is made on pairs of samples of the prior: a hole is claimed where the AUC is above all that this explains.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +20,16 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ebm_prior.compute.randomness import BlockGenerator, Purpose, chunks, derived_generator, derived_seed
 from ebm_prior.errors import ConfigurationError, DataError
-from ebm_prior.evaluation.gauge import GaugeConfig, gauge_auc
+from ebm_prior.evaluation.gauge import GaugeConfig, GaugeResult, gauge_auc, networks
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.settings import require_positive, require_seed, setting
 
 ACTIVE = 0.01  # variance of a unit's posterior mean over images, in units of the prior's (Burda et al. 2016)
 INACTIVE_KL = 0.1  # nats: a group with less holds next to nothing of the image
-HOLE = 0.53  # AUC below which a classifier of this budget sees no hole
+HOLE = 0.53  # AUC below which a hole is too small to matter, however many images prove it
+ERROR = 0.01  # probability of an AUC above the null interval, of any group, where there is no hole at all
+BLUNT = 0.6  # upper end of the null interval above which the test misses holes worth filling
 WIDE = 0.95  # AUC above which a single density ratio saturates
 
 
@@ -35,11 +39,12 @@ class DoctorConfig:
 
     samples: int = setting(2000, "images (at most all), and as many draws of the prior")
     chunk: int = setting(256, "images at a time, rounded to blocks of 64; changes no result")
+    pairs: int = setting(3, "pairs of samples of the prior whose AUCs give the null interval")
     gauge: GaugeConfig = field(default_factory=lambda: GaugeConfig(iterations=150))
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
-        require_positive(self, "samples", "chunk")
+        require_positive(self, "samples", "chunk", "pairs")
         require_seed(self)
         if self.samples < self.gauge.least:
             raise ConfigurationError(f"expected at least {self.gauge.least} samples, found {self.samples}")
@@ -86,7 +91,7 @@ def examine(
 ) -> dict[str, Any]:
     """Per group: KL, active units, moments of ε, σ's range, AUC of posterior against prior; audits; a verdict.
 
-    Plain values, ready for JSON. Raises DataError for fewer images than the AUC needs.
+    Plain values, ready for JSON. progress: gets `parts` in all. Raises DataError for fewer images than the AUC needs.
     """
     n = min(config.samples, len(images))
     if n < config.gauge.least:
@@ -94,7 +99,7 @@ def examine(
     progress.stage("posterior codes")
     moments, posterior, audit = _posterior(backbone, images, n, config)
     progress.stage("prior draws")
-    prior = _prior(backbone, n, config, audit)
+    prior = _prior(backbone, n, config, derived_seed(config.seed, Purpose.DOCTOR_PRIOR), audit)
     groups: list[dict[str, Any]] = [
         {"group": group.name, **each.described()} for group, each in zip(backbone.groups, moments, strict=True)
     ]
@@ -107,14 +112,50 @@ def examine(
     }
     if not result["not_finite"]:
         progress.stage("AUC of posterior against prior latents")
-        device = next(backbone.parameters()).device
-        with torch.enable_grad():
-            found = gauge_auc(posterior, prior, backbone.groups, config=config.gauge, device=device)
+        found = _gauged(backbone, posterior, prior, config, progress)
         result |= {"auc": found.overall, "auc_budget": found.budget}
         for row in groups:
             row["auc"] = found.per_group[row["group"]]
+        result["null"] = _null(backbone, n, config, progress)
     result["groups"] = groups
     return result | verdict(result)
+
+
+def parts(groups: int, config: DoctorConfig) -> int:
+    """Number of parts into which `examine` cuts its work, for its progress."""
+    return 3 + config.pairs + (1 + config.pairs) * networks(groups, config.gauge)
+
+
+def _gauged(
+    backbone: Backbone, one: list[Tensor], other: list[Tensor], config: DoctorConfig, progress: Progress
+) -> GaugeResult:
+    """The AUC with which a fresh classifier tells one set of latents from the other."""
+    device = next(backbone.parameters()).device
+    with torch.enable_grad():
+        return gauge_auc(one, other, backbone.groups, config=config.gauge, device=device, progress=progress)
+
+
+def _null(backbone: Backbone, n: int, config: DoctorConfig, progress: Progress) -> dict[str, Any]:
+    """What the same test says of pairs of samples of the prior, n draws each: the interval of AUCs without a hole.
+
+    AUCs of all groups and pairs are taken together: their mean ± z σ, with z so large that of all the AUCs of an
+    examination one above it has the probability `ERROR`. σ is theirs, but at least that of the AUC of scores that know
+    nothing, which a few pairs may show too small.
+    """
+    found: list[float] = []
+    for pair in range(config.pairs):
+        progress.stage(f"AUC of two samples of the prior, pair {pair + 1} of {config.pairs}")
+        seeds = [derived_seed(config.seed, Purpose.DOCTOR_NULL, pair, which) for which in range(2)]
+        one, other = (_prior(backbone, n, config, seed, {}, latents_only=True) for seed in seeds)
+        result = _gauged(backbone, one, other, config, progress)
+        found += [result.overall, *result.per_group.values()]
+    held = n // config.gauge.folds  # of each kind in a fold (Hanley & McNeil 1982: the variance of a rank statistic)
+    chance = math.sqrt((2 * held + 1) / (12 * held**2) / config.gauge.folds)
+    spread = max(chance, statistics.stdev(found))
+    z = statistics.NormalDist().inv_cdf(1 - ERROR / (len(backbone.groups) + 1))
+    reach = z * spread * math.sqrt(1 + 1 / config.pairs)  # the mean is of few pairs, too
+    mean = statistics.fmean(found)
+    return {"low": max(0.0, mean - reach), "high": min(1.0, mean + reach), "mean": mean, "pairs": config.pairs}
 
 
 def verdict(result: dict[str, Any]) -> dict[str, Any]:
@@ -127,28 +168,35 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
             "at its batch norms, and at --precision float64.",
             "worth_a_head": [],
         }
-    worth = [row["group"] for row in result["groups"] if row["auc"] >= HOLE]
+    auc, null = result["auc"], result["null"]
+    limit = max(HOLE, null["high"])
+    worth = [row["group"] for row in result["groups"] if row["auc"] > limit]
     silent = [row["group"] for row in result["groups"] if row["kl_nats"] < INACTIVE_KL]
-    auc = result["auc"]
-    if auc < HOLE and not worth:
+    explained = f"two samples of the prior itself give {null['low']:.3f} to {null['high']:.3f}"
+    if auc <= limit and not worth:
         text = (
             f"No prior hole in sight: with AUC {auc:.3f} a fresh classifier hardly tells posterior codes from draws of "
-            "the prior. An energy has little to gain here; if samples are bad, reconstructions are probably bad too."
+            f"the prior ({explained}). An energy has little to gain here; if samples are bad, reconstructions are "
+            "probably bad too."
         )
-    elif auc < WIDE:
+        if null["high"] > BLUNT:
+            text += " But few images make a blunt test, which sees wide holes alone: give more of them (--samples)."
+    elif max(auc, *(row["auc"] for row in result["groups"])) < WIDE:
         text = (
-            f"A prior hole that an energy can fill: AUC {auc:.3f} between posterior codes and draws of the prior. "
-            "`ebm-prior fit` with its defaults is the thing to try."
+            f"A prior hole that an energy can fill: AUC {auc:.3f} between posterior codes and draws of the prior "
+            f"({explained}). `ebm-prior fit` with its defaults is the thing to try."
         )
     else:
         text = (
-            f"A wide prior hole: with AUC {auc:.3f} posterior codes and draws of the prior hardly overlap, and one "
-            "density ratio saturates. `ebm-prior fit` then goes on in stages, which takes longer."
+            f"A wide prior hole: with AUC {auc:.3f} posterior codes and draws of the prior hardly overlap "
+            f"({explained}), and one density ratio saturates. `ebm-prior fit` then goes on in stages, which takes "
+            "longer."
         )
-    if not worth and auc >= HOLE:
+    if not worth and auc > limit:
         text += " No group shows it alone: it lies in relations between groups, which the joint head sees."
     elif worth:
-        text += f" Worth a head: {', '.join(worth)}."
+        best = max(row["auc"] for row in result["groups"])
+        text += f" Worth a head: {', '.join(worth)} (AUC up to {best:.3f} alone)."
     if silent:
         text += f" Nearly silent (KL below {INACTIVE_KL} nats): {', '.join(silent)}."
     if result["training_mode"]:
@@ -185,14 +233,17 @@ def _posterior(
     return moments, [torch.cat(group) for group in zip(*latents, strict=True)], audit
 
 
-def _prior(backbone: Backbone, n: int, config: DoctorConfig, audit: dict[str, int]) -> list[Tensor]:
-    """n draws of the backbone's prior, whose numbers that are not finite are added to the audit."""
+def _prior(
+    backbone: Backbone, n: int, config: DoctorConfig, seed: int, audit: dict[str, int], *, latents_only: bool = False
+) -> list[Tensor]:
+    """n draws of the backbone's prior; numbers that are not finite, of samples too, are added to the audit."""
     latents: list[list[Tensor]] = []
     device = next(backbone.parameters()).device
     for first, count in chunks(n, config.chunk):
-        generator = BlockGenerator(derived_seed(config.seed, Purpose.DOCTOR_PRIOR), first, count, device)
+        generator = BlockGenerator(seed, first, count, device)
         trace = backbone.transform(backbone.standard_normal(count, generator=generator))
-        _count(audit, {"prior draws": trace.z, "samples": [backbone.likelihood(trace.features).mean]})
+        if not latents_only:
+            _count(audit, {"prior draws": trace.z, "samples": [backbone.likelihood(trace.features).mean]})
         latents.append([z.cpu() for z in trace.z])
     return [torch.cat(group) for group in zip(*latents, strict=True)]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.classifier import bundled_classifier, load_classifier
 from ebm_prior.evaluation.fid import FidConfig
-from ebm_prior.evaluation.gauge import GaugeConfig, GaugeResult, gauge_auc
+from ebm_prior.evaluation.gauge import GaugeConfig, GaugeResult, gauge_auc, networks
 from ebm_prior.evaluation.metrics import (
     FeatureExtractor,
     FeatureStatistics,
@@ -26,6 +26,8 @@ from ebm_prior.evaluation.metrics import (
     gap_closed,
     kernel_distance,
 )
+from ebm_prior.evaluation.pixels import descriptors, spectrum_distance
+from ebm_prior.evaluation.pixels import statistics as pixel_statistics
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
@@ -53,39 +55,74 @@ class EvalConfig:
         require_seed(self)
 
 
+INSTEAD = (
+    "--classifier FILE with one trained on such images (ebm-prior classifier makes it from labelled images), "
+    "--features MODULE:FUNCTION with features of your own, or --fid for Inception's"
+)
+
+
+class Seen(NamedTuple):
+    """What is measured of n images: descriptors of pixels (n, K), and features (n, D) where there is an extractor."""
+
+    pixels: Tensor
+    features: Tensor | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """Parts one after another."""
+        features = [part.features for part in parts if part.features is not None]
+        return cls(torch.cat([part.pixels for part in parts]), torch.cat(features) if features else None)
+
+    @property
+    def rows(self) -> Tensor:
+        """The features, of an evaluation that has them."""
+        if self.features is None:
+            raise ConfigurationError(f"no features were measured: pass {INSTEAD}")
+        return self.features
+
+    @property
+    def statistics(self) -> FeatureStatistics:
+        """The statistics of the features."""
+        return FeatureStatistics.of(self.rows)
+
+
 class Reference:
     """The parts of an evaluation that are the same for all priors of a backbone, made once.
 
-    These are features of held-out images, of their reconstructions and of the backbone's samples. `processes` share
-    the drawing and decoding; each measures for itself.
+    These are statistics of pixels, and features if there is an extractor, of held-out images, of their reconstructions
+    and of the backbone's samples. `processes` share the drawing and decoding; each measures for itself.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         images: Images,
-        extractor: FeatureExtractor,
+        extractor: FeatureExtractor | None,
         config: EvalConfig,
         *,
         training_images: Images | None = None,
         processes: Processes = ALONE,
+        progress: Progress = SILENT,
     ) -> None:
-        self.processes = processes
+        self.processes, self.progress = processes, progress
         self.backbone, self.extractor, self.config = backbone, extractor, config
         self.data = images.name
         self.n = min(config.samples, len(images))
         self._check()
-        real, self.posterior, reconstructed = self._reconstruct(images, stream=0)
-        self.real, self.reconstructed = FeatureStatistics.of(real), FeatureStatistics.of(reconstructed)
-        self.real_features, self.reconstructed_features = real, reconstructed
+        self.real, self.reconstructed, self.posterior, self.errors = self._reconstruct(images, stream=0)
         # The floor of FDrec: reconstructions of other images. Without any, it is taken to be 0, which flatters nobody.
         # At a smaller N it would be biased upwards, and the gap closed with it.
         self.floor = 0.0
-        if training_images is not None and len(training_images) >= self.n:
-            other = self._reconstruct(training_images, stream=1)[2]
-            self.floor = frechet_distance(FeatureStatistics.of(other), self.reconstructed)
+        if extractor is not None and training_images is not None and len(training_images) >= self.n:
+            other = self._reconstruct(training_images, stream=1)[1]
+            self.floor = frechet_distance(other.statistics, self.reconstructed.statistics)
         untrained = EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig()))
-        self.backbone_latents, self.backbone_features = self.sampled(untrained, ANCESTRAL)[:2]
+        self.backbone_latents, self.drawn = self.sampled(untrained, ANCESTRAL)[:2]
+
+    @cached_property
+    def real_statistics(self) -> FeatureStatistics:
+        """The statistics of the features of the held-out images."""
+        return self.real.statistics
 
     @cached_property
     def auc_before(self) -> GaugeResult:
@@ -95,22 +132,25 @@ class Reference:
     def auc(self, latents: list[Tensor]) -> GaugeResult:
         """The AUC with which a fresh classifier tells posterior latents from the given ones, overall and per group."""
         device = next(self.backbone.parameters()).device
-        return gauge_auc(self.posterior, latents, self.backbone.groups, config=self.config.gauge, device=device)
+        groups, gauge = self.backbone.groups, self.config.gauge
+        return gauge_auc(self.posterior, latents, groups, config=gauge, device=device, progress=self.progress)
 
-    def sampled(self, prior: EBMPrior, sampler: SamplerConfig) -> tuple[list[Tensor], Tensor, dict[str, float]]:
-        """Latents and features of n draws (distances compare at equal N), and the sampler's mean diagnostics."""
+    def sampled(self, prior: EBMPrior, sampler: SamplerConfig) -> tuple[list[Tensor], Seen, dict[str, float]]:
+        """Latents of n draws and what is seen of them (distances compare at equal N), and the sampler's diagnostics."""
         config = self.config
 
-        def see(part: Samples) -> tuple[list[Tensor], Tensor, Tensor]:
-            return [z.cpu() for z in part.z], extract(self.extractor, part.images), torch.stack(part[3:]).cpu()
+        def see(part: Samples) -> tuple[list[Tensor], Seen, Tensor]:
+            found = [z.cpu() for z in part.z], self._seen(part.images), torch.stack(part[3:]).cpu()
+            self.progress.advance(1)
+            return found
 
         parts = prior.map_chunks(
             see, self.n, seed=config.seed, sampler=sampler, chunk=config.chunk, processes=self.processes
         )
-        latents, features, info = zip(*parts, strict=True)
+        latents, seen, info = zip(*parts, strict=True)
         acceptance, norm, ess = torch.cat(info, dim=1).mean(1).tolist()
         z = [torch.cat(group) for group in zip(*latents, strict=True)]
-        return z, torch.cat(features), {"acceptance": acceptance, "norm": norm, "resampling_ess_fraction": ess}
+        return z, Seen.joined(seen), {"acceptance": acceptance, "norm": norm, "resampling_ess_fraction": ess}
 
     def _check(self) -> None:
         """Raise DataError before the work for too few images, or a network of features that does not take them."""
@@ -120,18 +160,19 @@ class Reference:
                 f"the AUC needs at least {least} held-out images, found {self.n} of {self.data}: evaluate on more "
                 "(--samples), or without it (--no-auc)"
             )
+        if self.extractor is None:
+            return
         try:
             like = next(self.backbone.parameters())
             extract(self.extractor, torch.zeros(1, *self.backbone.image_shape, device=like.device, dtype=like.dtype))
         except DataError as error:
             raise DataError(
-                f"{self.extractor.distance_name} cannot be measured on the backbone's images: {error}. Pass "
-                "--classifier with one trained on such images (ebm-prior classifier makes it), or --fid"
+                f"{self.extractor.distance_name} cannot be measured on the backbone's images: {error}. Pass {INSTEAD}"
             ) from error
 
     @torch.no_grad()
-    def _reconstruct(self, images: Images, *, stream: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Features of up to n images, one posterior draw each, and features of the decoded draws.
+    def _reconstruct(self, images: Images, *, stream: int) -> tuple[Seen, Seen, list[Tensor], Tensor]:
+        """What is seen of up to n images and of their decoded posterior draws, the draws, and (n,) squared errors.
 
         Randomness is drawn in blocks, as that of samples is: no result depends on the size of a chunk.
         """
@@ -144,7 +185,7 @@ class Reference:
         blocks = list(enumerate(torch.split(chosen, BLOCK)))
         size = max(1, self.config.chunk // BLOCK)
 
-        def seen(chunk: list[tuple[int, Tensor]]) -> tuple[Tensor, list[Tensor], Tensor]:
+        def see(chunk: list[tuple[int, Tensor]]) -> tuple[Seen, Seen, list[Tensor], Tensor]:
             batches, observed, noise = [], [], []
             for number, indices in chunk:
                 generator = derived_generator(
@@ -155,48 +196,41 @@ class Reference:
                 noise.append(self.backbone.standard_normal(len(indices), generator=generator))
             joined = [torch.cat(group) for group in zip(*noise, strict=True)]
             posterior = self.backbone.infer(torch.cat(observed), noise=joined)
-            real = extract(self.extractor, torch.cat(batches))
-            decoded = extract(self.extractor, self.backbone.likelihood(posterior.features).mean)
-            return real, [z.cpu() for z in posterior.z], decoded
+            real, decoded = torch.cat(batches), self.backbone.likelihood(posterior.features).mean
+            errors = (real - decoded).double().square().flatten(1).mean(1).cpu()
+            self.progress.advance(1)
+            return self._seen(real), self._seen(decoded), [z.cpu() for z in posterior.z], errors
 
         chunks = [blocks[first : first + size] for first in range(0, len(blocks), size)]
-        real, latents, decoded = zip(*self.processes.map(seen, chunks), strict=True)
-        return torch.cat(real), [torch.cat(group) for group in zip(*latents, strict=True)], torch.cat(decoded)
+        real, decoded, latents, errors = zip(*self.processes.map(see, chunks), strict=True)
+        z = [torch.cat(group) for group in zip(*latents, strict=True)]
+        return Seen.joined(real), Seen.joined(decoded), z, torch.cat(errors)
+
+    def _seen(self, images: Tensor) -> Seen:
+        """Descriptors of pixels of a chunk of images, and features if there is an extractor."""
+        features = None if self.extractor is None else extract(self.extractor, images)
+        return Seen(descriptors(images), features)
 
 
 def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILENT) -> dict[str, Any]:
     """Distances, gap closed, held-out gain and AUC of a prior. Plain numbers, ready for JSON.
 
     fd_*: Fréchet distance to held-out images; fdrec_*: to decoded posterior samples of these; kid_*: kernel distance to
-    held-out images. gap_closed*: share of the distance between backbone prior and reconstructions that is closed.
+    held-out images. gap_closed*: share of the distance between backbone prior and reconstructions that is closed. They
+    are left out where there is no extractor of features; statistics of pixels, gain and AUC need none.
     """
     config = reference.config
     progress.stage("sampling the prior")
-    latents, features, info = reference.sampled(prior, prior.sampler)
+    latents, drawn, info = reference.sampled(prior, prior.sampler)
     progress.stage("distances")
-    rows = {
-        "backbone": reference.backbone_features,
-        "prior": features,
-        "reconstruction": reference.reconstructed_features,
-    }
-    statistics = {name: FeatureStatistics.of(row) for name, row in rows.items()}
-    fd = {name: frechet_distance(s, reference.real) for name, s in statistics.items()}
-    kid = {name: kernel_distance(row, reference.real_features, seed=config.seed) for name, row in rows.items()}
-    fdrec = {name: frechet_distance(s, reference.reconstructed) for name, s in statistics.items()}
-    fdrec["reconstruction"] = reference.floor
     result: dict[str, Any] = {
         "data": reference.data,
         "samples": reference.n,
         "held_out_images": reference.n,
-        "extractor": reference.extractor.distance_name,
-        "statistics": reference.real.digest,
         "seed": config.seed,
         "sampler": asdict(prior.sampler),
-        **{f"fd_{name}": value for name, value in fd.items()},
-        "gap_closed": gap_closed(fd["backbone"], fd["prior"], fd["reconstruction"]),
-        **{f"fdrec_{name}": value for name, value in fdrec.items()},
-        "gap_closed_rec": gap_closed(fdrec["backbone"], fdrec["prior"], fdrec["reconstruction"]),
-        **{f"kid_{name}": value for name, value in kid.items()},
+        **_distances(reference, drawn),
+        **_pixels(reference, drawn),
         **info,
     }
     device = next(prior.energy.parameters()).device
@@ -221,6 +255,50 @@ def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILE
     return result
 
 
+def _distances(reference: Reference, drawn: Seen) -> dict[str, Any]:
+    """Distances between features, of samples `drawn` from a prior among others; nothing without an extractor."""
+    if reference.extractor is None:
+        return {}
+    sets = {"backbone": reference.drawn, "prior": drawn, "reconstruction": reference.reconstructed}
+    real, seed = reference.real_statistics, reference.config.seed
+    statistics = {name: each.statistics for name, each in sets.items()}
+    fd = {name: frechet_distance(each, real) for name, each in statistics.items()}
+    kid = {name: kernel_distance(each.rows, reference.real.rows, seed=seed) for name, each in sets.items()}
+    fdrec = {name: frechet_distance(each, statistics["reconstruction"]) for name, each in statistics.items()}
+    fdrec["reconstruction"] = reference.floor
+    return {
+        "extractor": reference.extractor.distance_name,
+        "statistics": real.digest,
+        **{f"fd_{name}": value for name, value in fd.items()},
+        "gap_closed": gap_closed(fd["backbone"], fd["prior"], fd["reconstruction"]),
+        **{f"fdrec_{name}": value for name, value in fdrec.items()},
+        "gap_closed_rec": gap_closed(fdrec["backbone"], fdrec["prior"], fdrec["reconstruction"]),
+        **{f"kid_{name}": value for name, value in kid.items()},
+    }
+
+
+def _pixels(reference: Reference, drawn: Seen) -> dict[str, float]:
+    """Statistics of pixels per set of images, how far their spectra are from the data's, and the reconstruction error.
+
+    The error is the root of the mean squared difference of a pixel in [0, 1].
+    """
+    sets = {
+        "data": reference.real,
+        "backbone": reference.drawn,
+        "prior": drawn,
+        "reconstruction": reference.reconstructed,
+    }
+    found = {name: pixel_statistics(each.pixels) for name, each in sets.items()}
+    return {
+        "reconstruction_error": float(reference.errors.mean().sqrt()),
+        **{f"pixel_mean_{name}": each.mean for name, each in found.items()},
+        **{f"pixel_std_{name}": each.std for name, each in found.items()},
+        **{
+            f"spectrum_{name}": spectrum_distance(each, found["data"]) for name, each in found.items() if name != "data"
+        },
+    }
+
+
 def feature_classifier(images: ImageSource, path: Path | None, device: torch.device) -> FeatureExtractor:
     """The classifier on whose features FD is measured: from the file `path`, else the bundled one for such `images`."""
     return (load_classifier(path) if path else bundled_classifier(images.shape, images.name)).to(device)
@@ -231,7 +309,7 @@ def evaluate_all(
     names: Sequence[str],
     test: ImageSource,
     train: ImageSource,
-    extractor: FeatureExtractor,
+    extractor: FeatureExtractor | None,
     config: EvalConfig,
     progress: Progress = SILENT,
     processes: Processes = ALONE,
@@ -239,12 +317,15 @@ def evaluate_all(
     """Evaluate priors of one backbone against the same reference; one result per prior, in order.
 
     names: of the priors, for the results.  train: images for the floor of FDrec, unless they are the `test` images.
+    extractor: None leaves out what needs features.  progress: gets `parts` in all.
     """
     progress.stage("held-out images and backbone samples")
     shown = test.fingerprint()
     same = train.fingerprint() == shown  # a source without splits: its own images are no floor
     other = None if same else train
-    reference = Reference(priors[0].backbone, test, extractor, config, training_images=other, processes=processes)
+    reference = Reference(
+        priors[0].backbone, test, extractor, config, training_images=other, processes=processes, progress=progress
+    )
     return [
         {
             "prior": name,
@@ -253,6 +334,14 @@ def evaluate_all(
         }
         for name, prior in zip(names, priors, strict=True)
     ]
+
+
+def parts(priors: int, groups: int, images: int, config: EvalConfig) -> int:
+    """Number of parts into which `evaluate_all` cuts its work, for its progress: at most, of `images` at most."""
+    n = min(config.samples, images)
+    passes = -(-n // max(BLOCK, config.chunk // BLOCK * BLOCK))
+    gauged = priors + networks(groups, config.gauge) * (1 + priors) if config.auc else 0
+    return 1 + passes * (3 + priors) + 2 * priors + gauged
 
 
 def _trained_on(prior: EBMPrior, name: str, images: str) -> bool:

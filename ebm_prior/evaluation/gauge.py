@@ -18,6 +18,7 @@ from torch import Tensor
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed, seeded
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.metrics import auroc
+from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
 from ebm_prior.settings import require_positive, require_seed, setting
@@ -82,6 +83,7 @@ def gauge_auc(
     *,
     config: GaugeConfig | None = None,
     device: torch.device | None = None,
+    progress: Progress = SILENT,
 ) -> GaugeResult:
     """Cross-fitted AUC with which a fresh classifier tells posterior z from prior z, overall and per group.
 
@@ -89,8 +91,8 @@ def gauge_auc(
     image, or the parts are not independent. Each part is scored by networks trained on the others, stopped early on an
     inner split of these; the parts' AUCs are averaged. Where a network finds nothing it stays at f = 0, an AUC of
     exactly .5. `device`: where the networks are trained (default: where the latents are); latents are moved there batch
-    by batch. Raises DataError for other shapes, NaN, or fewer latents than `config.least`; the global random state is
-    left as it was.
+    by batch. progress: advances by `networks` in all. Raises DataError for other shapes, NaN, or fewer latents than
+    `config.least`; the global random state is left as it was.
     """
     config = config or GaugeConfig()
     _check(posterior, prior, groups, config)
@@ -109,7 +111,7 @@ def gauge_auc(
             _rows(z, torch.cat([*part[:fold], *part[fold + 1 :]]))
             for z, part in zip((posterior, prior), parts, strict=True)
         )
-        whole, alone = _networks(train_q, train_p, groups, config, device, fold)
+        whole, alone = _networks(train_q, train_p, groups, config, device, fold, progress)
         overall.append(auroc(*(values(whole, z, device) for z in held)))
         for index, (group, network) in enumerate(zip(groups, alone, strict=True)):
             areas[group.name].append(auroc(*(values(network, [z[index]], device) for z in held)))
@@ -121,6 +123,11 @@ def gauge_auc(
     return GaugeResult(_mean(overall), {name: _mean(folds) for name, folds in areas.items()}, budget)
 
 
+def networks(groups: int, config: GaugeConfig) -> int:
+    """Number of networks that `gauge_auc` trains on latents of so many groups."""
+    return config.folds * (groups + (groups > 1))
+
+
 def _networks(
     posterior: list[Tensor],
     prior: list[Tensor],
@@ -128,6 +135,7 @@ def _networks(
     config: GaugeConfig,
     device: torch.device,
     fold: int,
+    progress: Progress,
 ) -> tuple[JointEnergy, list[JointEnergy]]:
     """A classifier of all groups together, and one for each group alone.
 
@@ -142,6 +150,7 @@ def _networks(
             network.standardize(network.moments([posterior[index]]))
             network.to(device)
             alone.append(_train(network, [posterior[index]], [prior[index]], config, device, 1.0, (fold, index)))
+            progress.advance(1)
         if len(groups) == 1:
             return alone[0], alone
         whole = JointEnergy(groups, config.energy).to(device, posterior[0].dtype)
@@ -150,7 +159,9 @@ def _networks(
         whole.heads.requires_grad_(False)
         whole = _train(whole, posterior, prior, config, device, 1.0, (fold, len(groups)))
         whole.requires_grad_(True)
-        return _train(whole, posterior, prior, config, device, FINE_TUNING, (fold, len(groups) + 1)), alone
+        whole = _train(whole, posterior, prior, config, device, FINE_TUNING, (fold, len(groups) + 1))
+        progress.advance(1)
+        return whole, alone
 
 
 def _train(

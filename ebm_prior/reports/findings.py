@@ -76,6 +76,10 @@ _LABELS = {
     "kid_backbone": "KID, backbone prior",
     "kid_prior": "KID, energy-based prior",
     "kid_reconstruction": "KID, reconstructions",
+    "reconstruction_error": "reconstruction error (RMS of a pixel)",
+    "spectrum_backbone": "spectrum, backbone prior (dB)",
+    "spectrum_prior": "spectrum, energy-based prior (dB)",
+    "spectrum_reconstruction": "spectrum, reconstructions (dB)",
     "f_posterior": "mean f, posterior (nats)",
     "f_backbone": "mean f, backbone prior (nats)",
     "f_prior": "mean f, energy-based prior (nats)",
@@ -93,17 +97,10 @@ _LABELS = {
 def _evaluation(result: Mapping[str, Any]) -> list[Block]:
     """Distances, gap closed, gain and AUC of one prior."""
     held_out = result.get("held_out", True)
-    closed = [f"{result[key]:.1%}" for key in ("gap_closed", "gap_closed_rec")]
-    rows = [
-        ["backbone prior", *(f"{result[f'{m}_backbone']:.4g}" for m in ("fd", "fdrec", "kid")), "", ""],
-        ["energy-based prior", *(f"{result[f'{m}_prior']:.4g}" for m in ("fd", "fdrec", "kid")), *closed],
-        ["reconstructions", *(f"{result[f'{m}_reconstruction']:.4g}" for m in ("fd", "fdrec", "kid")), "", ""],
-    ]
     lines: list[Block] = [
         *([f"{result['prior']}"] if "prior" in result else []),
-        Table(["", "FD", "FDrec", "KID", "gap closed FD", "gap closed FDrec"], rows),
-        f"features: {result['extractor']}; {result['samples']:,} samples against {result['held_out_images']:,} images "
-        f"of {result['data']} (statistics {result['statistics']}), seed {result['seed']}",
+        *_distances(result),
+        *_pixels(result),
         f"sampler: {sampler_text(result['sampler'])}; acceptance {result['acceptance']:.2f}, "
         f"‖ε‖/√D {result['norm']:.3f}, ESS / proposals {result['resampling_ess_fraction']:.2f}",
         f"{'held-out ' * held_out}gain {result['gain_nats']:+.3f} nats at ESS {result['ess_fraction']:.1%} "
@@ -126,6 +123,49 @@ def _evaluation(result: Mapping[str, Any]) -> list[Block]:
             f"gauge: {result['auc_budget']}",
         ]
     return lines
+
+
+def _distances(result: Mapping[str, Any]) -> list[Block]:
+    """The distances between features of an evaluation that has them, and what was compared."""
+    compared = f"{result['samples']:,} samples against {result['held_out_images']:,} images of {result['data']}"
+    if "extractor" not in result:
+        return [f"{compared}, seed {result['seed']}; no features, hence neither FD nor KID"]
+    closed = [f"{result[key]:.1%}" for key in ("gap_closed", "gap_closed_rec")]
+    rows = [
+        [title, *(f"{result[f'{measure}_{name}']:.4g}" for measure in ("fd", "fdrec", "kid")), *after]
+        for title, name, after in (
+            ("backbone prior", "backbone", ["", ""]),
+            ("energy-based prior", "prior", closed),
+            ("reconstructions", "reconstruction", ["", ""]),
+        )
+    ]
+    return [
+        Table(["", "FD", "FDrec", "KID", "gap closed FD", "gap closed FDrec"], rows),
+        f"features: {result['extractor']}; {compared} (statistics {result['statistics']}), seed {result['seed']}",
+    ]
+
+
+def _pixels(result: Mapping[str, Any]) -> list[Block]:
+    """The statistics of pixels and the reconstruction error of an evaluation; nothing for one of an older version."""
+    if "pixel_mean_data" not in result:
+        return []
+    rows = [
+        [
+            title,
+            *(f"{result[f'pixel_{which}_{name}']:.4f}" for which in ("mean", "std")),
+            f"{result[f'spectrum_{name}']:.3g}" if f"spectrum_{name}" in result else "",
+        ]
+        for title, name in (
+            ("images", "data"),
+            ("backbone prior", "backbone"),
+            ("energy-based prior", "prior"),
+            ("reconstructions", "reconstruction"),
+        )
+    ]
+    return [
+        Table(["pixels in [0, 1]", "mean", "std", "spectrum, from images' (dB)"], rows),
+        f"reconstruction error, root mean square of a pixel: {result['reconstruction_error']:.4f}",
+    ]
 
 
 def outlier_tables(result: Mapping[str, Any]) -> str:
@@ -196,6 +236,11 @@ def doctor_blocks(result: Mapping[str, Any]) -> list[Block]:
     ]
     if "auc" in result:
         lines.append(f"AUC of all groups together: {result['auc']:.3f} ({result['auc_budget']})")
+    if "null" in result:
+        lines.append(
+            "null interval, of AUCs between two samples of the prior: {low:.3f} to {high:.3f} ({pairs} pairs, "
+            "every group)".format(**result["null"])
+        )
     lines += [
         "not finite: "
         + (", ".join(f"{count:,} in {name}" for name, count in result["not_finite"].items()) or "nothing"),

@@ -58,7 +58,7 @@ def run_page(run: Path, given: Mapping[str, Path | None]) -> str:
     makers = {
         "eval": ["ebm-prior", "eval", prior, *images, "--json"],
         "doctor": ["ebm-prior", "doctor", *_backbone(backbone, run), *images, "--json"],
-        "ood": ["ebm-prior", "ood", prior, *(["--in", data] if images else []), "--out", "DATA", "--json"],
+        "ood": ["ebm-prior", "ood", prior, *(["--in", data] if images else []), "--outliers", "DATA", "--json"],
     }
 
     def results(name: str, parts: Sequence[Part]) -> list[Part]:
@@ -195,7 +195,7 @@ def _figures(trained: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]
     gain = trained["held_out"]["tempered"]
     figures = [Figure("Held-out gain", f"{gain['nats']:+.3f} nats", f"at an ESS of {gain['ess_fraction']:.1%}")]
     for each in evaluations[:1]:
-        for name, key in (("FD", "fd"), ("FDrec", "fdrec")):
+        for name, key in (("FD", "fd"), ("FDrec", "fdrec")) if "fd_prior" in each else ():
             before, after, best = (each[f"{key}_{which}"] for which in ("backbone", "prior", "reconstruction"))
             figures.append(Figure(name, f"{before:.4g} → {after:.4g}", f"reconstructions: {best:.4g}"))
         for card in each.get("published", ()):

@@ -19,6 +19,7 @@ from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.pictures.grids import grid, save_png
 from ebm_prior.runs.backbones import readjusted
+from ebm_prior.runs.data import remember, with_kept_name
 from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.folder import Run, run_inputs
 from ebm_prior.runs.samples import write_comparison
@@ -62,6 +63,8 @@ def fit_into(
         if where == str(own.resolve()):
             raise OutputError(f"{own} is the backbone that is to be re-adjusted: choose another --out")
     run = processes.of_first(lambda: Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite))
+    processes.of_first(lambda: remember(directory, images, inputs["images"]))
+    images = with_kept_name(directory, images, inputs["images"])
     if settings is not None:
         adjust = partial(readjusted, backbone, own, checkpoint, settings)
         processes.of_first(lambda: adjust(resume=resume, progress=progress) and None)

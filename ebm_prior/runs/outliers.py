@@ -54,12 +54,12 @@ def require_folder(folder: Path, overwrite: bool) -> None:
     Raises OutputError, before work is done.
     """
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; expected a folder for the results: choose another --to")
+        raise OutputError(f"{folder} is a file; expected a folder for the results: choose another --out")
     held = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
     if set(held) - set(FILES):
-        raise OutputError(f"{folder} holds other files than scores ({held[0]}, …): choose another --to")
+        raise OutputError(f"{folder} holds other files than scores ({held[0]}, …): choose another --out")
     if held and not overwrite:
-        raise OutputError(f"{folder} holds results: pass --overwrite to replace them, or another --to")
+        raise OutputError(f"{folder} holds results: pass --overwrite to replace them, or another --out")
     require_writable(folder)
 
 

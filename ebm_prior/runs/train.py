@@ -14,6 +14,7 @@ from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.pictures.grids import save_png, titled_grids
+from ebm_prior.runs.data import remember, with_kept_name
 from ebm_prior.runs.describe import parameters
 from ebm_prior.runs.folder import Run
 from ebm_prior.runs.training import network_inputs, pictures, start_record, timed
@@ -45,6 +46,8 @@ def train_into(
     inputs, start = network_inputs(backbone, train), start_record(checkpoint, backbone)
     run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
     board = watch.board(run)
+    remember(directory, train, inputs["images"])
+    train = with_kept_name(directory, train, inputs["images"])
     own, path = directory / "backbone.safetensors", directory / "prior.safetensors"
 
     def draw(shown: Mapping[str, Any], picture: Path) -> None:

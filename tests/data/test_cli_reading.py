@@ -62,7 +62,7 @@ def test_outliers_are_read_likewise(workshop: Workshop, prior: Path, tmp_path: P
     colours = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
     folder = write_pictures(tmp_path / "p", colours)
     (folder / "notes.txt").write_text("")
-    words = ("ood", prior, "--in", "mnist", "--data-root", workshop.data_root, "--to", tmp_path / "o", "--samples", 20)
-    assert "--data-mode" in workshop.run("ood", "--help").stdout
-    result = workshop.run(*words, "--out", folder, "--data-mode", "grey", "--k", 0, "--json")
+    words = ("ood", prior, "--in", "mnist", "--data-root", workshop.data_root, "--out", tmp_path / "o", "--samples", 20)
+    assert "--data-mode" in workshop.run("ood", "--help-all").stdout
+    result = workshop.run(*words, "--outliers", folder, "--data-mode", "grey", "--k", 0, "--json")
     assert "left out: 1 files of other endings (.txt)" in result.stderr

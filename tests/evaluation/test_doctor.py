@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import LinearGaussian, ToyConv
+from toys import GaussianImage, LinearGaussian, ToyConv
 from workshop import Workshop
 
 from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.doctor import DoctorConfig, examine, verdict
 from ebm_prior.evaluation.gauge import GaugeConfig
-from ebm_prior.model.backbone import PosteriorDraw
+from ebm_prior.model.backbone import Backbone, Draw, Gaussian, LatentGroup, PosteriorDraw
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.reports.findings import doctor_card
 
@@ -87,7 +87,7 @@ def test_diseases_are_named() -> None:
     assert bottom["eps_mean_rms"] == pytest.approx(2, abs=0.2)
     assert bottom["auc"] > 0.9
     assert found["worth_a_head"] == ["z1"]
-    assert "Worth a head: z1." in found["verdict"]
+    assert "Worth a head: z1 " in found["verdict"]
     assert "Nearly silent (KL below 0.1 nats): z2." in found["verdict"]
 
 
@@ -120,16 +120,75 @@ def test_dropout_and_batch_norm_are_seen() -> None:
 
 
 def test_what_is_said_follows_the_auc() -> None:
-    def said(overall: float, *groups: float) -> str:
+    def said(overall: float, *groups: float, high: float = 0.52) -> str:
         rows = [{"group": f"g{i}", "auc": auc, "kl_nats": 1.0} for i, auc in enumerate(groups)]
         result = {"not_finite": {}, "groups": rows, "auc": overall, "training_mode": False}
+        result["null"] = {"low": 0.48, "high": high}
         return str(verdict(result)["verdict"])
 
     assert "an energy can fill" in said(0.7, 0.6, 0.5)
-    assert "Worth a head: g0." in said(0.7, 0.6, 0.5)
+    assert "Worth a head: g0 (AUC up to 0.600 alone)." in said(0.7, 0.6, 0.5)
+    assert "Worth a head: g0 " in said(0.484, 0.6, 0.5)
+    assert "No prior hole" in said(0.484, 0.6, 0.5, high=0.61)
+    assert "two samples of the prior itself give 0.480 to 0.610" in said(0.62, 0.5, high=0.61)
+    assert "blunt" in said(0.484, 0.6, 0.5, high=0.61)
+    assert "blunt" not in said(0.5, 0.5)
     assert "goes on in stages" in said(0.99, 0.98)
     assert "which the joint head sees" in said(0.6, 0.5, 0.5)
     assert "No prior hole" in said(0.51, 0.5)
+
+
+class Deep(Backbone):
+    """An untrained network of 32 groups: whatever the image, its posterior is its prior."""
+
+    image_shape = (1, 4, 4)
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.architecture: dict[str, Any] = {}
+        self.groups = tuple(LatentGroup(f"z{i}", (2,)) for i in range(32, 0, -1))
+        self.scale, self.shift = nn.Parameter(torch.ones(())), shift
+
+    def top_down(self, draw: Draw, batch_size: int) -> Tensor:
+        z = self.scale.new_zeros(batch_size, 2)
+        for index in range(32):
+            z = draw(index, Gaussian(0.5 * z, torch.ones_like(z) * self.scale), None)
+        return z
+
+    def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
+        def conditional(index: int, prior: Gaussian, context: Any) -> tuple[Tensor, Tensor]:
+            mean = prior.mean + (self.shift if index == 3 else 0) * prior.std
+            z = mean + prior.std * noise[index]
+            return z, Gaussian(mean, prior.std).log_prob(z)
+
+        return PosteriorDraw(conditional)
+
+    def likelihood(self, features: Tensor) -> GaussianImage:
+        return GaussianImage(features.mean(1)[:, None, None, None].sigmoid().expand(-1, 1, 4, 4), 0.1)
+
+
+def deep(shift: float, pairs: int) -> dict[str, Any]:
+    source = from_array(np.random.default_rng(0).integers(0, 255, (40, 4, 4), dtype=np.uint8))
+    energy = EnergyConfig(channels=4, hidden=8, vector_layers=1, joint=4, conditional=False)
+    gauge = GaugeConfig(energy, iterations=6, batch_size=16, learning_rate=2e-2, evaluate_every=3)
+    return examine(Deep(shift).eval(), source, DoctorConfig(samples=40, gauge=gauge, pairs=pairs))
+
+
+def test_chance_among_many_groups_is_no_hole() -> None:
+    """Of 32 AUCs over 40 images some are far above .5, whatever is measured."""
+    found = deep(0.0, 3)
+    assert max(row["auc"] for row in found["groups"]) > 0.53  # which was once the limit
+    assert found["worth_a_head"] == []
+    assert found["verdict"].startswith("No prior hole in sight")
+    assert found["null"]["low"] < 0.5 < found["null"]["high"]
+    assert f"{found['null']['low']:.3f} to {found['null']['high']:.3f} (3 pairs" in doctor_card(found)
+
+
+def test_a_hole_among_many_groups_is_found() -> None:
+    """Three standard deviations in z29, of which z28 inherits half."""
+    found = deep(3.0, 1)
+    assert found["worth_a_head"] == ["z29", "z28"]
+    assert "Worth a head: z29, z28 " in found["verdict"]
 
 
 def test_too_little_is_refused() -> None:

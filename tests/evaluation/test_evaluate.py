@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
 from ebm_prior.evaluation.evaluate import EvalConfig, Reference, evaluate
 from ebm_prior.evaluation.gauge import GaugeConfig
 from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance
+from ebm_prior.evaluation.pixels import descriptors, spectrum_distance, statistics
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.reports.findings import evaluation_tables
 
 SMALL = EnergyConfig(channels=4, hidden=8, joint=8)
 CONFIG = EvalConfig(samples=80, gauge=GaugeConfig(energy=replace(SMALL, conditional=False), iterations=10), seed=3)
@@ -83,8 +87,8 @@ def test_the_distances_are_those_of_the_samples(
 ) -> None:
     drawn = prior(reference, trained=True, sampler=SamplerConfig(proposals=4, steps=0)).sample(80, seed=CONFIG.seed)
     mine = FeatureStatistics.of(extract(classifier, drawn.images))
-    assert result["fd_prior"] == pytest.approx(frechet_distance(mine, reference.real), rel=1e-6)
-    assert result["fdrec_prior"] == pytest.approx(frechet_distance(mine, reference.reconstructed), rel=1e-6)
+    assert result["fd_prior"] == pytest.approx(frechet_distance(mine, reference.real.statistics), rel=1e-6)
+    assert result["fdrec_prior"] == pytest.approx(frechet_distance(mine, reference.reconstructed.statistics), rel=1e-6)
 
 
 def test_all_sets_have_the_same_size(source: ImageSource, classifier: FeatureClassifier) -> None:
@@ -92,7 +96,7 @@ def test_all_sets_have_the_same_size(source: ImageSource, classifier: FeatureCla
     reference = Reference(ToyConv().eval(), source.subset(range(40)), classifier, many)
     result = evaluate(prior(reference, trained=False), reference)
     assert result["samples"] == result["held_out_images"] == 40
-    assert {len(f) for f in (reference.backbone_features, reference.real_features)} == {40}
+    assert {len(f) for f in (*reference.drawn, *reference.real) if f is not None} == {40}
     assert result["fdrec_reconstruction"] == 0  # without other images the floor is 0
     assert "auc_before" not in result
 
@@ -214,3 +218,98 @@ def test_json_knows_no_nan(workshop: Workshop, fitted: Path, classifier_file: Pa
 
     (result,) = json.loads(shown, parse_constant=refuse)
     assert result["gap_closed"] is None
+
+
+# Without a network of features, and with one of the user's own.
+
+
+def test_without_features_all_else_is_measured(
+    reference: Reference, source: ImageSource, result: dict[str, Any]
+) -> None:
+    backbone, test = reference.backbone, source.subset(range(90))
+    tilted = prior(reference, trained=True, sampler=SamplerConfig(proposals=4, steps=0))
+    plain = evaluate(tilted, Reference(backbone, test, None, CONFIG))
+    left_out = {key for key in result if key.startswith(("fd_", "fdrec_", "kid_", "gap_closed"))}
+    assert plain == {k: v for k, v in result.items() if k not in left_out | {"extractor", "statistics"}}
+    assert {"gain_nats", "ess_fraction", "auc_after", "reconstruction_error", "spectrum_prior"} <= set(plain)
+    text = evaluation_tables([plain])
+    assert "neither FD nor KID" in text
+    assert f"{plain['reconstruction_error']:.4f}" in text
+    assert f"{plain['pixel_std_prior']:.4f}" in text
+
+
+def test_pixels_are_those_of_the_images(reference: Reference, result: dict[str, Any]) -> None:
+    tilted = prior(reference, trained=True, sampler=SamplerConfig(proposals=4, steps=0))
+    drawn = tilted.sample(80, seed=CONFIG.seed).images.double()
+    assert result["pixel_mean_prior"] == pytest.approx(float(drawn.mean()))
+    assert result["pixel_std_prior"] == pytest.approx(float(drawn.std(correction=0)))
+    with torch.no_grad():
+        flat = statistics(descriptors(torch.full((5, 3, 16, 16), 0.25)))
+    assert (flat.mean, flat.std) == (pytest.approx(0.25), pytest.approx(0, abs=1e-9))
+    noise = torch.rand(400, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    white = statistics(descriptors(noise))
+    torch.testing.assert_close(white.spectrum, torch.full((8,), 1 / 12, dtype=torch.float64), rtol=0.1, atol=0)
+    assert spectrum_distance(white, statistics(descriptors(noise.flip(0)))) == pytest.approx(0, abs=1e-9)
+    assert spectrum_distance(white, statistics(descriptors(noise / 2))) == pytest.approx(20 * math.log10(2))
+    wave = torch.cos(2 * math.pi * 3 * torch.arange(16) / 16).expand(1, 1, 16, 16) / 2 + 0.5
+    assert int(statistics(descriptors(wave)).spectrum.argmax()) == 2  # 3 periods per 16 pixels: the third of 8 rings
+
+
+def test_the_command_without_a_classifier(workshop: Workshop, fitted: Path) -> None:
+    words = ("eval", fitted / "prior.safetensors", "--data", "mnist", "--data-root", workshop.data_root, *SMALL_EVAL)
+    shown = workshop.run(*words, "--json")
+    assert re.search(r"FD and KID are left out.*\(1, 8, 8\).*--classifier .*--features .*--fid", shown.stderr)
+    assert shown.stderr.index("left out") < shown.stderr.index("eval:"), "said after the work began"
+    (result,) = json.loads(shown.stdout)
+    assert "fd_prior" not in result
+    assert result["reconstruction_error"] > 0
+    assert "neither FD nor KID" in workshop.run(*words).stdout
+
+
+OWN = """
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, images):
+        assert not self.training and images.dtype == torch.float32
+        return images.flatten(1)[:, :6]
+
+net = Net()
+
+def flat(images):
+    return images.flatten(1)[:, :6].double().numpy()
+
+def one(images):
+    return images.mean()
+
+def broken(images):
+    raise KeyError("mine")
+
+number = 3
+"""
+
+
+def test_features_of_ones_own(
+    workshop: Workshop, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_features.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    words = ("eval", fitted / "prior.safetensors", "--data", "mnist", "--data-root", workshop.data_root, "--no-auc")
+    found = [
+        json.loads(workshop.run(*words, *SMALL_EVAL, "--features", f"my_features:{name}", "--json").stdout)[0]
+        for name in ("net", "flat")
+    ]
+    assert [each["extractor"] for each in found] == ["FD(my_features:net)", "FD(my_features:flat)"]
+    assert found[0]["fd_prior"] == pytest.approx(found[1]["fd_prior"], rel=1e-5)
+    for name, said in (
+        ("my_features:nothing", "cannot be imported (AttributeError"),
+        ("no_such_module:f", "cannot be imported (ModuleNotFoundError"),
+        ("my_features", "expected MODULE:FUNCTION"),
+        ("my_features:number", "expected a function, found int"),
+        ("my_features:Net", "expected a function, found type"),
+        ("my_features:one", "expected features (B, D) with B = 1"),
+        ("my_features:broken", "failed on images (1, 1, 8, 8) (KeyError: 'mine')"),
+    ):
+        assert said in workshop.error(*words, *SMALL_EVAL, "--features", name)
+    assert "give one" in workshop.run(*words, "--features", "a:b", "--fid", code=2).stderr
+    assert str(tmp_path) not in sys.path

@@ -27,7 +27,18 @@ WORDS = ["--samples", 40, "--draws", 2, "--resamples", 20, "--seed", 3]
 @pytest.fixture(scope="module")
 def found(workshop: Workshop, fitted: Path) -> tuple[dict[str, Any], Path]:
     to = workshop.folder / "ood"
-    words = ["--in", "mnist", "--data-root", workshop.data_root, "--out", workshop.images, "--out", "noise", "--to", to]
+    words = [
+        "--in",
+        "mnist",
+        "--data-root",
+        workshop.data_root,
+        "--outliers",
+        workshop.images,
+        "--outliers",
+        "noise",
+        "--out",
+        to,
+    ]
     result = workshop.run("ood", fitted / "prior.safetensors", *words, *WORDS, "--json")
     return json.loads(result.stdout), to
 
@@ -74,7 +85,7 @@ def test_the_picture_is_there_and_the_table_is_readable(
     words = [
         "--in",
         "mnist",
-        "--out",
+        "--outliers",
         "constant",
         "--data-root",
         workshop.data_root,
@@ -100,19 +111,19 @@ def test_results_are_not_written_over_unasked(
         prior,
         "--in",
         "mnist",
-        "--out",
+        "--outliers",
         "noise",
         "--data-root",
         workshop.data_root,
         *WORDS,
         "--k",
         0,
-        "--to",
+        "--out",
     ]
     assert "--overwrite" in workshop.error(*words, found[1])
     assert "other files" in workshop.error(*words, workshop.folder)
     assert "is a file" in workshop.error(*words, workshop.images)
-    assert "pass --in with" in workshop.error("ood", prior, "--out", "noise", "--to", workshop.folder / "new")
+    assert "pass --in with" in workshop.error("ood", prior, "--outliers", "noise", "--out", workshop.folder / "new")
     assert "from 0 to 2" in workshop.error(*words, workshop.folder / "new", "--k", "1,3")
 
 
@@ -120,7 +131,7 @@ def test_anomalies_by_label(workshop: Workshop, prior: Path, tmp_path: Path) -> 
     pixels = np.load(workshop.images)
     np.savez(tmp_path / "labelled.npz", images=pixels[:60], labels=np.arange(60) % 3)
     words = ["--normal", tmp_path / "labelled.npz", "--test", tmp_path / "labelled.npz", "--labels", 2]
-    options = ["--draws", 2, "--resamples", 20, "--to", tmp_path / "results", "--json"]
+    options = ["--draws", 2, "--resamples", 20, "--out", tmp_path / "results", "--json"]
     result = json.loads(workshop.run("anomaly", prior, *words, *options).stdout)
     assert result["images"] == [40, 20]
     assert result["prevalence"] == pytest.approx(1 / 3)
@@ -137,7 +148,7 @@ def test_anomalies_by_label(workshop: Workshop, prior: Path, tmp_path: Path) -> 
     expected = detection(-values[1][:, column], -values[0][:, column])
     assert row["f"]["auprc"] == pytest.approx(expected.auprc)
     assert row["f"]["auprc_trapezoid"] == pytest.approx(expected.auprc_trapezoid)
-    text = workshop.run("anomaly", prior, *words, "--draws", 1, "--resamples", 5, "--to", tmp_path / "again").stdout
+    text = workshop.run("anomaly", prior, *words, "--draws", 1, "--resamples", 5, "--out", tmp_path / "again").stdout
     assert "40 normal and 20 anomalous images" in text
     assert "chance level of AUPRC 0.333" in text
 
@@ -186,3 +197,24 @@ def test_which_forms_and_which_k() -> None:
             parsed_k(text, 3)
     with pytest.raises(ConfigurationError, match="positive"):
         OutlierConfig(draws=0)
+
+
+def test_the_old_spelling_goes_on_with_a_remark(workshop: Workshop, prior: Path, tmp_path: Path) -> None:
+    words = ["ood", prior, "--in", "mnist", "--data-root", workshop.data_root, *WORDS, "--k", 0, "--json"]
+    old = workshop.run(*words, "--out", "noise", "--out", "constant", "--to", tmp_path / "old")
+    assert "old spelling: --outliers for the sets, --out for the folder" in old.stderr
+    new = workshop.run(*words, "--outliers", "noise", "--outliers", "constant", "--out", tmp_path / "new")
+    assert "old spelling" not in new.stderr
+    assert json.loads(old.stdout)["sets"] == json.loads(new.stdout)["sets"]
+    assert (tmp_path / "old" / "scores.npz").read_bytes() == (tmp_path / "new" / "scores.npz").read_bytes()
+    assert "--to is an old spelling" in workshop.run(*words, "--outliers", "noise", "--to", tmp_path / "b").stderr
+    assert "--outliers" in workshop.run(*words, code=2).stderr
+    for wrong in (("--out", "a", "--out", "b"), ("--out", "a", "--to", "b"), ("--out", "")):
+        workshop.run(*words, "--outliers", "noise", *wrong, code=2)
+    assert "--to" not in workshop.run("ood", "--help-all").stdout
+    pixels = np.load(workshop.images)
+    np.savez(tmp_path / "labelled.npz", images=pixels[:30], labels=np.arange(30) % 3)
+    words = ["anomaly", prior, "--normal", tmp_path / "labelled.npz", "--test", tmp_path / "labelled.npz"]
+    words += ["--labels", 2, "--draws", 1, "--resamples", 5]
+    assert "--to is an old spelling: --out" in workshop.run(*words, "--to", tmp_path / "a").stderr
+    assert (tmp_path / "a" / "scores.npz").exists()

@@ -37,7 +37,7 @@ def run(workshop: Workshop, small_options: list[str], tmp_path_factory: pytest.T
     }
     for name, words in commands.items():
         (out / f"{name}.json").write_text(workshop.run(*words).stdout)
-    workshop.run("ood", prior, *root, "--out", "noise", "--samples", 40, "--draws", 1, "--resamples", 20)
+    workshop.run("ood", prior, *root, "--outliers", "noise", "--samples", 40, "--draws", 1, "--resamples", 20)
     return out
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -41,6 +42,24 @@ def resolve(base: Config, given: Mapping[str, Any], file: Path | None = None) ->
     chosen = {name: value for name, value in given.items() if value is not None and name in known}
     resolved: Config = _replaced(_replaced(base, values), _by_dataclass(base, chosen))
     return resolved
+
+
+def configured(kind: type[Config], given: Config | Mapping[str, Any] | None) -> Config:
+    """Settings as callers write them: an instance of `kind`, a dictionary of what differs from its defaults, or None.
+
+    A dictionary may be nested or flat, {"energy": {"channels": 64}} or {"energy_channels": 64}. Raises
+    ConfigurationError for unknown names and for values of the wrong kind.
+    """
+    if given is None:
+        return kind()
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        found = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise ConfigurationError(
+            f"expected the settings as {kind.__name__}(…) or as a dictionary, found {found}; None takes the defaults"
+        )
+    return _replaced(kind(), _by_dataclass(kind, {str(name): value for name, value in given.items()}))  # type: ignore[no-any-return]
 
 
 def settings(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -120,7 +139,11 @@ def _replaced(base: Any, values: Mapping[str, Any]) -> Any:
     hints = get_type_hints(type(base))
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise ConfigurationError(f"unknown settings {', '.join(unknown)}; {type(base).__name__} has {', '.join(hints)}")
+        near = [close[0] for name in unknown if (close := get_close_matches(str(name), hints, 1))]
+        raise ConfigurationError(
+            f"unknown settings {', '.join(unknown)}; {type(base).__name__} has {', '.join(hints)}"
+            + f" (did you mean {', '.join(near)}?)" * bool(near)
+        )
     new: dict[str, Any] = {}
     for name, value in values.items():
         hint = _not_none(hints[name])
@@ -167,10 +190,10 @@ def require_seed(config: Any) -> None:
         raise ConfigurationError(f"seed must not be negative, found {config.seed}")
 
 
-def require_choices(config: Any) -> None:
-    """Raise ConfigurationError where a Literal field of a configuration dataclass has another value."""
+def require_kinds(config: Any) -> None:
+    """Raise ConfigurationError where a field of a configuration dataclass has a value of another kind: "64" for 64."""
     hints = get_type_hints(type(config))
     for name in (entry.name for entry in fields(config)):
-        value, allowed = getattr(config, name), get_args(hints[name])
-        if get_origin(hints[name]) is Literal and value not in allowed:
-            raise ConfigurationError(f"{name} must be {' or '.join(allowed)}, found {value!r}")
+        value, hint = getattr(config, name), _not_none(hints[name])
+        if not (_fits(value, hint) or (value is None and hint is not hints[name])):
+            raise ConfigurationError(f"{name} must be {_described(hint)}, found {value!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ebm_prior.data.arrays import as_pixels, from_array, labels_of, loaded_bytes
 from ebm_prior.data.pictures import decode, read_pixels, scaled
 from ebm_prior.data.source import ImageSource, Shape
 from ebm_prior.errors import DataError
+from ebm_prior.model.arguments import described
 
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values")
 _LABEL_KEYS = ("label", "labels")
@@ -139,8 +141,25 @@ def _item(dataset: MapStyle, index: int, name: str) -> tuple[NDArray[Any], int |
         image = pixels if pixels.dtype == np.uint8 else scaled(pixels).numpy()
     elif isinstance(image, Tensor):
         image = (image.float() if image.is_floating_point() else image).detach().cpu()
-    number = np.asarray(label)
-    return np.asarray(image), int(number) if number.ndim == 0 and number.dtype.kind in "iu" else None
+    return _pixels(image, f"{name}[{index}]"), _number(label)
+
+
+def _pixels(image: Any, name: str) -> NDArray[Any]:
+    with contextlib.suppress(ValueError, TypeError):  # of nested lists of unequal lengths
+        array = np.asarray(image)
+        if array.ndim > 1 and array.dtype.kind in "buif":
+            return array
+    raise DataError(
+        f"{name}: expected an image, a picture of Pillow's or an array (C, H, W), (H, W, C) or (H, W); found "
+        f"{described(image)}; in a tuple, the image comes first"
+    )
+
+
+def _number(label: Any) -> int | None:
+    with contextlib.suppress(ValueError, TypeError):
+        number = np.asarray(label)
+        return int(number) if number.ndim == 0 and number.dtype.kind in "iu" else None
+    return None
 
 
 def _of_mapping(item: Mapping[Any, Any], name: str) -> tuple[Any, Any]:

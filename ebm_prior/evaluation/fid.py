@@ -29,7 +29,7 @@ from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.settings import require_choices, setting
+from ebm_prior.settings import require_kinds, setting
 from ebm_prior.storage.atomic import user_cache, write_atomically
 
 SPLITS = 10  # of the Inception Score
@@ -48,7 +48,7 @@ class FidConfig:
     split: Literal["train", "test"] = setting("train", "split whose images, all of them, FID and KID compare with")
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        require_kinds(self)
         if self.samples < 2 * SPLITS:
             raise ConfigurationError(
                 f"FID: expected at least {2 * SPLITS} samples (the Inception Score splits them in {SPLITS}), found "

@@ -136,6 +136,7 @@ class Backbone(nn.Module, ABC):
     # Whether p(x | z) is over images of a fixed bit depth: ELBOs are then shown in bits per dimension, too.
     discretised: bool = False
     data_name: str | None = None  # the data set that an official file names as its training data
+    checkpoint: str | None = None  # where `load_backbone` has read it: an absolute path, or a bundled name
     official_format: ClassVar[str] = "this adapter reads no foreign checkpoint format"
 
     @abstractmethod

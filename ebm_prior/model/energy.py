@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import LatentGroup
-from ebm_prior.settings import setting
+from ebm_prior.settings import require_kinds, setting
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu": partial(nn.LeakyReLU, 0.2)}
 
@@ -41,6 +41,7 @@ class EnergyConfig:
     bound: float = setting(0.0, "heads' inputs are squashed to ± this by tanh; 0: not squashed. Stages set their own")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if min(self.channels, self.hidden, self.vector_layers) < 1 or self.joint < 0 or not 0 <= self.dropout < 1:
             raise ConfigurationError(
                 f"expected positive channels, hidden, vector_layers; joint >= 0; dropout in [0, 1); found {self}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from ebm_prior.compute.cuda_graphs import Graphs
 from ebm_prior.compute.randomness import Generator, standard_normal, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.settings import setting
+from ebm_prior.settings import require_kinds, setting
 
 JITTER = 0.3  # largest relative change of a trajectory's step size
 # Optimal acceptances are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013).
@@ -62,6 +62,7 @@ class SamplerConfig:
     temperature: float = setting(1.0, "factor on Langevin's noise")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.proposals < 1 or self.steps < 0 or not 0 <= self.adapt_steps <= self.steps:
             raise ConfigurationError(f"expected proposals >= 1, 0 <= adapt_steps <= steps, found {self}")
         if self.kernel not in KERNELS:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import ebm_prior
-from ebm_prior.errors import BackboneMismatchError, CheckpointError
+from ebm_prior.errors import BackboneMismatchError, CheckpointError, ConfigurationError
+from ebm_prior.model.arguments import described, require_backbone, usable_device
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.passes import Passes
@@ -50,6 +51,8 @@ def save_backbone(
     `dtype` (e.g. torch.float16) halves the file; the fingerprint is then that of the rounded weights. Raises
     CheckpointError where weights are not finite in this precision.
     """
+    require_backbone(backbone)
+    _require_place("path", path)
     state = {
         name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
         for name, t in backbone.state_dict().items()
@@ -75,8 +78,13 @@ def load_backbone(
     name of a bundled backbone (`bundled()` lists them). `dtype` torch.bfloat16: float32 with the cells in bfloat16.
     Raises UnknownBackboneError, CheckpointError, and ConfigurationError where there are no such cells.
     """
+    _require_place("path", path)
+    if not isinstance(name, (str, type(None))):
+        raise ConfigurationError(f"name: expected an adapter's name, or None for our own form; found {described(name)}")
     if name is not None:
         adapter(name)  # an unknown name is the error to report first
+    place = usable_device(device)
+    where = str(path) if str(path) in bundled() else os.path.abspath(path)
     path = bundled().get(str(path), Path(path))
     if not os.path.exists(path):  # Path's own raises where a name is too long for the system
         raise CheckpointError(
@@ -89,8 +97,10 @@ def load_backbone(
     else:
         backbone = adapter(name).load_official(path)
         require_finite(backbone.state_dict(), path)
-    passes = Passes(torch.device(device), dtype)
-    return passes.apply(passes.place(backbone).eval().requires_grad_(False))
+    passes = Passes(place, dtype)
+    backbone = passes.apply(passes.place(backbone).eval().requires_grad_(False))
+    backbone.checkpoint = where
+    return backbone
 
 
 def _load_own(name: str | None, path: Path) -> Backbone:
@@ -120,18 +130,27 @@ def bundled() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.safetensors")) if not path.stem.endswith(others)}
 
 
-def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
+def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str | Path | None = None) -> None:
     """Write a prior as one safetensors file: the heads, and what is needed to use them again.
 
     `checkpoint`: where the backbone was loaded from (a path, or the name of a bundled one), for `load_prior`. A path
-    without a folder means that it lies beside the prior.
+    without a folder means that it lies beside the prior. None: where `load_backbone` has read it.
     """
+    _require_place("path", path)
+    if not isinstance(prior, EBMPrior):
+        raise ConfigurationError(f"expected a prior to save, found {described(prior)}: fit makes one")
+    checkpoint = checkpoint or prior.checkpoint
+    if checkpoint is None:
+        raise ConfigurationError(
+            "expected a prior whose backbone was loaded from a file, found a backbone made in memory: write it with "
+            "save_backbone(prior.backbone, FILE), and say checkpoint=FILE here"
+        )
     record = {
         "format": 1,
         "library": ebm_prior.__version__,
         "backbone": {
             "adapter": adapter_name(prior.backbone),
-            "checkpoint": checkpoint,
+            "checkpoint": str(checkpoint),
             "fingerprint": fingerprint(prior.backbone),
             "groups": _groups(prior.backbone),
             "parameters": count_parameters(prior.backbone),
@@ -149,7 +168,7 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
 
 def prior_record(path: str | Path) -> dict[str, Any]:
     """The record in a prior file. Raises CheckpointError for another kind of file or a newer format."""
-    return _read_prior(Path(path))[1]
+    return _read_prior(_prior_file(path))[1]
 
 
 def _read_prior(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -180,10 +199,11 @@ def load_prior(
 ) -> EBMPrior:
     """A prior with its backbone: the given one, or the one at `checkpoint`, or the one that the file remembers.
 
-    Raises CheckpointError for a damaged file, BackboneMismatchError if the backbone's weights are not those that the
-    prior was trained on; `force` allows other weights (not other latent groups).
+    `path`: the file, or the folder of a run or export that it is in. Raises CheckpointError for a damaged file,
+    BackboneMismatchError if the backbone's weights are not those that the prior was trained on; `force` allows other
+    weights (not other latent groups).
     """
-    path = Path(path)
+    path = _prior_file(path)
     tensors, record = _read_prior(path)
     trained_on, tau, regime, target = (record[key] for key in ("backbone", "tau", "regime", "target"))
     ceiling = math.inf if record.get("ceiling") is None else record["ceiling"]  # older files have none
@@ -202,6 +222,7 @@ def load_prior(
                 f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
             )
         backbone = load_backbone(trained_on["adapter"], where, device=device, dtype=dtype)
+    require_backbone(backbone)
     if _groups(backbone) != trained_on["groups"]:
         raise BackboneMismatchError(
             f"{path} is for a backbone with the latent groups {trained_on['groups']}, found {_groups(backbone)}"
@@ -230,6 +251,19 @@ def load_prior(
     )
 
 
+def _prior_file(path: str | Path) -> Path:
+    """The file of a prior at `path`, which may be the folder that it lies in."""
+    _require_place("path", path)
+    inside = Path(path) / "prior.safetensors"
+    return inside if os.path.isfile(inside) else Path(path)
+
+
+def _require_place(name: str, path: object) -> None:
+    """Raise ConfigurationError unless this can be a path."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path).strip():
+        raise ConfigurationError(f"{name}: expected the path of a file, found {described(path)}")
+
+
 def _backbone_path(prior: Path, recorded: str) -> str:
     """Where the backbone of a prior file is: the path recorded in it, or beside the file.
 
@@ -249,3 +283,8 @@ def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
 
 def _groups(backbone: Backbone) -> list[list[Any]]:
     return [[group.name, list(group.shape)] for group in backbone.groups]
+
+
+# The prior's own way to its files: the mathematics knows none, so the methods are set here.
+EBMPrior.save = save_prior  # type: ignore[method-assign,assignment]
+EBMPrior.load = staticmethod(load_prior)  # type: ignore[method-assign]

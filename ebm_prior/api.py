@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.data.forms import as_images
 from ebm_prior.data.source import ImageSource
@@ -27,6 +29,7 @@ def fit(
     images: Any,
     config: FitConfig | Mapping[str, Any] | None = None,
     *,
+    energy: nn.Module | None = None,
     run: Recorder | None = None,
     progress: Progress = SILENT,
     on_evaluate: Callback | None = None,
@@ -39,6 +42,8 @@ def fit(
         images: training images (N, C, H, W) of the backbone's shape, uint8 or float in [0, 1]: a tensor, an array, a
             torch or Hugging Face data set (read lazily; items may be pairs or dictionaries), or `open_images(…)`.
         config: a FitConfig, or a dictionary of what differs from its defaults: {"iterations": 500}.
+        energy: a module of your own for f: a list of (B, *group.shape) -> (B,) nats, 0 at first
+            (`ebm_prior.model.own_energy`). None: the built-in heads.
         run: keeps state and metrics, so that the fit can be resumed.
         progress, on_evaluate: are told how far it has come; `on_evaluate` gets {"iteration", "prior", …}.
         processes: share the parts of a batch.
@@ -58,9 +63,8 @@ def fit(
     require_backbone(backbone)
     settings = configured(FitConfig, config)
     source = as_images(images, backbone.image_shape)
-    prior = trainer.fit(
-        backbone, source, settings, run=run, progress=progress, on_evaluate=on_evaluate, processes=processes
-    )
+    told: dict[str, Any] = {"run": run, "progress": progress, "on_evaluate": on_evaluate}
+    prior = trainer.fit(backbone, source, settings, energy=energy, **told, processes=processes)
     if isinstance(source, ImageSource):
         prior.record["data"]["fingerprint"] = source.fingerprint()  # by which `evaluate` knows them again
     return prior

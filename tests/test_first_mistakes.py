@@ -94,7 +94,7 @@ MISTAKES: dict[str, Mistake] = {
     # the backbone
     "a backbone's name": (lambda b: b.fit("nvae"), "expected a backbone, found the text 'nvae': load it first"),
     "a backbone's file": (lambda b: b.fit(b.workshop.backbone), "expected a backbone, found a PosixPath"),
-    "a backbone's class": (lambda b: b.fit(ToyConv), "found the class ToyConv: load trained weights with load_backbone"),
+    "a backbone's class": (lambda b: b.fit(ToyConv), "found the class ToyConv: load trained weights"),
     "no backbone": (lambda b: b.fit(None), "expected a backbone, found None"),
     "a prior as backbone": (lambda b: b.fit(b.prior), "found an EBMPrior: pass its .backbone"),
     "images first": (lambda b: b.fit(b.images, b.backbone), "expected a backbone, found a float32 tensor"),

@@ -17,10 +17,11 @@ import ebm_prior
 from ebm_prior.errors import BackboneMismatchError, CheckpointError, ConfigurationError
 from ebm_prior.model.arguments import described, require_backbone, usable_device
 from ebm_prior.model.backbone import Backbone
-from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior, Regime, Target
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.storage.own_energies import own_energy_record, stored_energy
 from ebm_prior.storage.registry import adapter, adapter_name
 from ebm_prior.storage.weights import (
     count_parameters,
@@ -156,6 +157,7 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str | Path | No
             "parameters": count_parameters(prior.backbone),
         },
         "energy": asdict(prior.energy.config),
+        **own_energy_record(prior.energy),
         "tau": prior.tau,
         "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
         "regime": prior.regime,
@@ -168,7 +170,7 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str | Path | No
 
 def prior_record(path: str | Path) -> dict[str, Any]:
     """The record in a prior file. Raises CheckpointError for another kind of file or a newer format."""
-    return _read_prior(_prior_file(path))[1]
+    return _read_prior(prior_file(path))[1]
 
 
 def _read_prior(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -203,7 +205,7 @@ def load_prior(
     BackboneMismatchError if the backbone's weights are not those that the prior was trained on; `force` allows other
     weights (not other latent groups).
     """
-    path = _prior_file(path)
+    path = prior_file(path)
     tensors, record = _read_prior(path)
     trained_on, tau, regime, target = (record[key] for key in ("backbone", "tau", "regime", "target"))
     ceiling = math.inf if record.get("ceiling") is None else record["ceiling"]  # older files have none
@@ -222,7 +224,6 @@ def load_prior(
                 f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
             )
         backbone = load_backbone(trained_on["adapter"], where, device=device, dtype=dtype)
-    require_backbone(backbone)
     if _groups(backbone) != trained_on["groups"]:
         raise BackboneMismatchError(
             f"{path} is for a backbone with the latent groups {trained_on['groups']}, found {_groups(backbone)}"
@@ -235,8 +236,8 @@ def load_prior(
             "(--ckpt), or use --force if you know better"
         )
     try:
-        energy = JointEnergy(backbone.groups, config)
-    except RuntimeError as error:  # sizes that no memory holds
+        energy = stored_energy(backbone.groups, config, record.get("own_energy"))
+    except (RuntimeError, ConfigurationError) as error:  # sizes that no memory holds
         raise CheckpointError(f"{path} describes heads that cannot be built: {error}") from error
     _load_widened(energy, tensors, path)
     return EBMPrior(
@@ -251,7 +252,7 @@ def load_prior(
     )
 
 
-def _prior_file(path: str | Path) -> Path:
+def prior_file(path: str | Path) -> Path:
     """The file of a prior at `path`, which may be the folder that it lies in."""
     _require_place("path", path)
     inside = Path(path) / "prior.safetensors"
@@ -282,6 +283,7 @@ def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
 
 
 def _groups(backbone: Backbone) -> list[list[Any]]:
+    require_backbone(backbone)
     return [[group.name, list(group.shape)] for group in backbone.groups]
 
 

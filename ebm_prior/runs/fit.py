@@ -58,7 +58,7 @@ def fit_into(
     """
     settings = _bn_settings(config.seed) if bn_readjust else None
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
-    inputs |= {} if energy is None else {"energy": energy}
+    inputs |= {"energy": energy} if energy else {}
     module = None if energy is None else named_energy(energy, backbone, config.seed)
     path, own = directory / "prior.safetensors", directory / "backbone.safetensors"
     where = checkpoint if checkpoint in bundled() else str(Path(checkpoint).resolve())

@@ -45,6 +45,9 @@ def from_dataset(
     it is needed; items must then be the same every time, and labels are those that the data set lists (`targets`,
     `labels`, or a column).  image_shape: (C, H, W) that the images must have.
     Raises DataError, naming the item, as `from_array` and `open_images` do; MemoryLimitError where memory is too small.
+
+    >>> from_dataset([(torch.zeros(1, 8, 8), 3), (torch.ones(1, 8, 8), 5)], name="two")
+    <ImageSource two: 2 images (1, 8, 8), labels>
     """
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise DataError(f"{name}: expected a Dataset with a length of 1 or more, found a {type(dataset).__name__}")

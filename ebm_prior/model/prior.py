@@ -97,12 +97,16 @@ class _Kept:
 
 
 class EBMPrior(_Kept):
-    """A trained (or, with f = 0, untrained) energy-based prior.
+    """A trained (or, with f = 0, untrained) energy-based prior p_α(z) ∝ exp(τ f(z)) p_β(z) (Eq. 6).
 
     `tau` multiplies f (tempering after training), and τ f is cut off at `ceiling`, in nats: at latents unlike any in
     training, f is no density ratio. `regime`: "calibrated" (f is a log density ratio: scores and
     log Z mean something) or "refiner" (short-run dynamics as published: samples only). `target`: "exact", the density
     of Appendix A.3, or "published", which differentiates log p_β(T(ε)) where that has log N(ε); for replication only.
+
+    >>> samples = prior.sample(4, seed=1)
+    >>> samples.images.shape, prior.f(samples.z).shape  # in [0, 1]; nats
+    (torch.Size([4, 1, 8, 8]), torch.Size([4]))
     """
 
     def __init__(
@@ -118,14 +122,7 @@ class EBMPrior(_Kept):
         record: Mapping[str, Any] | None = None,
     ) -> None:
         require_backbone(backbone)
-        if not isinstance(energy, nn.Module) or not hasattr(energy, "inputs"):
-            raise ConfigurationError(
-                f"energy: expected a JointEnergy, found {described(energy)}: fit(…, energy=module) takes your own"
-            )
-        if math.isnan(ceiling):
-            raise ConfigurationError("expected a ceiling in nats, or inf for none; found nan")
-        if target == "published" and regime == "calibrated":
-            raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
+        _require_consistent(energy, ceiling, regime, target)
         like = next(backbone.parameters())
         self.backbone = backbone.for_inference()
         self.checkpoint = backbone.checkpoint  # where the backbone was loaded from, for `save`
@@ -294,6 +291,17 @@ class EBMPrior(_Kept):
         if not parts:  # no images
             return {form: images.new_empty(0) for form in forms}
         return {form: torch.cat([part[form] for part in parts]) for form in forms}
+
+
+def _require_consistent(energy: object, ceiling: float, regime: Regime, target: Target) -> None:
+    if not isinstance(energy, nn.Module) or not hasattr(energy, "inputs"):
+        raise ConfigurationError(
+            f"energy: expected a JointEnergy, found {described(energy)}: fit(…, energy=module) takes your own"
+        )
+    if math.isnan(ceiling):
+        raise ConfigurationError("expected a ceiling in nats, or inf for none; found nan")
+    if target == "published" and regime == "calibrated":
+        raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
 
 
 def _require_calibrated(regime: Regime, what: str) -> None:

@@ -51,7 +51,15 @@ Kernel = Callable[[ChainState, Potential, Tensor, Generator], tuple[ChainState, 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """A sampler: importance resampling among `proposals` draws, then `steps` of a kernel; either may be nothing."""
+    """A sampler: importance resampling among `proposals` draws, then `steps` of a kernel; either may be nothing.
+
+    The kernels are Langevin (Eq. 12), whose s is `step_size`, and pCN-Langevin, which is exact. Raises
+    ConfigurationError for values that make no sense, or of another kind.
+
+    >>> longer = SamplerConfig(proposals=4, steps=10)
+    >>> prior.sample(2, sampler=longer).acceptance.shape
+    torch.Size([2])
+    """
 
     proposals: int = setting(32, "ancestral draws of which one is kept, by its weight exp f (1: a plain draw)")
     kernel: Literal["langevin", "pcn-langevin"] = setting("pcn-langevin", "Markov kernel")

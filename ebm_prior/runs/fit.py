@@ -89,12 +89,8 @@ def fit_into(
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed)
     files = {"prior": str(path), "picture": str(before_after)}
-    return {
-        **files,
-        "parameters": parameters(backbone, config.energy, module),
-        "cpu_seconds": seconds,
-        **_summary(prior),
-    }
+    counted = {"parameters": parameters(backbone, config.energy, module), "cpu_seconds": seconds}
+    return files | counted | _summary(prior)
 
 
 def named_energy(name: str, backbone: Backbone, seed: int) -> nn.Module:

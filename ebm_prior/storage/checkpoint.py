@@ -47,10 +47,21 @@ def _require_format(path: Path, record: Mapping[str, Any]) -> None:
 def save_backbone(
     backbone: Backbone, path: str | Path, *, dtype: torch.dtype | None = None, record: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a backbone's own form: weights, architecture and adapter name, plus `record` (where it comes from).
+    """Write a backbone in our own form: weights, architecture and adapter name, plus `record` (where it comes from).
 
-    `dtype` (e.g. torch.float16) halves the file; the fingerprint is then that of the rounded weights. Raises
-    CheckpointError where weights are not finite in this precision.
+    Args:
+        backbone: of an adapter that is registered, or the file cannot be read before it is.
+        path: the .safetensors file to write.
+        dtype: of the weights in the file: torch.float16 halves it, and the fingerprint is that of the rounded weights.
+        record: plain values to keep with it.
+
+    Raises:
+        CheckpointError: where weights are not finite in this precision.
+        OutputError: where the file cannot be written.
+
+    >>> save_backbone(backbone, "mine.safetensors")
+    >>> load_backbone(None, "mine.safetensors").groups == backbone.groups
+    True
     """
     require_backbone(backbone)
     _require_place("path", path)
@@ -75,9 +86,20 @@ def load_backbone(
 ) -> Backbone:
     """A pretrained backbone, frozen and in eval mode, from its official or own form.
 
-    `name`: the registered adapter; None takes the one that an own-form file names. `path`: the file or folder, or the
-    name of a bundled backbone (`bundled()` lists them). `dtype` torch.bfloat16: float32 with the cells in bfloat16.
-    Raises UnknownBackboneError, CheckpointError, and ConfigurationError where there are no such cells.
+    Args:
+        name: the registered adapter; None takes the one that an own-form file names.
+        path: the file or folder, or the name of a bundled backbone (`bundled()` lists them).
+        device: where its weights are.
+        dtype: of weights and computation; torch.bfloat16: float32 with the cells in bfloat16.
+
+    Raises:
+        UnknownBackboneError: where no adapter has this name.
+        CheckpointError: for files that are missing, damaged, or of another kind.
+        ConfigurationError: for arguments that make no sense, and where there are no such cells.
+
+    >>> vae = load_backbone(None, "hvae_fashion_mnist")
+    >>> vae.image_shape, len(vae.groups)
+    ((1, 28, 28), 3)
     """
     _require_place("path", path)
     if not isinstance(name, (str, type(None))):
@@ -134,8 +156,20 @@ def bundled() -> dict[str, Path]:
 def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str | Path | None = None) -> None:
     """Write a prior as one safetensors file: the heads, and what is needed to use them again.
 
-    `checkpoint`: where the backbone was loaded from (a path, or the name of a bundled one), for `load_prior`. A path
-    without a folder means that it lies beside the prior. None: where `load_backbone` has read it.
+    Args:
+        prior: from `fit` or `load_prior`.
+        path: the .safetensors file to write.
+        checkpoint: where the backbone is (a path, or the name of a bundled one), for `load_prior`. A path without a
+            folder means that it lies beside the prior. None: where `load_backbone` has read it.
+
+    Raises:
+        ConfigurationError: for a prior that `load_prior` could not read: its backbone is in no file, or its energy is
+            of a class that is not registered.
+        OutputError: where the file cannot be written.
+
+    >>> save_prior(prior, "prior.safetensors")
+    >>> load_prior("prior.safetensors").sampler == prior.sampler
+    True
     """
     _require_place("path", path)
     if not isinstance(prior, EBMPrior):
@@ -201,29 +235,29 @@ def load_prior(
 ) -> EBMPrior:
     """A prior with its backbone: the given one, or the one at `checkpoint`, or the one that the file remembers.
 
-    `path`: the file, or the folder of a run or export that it is in. Raises CheckpointError for a damaged file,
-    BackboneMismatchError if the backbone's weights are not those that the prior was trained on; `force` allows other
-    weights (not other latent groups).
+    Args:
+        path: the file, or the folder of a run or of an export that it is in.
+        backbone: the backbone, where it is loaded already.
+        checkpoint: where the backbone is, if it has moved.
+        force: allow a backbone with other weights (not with other latent groups).
+        device: of the backbone, where it is loaded here; dtype: as `load_backbone` has it.
+
+    Raises:
+        CheckpointError: for a damaged file, or a backbone that is not there.
+        BackboneMismatchError: where the backbone's weights are not those that the prior was trained on.
+
+    >>> prior.save("prior.safetensors")
+    >>> again = load_prior("prior.safetensors", backbone)
+    >>> torch.equal(again.sample(2).images, prior.sample(2).images)
+    True
     """
     path = prior_file(path)
     tensors, record = _read_prior(path)
     trained_on, tau, regime, target = (record[key] for key in ("backbone", "tau", "regime", "target"))
     ceiling = math.inf if record.get("ceiling") is None else record["ceiling"]  # older files have none
-    try:
-        config, sampler = EnergyConfig(**record["energy"]), SamplerConfig(**record["sampler"])
-        if not (
-            math.isfinite(tau) and ceiling > -math.inf and regime in get_args(Regime) and target in get_args(Target)
-        ):
-            raise ValueError(f"tau {tau}, ceiling {ceiling}, regime {regime!r}, target {target!r}")
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
+    config, sampler = _settings_of(path, record, ceiling)
     if backbone is None:
-        where = str(checkpoint) if checkpoint else _backbone_path(path, str(trained_on["checkpoint"]))
-        if where not in bundled() and not os.path.exists(where):
-            raise CheckpointError(
-                f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
-            )
-        backbone = load_backbone(trained_on["adapter"], where, device=device, dtype=dtype)
+        backbone = _backbone_of(path, trained_on, checkpoint, Passes(usable_device(device), dtype))
     if _groups(backbone) != trained_on["groups"]:
         raise BackboneMismatchError(
             f"{path} is for a backbone with the latent groups {trained_on['groups']}, found {_groups(backbone)}"
@@ -250,6 +284,28 @@ def load_prior(
         sampler=sampler,
         record=record["record"],
     )
+
+
+def _settings_of(path: Path, record: Mapping[str, Any], ceiling: float) -> tuple[EnergyConfig, SamplerConfig]:
+    tau, regime, target = (record[key] for key in ("tau", "regime", "target"))
+    try:
+        if not (
+            math.isfinite(tau) and ceiling > -math.inf and regime in get_args(Regime) and target in get_args(Target)
+        ):
+            raise ValueError(f"tau {tau}, ceiling {ceiling}, regime {regime!r}, target {target!r}")
+        return EnergyConfig(**record["energy"]), SamplerConfig(**record["sampler"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
+
+
+def _backbone_of(path: Path, trained_on: Mapping[str, Any], given: str | Path | None, passes: Passes) -> Backbone:
+    """The backbone of the prior at `path`, which says what it was `trained_on`: at `given`, or where the file says."""
+    where = str(given) if given else _backbone_path(path, str(trained_on["checkpoint"]))
+    if where not in bundled() and not os.path.exists(where):
+        raise CheckpointError(
+            f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
+        )
+    return load_backbone(trained_on["adapter"], where, device=passes.device, dtype=passes.dtype)
 
 
 def prior_file(path: str | Path) -> Path:

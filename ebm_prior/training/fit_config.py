@@ -16,7 +16,15 @@ from ebm_prior.training.stages import StageConfig
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a fit. The defaults are what measured best (README: Why these defaults)."""
+    """Settings of a fit. The defaults are what measured best (README: Why these defaults).
+
+    Numbers are of gradient steps, images, or draws; gains in nats. Raises ConfigurationError for values that make no
+    sense, or of another kind. The published settings are `ebm_prior.training.fit_config.paper_preset()`.
+
+    >>> config = FitConfig(iterations=500, seed=1)
+    >>> config.objective, config.energy.channels
+    ('nce', 48)
+    """
 
     objective: Literal["nce", "mle"] = setting("nce", "how the heads are trained")
     iterations: int = setting(2_400, "gradient steps")

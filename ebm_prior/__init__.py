@@ -15,23 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ebm_prior.data.images import from_dataset, open_images
-    from ebm_prior.errors import EbmPriorError
-    from ebm_prior.evaluation.evaluate import evaluate
-    from ebm_prior.model.backbone import (
-        Backbone,
-        Gaussian,
-        ImageDistribution,
-        LatentGroup,
-        Posterior,
-        PosteriorDraw,
-    )
-    from ebm_prior.model.prior import EBMPrior
-    from ebm_prior.model.samplers import SamplerConfig
-    from ebm_prior.storage.checkpoint import load_backbone, load_prior, save_backbone, save_prior
-    from ebm_prior.testing import check_backbone
-    from ebm_prior.training.fit import fit
-    from ebm_prior.training.fit_config import FitConfig
+    from ebm_prior.api import evaluate as evaluate
+    from ebm_prior.api import fit as fit
+    from ebm_prior.data.images import from_dataset as from_dataset
+    from ebm_prior.data.images import open_images as open_images
+    from ebm_prior.errors import EbmPriorError as EbmPriorError
+    from ebm_prior.model.backbone import Backbone as Backbone
+    from ebm_prior.model.backbone import Gaussian as Gaussian
+    from ebm_prior.model.backbone import ImageDistribution as ImageDistribution
+    from ebm_prior.model.backbone import LatentGroup as LatentGroup
+    from ebm_prior.model.backbone import Posterior as Posterior
+    from ebm_prior.model.backbone import PosteriorDraw as PosteriorDraw
+    from ebm_prior.model.prior import EBMPrior as EBMPrior
+    from ebm_prior.model.samplers import SamplerConfig as SamplerConfig
+    from ebm_prior.storage.checkpoint import load_backbone as load_backbone
+    from ebm_prior.storage.checkpoint import load_prior as load_prior
+    from ebm_prior.storage.checkpoint import save_backbone as save_backbone
+    from ebm_prior.storage.checkpoint import save_prior as save_prior
+    from ebm_prior.testing import check_backbone as check_backbone
+    from ebm_prior.training.fit_config import FitConfig as FitConfig
 
 # In a source checkout `backbones/` and `checkpoints/` lie beside this package (setup.cfg installs them inside it).
 if (Path(__file__).parent.parent / "setup.cfg").exists():
@@ -40,10 +42,12 @@ if (Path(__file__).parent.parent / "setup.cfg").exists():
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when they are first used, so that `import ebm_prior` stays light.
+# There is no __all__, for with it help(ebm_prior) would be 2,000 lines: all classes with all that torch gives them.
+# EBMPrior is taken from where its save and load are set.
 _PLACES = {
-    "fit": "training.fit",
+    "fit": "api",
     "FitConfig": "training.fit_config",
-    "EBMPrior": "model.prior",
+    "EBMPrior": "storage.checkpoint",
     "SamplerConfig": "model.samplers",
     "load_backbone": "storage.checkpoint",
     "save_backbone": "storage.checkpoint",
@@ -51,7 +55,7 @@ _PLACES = {
     "save_prior": "storage.checkpoint",
     "open_images": "data.images",
     "from_dataset": "data.images",
-    "evaluate": "evaluation.evaluate",
+    "evaluate": "api",
     "check_backbone": "testing",
     "EbmPriorError": "errors",
     "Backbone": "model.backbone",
@@ -62,28 +66,6 @@ _PLACES = {
     "PosteriorDraw": "model.backbone",
 }
 
-__all__ = [
-    "Backbone",
-    "EBMPrior",
-    "EbmPriorError",
-    "FitConfig",
-    "Gaussian",
-    "ImageDistribution",
-    "LatentGroup",
-    "Posterior",
-    "PosteriorDraw",
-    "SamplerConfig",
-    "check_backbone",
-    "evaluate",
-    "fit",
-    "from_dataset",
-    "load_backbone",
-    "load_prior",
-    "open_images",
-    "save_backbone",
-    "save_prior",
-]
-
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
@@ -92,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PLACES})

@@ -6,7 +6,14 @@ from collections.abc import Iterable
 
 
 class EbmPriorError(Exception):
-    """Base of every error that ebm-prior raises on purpose; the command line turns it into exit code 1."""
+    """Base of every error that ebm-prior raises on purpose; the command line turns it into exit code 1.
+
+    >>> try:
+    ...     fit(backbone, None)
+    ... except EbmPriorError as error:
+    ...     print(type(error).__name__)
+    DataError
+    """
 
 
 class ConfigurationError(EbmPriorError, ValueError):

@@ -83,6 +83,24 @@ def read_parts(file: Path | None, **kinds: type[Any]) -> dict[str, dict[str, Any
     return parts
 
 
+def configured(kind: type[Config], given: Config | Mapping[str, Any] | None) -> Config:
+    """Settings as callers write them: an instance of `kind`, a dictionary of what differs from its defaults, or None.
+
+    A dictionary may be nested or flat, {"energy": {"channels": 64}} or {"energy_channels": 64}. Raises
+    ConfigurationError for unknown names and for values of the wrong kind.
+    """
+    if given is None:
+        return kind()
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        found = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise ConfigurationError(
+            f"expected the settings as {kind.__name__}(…) or as a dictionary, found {found}; None takes the defaults"
+        )
+    return _replaced(kind(), _by_dataclass(kind, {str(name): value for name, value in given.items()}))  # type: ignore[no-any-return]
+
+
 def settings(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every setting of a configuration, nested ones too, by the name of its option: {"energy_channels": 64}."""
     flat: dict[str, Any] = {}
@@ -215,10 +233,10 @@ def require_seed(config: Any) -> None:
         raise ConfigurationError(f"seed must not be negative, found {config.seed}")
 
 
-def require_choices(config: Any) -> None:
-    """Raise ConfigurationError where a Literal field of a configuration dataclass has another value."""
+def require_kinds(config: Any) -> None:
+    """Raise ConfigurationError where a field of a configuration dataclass has a value of another kind: "64" for 64."""
     hints = get_type_hints(type(config))
     for name in (entry.name for entry in fields(config)):
-        value, allowed = getattr(config, name), get_args(hints[name])
-        if get_origin(hints[name]) is Literal and value not in allowed:
-            raise ConfigurationError(f"{name} must be {' or '.join(allowed)}, found {value!r}")
+        value, hint = getattr(config, name), _not_none(hints[name])
+        if not (_fits(value, hint) or (value is None and hint is not hints[name])):
+            raise ConfigurationError(f"{name} must be {_described(hint)}, found {value!r}")

@@ -19,7 +19,7 @@ BACKBONES = ROOT / "backbones"
 # Folders and modules of ebm_prior/: each imports from itself and from those before it. A new file needs no edit here.
 ROOMS = (
     *("errors", "plain", "settings", "interfaces", "compute", "model", "training", "storage"),
-    *("data", "pictures", "evaluation", "runs", "reports", "experiments", "cli"),
+    *("data", "pictures", "evaluation", "runs", "reports", "experiments", "api", "cli"),
 )
 # The contract kit ships with the library and is a guest of its lower floors; nothing of the library needs it.
 KIT = "testing"
@@ -35,8 +35,8 @@ MAY_KNOW = {
 """Of the library, what a backbone may import: the contract and how it is kept, and no energies."""
 MATHEMATICS = ("compute", "model", "training")
 FILES = {"pathlib", "os", "io", "shutil", "tempfile", "sys", "json"}
-OF_FILES = {"backbone": {"pathlib"}, "parallel": {"io"}, "memory": {"os", "pathlib"}}
-"""What the mathematics knows of files: a signature, bytes to send, and where Linux says how much memory is free."""
+OF_FILES = {"backbone": {"pathlib"}, "prior": {"pathlib"}, "parallel": {"io"}, "memory": {"os", "pathlib"}}
+"""What the mathematics knows of files: signatures, bytes to send, and where Linux says how much memory is free."""
 
 
 def modules(folder: Path) -> list[Path]:

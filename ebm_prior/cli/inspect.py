@@ -1,4 +1,4 @@
-"""The commands that look at runs, priors and backbones: report, doctor, info, convert, demo, backbones."""
+"""The commands that look at runs, priors and backbones: report, doctor, info, convert, export, demo, backbones."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ebm_prior.runs import describe
 from ebm_prior.runs.backbones import load_with_options, own_data, own_record, parsed_options, source_record
 from ebm_prior.runs.data import of_backbone
 from ebm_prior.runs.demo import demo_config, require_demo_folder, run_demo
+from ebm_prior.runs.export import export_prior
 from ebm_prior.settings import resolve
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import write_atomically
@@ -146,6 +147,28 @@ def convert(
         record["set"] = {**(earlier if isinstance(earlier, dict) else {}), **options}
     save_backbone(backbone, out, dtype=getattr(torch, precision), record=record)
     click.echo(f"wrote {out} ({out.stat().st_size / 1e6:.2f} MB)")
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, required=True, help="a folder to make, or a .zip with the same files")
+@click.option("--with-backbone", is_flag=True, help="add the backbone, so that nothing else is needed")
+@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved (with --with-backbone)")
+@click.option("--licence", "--license", "licence", help="the licence of these files, for the card: mit, cc-by-4.0, …")
+@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+def export(
+    run: Path, out: Path, with_backbone: bool, checkpoint: str | None, licence: str | None, overwrite: bool
+) -> None:
+    """Write a prior for somebody else: the prior, a card that says what it is, and on request its backbone.
+
+    RUN is the folder of a fit, or a prior file. The folder can be moved, and pushed to a model hub as it is.
+    """
+    if checkpoint is not None and not with_backbone:
+        raise click.UsageError("--ckpt says where the backbone is that --with-backbone adds: give both")
+    written = export_prior(
+        run, out, with_backbone=with_backbone, checkpoint=checkpoint, licence=licence, overwrite=overwrite
+    )
+    click.echo(f"wrote {out}: {', '.join(written)}")
 
 
 @click.command()

@@ -21,6 +21,7 @@ SECTIONS = {
         "sample": Entry("use:sample", "Draw images from a prior."),
         "eval": Entry("use:evaluate", "Measure priors against held-out images."),
         "report": Entry("inspect:report", "Make one HTML page of a fit."),
+        "export": Entry("inspect:export", "Write a prior with a card, for a friend or a model hub."),
         "doctor": Entry("inspect:doctor", "Find out whether a VAE has a prior hole that an energy can fill."),
         "info": Entry("inspect:info", "Describe a prior file or a backbone."),
         "backbones": Entry("inspect:backbones", "List adapters, bundled backbones and bundled priors."),

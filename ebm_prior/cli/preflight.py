@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_prior.compute.memory import free_bytes, peak_bytes
 from ebm_prior.compute.randomness import BLOCK, derived_generator
 from ebm_prior.errors import MemoryLimitError
 from ebm_prior.model.backbone import Backbone
-from ebm_prior.model.energy import JointEnergy
+from ebm_prior.model.own_energy import energy_of
 from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig, start
@@ -55,12 +55,12 @@ def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig, pas
     return Need(draws + at_work, f"{n} draws, {chains} at a time", _one_of(*smaller, *_cells(prior.backbone)))
 
 
-def for_fit(backbone: Backbone, config: FitConfig, passes: Passes = PLAIN) -> Need:
+def for_fit(backbone: Backbone, config: FitConfig, passes: Passes = PLAIN, own: nn.Module | None = None) -> Need:
     """Memory for an iteration of a fit: its chains, or the gradient of the heads, whichever takes more.
 
-    `passes`: how the backbone is going to be computed.
+    `passes`: how the backbone is going to be computed. `own`: an energy of one's own in the place of the heads.
     """
-    heads = JointEnergy(backbone.groups, config.energy)
+    heads = energy_of(backbone.groups, config.energy, own)
     prior = _measured(EBMPrior(backbone, heads, regime=config.regime, target=config.target), passes)
     rows = config.batch_size // config.parts
     smaller = (f"--parts above {config.parts}", f"--batch-size below {config.batch_size}")

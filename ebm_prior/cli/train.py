@@ -40,7 +40,7 @@ from ebm_prior.evaluation.classifier import ClassifierConfig, save_classifier, t
 from ebm_prior.model.passes import Passes
 from ebm_prior.reports import summaries
 from ebm_prior.runs.backbones import new_backbone, new_network, own_data
-from ebm_prior.runs.fit import fit_into
+from ebm_prior.runs.fit import fit_into, named_energy
 from ebm_prior.runs.pretrain import pretrain_into
 from ebm_prior.runs.train import train_into
 from ebm_prior.runs.watch import Watch
@@ -57,6 +57,7 @@ SUITED = {
     for entry in fields(ClassifierConfig)
     if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
 }
+HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers", "joint", "activation", "dropout"))
 
 
 @click.command(
@@ -87,6 +88,7 @@ SUITED = {
     "backbone is kept beside the prior",
 )
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help="base settings")
+@click.option("--energy", help="an energy of your own in the place of the heads, by its name among ebm_prior.energies")
 @config_options(
     FitConfig,
     wording={"chain_": "mle: {help}  [default: {default}]", "sampler_": "{help}  [default: as the preset has it]"},
@@ -109,6 +111,7 @@ def fit(
     config_file: Path | None,
     bn_readjust: bool,
     preset: str,
+    energy: str | None,
     seed: int | None,
     passes: Passes,
     watch: Watch,
@@ -127,6 +130,7 @@ def fit(
     refuse_unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
     staged = config.ratios == "staged" or config.may_stage
     refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
+    refuse_unused(given, HEADS, energy is None, "--energy is an energy of its own, without heads")
     if bn_readjust and passes.dtype == torch.bfloat16:
         raise click.UsageError("batch norms are re-adjusted in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
@@ -136,7 +140,8 @@ def fit(
     images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
     if dry_run:
         return dry.fit(backbone, images, config, passes, out, as_json)
-    preflight(for_fit(backbone, config, passes), passes.device)
+    own = None if energy is None else named_energy(energy, backbone, config.seed)
+    preflight(for_fit(backbone, config, passes, own), passes.device)
     directory = processes.of_first(lambda: run_directory(out, "fit", resume))
     with Bar("fit", config.iterations) as bar:
         result = fit_into(
@@ -146,6 +151,7 @@ def fit(
             config,
             checkpoint=checkpoint,
             bn_readjust=bn_readjust,
+            energy=energy,
             passes=passes,
             resume=resume,
             overwrite=overwrite,

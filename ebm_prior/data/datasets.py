@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ebm_prior.data.arrays import as_pixels, from_array, labels_of, loaded_bytes
 from ebm_prior.data.pictures import decode, read_pixels, scaled
 from ebm_prior.data.source import ImageSource, Shape
 from ebm_prior.errors import DataError
+from ebm_prior.model.arguments import described
 
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values")
 _LABEL_KEYS = ("label", "labels")
@@ -43,6 +45,9 @@ def from_dataset(
     it is needed; items must then be the same every time, and labels are those that the data set lists (`targets`,
     `labels`, or a column).  image_shape: (C, H, W) that the images must have.
     Raises DataError, naming the item, as `from_array` and `open_images` do; MemoryLimitError where memory is too small.
+
+    >>> from_dataset([(torch.zeros(1, 8, 8), 3), (torch.ones(1, 8, 8), 5)], name="two")
+    <ImageSource two: 2 images (1, 8, 8), labels>
     """
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise DataError(f"{name}: expected a Dataset with a length of 1 or more, found a {type(dataset).__name__}")
@@ -139,8 +144,25 @@ def _item(dataset: MapStyle, index: int, name: str) -> tuple[NDArray[Any], int |
         image = pixels if pixels.dtype == np.uint8 else scaled(pixels).numpy()
     elif isinstance(image, Tensor):
         image = (image.float() if image.is_floating_point() else image).detach().cpu()
-    number = np.asarray(label)
-    return np.asarray(image), int(number) if number.ndim == 0 and number.dtype.kind in "iu" else None
+    return _pixels(image, f"{name}[{index}]"), _number(label)
+
+
+def _pixels(image: Any, name: str) -> NDArray[Any]:
+    with contextlib.suppress(ValueError, TypeError):  # of nested lists of unequal lengths
+        array = np.asarray(image)
+        if array.ndim > 1 and array.dtype.kind in "buif":
+            return array
+    raise DataError(
+        f"{name}: expected an image, a picture of Pillow's or an array (C, H, W), (H, W, C) or (H, W); found "
+        f"{described(image)}; in a tuple, the image comes first"
+    )
+
+
+def _number(label: Any) -> int | None:
+    with contextlib.suppress(ValueError, TypeError):
+        number = np.asarray(label)
+        return int(number) if number.ndim == 0 and number.dtype.kind in "iu" else None
+    return None
 
 
 def _of_mapping(item: Mapping[Any, Any], name: str) -> tuple[Any, Any]:

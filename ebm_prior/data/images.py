@@ -74,6 +74,9 @@ def open_images(
     mode: "rgb" or "grey" converts the colours, for instance of a folder that has both kinds.
     Raises DataError, naming the file, where images are missing, unreadable, of mixed or wrong size, or not in [0, 1];
     MemoryLimitError where arrays do not fit in free memory; ConfigurationError for arguments that make no sense.
+
+    >>> open_images("fashion-mnist-subset", split="test")
+    <ImageSource fashion-mnist-subset/test: 2000 images (1, 28, 28), labels>
     """
     if split not in get_args(Split):
         raise ConfigurationError(f"split: expected 'train' or 'test', found {split!r}")

@@ -30,7 +30,7 @@ from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.plain import parse_json
-from ebm_prior.settings import require_choices, setting
+from ebm_prior.settings import require_kinds, setting
 from ebm_prior.storage.atomic import remove_leftovers, user_cache, write_atomically
 from ebm_prior.storage.records import fields, whole
 
@@ -51,7 +51,7 @@ class FidConfig:
     split: Literal["train", "test"] = setting("train", "split whose images, all of them, FID and KID compare with")
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        require_kinds(self)
         if self.samples < 2 * SPLITS:
             raise ConfigurationError(
                 f"FID: expected at least {2 * SPLITS} samples (the Inception Score splits them in {SPLITS}), found "

@@ -21,7 +21,7 @@ from ebm_prior.evaluation.metrics import auroc
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
-from ebm_prior.settings import require_positive, require_seed, setting
+from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
 from ebm_prior.training.objectives import nce_loss
 from ebm_prior.training.steps import batch_indices, update_average
 
@@ -53,6 +53,7 @@ class GaugeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require_positive(self, "iterations", "batch_size", "learning_rate", "evaluate_every", "patience")
         require_seed(self)
         if self.energy.conditional:

@@ -29,14 +29,22 @@ from ebm_prior.errors import CheckpointError, ConfigurationError, ContractError,
 
 
 class LatentGroup(NamedTuple):
-    """One latent group z_i: its name and the shape of one draw, (C, H, W) or (D,), without the batch axis."""
+    """One latent group z_i: its name and the shape of one draw, (C, H, W) or (D,), without the batch axis.
+
+    >>> LatentGroup("z2", (16,)).shape
+    (16,)
+    """
 
     name: str
     shape: tuple[int, ...]
 
 
 class Gaussian(NamedTuple):
-    """A diagonal Gaussian: `mean` and `std` broadcast to (B, *shape)."""
+    """A diagonal Gaussian, which an adapter's `top_down` gives to `draw`: `mean` and `std` broadcast to (B, *shape).
+
+    >>> Gaussian(torch.zeros(1, 2), torch.ones(1, 2)).log_prob(torch.zeros(3, 2)).shape  # nats
+    torch.Size([3])
+    """
 
     mean: Tensor
     std: Tensor
@@ -59,6 +67,10 @@ class PosteriorDraw:
     """The result of `encode`: a Draw of z_i ~ q(z_i | x, z_<i) that records log q_i (B,) as the groups are met.
 
     `conditional(i, prior, context)` returns z_i (B, *shape) and log q_i (B,).
+
+    >>> draw = PosteriorDraw(lambda i, prior, context: (prior.mean, prior.log_prob(prior.mean)))
+    >>> draw(0, Gaussian(torch.zeros(3, 2), torch.ones(3, 2)), None).shape, draw.log_q[0].shape
+    (torch.Size([3, 2]), torch.Size([3]))
     """
 
     z: list[Tensor] | None = None  # all latents, where the encoder has drawn them before the groups are met
@@ -81,7 +93,12 @@ class PosteriorDraw:
 
 
 class ImageDistribution(Protocol):
-    """p(x | z): what `Backbone.likelihood` returns."""
+    """p(x | z): what `Backbone.likelihood` returns.
+
+    >>> z = backbone.sample(2)
+    >>> backbone.decode(z).mean.shape  # in [0, 1]
+    torch.Size([2, 1, 8, 8])
+    """
 
     @property
     def mean(self) -> Tensor:
@@ -95,7 +112,12 @@ class ImageDistribution(Protocol):
 
 
 class Posterior(NamedTuple):
-    """One posterior draw for a batch of images, with its densities in nats."""
+    """One posterior draw z ~ q(z | x) for a batch of images, with its densities in nats.
+
+    >>> posterior = backbone.infer(images.batch([0, 1]))
+    >>> posterior.log_q.shape, [tuple(z.shape) for z in posterior.z]
+    (torch.Size([2, 3]), [(2, 4), (2, 2, 1, 1), (2, 3, 4, 4)])
+    """
 
     z: list[Tensor]
     eps: list[Tensor]
@@ -129,6 +151,10 @@ class Backbone(nn.Module, ABC):
     dict, is the own safetensors form of a backbone. An adapter sets `groups`, `image_shape` and `architecture` in its
     constructor. It does not detach, draws no noise of its own on the prior path, clamps nothing that the density
     does not clamp, and knows nothing of energies. `ebm_prior.testing.check_backbone` proves that it keeps to this.
+
+    >>> eps = backbone.standardize(backbone.sample(2))  # T_β⁻¹(z), a list of (B, *group.shape)
+    >>> backbone.reparameterize(eps)[0].shape  # T_β (Eqs. 28-29)
+    torch.Size([2, 4])
     """
 
     groups: tuple[LatentGroup, ...]
@@ -137,6 +163,7 @@ class Backbone(nn.Module, ABC):
     # Whether p(x | z) is over images of a fixed bit depth: ELBOs are then shown in bits per dimension, too.
     discretised: bool = False
     data_name: str | None = None  # the data set that an official file names as its training data
+    checkpoint: str | None = None  # where `load_backbone` has read it: an absolute path, or a bundled name
     official_format: ClassVar[str] = "this adapter reads no foreign checkpoint format"
     official_options: ClassVar[
         tuple[str, ...]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import LatentGroup
-from ebm_prior.settings import setting
+from ebm_prior.settings import require_kinds, setting
 
 WIDEST, DEEPEST = 2**20, 1_000  # channels or widths, and layers: more is a mistake, or a file that is none of ours
 LARGEST_BOUND = 1e9  # in units of posterior standard deviations
@@ -43,6 +43,7 @@ class EnergyConfig:
     bound: float = setting(0.0, "heads' inputs are squashed to ± this by tanh; 0: not squashed. Stages set their own")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if min(self.channels, self.hidden, self.vector_layers) < 1 or self.joint < 0 or not 0 <= self.dropout < 1:
             raise ConfigurationError(
                 f"expected positive channels, hidden, vector_layers; joint >= 0; dropout in [0, 1); found {self}"
@@ -58,13 +59,8 @@ class EnergyConfig:
             raise ConfigurationError(f"expected activation {' or '.join(ACTIVATIONS)}, found {self.activation!r}")
 
 
-class Head(nn.Module):
-    """One group's energy f_i: z_i (B, *shape) -> (B,), with the features that a joint head may pool.
-
-    Maps (C, H, W): N × [conv(4, stride 2, pad 1), activation] and N × [Linear, activation], N = log2(side/4), the
-    paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
-    convolution on maps smaller than 6. Vectors: `vector_layers` linear layers.
-    """
+class Input(nn.Module):
+    """One group's latents as an energy sees them: standardised, and squashed to ± `bound` where that is not 0."""
 
     shift: Tensor
     scale: Tensor
@@ -74,6 +70,24 @@ class Head(nn.Module):
         per_channel = (shape[0], *(1 for _ in shape[1:]))
         self.register_buffer("shift", torch.zeros(per_channel))
         self.register_buffer("scale", torch.ones(per_channel))
+        self.bound = config.bound
+
+    def standardized(self, z: Tensor) -> Tensor:
+        """z_i (B, *shape) in units of its posterior mean and standard deviation, of the same shape."""
+        x = (z - self.shift) / self.scale
+        return self.bound * torch.tanh(x / self.bound) if self.bound else x
+
+
+class Head(Input):
+    """One group's energy f_i: z_i (B, *shape) -> (B,), with the features that a joint head may pool.
+
+    Maps (C, H, W): N × [conv(4, stride 2, pad 1), activation] and N × [Linear, activation], N = log2(side/4), the
+    paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
+    convolution on maps smaller than 6. Vectors: `vector_layers` linear layers.
+    """
+
+    def __init__(self, shape: tuple[int, ...], config: EnergyConfig) -> None:
+        super().__init__(shape, config)
         activation = ACTIVATIONS[config.activation]
         layers: list[nn.Module] = []
         if len(shape) == 3:
@@ -91,12 +105,10 @@ class Head(nn.Module):
             features = config.hidden
         self.body = nn.Sequential(*layers)
         self.last = zero_linear(features)
-        self.bound = config.bound
 
     def features(self, z: Tensor) -> Tensor:
         """The last hidden layer, (B, hidden)."""
-        x = (z - self.shift) / self.scale
-        hidden: Tensor = self.body(self.bound * torch.tanh(x / self.bound) if self.bound else x)
+        hidden: Tensor = self.body(self.standardized(z))
         return hidden
 
     def forward(self, z: Tensor) -> Tensor:
@@ -116,6 +128,8 @@ class JointEnergy(nn.Module):
     the relations between groups that the backbone's conditionals miss.
     """
 
+    per_group = True  # whether `terms` has a summand for each group, which sees that group alone
+
     def __init__(self, groups: Sequence[LatentGroup], config: EnergyConfig) -> None:
         super().__init__()
         self.config = config
@@ -123,9 +137,7 @@ class JointEnergy(nn.Module):
         unfit = [name for name in self.names if "." in name or hasattr(nn.ModuleDict(), name)]
         if unfit:  # names are keys of the state dict, as they stand in the prior file
             raise ConfigurationError(f"latent groups cannot be named {unfit}: no dots, no names of torch's methods")
-        shapes = [group.shape for group in groups]
-        if config.conditional:  # twice the channels; not at the top, whose prior is constant: there ε repeats z
-            shapes[1:] = [(2 * channels, *sides) for channels, *sides in shapes[1:]]
+        shapes = shapes_seen(groups, config)
         self.heads = nn.ModuleDict({name: Head(shape, config) for name, shape in zip(self.names, shapes, strict=True)})
         self.joint = (
             nn.Sequential(
@@ -147,8 +159,9 @@ class JointEnergy(nn.Module):
 
     def terms(self, inputs: Sequence[Tensor]) -> Tensor:
         """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1)."""
-        features = [head.features(seen) for head, seen in zip(self._heads(), inputs, strict=True)]
-        columns = [head.energy(h) for head, h in zip(self._heads(), features, strict=True)]
+        heads = [head for head in self._heads() if isinstance(head, Head)]
+        features = [head.features(seen) for head, seen in zip(heads, inputs, strict=True)]
+        columns = [head.energy(h) for head, h in zip(heads, features, strict=True)]
         if self.joint is not None:
             columns.append(self.joint(torch.cat(features, dim=1)).squeeze(1))
         return torch.stack(columns, dim=1)
@@ -197,17 +210,26 @@ class JointEnergy(nn.Module):
     @torch.no_grad()
     def add(self, nats: float) -> None:
         """Add a constant to f, through the top head's bias: this changes the normaliser and nothing else."""
-        self._heads()[0].last.bias.add_(nats)
+        next(head.last.bias for head in self._heads() if isinstance(head, Head)).add_(nats)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply f by a factor, through the last layers, in which f is linear."""
-        last = [head.last for head in self._heads()] + ([] if self.joint is None else [self.joint[-1]])
+        last: list[nn.Module] = [head.last for head in self._heads() if isinstance(head, Head)]
+        last += [] if self.joint is None else [self.joint[-1]]
         for parameter in (parameter for layer in last for parameter in layer.parameters()):
             parameter.mul_(factor)
 
-    def _heads(self) -> list[Head]:
-        return [head for head in self.heads.values() if isinstance(head, Head)]
+    def _heads(self) -> list[Input]:
+        return [head for head in self.heads.values() if isinstance(head, Input)]
+
+
+def shapes_seen(groups: Sequence[LatentGroup], config: EnergyConfig) -> list[tuple[int, ...]]:
+    """The shapes of `JointEnergy.inputs`, without the batch axis."""
+    shapes = [tuple(group.shape) for group in groups]
+    if config.conditional:  # twice the channels; not at the top, whose prior is constant: there ε repeats z
+        shapes[1:] = [(2 * channels, *sides) for channels, *sides in shapes[1:]]
+    return shapes
 
 
 def zero_linear(features: int) -> nn.Linear:

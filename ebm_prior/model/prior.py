@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import BlockGenerator, chunks
 from ebm_prior.errors import ConfigurationError, RegimeError
 from ebm_prior.interfaces import SILENT, Progress
+from ebm_prior.model.arguments import (
+    described,
+    require_backbone,
+    require_count,
+    require_images,
+    require_latents,
+    usable_device,
+)
 from ebm_prior.model.backbone import Backbone, require_usable
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.samplers import SamplerConfig, draw, effective_sample_size, graphed
@@ -25,6 +34,7 @@ from ebm_prior.model.scores import Form, scores
 Regime = Literal["calibrated", "refiner"]
 Target = Literal["exact", "published"]
 Seen = TypeVar("Seen")
+Owned = TypeVar("Owned", bound="_Kept")
 TAU_LIMIT, CEILING_LIMIT = 1e3, 1e9  # nats, the latter: beyond them is no prior that training gives
 
 ANCESTRAL = SamplerConfig(proposals=1, steps=0)
@@ -42,13 +52,63 @@ class Samples(NamedTuple):
     ess_fraction: Tensor
 
 
-class EBMPrior:
-    """A trained (or, with f = 0, untrained) energy-based prior.
+class _Kept:
+    """A prior in its owner's hands: looked at, moved to a device, kept in a file."""
+
+    backbone: Backbone
+    energy: JointEnergy
+    tau: float
+    regime: Regime
+    record: dict[str, Any]
+
+    def to(self: Owned, device: torch.device | str) -> Owned:
+        """Move backbone and heads to a device, in place; returns the prior. Raises ConfigurationError.
+
+        The backbone that the prior was made with moves, too, where it is the same module.
+        """
+        place = usable_device(device)
+        self.backbone.to(place)
+        self.energy.to(place)
+        return self
+
+    if TYPE_CHECKING:  # files are `storage.checkpoint`'s, which sets both: they are its save_prior and load_prior
+
+        def save(self, path: str | Path, *, checkpoint: str | Path | None = None) -> None: ...
+
+        @staticmethod
+        def load(
+            path: str | Path,
+            backbone: Backbone | None = None,
+            *,
+            checkpoint: str | Path | None = None,
+            force: bool = False,
+            device: torch.device | str = "cpu",
+            dtype: torch.dtype = torch.float32,
+        ) -> EBMPrior: ...
+
+    def __repr__(self) -> str:
+        kind, groups = type(self.backbone).__name__, self.backbone.groups
+        few = ", ".join(f"{group.name} {tuple(group.shape)}" for group in groups[:8]) + ", …" * (len(groups) > 8)
+        nats = self.record.get("held_out", {}).get("tempered", {}).get("nats")
+        gain = "" if nats is None or self.regime != "calibrated" else f", gain {nats:+.3g} nats"
+        count = sum(parameter.numel() for parameter in self.energy.parameters())
+        return (
+            f"<EBMPrior {self.regime} on {kind}: {len(groups)} groups ({few}), {count:,} parameters, "
+            f"tau {self.tau:.3g}{gain}>"
+        )
+
+
+class EBMPrior(_Kept):
+    """A trained (or, with f = 0, untrained) energy-based prior p_α(z) ∝ exp(τ f(z)) p_β(z) (Eq. 6).
 
     `tau` multiplies f (tempering after training), and τ f is cut off at `ceiling`, in nats: at latents unlike any in
     training, f is no density ratio. `regime`: "calibrated" (f is a log density ratio: scores and
     log Z mean something) or "refiner" (short-run dynamics as published: samples only). `target`: "exact", the density
     of Appendix A.3, or "published", which differentiates log p_β(T(ε)) where that has log N(ε); for replication only.
+
+    >>> samples = prior.sample(4, seed=1)
+    >>> samples.images.shape, prior.f(samples.z).shape  # in [0, 1]; nats
+    (torch.Size([4, 1, 8, 8]), torch.Size([4]))
     """
 
     def __init__(
@@ -63,12 +123,13 @@ class EBMPrior:
         sampler: SamplerConfig | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
+        require_backbone(backbone)
         _require_ranges(tau, ceiling)
-        if target == "published" and regime == "calibrated":
-            raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
+        _require_consistent(energy, regime, target)
         like = next(backbone.parameters())
         require_usable(backbone)
         self.backbone = backbone.for_inference()
+        self.checkpoint = backbone.checkpoint  # where the backbone was loaded from, for `save`
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
         self.tau, self.ceiling = tau, ceiling
         self.regime = regime
@@ -82,8 +143,12 @@ class EBMPrior:
 
         eps: T_β⁻¹(z), of z's shapes, where the caller knows it; else it is computed if the heads see it.
         """
+        like, groups = next(self.backbone.parameters()), self.backbone.groups
+        require_latents("z", z, groups, like)
         if eps is None:
             eps = self.backbone.standardize(z) if self.energy.config.conditional else z
+        else:
+            require_latents("eps", eps, groups, like)
         value: Tensor = self.tau * self.energy(self.energy.inputs(z, eps))
         return value if self.ceiling == math.inf else value.clamp(max=self.ceiling)
 
@@ -97,12 +162,12 @@ class EBMPrior:
 
     def log_density(self, eps: Sequence[Tensor]) -> Tensor:
         """log p_α(ε) + log Z in nats, (B,): τ f(T_β(ε)) + log N(ε; 0, I)."""
-        self._require_calibrated("log_density")
+        _require_calibrated(self.regime, "log_density")
         return self.f(self.backbone.reparameterize(eps), eps) + _log_standard_normal(eps)
 
     def log_prior(self, z: Sequence[Tensor]) -> Tensor:
         """log p_α(z) + log Z in nats, (B,): τ f(z) + log p_β(z) (Eq. 6)."""
-        self._require_calibrated("log_prior")
+        _require_calibrated(self.regime, "log_prior")
         trace = self.backbone.given(z)
         return self.f(z, trace.eps) + trace.log_prior.sum(1)
 
@@ -112,7 +177,8 @@ class EBMPrior:
 
         Forward importance sampling underestimates log Z where the ESS is small.
         """
-        self._require_calibrated("log_normalizer")
+        _require_calibrated(self.regime, "log_normalizer")
+        n, seed = require_count("n", n, least=1), require_count("seed", seed)
         device = next(self.backbone.parameters()).device
         parts: list[Tensor] = []
         with torch.no_grad():
@@ -138,7 +204,8 @@ class EBMPrior:
         Draw i depends on (seed, i) alone, not on `chunk` (blocks of 64). The `processes` share the chunks. sampler:
         default, the one recorded with the prior. Raises DivergenceError when a chain leaves the finite numbers.
         """
-        sampler = sampler or self.sampler
+        n, seed, chunk = require_count("n", n), require_count("seed", seed), require_count("chunk", chunk, least=1)
+        sampler = _chosen(sampler, self.sampler)
         device = next(self.backbone.parameters()).device
         potential = graphed(self.potential, device)
 
@@ -167,7 +234,8 @@ class EBMPrior:
     ) -> Samples:
         """n draws of p_α by `sampler` (default: the one recorded with the prior); image i depends on (seed, i) alone.
 
-        progress: advances by the draws. Raises DivergenceError when a chain leaves the finite numbers.
+        progress: advances by the draws. n = 0 gives empty tensors. Raises ConfigurationError for numbers that make no
+        sense, DivergenceError when a chain leaves the finite numbers.
         """
         done = 0
 
@@ -179,6 +247,12 @@ class EBMPrior:
             return part
 
         parts = self.map_chunks(see, n, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
+        if not parts:  # n = 0
+            like = next(self.backbone.parameters())
+            nothing = [like.new_empty(0, *group.shape) for group in self.backbone.groups]
+            return Samples(
+                nothing, list(nothing), like.new_empty(0, *self.backbone.image_shape), *[like.new_empty(0)] * 3
+            )
         return Samples(
             [torch.cat(group) for group in zip(*(part.z for part in parts), strict=True)],
             [torch.cat(group) for group in zip(*(part.eps for part in parts), strict=True)],
@@ -189,7 +263,7 @@ class EBMPrior:
     def scores(
         self,
         images: Tensor,
-        forms: Iterable[Form],
+        forms: Form | Iterable[Form],
         *,
         draws: int = 8,
         sampler: SamplerConfig | None = None,
@@ -203,9 +277,12 @@ class EBMPrior:
         (seed, first + i) alone, `first` being a multiple of 64; not on `chunk`. Raises RegimeError for a refiner unless
         all forms are without f, and as `model.scores.scores` does.
         """
-        forms = list(forms)
+        forms = _list_of_forms(forms)
+        require_images(images, self.backbone.image_shape)
+        draws, seed = require_count("draws", draws, least=1), require_count("seed", seed)
+        chunk, sampler = require_count("chunk", chunk, least=1), _chosen(sampler, self.sampler)
         if any(form.energy for form in forms):
-            self._require_calibrated("a score")
+            _require_calibrated(self.regime, "a score")
         parts = [
             scores(
                 self.backbone,
@@ -213,21 +290,55 @@ class EBMPrior:
                 images[start : start + count],
                 forms,
                 draws=draws,
-                sampler=sampler or self.sampler,
+                sampler=sampler,
                 seed=seed,
                 first=first + start,
             )
             for start, count in chunks(len(images), chunk)
         ]
+        if not parts:  # no images
+            return {form: images.new_empty(0) for form in forms}
         return {form: torch.cat([part[form] for part in parts]) for form in forms}
 
-    def _require_calibrated(self, what: str) -> None:
-        if self.regime != "calibrated":
-            raise RegimeError(
-                f"{what} needs a calibrated prior, found a refiner: its f is shaped by short-run dynamics and is no "
-                "log density ratio. Fit with --objective nce, or use "
-                "this prior for samples only"
-            )
+
+def _require_consistent(energy: object, regime: Regime, target: Target) -> None:
+    if not isinstance(energy, nn.Module) or not hasattr(energy, "inputs"):
+        raise ConfigurationError(
+            f"energy: expected a JointEnergy, found {described(energy)}: fit(…, energy=module) takes your own"
+        )
+    if target == "published" and regime == "calibrated":
+        raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
+
+
+def _require_calibrated(regime: Regime, what: str) -> None:
+    if regime != "calibrated":
+        raise RegimeError(
+            f"{what} needs a calibrated prior, found a refiner: its f is shaped by short-run dynamics and is no "
+            "log density ratio. Fit with --objective nce, or use "
+            "this prior for samples only"
+        )
+
+
+def _chosen(sampler: SamplerConfig | None, recorded: SamplerConfig) -> SamplerConfig:
+    """The sampler that is asked for, or the recorded one."""
+    if not isinstance(sampler, (SamplerConfig, type(None))):
+        raise ConfigurationError(
+            f"sampler: expected a SamplerConfig, found {described(sampler)}: dataclasses.replace(prior.sampler, "
+            "steps=100) changes the recorded one"
+        )
+    return sampler or recorded
+
+
+def _list_of_forms(forms: object) -> list[Form]:
+    listed = isinstance(forms, Iterable) and not isinstance(forms, Form)
+    given: list[Any] = list(forms) if listed else [forms]  # type: ignore[call-overload]
+    strange = [form for form in given if not isinstance(form, Form)]
+    if strange:
+        raise ConfigurationError(
+            f"forms: expected forms of scores, as [Form(k=1, ratio=True)] from ebm_prior.model.scores, found "
+            f"{described(strange[0])}"
+        )
+    return given
 
 
 def _require_ranges(tau: float, ceiling: float) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ebm_prior.compute.cuda_graphs import Graphs
 from ebm_prior.compute.randomness import Generator, standard_normal, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.settings import setting
+from ebm_prior.settings import require_kinds, setting
 
 MOST_STEPS, MOST_PROPOSALS, MOST_LEAPFROGS = 100_000, 100_000, 1_000  # more is a mistake: it would not end
 JITTER = 0.3  # largest relative change of a trajectory's step size
@@ -52,7 +52,15 @@ Kernel = Callable[[ChainState, Potential, Tensor, Generator], tuple[ChainState, 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """A sampler: importance resampling among `proposals` draws, then `steps` of a kernel; either may be nothing."""
+    """A sampler: importance resampling among `proposals` draws, then `steps` of a kernel; either may be nothing.
+
+    The kernels are Langevin (Eq. 12), whose s is `step_size`, and pCN-Langevin, which is exact. Raises
+    ConfigurationError for values that make no sense, or of another kind.
+
+    >>> longer = SamplerConfig(proposals=4, steps=10)
+    >>> prior.sample(2, sampler=longer).acceptance.shape
+    torch.Size([2])
+    """
 
     proposals: int = setting(32, "ancestral draws of which one is kept, by its weight exp f (1: a plain draw)")
     kernel: Literal["langevin", "pcn-langevin"] = setting("pcn-langevin", "Markov kernel")
@@ -63,6 +71,7 @@ class SamplerConfig:
     temperature: float = setting(1.0, "factor on Langevin's noise")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if self.proposals < 1 or self.steps < 0 or not 0 <= self.adapt_steps <= self.steps:
             raise ConfigurationError(f"expected proposals >= 1, 0 <= adapt_steps <= steps, found {self}")
         if self.proposals > MOST_PROPOSALS or self.steps > MOST_STEPS or self.leapfrogs > MOST_LEAPFROGS:

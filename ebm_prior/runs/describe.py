@@ -7,31 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ebm_prior.errors import UnknownBackboneError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
-from ebm_prior.storage.checkpoint import PRIOR_KEY, backbone_record, bundled, bundled_priors, prior_record
+from ebm_prior.storage.checkpoint import PRIOR_KEY, backbone_record, bundled, bundled_priors, prior_file, prior_record
 from ebm_prior.storage.registry import adapter, registered
 from ebm_prior.storage.weights import count_parameters, fingerprint, read_tensors
 from ebm_prior.training.fit_config import FitConfig, paper_preset
 
 
-def parameters(backbone: Backbone, energy: EnergyConfig) -> dict[str, float]:
-    """Parameter counts of a backbone and of heads with this configuration on it, and their ratio (Table 9)."""
+def parameters(backbone: Backbone, energy: EnergyConfig, own: nn.Module | None = None) -> dict[str, float]:
+    """Parameter counts of a backbone and of heads with this configuration on it, and their ratio (Table 9).
+
+    own: an energy of one's own in the place of the heads.
+    """
     with torch.device("meta"):  # counted, not made
-        heads = count_parameters(JointEnergy(backbone.groups, energy))
+        heads = count_parameters(JointEnergy(backbone.groups, energy) if own is None else own)
     count = count_parameters(backbone)
     return {"backbone": count, "heads": heads, "ratio": heads / count}
 
 
 def head_parameters(path: Path) -> dict[str, int]:
     """Parameters per head of a prior file (the standardisation constants are not counted)."""
-    tensors = read_tensors(path, PRIOR_KEY, "an ebm-prior file")[0]
+    tensors = read_tensors(prior_file(path), PRIOR_KEY, "an ebm-prior file")[0]
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
-        head = name.split(".")[1] if name.startswith("heads.") else "joint"
-        if not name.endswith((".shift", ".scale")):
+        head = (
+            name.split(".")[1] if name.startswith("heads.") else name.split(".")[0]
+        )  # joint, or a module of one's own
+        if not name.endswith((".shift", ".scale")) and name not in ("factor", "offset"):
             counts[head] = counts.get(head, 0) + tensor.numel()
     return counts
 

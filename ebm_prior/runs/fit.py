@@ -9,7 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ebm_prior.compute.parallel import ALONE, Processes
+from ebm_prior.compute.randomness import Purpose, seeded
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import OutputError
 from ebm_prior.interfaces import SILENT, Progress
@@ -26,6 +30,7 @@ from ebm_prior.runs.samples import write_comparison
 from ebm_prior.runs.training import pictures, timed
 from ebm_prior.runs.watch import UNWATCHED, Watch
 from ebm_prior.storage.checkpoint import bundled, save_prior
+from ebm_prior.storage.registry import energy_named
 from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
@@ -39,6 +44,7 @@ def fit_into(
     *,
     checkpoint: str,
     bn_readjust: bool = False,
+    energy: str | None = None,
     passes: Passes = PLAIN,
     resume: bool = False,
     overwrite: bool = False,
@@ -49,13 +55,15 @@ def fit_into(
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
 
     `bn_readjust`: first re-adjust the batch norms of `backbone`, which is then another one: it is written to
-    backbone.safetensors, and this is the backbone of the prior. `passes`: how its cells are computed. Where
-    training diverges for good, the best prior so far is written before DivergenceError goes on. The first of the
-    `processes` writes and tells `progress`, and none of the others.
+    backbone.safetensors, and this is the backbone of the prior. `energy`: the name of one to fit in place of the heads.
+    `passes`: how cells are computed. Where training diverges for good, the best prior so far is written before
+    DivergenceError goes on. The first of the `processes` writes and tells `progress`, and none of the others.
     """
     watch.require()
     settings = _bn_settings(config.seed) if bn_readjust else None
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
+    inputs |= {"energy": energy} if energy else {}
+    module = None if energy is None else named_energy(energy, backbone, config.seed)
     path, own = directory / "prior.safetensors", directory / "backbone.safetensors"
     where = checkpoint if checkpoint in bundled() else str(Path(checkpoint).resolve())
     if settings is not None:
@@ -72,9 +80,6 @@ def fit_into(
         where = own.name  # beside the prior: wherever the run is, equal runs give equal bytes
     backbone = passes.apply(backbone)
 
-    def draw(shown: Mapping[str, Any], picture: Path) -> None:
-        save_png(grid(shown["prior"].sample(32, seed=config.seed).images, columns=8), picture)
-
     def keep(prior: EBMPrior, _: str | None) -> None:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
         if settings is not None:
@@ -83,14 +88,27 @@ def fit_into(
             save_prior(prior, path, checkpoint=where)
 
     board = watch.board(run) if processes.first else None
-    show = pictures(directory, draw, progress, every=(1 if watch.preview else 5) * config.evaluate_every, board=board)
+    every = (1 if watch.preview else 5) * config.evaluate_every
+    show = pictures(directory, partial(_draw, config.seed), progress, every=every, board=board)
     told: dict[str, Any] = {"run": board or run, "progress": progress, "on_evaluate": show} if processes.first else {}
-    prior, seconds = timed(lambda: fit(backbone, images, config, **told, processes=processes), keep, path)
+    begin = partial(fit, backbone, images, config, energy=module, **told, processes=processes)
+    prior, seconds = timed(begin, keep, path)
     before_after = directory / "before-after.png"
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed, progress=progress)
     files = {"prior": str(path), "picture": str(before_after)}
-    return {**files, "parameters": parameters(backbone, config.energy), "cpu_seconds": seconds, **_summary(prior)}
+    counted = {"parameters": parameters(backbone, config.energy, module), "cpu_seconds": seconds}
+    return files | counted | _summary(prior)
+
+
+def named_energy(name: str, backbone: Backbone, seed: int) -> nn.Module:
+    """The energy that is registered as `name`, for this backbone; its weights depend on the seed alone."""
+    with seeded(torch.device("cpu"), seed, Purpose.HEADS):
+        return energy_named(name, backbone.groups, {})
+
+
+def _draw(seed: int, shown: Mapping[str, Any], picture: Path) -> None:
+    save_png(grid(shown["prior"].sample(32, seed=seed).images, columns=8), picture)
 
 
 def _bn_settings(seed: int) -> dict[str, Any]:

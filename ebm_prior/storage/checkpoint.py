@@ -16,12 +16,14 @@ from torch import Tensor, nn
 import ebm_prior
 from ebm_prior.compute.isolation import isolated, require_numbers, require_precision
 from ebm_prior.errors import BackboneMismatchError, CheckpointError, ConfigurationError, RegimeError, few, shown
+from ebm_prior.model.arguments import described, require_backbone, usable_device
 from ebm_prior.model.backbone import Backbone, LatentGroup, require_groups
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.settings import of_plain
+from ebm_prior.storage.own_energies import own_energy_record, stored_energy
 from ebm_prior.storage.records import BACKBONE_RECORD, PRIOR_RECORD, checked
 from ebm_prior.storage.registry import adapter, adapter_name
 from ebm_prior.storage.skeleton import build_described
@@ -51,11 +53,24 @@ def _require_format(path: Path, record: Mapping[str, Any]) -> None:
 def save_backbone(
     backbone: Backbone, path: str | Path, *, dtype: torch.dtype | None = None, record: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a backbone's own form: weights, architecture and adapter name, plus `record` (where it comes from).
+    """Write a backbone in our own form: weights, architecture and adapter name, plus `record` (where it comes from).
 
-    `dtype` (e.g. torch.float16) halves the file; the fingerprint is then that of the rounded weights. Raises
-    CheckpointError where weights are not finite in this precision.
+    Args:
+        backbone: of an adapter that is registered, or the file cannot be read before it is.
+        path: the .safetensors file to write.
+        dtype: of the weights in the file: torch.float16 halves it, and the fingerprint is that of the rounded weights.
+        record: plain values to keep with it.
+
+    Raises:
+        CheckpointError: where weights are not finite in this precision.
+        OutputError: where the file cannot be written.
+
+    >>> save_backbone(backbone, "mine.safetensors")
+    >>> load_backbone(None, "mine.safetensors").groups == backbone.groups
+    True
     """
+    require_backbone(backbone)
+    _require_place("path", path)
     state = {
         name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
         for name, t in backbone.state_dict().items()
@@ -83,17 +98,32 @@ def load_backbone(
 ) -> Backbone:
     """A pretrained backbone, frozen and in eval mode, from its official or own form.
 
-    `name`: the registered adapter; None takes the one that an own-form file names. `path`: the file or folder, or the
-    name of a bundled backbone (`bundled()` lists them). `dtype` torch.bfloat16: float32 with the cells in bfloat16.
-    `options`: what an official file leaves open, by the names in the adapter's `official_options`. Raises
-    UnknownBackboneError, CheckpointError, and ConfigurationError where there are no such cells or options, or for a
-    device or dtype in which nothing can be computed.
+    Args:
+        name: the registered adapter; None takes the one that an own-form file names.
+        path: the file or folder, or the name of a bundled backbone (`bundled()` lists them).
+        device: where its weights are.
+        dtype: of weights and computation; torch.bfloat16: float32 with the cells in bfloat16.
+        options: what an official file leaves open, by the names in the adapter's `official_options`.
+
+    Raises:
+        UnknownBackboneError: where no adapter has this name.
+        CheckpointError: for files that are missing, damaged, or of another kind.
+        ConfigurationError: for arguments that make no sense, and where there are no such cells.
+
+    >>> vae = load_backbone(None, "hvae_fashion_mnist")
+    >>> vae.image_shape, len(vae.groups)
+    ((1, 28, 28), 3)
     """
+    _require_place("path", path)
     half = dtype == torch.bfloat16
     require_numbers(device)
     require_precision(torch.float32 if half else dtype)
+    if not isinstance(name, (str, type(None))):
+        raise ConfigurationError(f"name: expected an adapter's name, or None for our own form; found {described(name)}")
     if name is not None:
         adapter(name)  # an unknown name is the error to report first
+    place = usable_device(device)
+    where = str(path) if str(path) in bundled() else os.path.abspath(path)
     path = bundled().get(str(path), Path(path))
     if not os.path.exists(path):  # Path's own raises where a name is too long for the system
         raise CheckpointError(
@@ -107,8 +137,10 @@ def load_backbone(
         backbone = _load_official(adapter(name), path, options or {})
         require_finite(backbone.state_dict(), path)
     require_groups(backbone)
-    passes = Passes(torch.device(device), dtype)
-    return passes.apply(passes.place(backbone).eval().requires_grad_(False))
+    passes = Passes(place, dtype)
+    backbone = passes.apply(passes.place(backbone).eval().requires_grad_(False))
+    backbone.checkpoint = where
+    return backbone
 
 
 def _load_official(kind: type[Backbone], path: Path, options: Mapping[str, Any]) -> Backbone:
@@ -160,30 +192,47 @@ def bundled_priors() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*_prior.safetensors"))}
 
 
-def prior_file(name: str | Path) -> Path:
-    """The file of a prior: the bundled one of that name, or else the path itself."""
-    return bundled_priors().get(str(name), Path(name))
-
-
 @isolated()
-def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str) -> None:
+def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str | Path | None = None) -> None:
     """Write a prior as one safetensors file: the heads, and what is needed to use them again.
 
-    `checkpoint`: where the backbone was loaded from (a path, or the name of a bundled one), for `load_prior`. A path
-    without a folder means that it lies beside the prior. Raises CheckpointError for a prior that `load_prior` would
-    refuse: nothing is then written.
+    Args:
+        prior: from `fit` or `load_prior`.
+        path: the .safetensors file to write.
+        checkpoint: where the backbone is (a path, or the name of a bundled one), for `load_prior`. A path without a
+            folder means that it lies beside the prior. None: where `load_backbone` has read it.
+
+    Raises:
+        ConfigurationError: for a prior that `load_prior` could not read: its backbone is in no file, or its energy is
+            of a class that is not registered.
+        CheckpointError: for another prior that `load_prior` would refuse: nothing is then written.
+        OutputError: where the file cannot be written.
+
+    >>> save_prior(prior, "prior.safetensors")
+    >>> load_prior("prior.safetensors").sampler == prior.sampler
+    True
     """
+    _require_place("path", path)
+    if not isinstance(prior, EBMPrior):
+        raise ConfigurationError(f"expected a prior to save, found {described(prior)}: fit makes one")
+    checkpoint = checkpoint or prior.checkpoint
+    if checkpoint is None:
+        raise ConfigurationError(
+            "expected a prior whose backbone was loaded from a file, found a backbone made in memory: write it with "
+            "save_backbone(prior.backbone, FILE), and say checkpoint=FILE here"
+        )
     record = {
         "format": 1,
         "library": ebm_prior.__version__,
         "backbone": {
             "adapter": adapter_name(prior.backbone),
-            "checkpoint": checkpoint,
+            "checkpoint": str(checkpoint),
             "fingerprint": fingerprint(prior.backbone),
             "groups": _groups(prior.backbone),
             "parameters": count_parameters(prior.backbone),
         },
         "energy": asdict(prior.energy.config),
+        **own_energy_record(prior.energy),
         "tau": prior.tau,
         "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
         "regime": prior.regime,
@@ -220,25 +269,28 @@ def load_prior(
 ) -> EBMPrior:
     """A prior with its backbone: the given one, or the one at `checkpoint`, or the one that the file remembers.
 
-    `path`: a file, or the name of a bundled prior (`ebm-prior backbones` lists them).
+    Args:
+        path: the file, the folder of a run or of an export that it is in, or the name of a bundled prior.
+        backbone: the backbone, where it is loaded already.
+        checkpoint: where the backbone is, if it has moved.
+        force: allow a backbone with other weights (not with other latent groups).
+        device: of the backbone, where it is loaded here; dtype: as `load_backbone` has it.
 
-    Raises CheckpointError for a damaged file, BackboneMismatchError if the backbone's weights are not those that the
-    prior was trained on; `force` allows other weights (not other latent groups).
+    Raises:
+        CheckpointError: for a damaged file, or a backbone that is not there.
+        BackboneMismatchError: where the backbone's weights are not those that the prior was trained on.
+
+    >>> prior.save("prior.safetensors")
+    >>> again = load_prior("prior.safetensors", backbone)
+    >>> torch.equal(again.sample(2).images, prior.sample(2).images)
+    True
     """
     path = prior_file(path)
     tensors, record = _read_prior(path)
     trained_on, ceiling = record["backbone"], record.get("ceiling")
-    config = of_plain(EnergyConfig, record["energy"])
-    groups = [LatentGroup(name, tuple(shape)) for name, shape in trained_on["groups"]]
-    _require_as_many(groups, config, len(tensors), path)
-    energy = build_strictly(lambda: JointEnergy(groups, config), tensors, path)
+    energy = _energy_of(path, tensors, record)
     if backbone is None:
-        where = str(checkpoint) if checkpoint else _backbone_path(path, str(trained_on["checkpoint"]))
-        if where not in bundled() and not os.path.exists(where):
-            raise CheckpointError(
-                f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
-            )
-        backbone = load_backbone(trained_on["adapter"], where, device=device, dtype=dtype)
+        backbone = _backbone_of(path, trained_on, checkpoint, Passes(usable_device(device), dtype))
     if _groups(backbone) != trained_on["groups"]:
         raise BackboneMismatchError(
             f"{path} is for a backbone with the latent groups {_listed(trained_on['groups'])}; found "
@@ -264,6 +316,47 @@ def load_prior(
         )
     except RegimeError as error:
         raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
+
+
+def _energy_of(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> JointEnergy:
+    """The energy that a prior file describes, with its weights; nothing is allocated before the names are compared."""
+    config = of_plain(EnergyConfig, record["energy"])
+    groups = [LatentGroup(name, tuple(shape)) for name, shape in record["backbone"]["groups"]]
+    own = record.get("own_energy")
+    if own is not None:
+        try:
+            energy = stored_energy(groups, config, own)
+        except (RuntimeError, ConfigurationError) as error:
+            raise CheckpointError(f"{path} has an energy that cannot be built: {error}") from error
+        _load_widened(energy, tensors, path)
+        return energy
+    _require_as_many(groups, config, len(tensors), path)
+    return build_strictly(lambda: JointEnergy(groups, config), tensors, path)
+
+
+def _backbone_of(path: Path, trained_on: Mapping[str, Any], given: str | Path | None, passes: Passes) -> Backbone:
+    """The backbone of the prior at `path`, which says what it was `trained_on`: at `given`, or where the file says."""
+    where = str(given) if given else _backbone_path(path, str(trained_on["checkpoint"]))
+    if where not in bundled() and not os.path.exists(where):
+        raise CheckpointError(
+            f"{path} was trained on the backbone at {where}, where there is nothing: say where it is now (--ckpt)"
+        )
+    return load_backbone(trained_on["adapter"], where, device=passes.device, dtype=passes.dtype)
+
+
+def prior_file(path: str | Path) -> Path:
+    """The file of a prior: the bundled one of that name, the path, or the file in the folder at the path."""
+    _require_place("path", path)
+    if str(path) in bundled_priors():
+        return bundled_priors()[str(path)]
+    inside = Path(path) / "prior.safetensors"
+    return inside if os.path.isfile(inside) else Path(path)
+
+
+def _require_place(name: str, path: object) -> None:
+    """Raise ConfigurationError unless this can be a path."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path).strip():
+        raise ConfigurationError(f"{name}: expected the path of a file, found {described(path)}")
 
 
 def _backbone_path(prior: Path, recorded: str) -> str:
@@ -294,9 +387,15 @@ def _require_as_many(groups: Sequence[LatentGroup], config: EnergyConfig, tensor
 
 
 def _groups(backbone: Backbone) -> list[list[Any]]:
+    require_backbone(backbone)
     return [[group.name, list(group.shape)] for group in backbone.groups]
 
 
 def _listed(groups: Any) -> str:
     """Some latent groups in words, as a record has them."""
     return few([f"{group}" for group in groups]) if isinstance(groups, list) else shown(groups)
+
+
+# The prior's own way to its files: the mathematics knows none, so the methods are set here.
+EBMPrior.save = save_prior  # type: ignore[method-assign,assignment]
+EBMPrior.load = staticmethod(load_prior)  # type: ignore[method-assign]

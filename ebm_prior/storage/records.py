@@ -201,7 +201,10 @@ PRIOR_RECORD = fields(
         "sampler": config(SamplerConfig),
         "record": fields({}),
     },
-    {"ceiling": number(-CEILING_LIMIT, CEILING_LIMIT, or_none=True)},  # not in files of before there was one
+    {
+        "ceiling": number(-CEILING_LIMIT, CEILING_LIMIT, or_none=True),  # not in files of before there was one
+        "own_energy": fields({"name": text(), "architecture": fields({})}),  # in files of an energy of one's own
+    },
 )
 """What a prior file says of itself; `record`, of its making, may be anything."""
 

@@ -1,20 +1,26 @@
-"""Adapters are found through the entry-point group `ebm_prior.backbones`; the built-in ones register like anybody's."""
+"""Adapters are found through the entry-point group `ebm_prior.backbones`; the built-in ones register like anybody's.
+
+Energies of one's own are found through `ebm_prior.energies`, under which nothing built-in is registered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
+from torch import nn
 
 from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import Purpose, seeded
 from ebm_prior.errors import ConfigurationError, UnknownBackboneError, shown
-from ebm_prior.model.backbone import Backbone, require_groups
+from ebm_prior.model.arguments import described
+from ebm_prior.model.backbone import Backbone, LatentGroup, require_groups
 
 GROUP = "ebm_prior.backbones"
+ENERGIES = "ebm_prior.energies"
 
 
 def registered() -> dict[str, EntryPoint]:
@@ -33,7 +39,7 @@ def adapter(name: str) -> type[Backbone]:
         return _load(points[name])
     for point in points.values() if ":" in name else ():
         with suppress(UnknownBackboneError):
-            if _qualified_name(kind := _load(point)) == name:
+            if _qualified(kind := _load(point)) == name:
                 return kind
     raise UnknownBackboneError(
         f"no backbone adapter is registered as {name!r}; found: {', '.join(points) or 'none'}. Install the package "
@@ -49,7 +55,7 @@ def adapter_name(backbone: Backbone) -> str:
             with suppress(UnknownBackboneError):
                 if _load(point) is kind:
                     return name
-    return _qualified_name(kind)
+    return _qualified(kind)
 
 
 def _load(point: EntryPoint) -> type[Backbone]:
@@ -62,7 +68,7 @@ def _load(point: EntryPoint) -> type[Backbone]:
     return found
 
 
-def _qualified_name(kind: type[Backbone]) -> str:
+def _qualified(kind: type[Any]) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
@@ -75,3 +81,37 @@ def build(kind: type[Backbone], architecture: Mapping[str, Any], *, seed: int = 
             raise ConfigurationError(f"{kind.__name__} cannot build {shown(dict(architecture))}: {error}") from error
         require_groups(backbone)
         return backbone
+
+
+def energy_named(name: str, groups: Sequence[LatentGroup], architecture: Mapping[str, Any]) -> nn.Module:
+    """An energy of the class registered as `name`, for these latent groups. Raises ConfigurationError."""
+    points = {point.name: point for point in sorted(entry_points(group=ENERGIES))}
+    if name not in points:
+        raise ConfigurationError(
+            f"no energy is registered as {name!r}; found: {', '.join(points) or 'none'}. Install the package that "
+            f"provides it, or register your class under the entry-point group {ENERGIES!r}"
+        )
+    try:
+        module = points[name].load()(tuple(groups), **architecture)
+    except Exception as error:  # somebody else's module and class can raise anything
+        raise ConfigurationError(
+            f"the energy {name!r} ({points[name].value}) cannot be built with (groups, **{dict(architecture)}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"{points[name].value} must make a torch module, found {described(module)}")
+    return module
+
+
+def energy_name(module: nn.Module) -> str:
+    """The name under which the class of an energy is registered. Raises ConfigurationError: how to register it."""
+    kind = type(module)
+    for point in sorted(entry_points(group=ENERGIES)):
+        if kind.__qualname__ in point.value:  # the others need not be imported
+            with suppress(Exception):
+                if point.load() is kind:
+                    return point.name
+    raise ConfigurationError(
+        f"the energy {_qualified(kind)} is not registered, so that no file could name it: add `my-energy = "
+        f"{_qualified(kind)}` under the entry-point group {ENERGIES!r} of your package and install it"
+    )

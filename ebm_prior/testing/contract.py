@@ -64,6 +64,10 @@ def check_backbone(
     `images`: (B, *image_shape) in [0, 1], at least two; uniform random ones, `batch_size` of them, if None. They pass
     through `backbone.observe`. The backbone is put back as it was: dtype, mode, flags, values, torch's random state.
     The time is some ten passes per latent group in float64, so check a small network of the kind first.
+
+    >>> report = check_backbone(backbone)
+    >>> report.skipped
+    ()
     """
     inspection = _Inspection(type(backbone).__name__)
     inspection.demand("groups and image_shape are well formed", declared.declaration, backbone)

@@ -184,8 +184,9 @@ class StagedRatios(Course):
 
     @property
     def together(self) -> int:
-        """The iteration from which on all groups learn together: before it, each group's own ratio."""
-        return self.since + int(self.config.stage.groupwise * (self.config.iterations - self.since))
+        """The iteration from which on all groups learn together: before it, each group's own ratio, if f is a sum."""
+        groupwise = self.config.stage.groupwise if self.bench.energy.per_group else 0.0
+        return self.since + int(groupwise * (self.config.iterations - self.since))
 
     @property
     def sampler(self) -> SamplerConfig:

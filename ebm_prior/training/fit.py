@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
@@ -23,6 +23,7 @@ from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
 from ebm_prior.model.backbone import Backbone, require_usable
 from ebm_prior.model.energy import JointEnergy
+from ebm_prior.model.own_energy import energy_of
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.training.course import Course, Workbench
 from ebm_prior.training.courses import begun, resumed
@@ -47,12 +48,13 @@ def fit(
     images: Images,
     config: FitConfig | None = None,
     *,
+    energy: nn.Module | None = None,
     run: Recorder | None = None,
     progress: Progress = SILENT,
     on_evaluate: Callback | None = None,
     processes: Processes = ALONE,
 ) -> EBMPrior:
-    """Train an energy-based prior for a frozen `backbone` on `images`.
+    """Train an energy-based prior for a frozen `backbone` on `images`; its f is the heads', or a copy of `energy`.
 
     With a `run`, metrics are written every `evaluate_every` iterations, the state then and by the clock, and the run
     goes on from its last state. `on_evaluate` gets {"iteration", "prior"}: the moving average as a prior. When a loss
@@ -69,7 +71,7 @@ def fit(
             f"{processes.count} processes share the parts of a batch: expected a multiple of that, found "
             f"{config.parts} (--parts)"
         )
-    fitting = Fitting(backbone, images, config, progress, on_evaluate, processes)
+    fitting = Fitting(backbone, images, config, progress, on_evaluate, processes, energy)
     fitting.run(run)
     return fitting.finish()
 
@@ -97,24 +99,26 @@ class Fitting(Training):
         progress: Progress = SILENT,
         on_evaluate: Callback | None = None,
         processes: Processes = ALONE,
+        energy: nn.Module | None = None,
     ) -> None:
         super().__init__(progress, on_evaluate, processes)
         self.backbone, self.images, self.config = backbone.for_inference(), images, config
+        self.backbone.checkpoint = backbone.checkpoint
         like = next(backbone.parameters())
         if backbone.training:
             raise ConfigurationError("expected a backbone in eval mode, found it in train mode: call .eval() first")
         if config.may_stage:
             config.stage.suited(backbone, config.parts)  # refused now, not when stages take over
         with seeded(like.device, config.seed, Purpose.HEADS):
-            energy = JointEnergy(backbone.groups, config.energy).to(like.device, like.dtype)
-        draws = Draws(self.backbone, images, energy, config, processes, progress)
+            heads = energy_of(backbone.groups, config.energy, energy).to(like.device, like.dtype)
+        draws = Draws(self.backbone, images, heads, config, processes, progress)
         training, held_out = draws.split()
         latents = draws.held_out(held_out)
         if config.energy.standardize:
-            energy.standardize(draws.moments(training[:2_000]))
-        average = copy.deepcopy(energy).eval().requires_grad_(False)
-        self.network, self.average, self.optimizer = energy, average, _optimizer(energy, config)
-        self.bench = Workbench(energy, average, draws, training, latents, progress)
+            heads.standardize(draws.moments(training[:2_000]))
+        average = copy.deepcopy(heads).eval().requires_grad_(False)
+        self.network, self.average, self.optimizer = heads, average, _optimizer(heads, config)
+        self.bench = Workbench(heads, average, draws, training, latents, progress)
         self.course: Course = begun(self.bench, config)
 
     @property

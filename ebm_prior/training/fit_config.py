@@ -10,13 +10,21 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import Regime, Target
 from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.settings import require_choices, require_positive, require_seed, setting
+from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
 from ebm_prior.training.stages import StageConfig
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a fit. The defaults are what measured best (ebm_prior/training/README.md)."""
+    """Settings of a fit. The defaults are what measured best (ebm_prior/training/README.md).
+
+    Numbers are of gradient steps, images, or draws; gains in nats. Raises ConfigurationError for values that make no
+    sense, or of another kind. The published settings are `ebm_prior.training.fit_config.paper_preset()`.
+
+    >>> config = FitConfig(iterations=500, seed=1)
+    >>> config.objective, config.energy.channels
+    ('nce', 48)
+    """
 
     objective: Literal["nce", "mle"] = setting("nce", "how the heads are trained")
     iterations: int = setting(2_400, "gradient steps")
@@ -50,6 +58,7 @@ class FitConfig:
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")
         if not 1 <= self.parts <= min(self.batch_size, self.stage.particles) or self.batch_size % self.parts:
             raise ConfigurationError(
@@ -68,7 +77,6 @@ class FitConfig:
             raise ConfigurationError("stages are of density ratios: objective nce and regime calibrated")
         if not 0 <= self.refresh <= 1:
             raise ConfigurationError(f"refresh must be in [0, 1], found {self.refresh}")
-        require_choices(self)
         require_seed(self)
         _ = self.recorded_sampler  # refuses what does not fit together
         if self.target == "published" and self.regime == "calibrated":

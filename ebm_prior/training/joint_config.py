@@ -9,7 +9,7 @@ from typing import Literal
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.settings import require_choices, require_positive, require_seed, setting
+from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
 
 Space = Literal["eps", "z"]
 
@@ -51,9 +51,9 @@ class JointConfig:
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         positive = ("iterations", "batch_size", "learning_rate", "energy_learning_rate", "gradient_clip")
         require_positive(self, *positive, "evaluate_every")
-        require_choices(self)
         require_seed(self)
         for name, value in (("ema", self.ema), ("energy_from", self.energy_from), *(("betas", b) for b in self.betas)):
             if not 0 <= value < 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.settings import require_choices, require_positive, require_seed, setting
+from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class PretrainConfig:
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require_positive(
             self, "iterations", "batch_size", "learning_rate", "epsilon", "gradient_clip", "checkpoint_every"
         )
         require_seed(self)
-        require_choices(self)
         if not (0 <= self.kl_warmup <= 1 and 0 <= self.rate_warmup <= 1 and 0 <= self.ema < 1):
             raise ConfigurationError(
                 f"expected kl_warmup and rate_warmup in [0, 1], ema in [0, 1); found {self.kl_warmup}, "

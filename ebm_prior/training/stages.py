@@ -48,7 +48,7 @@ from ebm_prior.model.samplers import (
     run_chain,
     start,
 )
-from ebm_prior.settings import setting
+from ebm_prior.settings import require_kinds, setting
 from ebm_prior.training.objectives import Gain, gain
 from ebm_prior.training.resume import require_shapes
 
@@ -78,6 +78,7 @@ class StageConfig:
     groupwise: float = setting(0.4, "share of the iterations for each group's own ratio first")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         if min(self.particles, self.held_out, self.moves, self.leapfrogs, self.settle, self.every) < 1:
             raise ConfigurationError(f"expected positive numbers of draws, steps and iterations, found {self}")
         if not (0 < self.step_size <= 2 and 0 < self.ess < 1 and 0 <= self.groupwise <= 1):

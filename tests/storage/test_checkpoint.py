@@ -141,8 +141,9 @@ def test_files_of_another_kind(workshop: Workshop, prior_file: Path, tmp_path: P
         load_backbone(None, prior_file)
     with pytest.raises(CheckpointError, match=r"expected an ebm-prior file.*found nothing there"):
         load_prior(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="found a folder there"):
-        load_prior(tmp_path)
+        load_prior(tmp_path / "empty")
     plain = tmp_path / "plain.safetensors"
     save_file({"a": torch.zeros(1)}, plain)
     with pytest.raises(CheckpointError, match="no key 'ebm_prior'"):

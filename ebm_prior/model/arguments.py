@@ -1,0 +1,151 @@
+"""What callers pass, looked at before any work: every refusal says what was expected, what was found, what to do."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ebm_prior.errors import ConfigurationError
+from ebm_prior.model.backbone import Backbone, LatentGroup
+
+
+def described(value: object) -> str:
+    """A value in a message: its kind, and of arrays type and shape; never its whole content."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return str(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"a {value.dtype} array of shape {value.shape}"
+    if isinstance(value, str):
+        return f"the text {value[:80]!r}"
+    article = "an" if type(value).__name__[0] in "AEIOUaeiou" else "a"
+    return f"{article} {type(value).__name__}"
+
+
+def require_backbone(backbone: object) -> None:
+    """Raise ConfigurationError unless this is a backbone: not its name, its class, or another network."""
+    if isinstance(backbone, Backbone):
+        return
+    todo = "load one with load_backbone(NAME, FILE)"
+    if isinstance(backbone, str):
+        todo = f"load it first: load_backbone(None, {backbone[:80]!r}), or load_backbone(NAME, FILE)"
+    elif isinstance(backbone, type) and issubclass(backbone, Backbone):
+        todo = f"load trained weights with load_backbone; {backbone.__name__}(…) makes an untrained instance"
+    elif isinstance(backbone, nn.Module):
+        todo = "put the network behind a subclass of ebm_prior.Backbone (README: Your own VAE)"
+    elif isinstance(getattr(backbone, "backbone", None), Backbone):
+        todo = "pass its .backbone"
+    raise ConfigurationError(f"expected a backbone, found {described(backbone)}: {todo}")
+
+
+def require_count(name: str, value: object, *, least: int = 0) -> int:
+    """`value` as a whole number. Raises ConfigurationError unless it is one, and `least` or more."""
+    try:
+        count = least - 1 if isinstance(value, (bool, Tensor)) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = least - 1
+    if count < least:
+        shown = value if isinstance(value, (int, float)) else described(value)
+        raise ConfigurationError(f"{name}: expected a whole number of {least} or more, found {shown}")
+    return count
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device of this name. Raises ConfigurationError where there is none, or this machine cannot use it."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"device: expected one that torch can use here, as cpu or cuda:0, found {device!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if found.type == "meta":
+        raise ConfigurationError("device: expected one with numbers, as cpu or cuda:0, found meta, which has none")
+    return found
+
+
+def require_images(images: object, shape: Sequence[int]) -> None:
+    """Raise ConfigurationError unless `images` is a tensor (B, *shape) of finite floats in [0, 1].
+
+    shape: (C, H, W) of the backbone's images.
+    """
+    expected = f"images: expected a float tensor (B, {', '.join(map(str, shape))}) in [0, 1], found {described(images)}"
+    if not isinstance(images, Tensor):
+        advice = "torch.from_numpy makes a tensor of it" if isinstance(images, np.ndarray) else "stack them in a tensor"
+        raise ConfigurationError(f"{expected}: {advice}")
+    if tuple(images.shape[1:]) != tuple(shape) or images.dim() != 4:
+        advice = "images are never resized or recoloured silently: convert them beforehand"
+        if tuple(images.shape) == tuple(shape):
+            advice = "the batch axis is missing, images[None] adds it"
+        elif images.dim() == 4 and (images.shape[3], *images.shape[1:3]) == tuple(shape):
+            advice = "channels come first, images.permute(0, 3, 1, 2) moves them"
+        raise ConfigurationError(f"{expected}: {advice}")
+    if not images.is_floating_point():
+        raise ConfigurationError(f"{expected}: (images.float() / 255) scales 8-bit pixels")
+    low, high = images.flatten(1).amin(1), images.flatten(1).amax(1)  # NaN spreads to both
+    bad = ~((low >= 0) & (high <= 1))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        problem, advice = f"values from {low[first]:g} to {high[first]:g}", "rescale them to [0, 1]"
+        if not bool(images[first].isfinite().all()):
+            problem, advice = "NaN or infinite values", "repair or remove the image"
+        elif low[first] >= 0:
+            advice = "images / 255 scales those of 8 bits"
+        elif low[first] >= -1 and high[first] <= 1:
+            advice = "(images + 1) / 2 scales those in [-1, 1]"
+        raise ConfigurationError(f"{expected} with {problem} in image {first}: {advice}")
+
+
+def require_latents(name: str, latents: object, groups: Sequence[LatentGroup], like: Tensor) -> None:
+    """Raise ConfigurationError unless `latents` is a list of (B, *group.shape), one per group, of `like`'s type.
+
+    Only shapes, types and devices are read, no values: this runs in every step of a chain.
+    """
+    if isinstance(latents, Sequence) and len(latents) == len(groups):
+        shapes = [tuple(z.shape) if isinstance(z, Tensor) else () for z in latents]
+        if (
+            all(shape[1:] == tuple(group.shape) and shape for shape, group in zip(shapes, groups, strict=True))
+            and len({shape[0] for shape in shapes}) == 1
+            and all(z.dtype == like.dtype and z.device == like.device for z in latents)
+        ):
+            return
+    raise ConfigurationError(f"{name}: {_latent_problem(latents, groups, like)}")
+
+
+def _latent_problem(latents: object, groups: Sequence[LatentGroup], like: Tensor) -> str:
+    wanted = ", ".join(f"{group.name} {('B', *group.shape)}".replace("'", "") for group in groups)
+    expected = f"expected a list of one tensor per latent group, the top one first: {wanted}"
+    if not isinstance(latents, Sequence) or isinstance(latents, str):
+        return f"{expected}; found {described(latents)}"
+    strange = [f"number {index} is {described(z)}" for index, z in enumerate(latents) if not isinstance(z, Tensor)]
+    if strange:
+        return f"{expected}; {strange[0]}"
+    found = [tuple(z.shape) for z in latents]
+    if len(found) != len(groups):
+        return f"{expected}; found {len(found)} tensors, {found[:10]}"
+    shapes = [tuple(group.shape) for group in groups]
+    wrong = [
+        f"{group.name} has {shape}"
+        for group, shape in zip(groups, found, strict=True)
+        if shape[1:] != tuple(group.shape)
+    ]
+    if wrong:
+        turned = [shape[1:] for shape in reversed(found)] == shapes
+        return f"{expected}; found that {', '.join(wrong[:5])}" + (
+            ": they are in reverse order, list(reversed(z)) turns them" if turned else ""
+        )
+    if len({shape[0] for shape in found}) > 1:
+        return f"{expected} with one B; found B = {', '.join(str(shape[0]) for shape in found)}"
+    other = next(z for z in latents if z.dtype != like.dtype or z.device != like.device)
+    return (
+        f"expected {like.dtype} on {like.device} as the backbone is, found {other.dtype} on {other.device}: convert "
+        "the latents, or move the prior with .to(device)"
+    )

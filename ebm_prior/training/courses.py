@@ -323,6 +323,8 @@ def resumed(bench: Workbench, config: FitConfig, state: Mapping[str, Any]) -> Co
         course: Course = staged(bench, config.staging(saturated["iteration"]), state["iteration"], saturated)
     else:
         course = begun(bench, config, state["iteration"])
+    if bool(state["stages"]) != isinstance(course, StagedRatios):
+        raise ValueError("stages expected none, found some" if state["stages"] else "stages are missing")
     course.restore(state)
     return course
 

@@ -174,7 +174,7 @@ def test_a_record_without_a_part_is_refused(prior_file: Path) -> None:
         *above, key = part.split(".")
         rewrite(prior_file, PRIOR_KEY, lambda record, _, a=above, k=key: (record[a[0]] if a else record).pop(k))
         for read in (prior_record, load_prior):
-            with pytest.raises(CheckpointError, match=f"expected the entries {key} too"):
+            with pytest.raises(CheckpointError, match=f"expected the entries {part} too"):
                 read(prior_file)
 
 

@@ -42,7 +42,7 @@ from ebm_prior.storage import places
 from ebm_prior.storage.checkpoint import load_prior, prior_record
 
 FOLDER = "folder of the results  [default: the next free one beside PRIOR]"
-OLD_FOLDER = click.option("--to", "old_out", type=PATH, hidden=True)  # as --out was called once
+OLD_FOLDER = click.option("--to", "old_out", type=PATH, hidden=True, help="the old spelling of --out")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="replace the results that lie in --out")
 
 

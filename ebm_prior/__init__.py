@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 if (Path(__file__).parent.parent / "setup.cfg").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives. They are imported when they are first used, so that `import ebm_prior` stays light.
 # There is no __all__, for with it help(ebm_prior) would be 2,000 lines: all classes with all that torch gives them.

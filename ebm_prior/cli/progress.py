@@ -94,8 +94,8 @@ class Lines:
         known = f"/{self.total}" if self.total else ""
         left = seconds * max(0, self.total - self.n) / max(1, self.n - self.initial)
         after = f", about {_duration(left)} left" if left else ""
-        shown = f": {self._shown}" if self._shown else ""
-        print(f"{self._name} {self.n}{known} in {_duration(seconds)}{after}{shown}", file=sys.stderr, flush=True)
+        shown = f", {self._shown}" if self._shown else ""
+        print(f"{self._name}: {self.n}{known} in {_duration(seconds)}{after}{shown}", file=sys.stderr, flush=True)
 
 
 def _new(name: str, total: int) -> Any:

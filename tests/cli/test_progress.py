@@ -57,8 +57,8 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     lines = shown.getvalue().splitlines()
     assert "\r" not in shown.getvalue()
     assert len(lines) == 13
-    assert lines[0] == "fit 80/1000 in 10 s, about 2 min left: loss 0.0125"
-    assert lines[-1].startswith("fit 1000/1000 in 2 min")
+    assert lines[0] == "fit: 80/1000 in 10 s, about 2 min left, loss 0.0125"
+    assert lines[-1].startswith("fit: 1000/1000 in 2 min")
 
 
 def test_a_run_that_goes_on_counts_the_time_that_is_left_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +69,4 @@ def test_a_run_that_goes_on_counts_the_time_that_is_left_from_there(monkeypatch:
         for iteration in range(901, 912):
             now[0] += 1.0
             bar.step({"iteration": iteration, "iterations": 1_000})
-    assert shown.getvalue().splitlines()[0] == "fit 910/1000 in 10 s, about 90 s left"
+    assert shown.getvalue().splitlines()[0] == "fit: 910/1000 in 10 s, about 90 s left"

@@ -197,7 +197,8 @@ def _replaced(base: Any, values: Mapping[str, Any]) -> Any:
 def _near(unknown: Sequence[str], known: Iterable[str], base: Any) -> str:
     """The settings that there are, those first that are spelled like the unknown ones."""
     like = [name for wrong in unknown for name in get_close_matches(wrong, list(known), cutoff=0.5)]
-    return f"{type(base).__name__} has {few(dict.fromkeys([*like, *known]))}"
+    meant = f" (did you mean {like[0]}?)" if like else ""
+    return f"{type(base).__name__} has {few(dict.fromkeys([*like, *known]))}{meant}"
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -124,13 +125,7 @@ def fit(
     config, processes = resolve(PRESETS[preset](), given | {"seed": seed}, config_file), launched_processes()
     if given["parts"] is None and config.parts == 1:
         config = replace(config, parts=processes.count)
-    mle, density = config.objective == "mle", config.regime == "calibrated"
-    refuse_unused(given, ("chain", "refresh", "penalty"), mle, "only mle has chains and a penalty (--objective mle)")
-    refuse_unused(given, ("patience", "ess_floor"), density, "a refiner is no density: it has no gain to wait for")
-    refuse_unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
-    staged = config.ratios == "staged" or config.may_stage
-    refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
-    refuse_unused(given, HEADS, energy is None, "--energy is an energy of its own, without heads")
+    _refuse_unused_settings(config, given, energy)
     if bn_readjust and passes.dtype == torch.bfloat16:
         raise click.UsageError("batch norms are re-adjusted in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
@@ -160,6 +155,17 @@ def fit(
             watch=watch,
         )
     show_result(result, as_json, summaries.fit_summary)
+
+
+def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy: str | None) -> None:
+    """Refuse options of `fit` that change nothing under these settings."""
+    mle, density = config.objective == "mle", config.regime == "calibrated"
+    refuse_unused(given, ("chain", "refresh", "penalty"), mle, "only mle has chains and a penalty (--objective mle)")
+    refuse_unused(given, ("patience", "ess_floor"), density, "a refiner is no density: it has no gain to wait for")
+    refuse_unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
+    staged = config.ratios == "staged" or config.may_stage
+    refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
+    refuse_unused(given, HEADS, energy is None, "--energy is an energy of its own, without heads")
 
 
 @click.command(

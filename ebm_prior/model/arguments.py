@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ebm_prior.compute.isolation import require_numbers
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Backbone, LatentGroup
 
@@ -67,8 +68,7 @@ def usable_device(device: torch.device | str) -> torch.device:
             f"device: expected one that torch can use here, as cpu or cuda:0, found {device!r}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    if found.type == "meta":
-        raise ConfigurationError("device: expected one with numbers, as cpu or cuda:0, found meta, which has none")
+    require_numbers(found)
     return found
 
 

@@ -132,8 +132,7 @@ class EBMPrior(_Kept):
         self.checkpoint = backbone.checkpoint  # where the backbone was loaded from, for `save`
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
         self.tau, self.ceiling = tau, ceiling
-        self.regime = regime
-        self.target = target
+        self.regime, self.target = regime, target
         self.sampler = sampler or SamplerConfig()
         self.record = dict(record or {})
 

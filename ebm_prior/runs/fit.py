@@ -87,10 +87,7 @@ def fit_into(
         if processes.first:
             save_prior(prior, path, checkpoint=where)
 
-    board = watch.board(run) if processes.first else None
-    every = (1 if watch.preview else 5) * config.evaluate_every
-    show = pictures(directory, partial(_draw, config.seed), progress, every=every, board=board)
-    told: dict[str, Any] = {"run": board or run, "progress": progress, "on_evaluate": show} if processes.first else {}
+    told = _told(run, config, progress, watch) if processes.first else {}
     begin = partial(fit, backbone, images, config, energy=module, **told, processes=processes)
     prior, seconds = timed(begin, keep, path)
     before_after = directory / "before-after.png"
@@ -99,6 +96,14 @@ def fit_into(
     files = {"prior": str(path), "picture": str(before_after)}
     counted = {"parameters": parameters(backbone, config.energy, module), "cpu_seconds": seconds}
     return files | counted | _summary(prior)
+
+
+def _told(run: Run, config: FitConfig, progress: Progress, watch: Watch) -> dict[str, Any]:
+    """What the first process of a fit is told to write and to show, as arguments of `fit`."""
+    board = watch.board(run)
+    every = (1 if watch.preview else 5) * config.evaluate_every
+    show = pictures(run.directory, partial(_draw, config.seed), progress, every=every, board=board)
+    return {"run": board or run, "progress": progress, "on_evaluate": show}
 
 
 def named_energy(name: str, backbone: Backbone, seed: int) -> nn.Module:

@@ -64,19 +64,9 @@ def pretrain_into(
         record = {**training_record(config, train, elbo), **start, **({"diverged": diverged} if diverged else {})}
         save_backbone(trained, path, record=record)
 
-    trained, seconds = timed(
-        lambda: pretrain(
-            backbone,
-            train,
-            config,
-            run=board or run,
-            validation=held_out,
-            progress=progress,
-            on_evaluate=pictures(directory, draw, progress, board=board),
-        ),
-        keep,
-        path,
-    )
+    show = pictures(directory, draw, progress, board=board)
+    told: dict[str, Any] = {"run": board or run, "validation": held_out, "progress": progress, "on_evaluate": show}
+    trained, seconds = timed(lambda: pretrain(backbone, train, config, **told), keep, path)
     return {
         "backbone": str(path),
         "parameters": count_parameters(trained),

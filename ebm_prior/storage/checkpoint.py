@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ebm_prior
-from ebm_prior.compute.isolation import isolated, require_numbers, require_precision
+from ebm_prior.compute.isolation import isolated, require_precision
 from ebm_prior.errors import BackboneMismatchError, CheckpointError, ConfigurationError, RegimeError, few, shown
 from ebm_prior.model.arguments import described, require_backbone, usable_device
 from ebm_prior.model.backbone import Backbone, LatentGroup, require_groups
@@ -116,7 +116,6 @@ def load_backbone(
     """
     _require_place("path", path)
     half = dtype == torch.bfloat16
-    require_numbers(device)
     require_precision(torch.float32 if half else dtype)
     if not isinstance(name, (str, type(None))):
         raise ConfigurationError(f"name: expected an adapter's name, or None for our own form; found {described(name)}")

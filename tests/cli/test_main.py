@@ -226,7 +226,7 @@ def test_an_architecture_is_a_file_or_that_of_a_bundled_backbone(workshop: Works
     assert "Pass --architecture with a JSON file" in error
     assert "hvae_fashion_mnist" in error
     assert "use --backbone hvae" in workshop.error(*words, "toy", "--architecture", "hvae_fashion_mnist")
-    assert "nor is it bundled" in workshop.error(*words, "hvae", "--architecture", "nonesuch")
+    assert "as the name of a bundled backbone" in workshop.error(*words, "hvae", "--architecture", "nonesuch")
 
 
 def test_pretraining_goes_on_from_trained_weights(workshop: Workshop, tmp_path: Path) -> None:

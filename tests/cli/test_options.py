@@ -161,13 +161,13 @@ def settings(kind: type[Any], prefix: str = "") -> list[str]:
     ("name", "kind"), [("fit", FitConfig), ("pretrain", PretrainConfig), ("sample", SamplerConfig)]
 )
 def test_every_setting_is_an_option(name: str, kind: type[Any]) -> None:
-    text = CliRunner().invoke(main, [name, "--help"], terminal_width=200).stdout
+    text = CliRunner().invoke(main, [name, "--help-all"], terminal_width=200).stdout
     for option in [*settings(kind), "--seed", "--device", "--precision", "--out", "--overwrite", "--json"]:
         assert re.search(rf"{option}[ ,/]", text), option
 
 
 def test_the_help_of_fit_tells_the_defaults_of_fit() -> None:
-    text = " ".join(CliRunner().invoke(main, ["fit", "--help"], terminal_width=200).stdout.split())
+    text = " ".join(CliRunner().invoke(main, ["fit", "--help-all"], terminal_width=200).stdout.split())
     config = FitConfig()
     for option, default in (
         ("--iterations", config.iterations),

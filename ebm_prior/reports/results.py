@@ -46,17 +46,26 @@ CARD = fields(
     }
 )
 _EVALUATED = ("backbone", "prior", "reconstruction")
+_DISTANCE_NAMES = tuple(f"{distance}_{of}" for distance in ("fd", "fdrec", "kid") for of in _EVALUATED)
+FEATURES = (*_DISTANCE_NAMES, "gap_closed", "gap_closed_rec", "extractor", "statistics")  # without any: left out
+PIXELS = (
+    *(f"pixel_{which}_{of}" for which in ("mean", "std") for of in ("data", *_EVALUATED)),
+    "reconstruction_error",
+)
 EVALUATION = fields(
     {
-        **{f"{distance}_{of}": measured for distance in ("fd", "fdrec", "kid") for of in _EVALUATED},
-        **dict.fromkeys(("gap_closed", "gap_closed_rec", "acceptance", "norm", "resampling_ess_fraction"), measured),
-        **dict.fromkeys(("gain_nats", "ess_fraction", "tau"), measured),
-        **dict.fromkeys(("extractor", "data", "statistics"), text()),
+        **dict.fromkeys(
+            ("acceptance", "norm", "resampling_ess_fraction", "gain_nats", "ess_fraction", "tau"), measured
+        ),
+        "data": text(),
         **dict.fromkeys(("samples", "held_out_images"), COUNT),
         "seed": SEED,
         "sampler": SAMPLER,
     },
     {
+        **dict.fromkeys((*_DISTANCE_NAMES, "gap_closed", "gap_closed_rec"), measured),
+        **dict.fromkeys(("extractor", "statistics"), text()),
+        **dict.fromkeys((*PIXELS, *(f"spectrum_{of}" for of in _EVALUATED)), measured),
         "published": listed(CARD),
         "prior": text(),
         "command": text(),
@@ -116,7 +125,12 @@ DIAGNOSIS = fields(
         "running_variance": anything,
         "training_mode": flag,
     },
-    {"auc": measured, "auc_budget": text(), "command": text()},
+    {
+        "auc": measured,
+        "auc_budget": text(),
+        "command": text(),
+        "null": fields(dict.fromkeys(("low", "high", "mean"), measured) | {"pairs": COUNT}),
+    },
 )
 
 
@@ -136,7 +150,8 @@ def _together(keys: tuple[str, ...], check: Check) -> Check:
 def _evaluation(value: Any, where: str) -> Any:
     found = _together(("f_posterior", "f_backbone", "f_prior"), EVALUATION)(value, where)
     auc = ("auc_before", "auc_after", "auc_before_per_group", "auc_after_per_group", "auc_budget")
-    found = _together(auc, lambda value, where: found)(found, where)
+    for keys in (auc, FEATURES, PIXELS):
+        found = _together(keys, lambda value, where: value)(found, where)
     if "auc_before" in found and set(found["auc_before_per_group"]) != set(found["auc_after_per_group"]):
         raise InvalidError(where, "an AUC of each group before and after", found["auc_after_per_group"])
     for card in found.get("published", ()):

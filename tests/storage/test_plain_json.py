@@ -101,7 +101,7 @@ def test_texts_in_messages_are_printable_and_short() -> None:
     assert printable("a\x1b[2Jb\n\u202e\U000e0001") == r"a\x1b[2Jb\x0a\u202e\U000e0001"
     assert all_printable({"\x07": ["\r", (1, "ä")]}) == {r"\x07": [r"\x0d", [1, "ä"]]}
     assert few(range(12)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
-    assert len(shown("x" * 1000)) == 81
+    assert len(shown("x" * 1000)) == 201
 
 
 def test_escape_sequences_in_a_record_are_spelled_out(workshop: Workshop, prior: Path, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_the_command_writes_a_backbone_that_fit_takes(
     path = out / "backbone.safetensors"
     assert shown["backbone"] == str(path)
     assert {p.name for p in out.iterdir()} == {
-        *("backbone.safetensors", "config.json", "metrics.jsonl", "state.pt"),
+        *("backbone.safetensors", "config.json", "data.json", "metrics.jsonl", "state.pt"),
         *("samples-000010.png", "samples-000020.png"),
     }
     backbone = load_backbone(None, path)

@@ -259,7 +259,7 @@ def test_the_command_without_a_classifier(workshop: Workshop, fitted: Path) -> N
     words = ("eval", fitted / "prior.safetensors", "--data", "mnist", "--data-root", workshop.data_root, *SMALL_EVAL)
     shown = workshop.run(*words, "--json")
     assert re.search(r"FD and KID are left out.*\(1, 8, 8\).*--classifier .*--features .*--fid", shown.stderr)
-    assert shown.stderr.index("left out") < shown.stderr.index("eval "), "said after the work began"
+    assert shown.stderr.index("left out") < shown.stderr.index("eval:"), "said after the work began"
     (result,) = json.loads(shown.stdout)
     assert "fd_prior" not in result
     assert result["reconstruction_error"] > 0

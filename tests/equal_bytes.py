@@ -255,7 +255,8 @@ def _reached(folder: Path, iteration: int) -> bool:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    lines = [dict(json.loads(line)) for line in path.read_text().split("\n")[:-1]]
+    return [{key: value for key, value in line.items() if key != "crc32"} for line in lines]  # 0.1.0 wrote no checksum
 
 
 def make(out: Path, *, interrupted: bool) -> None:

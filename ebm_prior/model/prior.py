@@ -124,10 +124,10 @@ class EBMPrior(_Kept):
         record: Mapping[str, Any] | None = None,
     ) -> None:
         require_backbone(backbone)
+        require_usable(backbone)
         _require_ranges(tau, ceiling)
         _require_consistent(energy, regime, target)
         like = next(backbone.parameters())
-        require_usable(backbone)
         self.backbone = backbone.for_inference()
         self.checkpoint = backbone.checkpoint  # where the backbone was loaded from, for `save`
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)

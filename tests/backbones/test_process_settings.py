@@ -205,7 +205,7 @@ def test_the_device_meta_is_refused(workshop: Workshop) -> None:
     assert "the device meta holds shapes and no numbers" in said
     with pytest.raises(ConfigurationError, match="the device meta"):
         load_backbone(None, workshop.backbone, device="meta")
-    with pytest.raises(ConfigurationError, match="expected a device as torch names it"):
+    with pytest.raises(ConfigurationError, match="device: expected one that torch can use here"):
         load_backbone(None, workshop.backbone, device="gpu")
     with pytest.raises(ConfigurationError, match="the device meta"):
         fit(build(ShallowGenerator, SHAPE).eval().to("meta"), from_dataset([(torch.rand(1, 8, 8), 0)]))
@@ -232,7 +232,7 @@ def test_latent_groups_of_no_shape_are_refused(shape: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-@pytest.mark.parametrize("command", [["--help"], ["fit", "--help"], ["info", "--ckpt", "hvae_fashion_mnist"]])
+@pytest.mark.parametrize("command", [["--help"], ["fit", "--help-all"], ["info", "--ckpt", "hvae_fashion_mnist"]])
 def test_commands_print_in_any_encoding(command: list[str], encoding: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "ebm_prior", *command], env=environment, capture_output=True)

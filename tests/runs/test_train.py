@@ -46,7 +46,7 @@ def trained(workshop: Workshop) -> Path:
 
 
 def test_what_a_run_leaves(trained: Path) -> None:
-    names = {"backbone.safetensors", "prior.safetensors", "config.json", "metrics.jsonl", "state.pt"}
+    names = {"backbone.safetensors", "prior.safetensors", "config.json", "data.json", "metrics.jsonl", "state.pt"}
     found = set(content(trained)) - {"progress.jsonl"}  # which a run of some seconds has
     assert found == names | {"samples-000002.png", "samples-000004.png"}
     assert [line["iteration"] for line in metrics(trained)] == [2, 4]

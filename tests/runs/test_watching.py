@@ -34,7 +34,7 @@ def test_steps_are_noted_by_the_clock_apart_from_the_metrics(
     into(tmp_path / "slow", workshop, backbone, images, small())
     lines = [json.loads(line) for line in (tmp_path / "slow" / "progress.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 3, 5]
-    assert set(lines[0]) == {"iteration", "loss", "f_gap", "chain_norm", "seconds"}
+    assert set(lines[0]) == {"iteration", "loss", "f_gap", "chain_norm", "seconds", "crc32"}
     assert metrics(tmp_path / "slow") == metrics(tmp_path / "quick")
 
 

@@ -6,6 +6,7 @@ what they always do: a library does not change how its caller is stopped.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 import threading
@@ -70,3 +71,8 @@ def wish_granted(able: bool = True) -> Iterator[Wish]:
         yield wish
     finally:
         _granted.remove(wish)
+
+
+def ignore_signals_at_exit() -> None:
+    """For a program that has stopped: a further signal does not interrupt the interpreter's own end with a traceback."""
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])

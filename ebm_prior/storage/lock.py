@@ -65,6 +65,9 @@ class _Lock:
             raise OutputError(
                 f"cannot write {folder}: {error.strerror or error}; {advice_for(folder / LOCK, error)}"
             ) from error
+
+    def keep_touched(self) -> None:
+        """Start the thread that touches the lock every BEAT seconds."""
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _take(self) -> None:
@@ -139,10 +142,15 @@ class Hold:
         self._key = os.path.realpath(folder)
         with _GUARD:
             lock = _HELD.get(self._key)
-            if lock is None or lock.pid != os.getpid():
+            fresh = lock is None or lock.pid != os.getpid()
+            if lock is None or fresh:
                 lock = _HELD[self._key] = _Lock(Path(folder))
                 remove_leftovers(Path(folder))
             lock.count += 1
+        # Whoever holds the guard must not wait for a thread to start: the garbage collector may run in the new thread,
+        # and let go of a Hold that nobody has any more, for which the guard is needed.
+        if fresh:
+            lock.keep_touched()
         self._lock = lock
         if advice is not None:
             advise(Path(folder), advice)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,19 @@ def test_a_full_disk_does_not_advise_to_lose_the_run(
         write_atomically(tmp_path / "run" / "samples-000100.png", b"x")
     with pytest.raises(OutputError, match="choose another --out"):
         write_atomically(tmp_path / "elsewhere.png", b"x")
+
+
+def test_a_folder_can_be_given_back_while_another_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may give one back in the thread of another Hold, before that thread counts as started."""
+    first, start, collectors = Hold(tmp_path / "first"), threading.Thread.start, list[threading.Thread]()
+
+    def started(thread: threading.Thread) -> None:
+        if not collectors:
+            collectors.append(threading.Thread(target=first.leave, daemon=True))
+            start(collectors[0])
+            collectors[0].join(timeout=20)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", started)
+    Hold(tmp_path / "second").leave()
+    assert not collectors[0].is_alive()

@@ -74,5 +74,5 @@ def wish_granted(able: bool = True) -> Iterator[Wish]:
 
 
 def ignore_signals_at_exit() -> None:
-    """For a program that has stopped: a further signal does not interrupt the interpreter's own end with a traceback."""
+    """For a program that has stopped: a further signal does not end the interpreter with a traceback."""
     atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])

@@ -89,3 +89,8 @@ def check_kills(
     workshop.run(*arguments, "--out", cut, "--resume")
     assert (cut / result).read_bytes() == (whole / result).read_bytes()
     assert metrics(cut) == metrics(whole)
+
+
+def longer(case: object) -> Any:
+    """A parameter of a test that only `pytest -m long` tries: the others tell the same, in less time."""
+    return pytest.param(case, marks=pytest.mark.long)

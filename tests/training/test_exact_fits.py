@@ -141,7 +141,7 @@ def test_a_short_fit_keeps_its_ratio_where_there_is_no_time_for_stages() -> None
     assert prior.tau < 1
 
 
-@pytest.mark.parametrize(("far", "least"), [(1, 12), (2, 48)])
+@pytest.mark.parametrize(("far", "least"), [(1, 12), pytest.param(2, 48, marks=pytest.mark.long)])
 def test_stages_add_up_to_a_gain_that_one_ratio_cannot_show(far: int, least: int) -> None:
     """q lies so far from p_β that one ratio saturates; the gains of the stages sum to nearly KL(q ‖ p_β)."""
     double, p, source, q, images = far_apart(far)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from listener import Listener
-from run_folders import Interrupted, check_an_interruption, check_kills, metrics
+from run_folders import Interrupted, check_an_interruption, check_kills, longer, metrics
 from small_pretrainings import SMALL, losses
 from toys import LinearGaussian, ToyConv
 from workshop import Workshop
@@ -111,7 +111,7 @@ class UsuallyInitialised(ToyConv):
                 layer.reset_parameters()
 
 
-@pytest.mark.parametrize("after", [1, 2, 5, 7])
+@pytest.mark.parametrize("after", [longer(1), 2, 5, longer(7)])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(images: ImageSource, tmp_path: Path, after: int) -> None:
     def run(out: Path, **how: Any) -> bytes:
         return into(out, images, PretrainConfig(**SMALL), **how)

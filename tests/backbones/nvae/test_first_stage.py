@@ -11,7 +11,7 @@ import pytest
 import torch
 from ebm_prior.backbones.nvae.adapter import NVAE
 from ebm_prior.backbones.nvae.spectral import largest_singular_values
-from run_folders import check_an_interruption
+from run_folders import check_an_interruption, longer
 from tiny_nvae import tiny, trained
 
 from ebm_prior.data.images import ImageSource, from_array
@@ -90,7 +90,7 @@ def test_the_kept_batch_norms_are_averages_as_the_weights_are(colours: ImageSour
         assert not torch.equal(kept[t], live[t])
 
 
-@pytest.mark.parametrize("after", [1, 2, 5])
+@pytest.mark.parametrize("after", [longer(1), longer(2), 5])
 def test_an_interrupted_run_of_the_whole_recipe_goes_on(colours: ImageSource, tmp_path: Path, after: int) -> None:
     """Batch statistics, Adamax's state and the regulariser: nothing is kept outside the resume state."""
 

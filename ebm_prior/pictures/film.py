@@ -22,6 +22,7 @@ from ebm_prior.storage.atomic import write_atomically
 MOVING = ("transitions",)
 """The pictures of `show.PICTURES` that can move."""
 _MOST_FRAMES = 60
+_SIDE = 120  # pixels: smaller images are enlarged to at least this
 _FIRST, _BETWEEN, _LAST = 1000, 120, 2500  # milliseconds that frames stay
 
 
@@ -42,11 +43,11 @@ def transitions_film(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progre
     images = [decoded(prior, kept[step]) for step in at]
     caption = (
         f"{n} chains of {kernel_words(prior)}, from draws of the backbone's prior (step 0) to the energy-based prior; "
-        "the images are the means of p(x | z)."
+        "the images are the means of p(x|z)."
     )
-    columns = math.ceil(math.sqrt(n))
+    columns, scale = math.ceil(math.sqrt(2 * n)), max(1, math.ceil(_SIDE / max(prior.backbone.image_shape[1:])))
     frames = [
-        page(f"Step {step} of {steps}", [[grid(shown, columns=columns)]], caption)
+        page(f"Step {step} of {steps}", [[grid(shown, columns=columns, scale=scale)]], caption)
         for step, shown in zip(at, images, strict=True)
     ]
     milliseconds = [_FIRST, *[_BETWEEN] * (len(frames) - 2), _LAST]

@@ -28,7 +28,7 @@ def matrix(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> I
     Raises ConfigurationError for rows of unequal length or another number of titles, and as `grids.grid` does.
     """
     counts = {len(images) for _, images in rows}
-    if len(counts) != 1 or (columns and {len(columns)} != counts):
+    if len(counts) != 1 or counts == {0} or (columns and {len(columns)} != counts):
         raise ConfigurationError(
             f"expected rows of equally many images, one per column title; found {sorted(counts)} and {len(columns)} "
             "titles"

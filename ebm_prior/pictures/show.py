@@ -144,12 +144,12 @@ def reconstruction(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) ->
     columns = [real, prior.backbone.decode(z).mean, *(_redrawn(prior, z, k, True, seed) for k in range(1, depth))]
     frames = torch.stack([column.to(real) for column in columns], dim=1)
     names = [group.name for group in reversed(prior.backbone.groups)]
-    titles = ["image", "all inferred", *(f"k = {k}: {'+ ' * (k > 1)}{names[k - 1]} drawn" for k in range(1, depth))]
+    titles = ["image", "all inferred", *(f"k = {k}: {names[k - 1]} drawn" for k in range(1, depth))]
     picture = page(
         f"Hierarchical reconstruction of {images.name}",
         [[matrix([(f"image {row + 1}", frames[row]) for row in range(n)], titles)]],
-        "The k lowest latent groups come from the energy-based prior given the others, which are inferred from the "
-        "image: details give way to what is common, and what the upper groups know stays.",
+        "The k lowest latent groups, the last of them named above, come from the energy-based prior given the others, "
+        "which are inferred from the image: details give way to what is common, and what the upper groups know stays.",
     )
     return Page(picture, {"images": frames.cpu().numpy(), "k": np.arange(depth)})
 

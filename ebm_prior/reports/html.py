@@ -82,7 +82,7 @@ p.line, figcaption, .figure small { color: var(--soft); font-size: .9rem; }
 p.statement { background: var(--card); border-left: .3rem solid var(--accent); padding: .8rem 1rem; }
 .scroll { overflow-x: auto; margin: .9rem 0 .4rem; /* a shade at the right edge while there is more to scroll to */
   background: linear-gradient(to left, var(--paper) 45%, transparent) right / 3.5rem 100% no-repeat local,
-  linear-gradient(to left, var(--shade), transparent) right / 1.6rem 100% no-repeat scroll; }
+  linear-gradient(to left, var(--shade), transparent) right / 1.6rem calc(100% - 2px) no-repeat scroll; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--paper); }

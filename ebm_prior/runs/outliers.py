@@ -23,7 +23,7 @@ from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_writable
 
 FILES = ("scores.npz", "result.json", "histograms.png")
-_MOST_COLUMNS = 7  # of histograms
+_MOST_COLUMNS, _SIZE = 7, (400, 290)  # of histograms
 
 
 def write_scores(path: Path, forms: Sequence[Form], scored: Sequence[Scored]) -> None:
@@ -71,9 +71,14 @@ def histograms(result: Mapping[str, Any], forms: Sequence[Form], scored: Sequenc
     shown = {form: column for column, form in enumerate(forms) if form.energy}
     rows = []
     for ratio, mode, lower in product((False, True), MODES, LOWERS):
+        row = [f for f in shown if (f.ratio, f.mode) == (ratio, mode) and (not f.k or f.lower == lower)]
+        again = lower != LOWERS[0]  # L^{>0} has no lower groups: it is shown in the first of the rows
+        if again and not any(form.k for form in row):
+            continue
         cells = []
-        for form in sorted((form for form in shown if (form.ratio, form.mode) == (ratio, mode)), key=lambda f: f.k):
-            if (form.lower if form.k else LOWERS[0]) != lower:  # L^{>0} has no lower groups: it is shown once
+        for form in sorted(row, key=lambda form: form.k):
+            if again and not form.k:
+                cells.append(Image.new("RGB", _SIZE, "white"))
                 continue
             name = f"{'LLR' if ratio else 'L'}>{form.k}"
             found = quality["LLR" if ratio else "L", form.k, mode, lower if form.k else None]
@@ -83,7 +88,7 @@ def histograms(result: Mapping[str, Any], forms: Sequence[Form], scored: Sequenc
                     title=f"{name}, {mode}{f', {lower}' if form.k else ''}: AUROC {found['auroc']:.3f}",
                     x_label=f"{name} (nats)",
                     y_label="density (1/nat)",
-                    size=(400, 290),
+                    size=_SIZE,
                 )
             )
         rows += [cells[i : i + _MOST_COLUMNS] for i in range(0, len(cells), _MOST_COLUMNS)]

@@ -71,9 +71,9 @@ def test_help_fits_on_a_screen() -> None:
 
 
 def test_the_reference_has_every_name(tmp_path: Path) -> None:
-    """As a page that `.ci/docs.py` makes: of the face alone, with what each setting means."""
+    """As a page that `.ci/docs` makes: of the face alone, with what each setting means."""
     pytest.importorskip("pdoc", reason="needs the extra docs")
-    program, page = Path(__file__).resolve().parents[1] / ".ci" / "docs.py", tmp_path / "api.html"
+    program, page = Path(__file__).resolve().parents[1] / ".ci" / "docs", tmp_path / "api.html"
     subprocess.run([sys.executable, program, page], check=True, capture_output=True, timeout=120)
     text = page.read_text(encoding="utf-8")
     assert sorted(each.partition('"')[0] for each in text.split('<section id="')[1:]) == NAMES

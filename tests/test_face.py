@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import pydoc
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +68,14 @@ def test_help_fits_on_a_screen() -> None:
     assert len(pydoc.render_doc(ebm_prior).splitlines()) <= 60
     described = ebm_prior.__doc__ or ""
     assert [name for name in NAMES if name not in described] == []
+
+
+def test_the_reference_has_every_name(tmp_path: Path) -> None:
+    """As a page that `.ci/docs` makes: of the face alone, with what each setting means."""
+    pytest.importorskip("pdoc", reason="needs the extra docs")
+    program, page = Path(__file__).resolve().parents[1] / ".ci" / "docs", tmp_path / "api.html"
+    subprocess.run([sys.executable, program, page], check=True, capture_output=True, timeout=120)
+    text = page.read_text(encoding="utf-8")
+    assert sorted(each.partition('"')[0] for each in text.split('<section id="')[1:]) == NAMES
+    assert 'id="FitConfig.warmup"' in text
+    assert ebm_prior.FitConfig.__dataclass_fields__["warmup"].metadata["help"] in text

@@ -44,6 +44,7 @@ from ebm_prior.evaluation.metrics import FeatureExtractor
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.pictures.film import MOVING, save_film, transitions_film
 from ebm_prior.pictures.sheets import save_page
 from ebm_prior.pictures.show import LONG_RUN, PICTURES, WITH_CHAINS, WITH_IMAGES, draw_picture
 from ebm_prior.reports import findings, summaries
@@ -285,7 +286,10 @@ def _loaded(
 @DATA_ROOT
 @click.option("-n", "--number", type=click.IntRange(1), help="rows, chains or codes  [default: depends on the picture]")
 @click.option(
-    "--out", type=PATH, help="the .png; its arrays lie beside it as .npz  [default: the next free beside PRIOR]"
+    "--out",
+    type=PATH,
+    help="the .png, for transitions also a moving .gif; its arrays lie beside it as .npz  "
+    "[default: the next free .png beside PRIOR]",
 )
 @click.option("--overwrite", is_flag=True, help="replace what is at --out")
 @CONFIG
@@ -310,7 +314,7 @@ def show(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Draw pictures of a prior at work, as a PNG with the arrays behind it. WHAT is one of
+    """Draw pictures of a prior at work, as a PNG (transitions: or a GIF) with the arrays behind it. WHAT is one of
 
     \b
     transitions     chains from the backbone's prior to the energy-based one (Figs. 5, 14)
@@ -320,14 +324,13 @@ def show(
     interpolate     from one image to another in ε-space
     latents         posterior codes and chains, two dimensions per group (Fig. 2)
     """
+    _require_suffix(out, what)
     stored = read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
     seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     long = {"steps": LONG_RUN} if what == "energy" else {}
     loaded.sampler = resolve(loaded.sampler, given, long | stored["sampler"])
     out = out or places.next_free(places.beside(prior), what, ".png")
-    if out.suffix != ".png":
-        raise click.UsageError(f"--out is a .png, found {out}")
     for path in (out, out.with_suffix(".npz")):
         places.require_free(path, overwrite)
     images = None
@@ -341,6 +344,18 @@ def show(
     elif data is not None:
         raise click.UsageError(f"{what} starts from no images: leave --data out")
     with Bar("show", loaded.sampler.steps if what in WITH_CHAINS else 1) as bar:
-        drawn = draw_picture(loaded, what, images, number, seed=seed, progress=bar)
-    files = save_page(drawn.image, drawn.arrays, out)
+        if out.suffix == ".gif":
+            files = save_film(transitions_film(loaded, number or PICTURES[what], seed=seed, progress=bar), out)
+        else:
+            drawn = draw_picture(loaded, what, images, number, seed=seed, progress=bar)
+            files = save_page(drawn.image, drawn.arrays, out)
     show_result({"files": [str(file) for file in files]}, as_json, summaries.files_written)
+
+
+def _require_suffix(out: Path | None, what: str) -> None:
+    """Refuse a form of picture that there is not, before work is done."""
+    suffix = ".png" if out is None else out.suffix
+    if suffix == ".gif" and what not in MOVING:
+        raise click.UsageError(f"{what} does not move, so --out is a .png (.gif: {', '.join(MOVING)}); found {out}")
+    if suffix not in (".png", ".gif"):
+        raise click.UsageError(f"--out is a .png{', or a moving .gif' if what in MOVING else ''}; found {out}")

@@ -18,6 +18,7 @@ from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import ChainState, SamplerConfig, draw
 from ebm_prior.pictures.grids import scatters
+from ebm_prior.pictures.sheets import page
 from ebm_prior.storage.registry import adapter, build
 from ebm_prior.training.joint import train_jointly
 from ebm_prior.training.joint_config import JointConfig
@@ -96,4 +97,8 @@ def picture_2d(shown: Transition) -> Image.Image:
         for layer in range(layers)
         for step, latents in zip(shown.steps, shown.chain, strict=True)
     ]
-    return scatters(panels, columns=len(shown.steps))
+    caption = (
+        f"Orange: codes of {len(shown.posterior[0])} images. Blue: as many chains, which start at the Gaussian prior "
+        "(step 0). Where the prior is learned, blue ends where orange is. One row per layer, the top one first."
+    )
+    return page("Posterior codes and chains of the prior", [[scatters(panels, columns=len(shown.steps))]], caption)

@@ -28,29 +28,32 @@ def matrix(rows: Sequence[tuple[str, Tensor]], columns: Sequence[str] = ()) -> I
     Raises ConfigurationError for rows of unequal length or another number of titles, and as `grids.grid` does.
     """
     counts = {len(images) for _, images in rows}
-    if len(counts) != 1 or (columns and {len(columns)} != counts):
+    if len(counts) != 1 or counts == {0} or (columns and {len(columns)} != counts):
         raise ConfigurationError(
             f"expected rows of equally many images, one per column title; found {sorted(counts)} and {len(columns)} "
             "titles"
         )
     count = counts.pop()
     font = ImageFont.load_default(_TEXT)
-    strips = [grid(images, columns=count) for _, images in rows]
-    step_x, step_y = (strips[0].width + _GAP) // count, strips[0].height + _GAP
+    strips = [[grid(image[None], columns=1) for image in images] for _, images in rows]
+    cell = strips[0][0]
+    heads = [wrap(title, font, cell.width - 4) for title in columns]
+    longest = max((font.getlength(line) for lines in heads for line in lines), default=0)
+    step_x, step_y = max(cell.width + _GAP, math.ceil(longest) + 8), cell.height + _GAP  # long names are not cut
     names = [wrap(title, font, 150) for title, _ in rows]
-    heads = [wrap(title, font, step_x - 4) for title in columns]
     left = max(math.ceil(font.getlength(line)) for lines in names for line in lines) + 10
     line_height = round(1.25 * _TEXT)
-    top = line_height * max(map(len, heads), default=0) + 4
-    page = Image.new("RGB", (left + strips[0].width, top + step_y * len(rows) - _GAP), _PAPER)
+    top = line_height * max(map(len, heads), default=0) + 6
+    page = Image.new("RGB", (left + step_x * count - _GAP, top + step_y * len(rows) - _GAP), _PAPER)
     pen = ImageDraw.Draw(page)
     for column, lines in enumerate(heads):
         for row, line in enumerate(reversed(lines)):  # titles stand on their column, whatever their number of lines
-            place = (left + column * step_x + step_x // 2, top - 3 - row * line_height)
+            place = (left + column * step_x + step_x // 2, top - 6 - row * line_height)
             pen.text(place, line, _INK, font, anchor="ms")
     for row, (lines, strip) in enumerate(zip(names, strips, strict=True)):
-        page.paste(strip, (left, top + row * step_y))
-        middle = top + row * step_y + strip.height // 2 - (len(lines) - 1) * line_height // 2
+        for column, image in enumerate(strip):
+            page.paste(image, (left + column * step_x + (step_x - _GAP - cell.width) // 2, top + row * step_y))
+        middle = top + row * step_y + cell.height // 2 - (len(lines) - 1) * line_height // 2
         for index, line in enumerate(lines):
             pen.text((left - 8, middle + index * line_height), line, _INK, font, anchor="rm")
     return page
@@ -87,9 +90,15 @@ def page(title: str, rows: Sequence[Sequence[Image.Image]], caption: str | Seque
 
 def save_page(image: Image.Image, arrays: Mapping[str, NDArray[Any]], out: Path) -> list[Path]:
     """Write a page as PNG to `out` and, beside it as .npz, the arrays behind it; returns both paths."""
+    beside = save_arrays(arrays, out)
+    save_png(image, out)
+    return [out, beside]
+
+
+def save_arrays(arrays: Mapping[str, NDArray[Any]], out: Path) -> Path:
+    """Write the arrays behind a picture `out` beside it, as .npz; returns where."""
     beside = out.with_suffix(".npz")
     buffer = BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(beside, buffer.getvalue())
-    save_png(image, out)
-    return [out, beside]
+    return beside

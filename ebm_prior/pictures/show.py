@@ -38,16 +38,16 @@ class Page(NamedTuple):
 
 def transitions(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Page:
     """Chains from the backbone's prior to the energy-based prior, as images at growing steps (Figs. 5, 14)."""
-    steps = _steps(prior)
+    steps = chain_steps(prior)
     at = sorted({0, *(round(steps * share) for share in (0.025, 0.05, 0.125, 0.25, 0.5, 1))})
     kept = chain(prior, n, steps, at, seed=seed, progress=progress).eps
-    frames = torch.stack([_decoded(prior, kept[step]) for step in at], dim=1)  # (n, columns, C, H, W)
+    frames = torch.stack([decoded(prior, kept[step]) for step in at], dim=1)  # (n, columns, C, H, W)
     rows = [(f"chain {row + 1}", frames[row]) for row in range(n)]
     image = page(
         "From the backbone's prior to the energy-based prior",
         [[matrix(rows, [f"step {step}" for step in at])]],
-        f"Each row is one chain of {_kernel(prior)}. Step 0 is a draw of the backbone's own Gaussian prior; the images "
-        "are the means of p(x | z).",
+        f"Each row is one chain of {kernel_words(prior)}. Step 0 is a draw of the backbone's own Gaussian prior; the "
+        "images are the means of p(x | z).",
     )
     return Page(image, {"images": frames.cpu().numpy(), "steps": np.array(at)})
 
@@ -58,7 +58,7 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILEN
     The caption says by how much the total energy still moves after the first `SETTLED` steps: the mean slope of the
     chains with its standard error.
     """
-    steps = _steps(prior)
+    steps = chain_steps(prior)
     short = min(SHORT_RUN, steps)
     columns = {run: [round(run * share / 7) for share in range(8)] for run in (short, steps)}
     at = sorted({step for run in columns.values() for step in run})
@@ -67,7 +67,7 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILEN
     totals = energies.sum(2).clip(min=-prior.ceiling)
     names = [*prior.energy.names, *(["joint head"] if prior.energy.joint is not None else [])]
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(names))]
-    frames = {step: _decoded(prior, eps) for step, eps in chains.eps.items()}
+    frames = {step: decoded(prior, eps) for step, eps in chains.eps.items()}
     pictures = []
     for run in (short, steps):
         x, shown = np.arange(run + 1), energies[: run + 1].mean(1)
@@ -83,7 +83,7 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILEN
         rows = [(f"chain {c + 1}", torch.stack([frames[s][c] for s in columns[run]])) for c in range(min(n, 4))]
         pictures.append([plotted, matrix(rows, [f"step {step}" for step in columns[run]])])
     caption = [
-        f"{_kernel(prior).capitalize()}, from draws of the backbone's prior. Energies are relative to that prior: "
+        f"Chains of {kernel_words(prior)}, from draws of the backbone's prior. Energies are relative to that prior: "
         "where f is 0 nothing is changed. Their level is arbitrary; that they settle is not."
     ]
     if prior.ceiling < math.inf:
@@ -96,7 +96,7 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILEN
         arrays["trend"] = np.array([slope, error])
         caption.append(
             f"Total energy after step {SETTLED}: {1000 * slope:+.3f} ± {1000 * error:.3f} nats per 1,000 steps (mean "
-            f"slope of the chains ± its standard error). Pixels beyond 1 or 99 % of the range: "
+            f"slope of the chains ± its standard error). Pixels beyond 1 or 99% of the range: "
             f"{_extreme(frames[0]):.1%} at step 0, {_extreme(frames[steps]):.1%} at step {steps:,}."
         )
     return Page(page("The energy along long chains", pictures, caption), arrays)
@@ -144,13 +144,12 @@ def reconstruction(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) ->
     columns = [real, prior.backbone.decode(z).mean, *(_redrawn(prior, z, k, True, seed) for k in range(1, depth))]
     frames = torch.stack([column.to(real) for column in columns], dim=1)
     names = [group.name for group in reversed(prior.backbone.groups)]
-    titles = ["image", "all inferred", *(f"k = {k}: {names[0]}{'-' + names[k - 1]} drawn" for k in range(1, depth))]
-    titles[2:3] = [f"k = 1: {names[0]} drawn"] if depth > 1 else []
+    titles = ["image", "all inferred", *(f"k = {k}: {names[k - 1]} drawn" for k in range(1, depth))]
     picture = page(
         f"Hierarchical reconstruction of {images.name}",
         [[matrix([(f"image {row + 1}", frames[row]) for row in range(n)], titles)]],
-        "The k lowest latent groups come from the energy-based prior given the others, which are inferred from the "
-        "image: details give way to what is common, and what the upper groups know stays.",
+        "The k lowest latent groups, the last of them named above, come from the energy-based prior given the others, "
+        "which are inferred from the image: details give way to what is common, and what the upper groups know stays.",
     )
     return Page(picture, {"images": frames.cpu().numpy(), "k": np.arange(depth)})
 
@@ -161,13 +160,13 @@ def interpolate(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Pa
     real, z = _inferred(prior, images, 2 * n, seed)
     eps = prior.backbone.standardize(z)
     shares = [step / 7 for step in range(8)]
-    between = [_decoded(prior, [great_circle(e[:n], e[n:], share) for e in eps]).to(real) for share in shares]
+    between = [decoded(prior, [great_circle(e[:n], e[n:], share) for e in eps]).to(real) for share in shares]
     frames = torch.stack([real[:n], *between, real[n:]], dim=1)
     titles = ["image A", *(f"{share:.0%}" for share in shares), "image B"]
     picture = page(
         f"Interpolation between images of {images.name}",
         [[matrix([(f"pair {row + 1}", frames[row]) for row in range(n)], titles)]],
-        "0 % and 100 % are the reconstructions of the two images. Between them the standardised latents ε of each "
+        "0% and 100% are the reconstructions of the two images. Between them the standardised latents ε of each "
         "group go along a great circle: a straight line would leave the shell on which a Gaussian prior lies.",
     )
     return Page(picture, {"images": frames.cpu().numpy(), "share": np.array(shares)})
@@ -194,7 +193,7 @@ def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress:
 
     A group of more than two units is shown along the two principal directions of its posterior codes.
     """
-    steps = _steps(prior)
+    steps = chain_steps(prior)
     at = [0, steps // 4, steps // 2, steps]
     _, posterior = _inferred(prior, images, n, seed)
     chains = chain(prior, n, steps, at, seed=seed, progress=progress)
@@ -242,8 +241,8 @@ def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress:
     image = page(
         f"Latents of {images.name} and chains of the prior",
         rows,
-        f"Orange: codes of {n} images. Blue: as many chains of {_kernel(prior)}, which start at the backbone's prior "
-        "(step 0). Where the prior is learned, blue ends where orange is.",
+        f"Orange: codes of {n} images. Blue: as many chains of {kernel_words(prior)}, which start at the backbone's "
+        "prior (step 0). Where the prior is learned, blue ends where orange is.",
     )
     return Page(image, arrays)
 
@@ -315,7 +314,7 @@ def chain(prior: EBMPrior, n: int, steps: int, at: Sequence[int], *, seed: int, 
 
 
 @torch.no_grad()
-def _decoded(prior: EBMPrior, eps: Sequence[Tensor]) -> Tensor:
+def decoded(prior: EBMPrior, eps: Sequence[Tensor]) -> Tensor:
     """Means of p(x | z) at z = T_β(ε), (B, C, H, W) on the CPU."""
     trace = prior.backbone.transform(eps)
     return prior.backbone.likelihood(trace.features).mean.cpu()
@@ -344,14 +343,14 @@ def _inferred(prior: EBMPrior, images: Images, n: int, seed: int) -> tuple[Tenso
     return batch.cpu(), prior.backbone.infer(observed, generator=generator).z
 
 
-def _steps(prior: EBMPrior) -> int:
+def chain_steps(prior: EBMPrior) -> int:
     """Steps of the prior's sampler. Raises ConfigurationError where it has none."""
     if not prior.sampler.steps:
         raise ConfigurationError("this prior's sampler is resampling alone: give the chain some --steps")
     return prior.sampler.steps
 
 
-def _kernel(prior: EBMPrior) -> str:
+def kernel_words(prior: EBMPrior) -> str:
     """The sampler's kernel in words, for captions."""
     return f"{prior.sampler.kernel} at step size {prior.sampler.step_size:g}"
 

@@ -178,8 +178,9 @@ def outlier_blocks(result: Mapping[str, Any]) -> list[Block]:
     n = result["images"]
     count = f"{n:,} images of each set" if isinstance(n, int) else f"{n[0]:,} normal and {n[1]:,} anomalous images"
     chance = f", chance level of AUPRC {result['prevalence']:.3f}" if "prevalence" in result else ""
+    draws = f"{result['draws']} draw{'s' * (result['draws'] != 1)}"
     lines: list[Block] = [
-        f"{count}, {result['draws']} draws each, seed {result['seed']}, τ = {result['tau']:.3f}{chance}",
+        f"{count}, {draws} each, seed {result['seed']}, τ = {result['tau']:.3f}{chance}",
         f"lower groups, where sampled: {sampler_text(result['sampler'])}",
     ]
     ap, trapezoid = ("AUPRC", None) if isinstance(n, int) else ("average precision", "AUPRC, trapezoid")

@@ -61,11 +61,13 @@ class Folded(NamedTuple):
 
 Part = Block | Picture | Pictures | Code | Statement | Figures | Folded
 
+_WIDEST = 1600  # pixels; the text on wider pictures could not be read if these were shrunk to the page: they scroll
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #ffffff; --card: #f4f6f8; --rule: #d5dbe1;
-  --accent: #0b5cad; }
+  --shade: #aab4be; --accent: #0b5cad; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --soft: #9aa5b1; --paper: #14181d; --card: #1e242b; --rule: #353e48; --accent: #74b3f5; } }
+  :root { --ink: #e4e8ec; --soft: #9aa5b1; --paper: #14181d; --card: #1e242b; --rule: #353e48;
+    --shade: #56626f; --accent: #74b3f5; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
 header, main { max-width: 70rem; margin: 0 auto; padding: 0 1.25rem; }
@@ -78,9 +80,11 @@ section { border-top: 1px solid var(--rule); margin-top: 1.8rem; padding-top: 1.
 p { margin: .55rem 0; overflow-wrap: anywhere; }
 p.line, figcaption, .figure small { color: var(--soft); font-size: .9rem; }
 p.statement { background: var(--card); border-left: .3rem solid var(--accent); padding: .8rem 1rem; }
-.scroll { overflow-x: auto; margin: .9rem 0 .4rem; }
+.scroll { overflow-x: auto; margin: .9rem 0 .4rem; /* a shade at the right edge while there is more to scroll to */
+  background: linear-gradient(to left, var(--paper) 45%, transparent) right / 3.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--shade), transparent) right / 1.6rem calc(100% - 2px) no-repeat scroll; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .75rem; text-align: right; white-space: nowrap; }
+th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: var(--paper); }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--rule); vertical-align: bottom; }
 tbody th { font-weight: 500; }
@@ -89,13 +93,16 @@ figure { margin: .9rem 0; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--rule);
   border-radius: .4rem; padding: .4rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.2rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
 .figure { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
 .figure b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .figure small { display: block; }
 pre { background: var(--card); border-radius: .5rem; padding: .8rem 1rem; overflow-x: auto; font-size: .88rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--accent); margin: .6rem 0; }
+.wide img { max-width: none; }
+@media (max-width: 40rem) { header, main, footer { padding: 0 1rem; } .figure { padding: .6rem .7rem; }
+  .figure b { font-size: 1.1rem; } table { font-size: .85rem; } th, td { padding: .3rem .45rem; } }
 footer { max-width: 70rem; margin: 2rem auto; padding: 0 1.25rem; color: var(--soft); font-size: .85rem; }
 @media print { body { background: #fff; color: #000; } nav { display: none; } }
 """
@@ -162,7 +169,9 @@ def _part(part: Part) -> str:
 
 def _image(picture: Picture) -> str:
     source = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
-    return f'<img src="{source}" alt="{escape(picture.caption)}">'
+    image = f'<img src="{source}" alt="{escape(picture.caption)}">'
+    width = int.from_bytes(picture.png[16:20], "big")  # where PNG has it
+    return f'<div class="scroll wide">{image}</div>' if width > _WIDEST else image
 
 
 def _table(table: Table) -> str:

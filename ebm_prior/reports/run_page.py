@@ -177,7 +177,7 @@ def _read_results(path: Path | None, name: str) -> list[dict[str, Any]]:
 
 def _before_after(run: Path) -> list[Part]:
     path = run / "before-after.png"
-    caption = "Samples of the backbone's own prior, and of the energy-based prior on the same backbone"
+    caption = "Samples of the backbone's own prior (left), and of the energy-based prior on the same backbone (right)"
     return [Picture(path.read_bytes(), caption)] if path.is_file() else [f"There is no {path.name} in the folder."]
 
 

@@ -23,6 +23,7 @@ from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_writable
 
 FILES = ("scores.npz", "result.json", "histograms.png")
+_MOST_COLUMNS, _SIZE = 7, (400, 290)  # of histograms
 
 
 def write_scores(path: Path, forms: Sequence[Form], scored: Sequence[Scored]) -> None:
@@ -64,38 +65,39 @@ def require_folder(folder: Path, overwrite: bool) -> None:
 
 
 def histograms(result: Mapping[str, Any], forms: Sequence[Form], scored: Sequence[Scored], title: str) -> Image.Image:
-    """Densities of every score with f (Fig. 6): a column per L^{>k} and LLR^{>k}, a row per mode and lower groups."""
+    """Densities of every score with f (Fig. 6): one row each of L^{>k} and of LLR^{>k} per mode and lower groups."""
     outside = result["sets"][-1]
     quality = {(row["score"], row["k"], row["mode"], row["lower"]): row["f"] for row in outside["rows"]}
     shown = {form: column for column, form in enumerate(forms) if form.energy}
-    scores = sorted({(form.ratio, form.k) for form in shown})
-    size = (400, 290)
     rows = []
-    for mode, lower in [way for way in product(MODES, LOWERS) if any(form[2:4] == way for form in shown)]:
+    for ratio, mode, lower in product((False, True), MODES, LOWERS):
+        row = [f for f in shown if (f.ratio, f.mode) == (ratio, mode) and (not f.k or f.lower == lower)]
+        again = lower != LOWERS[0]  # L^{>0} has no lower groups: it is shown in the first of the rows
+        if again and not any(form.k for form in row):
+            continue
         cells = []
-        for ratio, k in scores:
-            form = next((f for f in shown if f[:3] == (k, ratio, mode) and (not k or f.lower == lower)), None)
-            if form is None:  # iw differs from elbo in L^{>0} and the ratios to it alone
-                cells.append(Image.new("RGB", size, "white"))
+        for form in sorted(row, key=lambda form: form.k):
+            if again and not form.k:
+                cells.append(Image.new("RGB", _SIZE, "white"))
                 continue
-            name = f"{'LLR' if ratio else 'L'}>{k}"
-            found = quality["LLR" if ratio else "L", k, mode, lower if k else None]
+            name = f"{'LLR' if ratio else 'L'}>{form.k}"
+            found = quality["LLR" if ratio else "L", form.k, mode, lower if form.k else None]
             cells.append(
                 histogram(
                     {each.name: each.values[:, shown[form]] for each in scored},
-                    title=f"{name}, {mode}{f', {lower}' if k else ''}: AUROC {found['auroc']:.3f}",
+                    title=f"{name}, {mode}{f', {lower}' if form.k else ''}: AUROC {found['auroc']:.3f}",
                     x_label=f"{name} (nats)",
                     y_label="density (1/nat)",
-                    size=size,
+                    size=_SIZE,
                 )
             )
-        rows.append(cells)
+        rows += [cells[i : i + _MOST_COLUMNS] for i in range(0, len(cells), _MOST_COLUMNS)]
     return page(
         title,
         rows,
         [
-            f"{result['draws']} draws per image. L>k: unnormalised log-posterior with the k lowest groups not inferred "
-            "but taken from the prior given the others (Eq. 20), as samples or means; LLR>k = L>0 - L>k (Eq. 21); both "
-            f"with f. Outliers have low L and high LLR; the AUROC is that of {outside['out']}."
+            f"Posterior draws per image: {result['draws']}. L>k: unnormalised log-posterior with the k lowest groups "
+            "not inferred but taken from the prior given the others (Eq. 20), as samples or means; LLR>k = L>0 - L>k "
+            f"(Eq. 21); both with f. Outliers have low L and high LLR; the AUROC is that of {outside['out']}."
         ],
     )

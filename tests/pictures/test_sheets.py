@@ -45,3 +45,17 @@ def test_rows_must_be_of_one_length() -> None:
         matrix([("a", torch.zeros(2, 1, 8, 8)), ("b", torch.zeros(3, 1, 8, 8))])
     with pytest.raises(ConfigurationError, match="1 titles"):
         matrix([("a", torch.zeros(2, 1, 8, 8))], ["one"])
+
+
+def test_long_titles_do_not_run_into_each_other() -> None:
+    """A column is as wide as the longest word of its titles; its images stay as they are, in its middle."""
+    images = torch.ones(3, 1, 64, 64) * 0.5
+    name = "a-group-with-a-long-name"
+    grey = np.asarray(matrix([("row", images)], [name, name, name]).convert("L"), dtype=int)
+    dark = (grey < 120).any(0)  # the title alone is so dark
+    columns = np.flatnonzero((grey == 128).sum(0) >= 64)
+    assert len(columns) == 3 * 64
+    gaps = np.flatnonzero(np.diff(columns) > 1)
+    assert len(gaps) == 2
+    for gap in gaps:  # there is white between neighbouring titles
+        assert not dark[columns[gap] + 1 : columns[gap + 1]].all()

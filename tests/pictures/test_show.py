@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.pictures.film import transitions_film
 from ebm_prior.pictures.show import (
     PICTURES,
     chain,
@@ -32,6 +34,7 @@ from ebm_prior.pictures.show import (
     transitions,
     trend,
 )
+from ebm_prior.storage.checkpoint import load_prior
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +183,49 @@ def test_the_command(workshop: Workshop, prior: Path, tmp_path: Path, what: str)
     assert "--overwrite" in workshop.error(*words, "--out", out)
     if not data:
         workshop.run(*words, "--data", workshop.images, code=2)
+
+
+def test_transitions_move(workshop: Workshop, prior: Path, tmp_path: Path) -> None:
+    """A frame per step, of one size, that goes on for ever; drawn of the same chains as the picture that stands."""
+    words, out = (
+        ["show", prior, "transitions", "-n", 3, "--steps", 4, "--proposals", 2, "--seed", 1],
+        tmp_path / "x.gif",
+    )
+    result = json.loads(workshop.run(*words, "--out", out, "--json").stdout)
+    assert result["files"] == [str(out), str(out.with_suffix(".npz"))]
+    with Image.open(out) as image:
+        assert (image.format, image.n_frames, image.info["loop"]) == ("GIF", 5, 0)
+        frames, times = [], []
+        for index in range(image.n_frames):
+            image.seek(index)
+            times.append(image.info["duration"])
+            frames.append(np.asarray(image.convert("RGB")))
+    assert len({frame.shape for frame in frames}) == 1
+    assert frames[0].shape[1] > 300
+    assert all((a != b).any() for a, b in pairwise(frames))
+    assert times[0] > times[1] == times[3] < times[4]
+    workshop.run(*words, "--out", tmp_path / "x.png", "--overwrite")  # and the same .npz
+    with np.load(out.with_suffix(".npz")) as arrays:
+        standing = dict(arrays)
+    film = transitions_film(load_prior(prior), 3, seed=1)
+    np.testing.assert_allclose(film.arrays["images"][:, 0], standing["images"][:, 0], atol=1e-6)
+
+
+def test_a_film_of_many_steps_is_short(toy: EBMPrior, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy, "sampler", SamplerConfig(proposals=2, steps=150, step_size=0.3))
+    film = transitions_film(toy, 2)
+    assert len(film.frames) == len(film.milliseconds) == film.arrays["images"].shape[1] == 60
+    assert film.arrays["steps"][[0, -1]].tolist() == [0, 150]
+    assert sum(film.milliseconds) < 12_000
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "said"), [("hierarchy", "x.gif", "does not move"), ("transitions", "x.mp4", ".gif")]
+)
+def test_other_forms_are_refused(
+    workshop: Workshop, prior: Path, tmp_path: Path, what: str, name: str, said: str
+) -> None:
+    found = workshop.run("show", prior, what, "--out", tmp_path / name, code=2).stderr
+    assert said in found
+    assert ".png" in found
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from web_pages import Page, require_no_sideways_scrolling, screenshot
+from web_pages import Page, browser, require_fits, screenshot
 
 from ebm_prior.reports.html import Code, Figure, Figures, Folded, Picture, Pictures, Statement, web_page
 from ebm_prior.reports.text import Table
@@ -63,6 +63,21 @@ def test_a_browser_shows_it_light_and_dark(text: str, tmp_path: Path) -> None:
         assert (abs(shot - shot[2, 2]).sum(2) > 300).mean() > 0.01  # text can be told from the paper
 
 
-@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize(
+    ("mistake", "seen"),
+    [
+        ('<div style="width: 1500px">wide</div>', "sideways"),
+        ('<div style="overflow: hidden"><div style="width: 1500px">cut</div></div>', "are cut"),
+        ('<img src="data:image/png;base64,AAAA" alt="broken">', "not drawn"),
+        ("<script>nowhere.nothing()</script>", "CONSOLE"),
+    ],
+)
+def test_a_browser_sees_mistakes(text: str, mistake: str, seen: str, tmp_path: Path) -> None:
+    browser()  # skips where there is none, for the failures below are meant
+    with pytest.raises(AssertionError, match=seen):
+        require_fits(text.replace("</main>", mistake + "</main>"), 390, tmp_path)
+
+
+@pytest.mark.parametrize("width", [360, 390, 1280])
 def test_nothing_is_wider_than_the_window(text: str, width: int, tmp_path: Path) -> None:
-    require_no_sideways_scrolling(text, width, tmp_path)
+    require_fits(text, width, tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from web_pages import Page, require_no_sideways_scrolling, screenshot
+from web_pages import Page, in_frame, require_fits, screenshot
 from workshop import Workshop
 
 from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
@@ -149,14 +149,17 @@ def test_curves_of_what_was_logged(run: Path) -> None:
     assert training_curves([]) == []
 
 
-def test_it_looks_right_in_a_browser(run: Path, page: Page, tmp_path: Path) -> None:
-    """The paper is white where the reader's browser is light, there is much on it, and it fits a telephone."""
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_looks_right_in_a_browser(run: Path, page: Page, tmp_path: Path, width: int, dark: bool) -> None:
+    """On a telephone and on a desk, the paper is light or dark as the reader's browser is, and there is much on it."""
     text = (run / "report.html").read_text()
-    (tmp_path / "page.html").write_text(text)
-    shot = screenshot(tmp_path / "page.html")
-    assert (shot[:, :10] > 240).all()
-    assert 0.05 < (shot.mean(2) < 128).mean() < 0.8
-    require_no_sideways_scrolling(text, 360, tmp_path)
+    shot = screenshot(in_frame(text, width, tmp_path), dark=dark, width=max(width, 500))[:900, :width]
+    assert shot.shape == (900, width, 3)
+    assert (shot[:, :10] < 40).all() if dark else (shot[:, :10] > 240).all()
+    assert 0.03 < (abs(shot - shot[2, 2]).sum(2) > 200).mean() < 0.8
+    if not dark:
+        require_fits(text, width, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.errors import ConfigurationError, ContractError
-from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.backbone import BUILT_IN, Backbone
 from ebm_prior.testing import declared, image_side, posterior_path, prior_path
 from ebm_prior.testing.case import Case, Skipped, frozen, on_copies
 
@@ -54,7 +54,6 @@ QUICK: Checks = {
     "top_down adds no noise and keeps no state": prior_path.no_noise_of_its_own,
     "the likelihood is one over images in [0, 1]": image_side.likelihood,
 }
-BUILT_IN = "ebm_prior.backbones."  # adapters in modules of this package: the whole kit has looked at them
 
 
 class ContractReport(NamedTuple):

@@ -66,7 +66,7 @@ def fit(
     settings = configured(FitConfig, config)
     source = as_images(images, backbone.image_shape)
     if not backbone.training:  # which is a mistake that the trainer names
-        check_foreign(backbone, source.batch([0, len(source) - 1]))
+        check_foreign(backbone, source)
     told: dict[str, Any] = {"run": run, "progress": progress, "on_evaluate": on_evaluate}
     prior = trainer.fit(backbone, source, settings, energy=energy, **told, processes=processes)
     if isinstance(source, ImageSource):

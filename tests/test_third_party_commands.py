@@ -239,7 +239,12 @@ def train(shop: Shop) -> None:
     words = ["--iterations", 2, "--batch-size", 8, "--evaluate-every", 2, "--warmup", 0, "--energy-from", 0]
     out = shop.folder / "trained"
     small = ["--energy-hidden", 8, "--energy-vector-layers", 1, "--prior-chain-steps", 2, "--out", out]
-    found = shop.json("train", "--ckpt", shop.backbone, "--data", shop.images, *words, *small)
+    network = {
+        "deep": ["--ckpt", shop.backbone],
+        "plain": ["--backbone", "plain"],
+        "bottom-up": ["--backbone", "bottom-up", "--set", "top=2"],
+    }
+    found = shop.json("train", *network[shop.name], "--data", shop.images, *words, *small)
     assert math.isfinite(found["validation"]["elbo"])
     assert load_prior(out / "prior.safetensors").sample(2).images.shape == (2, *shop.shape)
 

@@ -61,7 +61,7 @@ def fit_into(
     DivergenceError goes on. The first of the `processes` writes and tells `progress`, and none of the others.
     """
     watch.require()
-    check_foreign(backbone, images.batch([0, len(images) - 1]))
+    check_foreign(backbone, images)
     settings = _bn_settings(config.seed) if bn_readjust else None
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
     inputs |= {"energy": energy} if energy else {}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.errors import ConfigurationError, ContractError
+from ebm_prior.interfaces import Images
 from ebm_prior.model.backbone import BUILT_IN, Backbone
 from ebm_prior.testing import declared, image_side, posterior_path, prior_path
 from ebm_prior.testing.case import Case, Skipped, frozen, on_copies
@@ -97,18 +98,18 @@ def check_backbone(
     return ContractReport(tuple(inspection.proved), tuple(inspection.skipped))
 
 
-def check_foreign(backbone: Backbone, images: Tensor, *, seed: int = 0) -> None:
+def check_foreign(backbone: Backbone, images: Images, *, seed: int = 0) -> None:
     """The quick part of `check_backbone` on an adapter that does not come with ebm-prior; on others, nothing.
 
-    `images`: (B, *image_shape) in [0, 1], such as the backbone was trained on; two of them are used. Densities,
-    gradients and independence are left to `check_backbone`. Raises ContractError naming the mistakes.
+    `images`: such as the backbone was trained on; two of them are used. Densities, gradients and independence are left
+    to `check_backbone`. Raises ContractError naming the mistakes.
     """
     if type(backbone).__module__.startswith(BUILT_IN):
         return
     inspection = _Inspection(type(backbone).__name__, one_line=True)
     inspection.demand("groups and image_shape are well formed", declared.declaration, backbone)
     with frozen(backbone), torch.no_grad():
-        case = _case(backbone, images, 2, seed)
+        case = _case(backbone, images.batch([0, len(images) - 1]), 2, seed)
         for name, check in FIRST.items():
             inspection.demand(name, check, case)
         case = case._replace(images=backbone.observe(case.images, generator=case.generator(5)))

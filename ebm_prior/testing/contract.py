@@ -152,7 +152,7 @@ class _Inspection:
         """Raise ContractError if there were mistakes."""
         if self.mistakes and self.one_line:
             raise ContractError(
-                f"{self.subject} does not keep the backbone contract: {'; '.join(self.mistakes)}. Correct that, and "
+                f"{self.subject} does not keep the backbone contract: {'; '.join(self.mistakes).rstrip('.')}. Correct that, and "
                 "let check_backbone look at the rest (backbones/README.md)"
             )
         if self.mistakes:

@@ -151,9 +151,10 @@ class _Inspection:
     def conclude(self) -> None:
         """Raise ContractError if there were mistakes."""
         if self.mistakes and self.one_line:
+            found = "; ".join(self.mistakes).rstrip(".")
             raise ContractError(
-                f"{self.subject} does not keep the backbone contract: {'; '.join(self.mistakes).rstrip('.')}. Correct that, and "
-                "let check_backbone look at the rest (backbones/README.md)"
+                f"{self.subject} does not keep the backbone contract: {found}. Correct that, and let check_backbone "
+                "look at the rest (backbones/README.md)"
             )
         if self.mistakes:
             lines = "".join(f"\n  - {mistake}" for mistake in self.mistakes)

@@ -50,10 +50,12 @@ class GaussianPixels:
     """Independent normal pixels around a mean image: the plain likelihood of a VAE trained by squared error.
 
     mean: (B, C, H, W) in [0, 1].  std: one positive number, or a tensor that broadcasts to `mean`.
+    clip: for an image head without a sigmoid, whose mean may leave [0, 1]: it is shown clipped, and the density keeps
+    it as it is.
     """
 
-    def __init__(self, mean: Tensor, std: float | Tensor = 0.1) -> None:
-        self.mean = mean
+    def __init__(self, mean: Tensor, std: float | Tensor = 0.1, *, clip: bool = False) -> None:
+        self.mean = mean.clamp(0, 1) if clip else mean
         self.pixels = Gaussian(mean, torch.as_tensor(std, dtype=mean.dtype, device=mean.device))
 
     def log_prob(self, images: Tensor) -> Tensor:
@@ -62,8 +64,9 @@ class GaussianPixels:
 
     def sample(self, *, generator: Generator = None) -> Tensor:
         """Images (B, C, H, W), clipped to [0, 1]."""
-        noise = standard_normal(self.mean.shape, generator, dtype=self.mean.dtype, device=self.mean.device)
-        return (self.mean + self.pixels.std * noise).clamp(0, 1)
+        mean, std = self.pixels
+        noise = standard_normal(mean.shape, generator, dtype=mean.dtype, device=mean.device)
+        return (mean + std * noise).clamp(0, 1)
 
 
 class LogisticMixture:

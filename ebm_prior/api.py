@@ -20,6 +20,7 @@ from ebm_prior.model.arguments import described, require_backbone
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.settings import configured
+from ebm_prior.testing.contract import check_foreign
 from ebm_prior.training import fit as trainer
 from ebm_prior.training.fit_config import FitConfig
 
@@ -53,6 +54,7 @@ def fit(
 
     Raises:
         ConfigurationError: for arguments that make no sense.
+        ContractError: for an adapter of your own that breaks the contract, as far as ten passes tell.
         DataError: for images that are not the backbone's, not in [0, 1], or not finite.
         DivergenceError: where training fails for good; its `kept` is the best prior before that.
 
@@ -63,6 +65,8 @@ def fit(
     require_backbone(backbone)
     settings = configured(FitConfig, config)
     source = as_images(images, backbone.image_shape)
+    if not backbone.training:  # which is a mistake that the trainer names
+        check_foreign(backbone, source)
     told: dict[str, Any] = {"run": run, "progress": progress, "on_evaluate": on_evaluate}
     prior = trainer.fit(backbone, source, settings, energy=energy, **told, processes=processes)
     if isinstance(source, ImageSource):

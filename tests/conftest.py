@@ -11,7 +11,7 @@ import pytest
 import torch
 from played_graphs import Played
 from toys import LinearGaussian, ToyConv
-from workshop import SMALL_FIT, Workshop
+from workshop import SMALL_FIT, THIRD_PARTY, Workshop
 
 from ebm_prior.compute import cuda_graphs
 from ebm_prior.data.images import ImageSource, open_images
@@ -29,6 +29,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
     points = "[ebm_prior.backbones]\ntoy = toys:ToyConv\nlinear = toys:LinearGaussian\nbroken = toys_nowhere:Nothing\n"
+    points += "".join(f"{name} = third_party:{kind}\n" for name, kind in THIRD_PARTY.items())
     (info / "entry_points.txt").write_text(points)
     sys.path.insert(0, str(folder))
     random = np.random.default_rng(0)

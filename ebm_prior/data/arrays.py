@@ -13,6 +13,7 @@ from torch import Tensor
 from ebm_prior.compute.memory import free_bytes
 from ebm_prior.data.source import Arrays, ImageSource, Shape
 from ebm_prior.errors import DataError, MemoryLimitError
+from ebm_prior.model.checked_images import require_unit_interval
 
 
 def from_array(
@@ -62,21 +63,6 @@ def shape_problem(found: Shape, expected: Shape) -> str:
         f"expected images of shape {tuple(expected)} (channels, height, width), found {found}. Images are never resized"
         f" or recoloured silently: convert them beforehand, or choose a backbone of their shape{convert}"
     )
-
-
-def require_unit_interval(name: str, pixels: Tensor, indices: Sequence[int] | Tensor | None = None) -> None:
-    """Raise DataError unless all of `pixels` (N, …) are finite and in [0, 1]. `indices`: the numbers of the images."""
-    low, high = pixels.flatten(1).amin(1), pixels.flatten(1).amax(1)  # NaN spreads to both
-    bad = ~((low >= 0) & (high <= 1))
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        finite = bool(pixels[first].isfinite().all())
-        problem = f"values from {low[first]:g} to {high[first]:g}" if finite else "NaN or infinite values"
-        number = first if indices is None else int(indices[first])
-        raise DataError(
-            f"{name}: expected float images in [0, 1], found {problem} in image {number} (the first of {int(bad.sum())}"
-            f" such); {'rescale them, or store uint8 in 0..255' if finite else 'repair or remove them'}"
-        )
 
 
 def require_memory(name: str, needed: int, *, instead: str = "") -> None:

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ebm_prior.data.arrays import as_pixels, from_array, labels_of, loaded_bytes, require_memory, require_unit_interval
+from ebm_prior.data.arrays import as_pixels, from_array, labels_of, loaded_bytes, require_memory
 from ebm_prior.data.pictures import decode, read_pixels, scaled
 from ebm_prior.data.source import ImageSource, Shape
 from ebm_prior.errors import DataError
 from ebm_prior.model.arguments import described
+from ebm_prior.model.checked_images import require_unit_interval
 
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values")
 _LABEL_KEYS = ("label", "labels")

@@ -63,6 +63,8 @@ class ImageSource:
     origin: how `reopen` finds these images again; None for images from memory and for a subset.
     """
 
+    looks_itself = True  # at what it reads: `checked` leaves it as it is
+
     def __init__(
         self,
         name: str,

@@ -27,6 +27,8 @@ from ebm_prior.compute.isolation import require_numbers, require_precision
 from ebm_prior.compute.randomness import Generator, standard_normal
 from ebm_prior.errors import CheckpointError, ConfigurationError, ContractError, few
 
+BUILT_IN = "ebm_prior.backbones."  # the package whose modules have the adapters that come with ebm-prior
+
 
 class LatentGroup(NamedTuple):
     """One latent group z_i: its name and the shape of one draw, (C, H, W) or (D,), without the batch axis.

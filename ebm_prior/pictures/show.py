@@ -7,7 +7,7 @@ from the bottom, as the paper does. Everything random comes from (seed, row).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,7 +191,8 @@ def great_circle(a: Tensor, b: Tensor, share: float) -> Tensor:
 def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Page:
     """Posterior codes and chains of the prior in two dimensions per group, at growing steps (Fig. 2).
 
-    A group of more than two units is shown along the two principal directions of its posterior codes.
+    A group of more than two units is shown along the two principal directions of its posterior codes; one of a single
+    unit by the distribution of its values.
     """
     steps = chain_steps(prior)
     at = [0, steps // 4, steps // 2, steps]
@@ -200,19 +201,7 @@ def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress:
     drawn = {step: prior.backbone.reparameterize(eps) for step, eps in chains.eps.items()}
     rows, arrays = [], {"steps": np.array(at)}
     for index, group in enumerate(prior.backbone.groups):
-        codes = posterior[index].flatten(1).double()
-        mean = codes.mean(0)
-        if codes.shape[1] < 2:
-            raise ConfigurationError(f"{group.name} has one unit: there is no plane to show it in")
-        directions, share = torch.eye(2, dtype=codes.dtype), ""
-        if codes.shape[1] > 2:
-            _, scales, axes = torch.linalg.svd((codes - mean).cpu(), full_matrices=False)
-            directions = axes[:2].T
-            share = f" (both: {float((scales[:2] ** 2).sum() / (scales**2).sum()):.0%} of the variance)"
-
-        def flat(z: Tensor, mean: Tensor = mean, directions: Tensor = directions) -> NDArray[np.float64]:
-            return ((z.flatten(1).double() - mean).cpu() @ directions).numpy()
-
+        flat, labels = _plane(posterior[index])
         known = flat(posterior[index])
         moved = {step: flat(z[index]) for step, z in drawn.items()}
         everything = np.concatenate([known, *moved.values()])
@@ -228,8 +217,8 @@ def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress:
                 plot(
                     series,
                     title=f"{group.name}, step {step}",
-                    x_label=f"direction 1{share}",
-                    y_label="direction 2",
+                    x_label=labels[0],
+                    y_label=labels[1],
                     size=(330, 330),
                     x_range=(low[0] - room[0], high[0] + room[0]),
                     y_range=(low[1] - room[1], high[1] + room[1]),
@@ -245,6 +234,29 @@ def latents(prior: EBMPrior, images: Images, n: int, *, seed: int = 0, progress:
         "prior (step 0). Where the prior is learned, blue ends where orange is.",
     )
     return Page(image, arrays)
+
+
+def _plane(z: Tensor) -> tuple[Callable[[Tensor], NDArray[np.float64]], tuple[str, str]]:
+    """How latents of a group are put in a plane, (N, *shape) to (N, 2), and what its axes are; z: posterior codes."""
+    codes = z.flatten(1).double().cpu()
+    mean = codes.mean(0)
+    if codes.shape[1] == 1:
+
+        def ranked(z: Tensor) -> NDArray[np.float64]:
+            values = z.flatten().double().cpu().numpy()
+            return np.stack([values - mean.item(), (values.argsort().argsort() + 1) / len(values)], axis=1)
+
+        return ranked, ("value", "share of the draws up to it")
+    directions, share = torch.eye(2, dtype=codes.dtype), ""
+    if codes.shape[1] > 2:
+        _, scales, axes = torch.linalg.svd(codes - mean, full_matrices=False)
+        directions = axes[:2].T
+        share = f" (both: {float((scales[:2] ** 2).sum() / (scales**2).sum()):.0%} of the variance)"
+
+    def flat(z: Tensor) -> NDArray[np.float64]:
+        return ((z.flatten(1).double().cpu() - mean) @ directions).numpy()
+
+    return flat, (f"direction 1{share}", "direction 2")
 
 
 PICTURES = {"transitions": 8, "energy": 16, "hierarchy": 4, "reconstruction": 6, "interpolate": 6, "latents": 500}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -193,8 +194,13 @@ def new_network(
 ) -> Backbone:
     """An untrained network of adapter `name` for images (C, H, W).
 
-    `architecture`: as `new_backbone` takes it; else `changes`, words KEY=VALUE with arguments of the adapter.
+    `architecture`: as `new_backbone` takes it; else `changes`, words KEY=VALUE with arguments of the adapter. An
+    adapter that takes no `image_shape` is given none: its networks have one of their own.
     """
     if architecture is not None:
         return new_backbone(name, architecture, seed)
-    return build(adapter(name), {"image_shape": list(image_shape), **parsed_options(changes)}, seed=seed)
+    kind, options = adapter(name), parsed_options(changes)
+    taken = inspect.signature(kind).parameters.values()
+    if any(p.name == "image_shape" or p.kind is p.VAR_KEYWORD for p in taken):
+        options = {"image_shape": list(image_shape), **options}
+    return build(kind, options, seed=seed)

@@ -24,6 +24,7 @@ from ebm_prior.storage.checkpoint import (
     prior_record,
     save_backbone,
 )
+from ebm_prior.storage.registry import provider
 from ebm_prior.storage.weights import read_tensors, write_tensors
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.joint_config import JointConfig
@@ -119,7 +120,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *_usage(str(backbone["checkpoint"]), with_backbone),
+        *_usage(str(backbone["checkpoint"]), with_backbone, provider(str(backbone["adapter"]))),
         "",
         "## How it was trained",
         "",
@@ -133,8 +134,8 @@ def model_card(
     return "\n".join(lines)
 
 
-def _usage(checkpoint: str, with_backbone: bool) -> list[str]:
-    needs = "The backbone lies beside the prior: nothing else is needed."
+def _usage(checkpoint: str, with_backbone: bool, adapter_from: str | None) -> list[str]:
+    needs = f"The backbone lies beside the prior{': nothing else is needed' if adapter_from is None else ''}."
     more = ""
     if not with_backbone and checkpoint in bundled():
         needs = f"The backbone, `{checkpoint}`, comes with ebm-prior."
@@ -144,6 +145,8 @@ def _usage(checkpoint: str, with_backbone: bool) -> list[str]:
             "one with other weights is refused, by its fingerprint."
         )
         more = f', checkpoint="{checkpoint}"'
+    if adapter_from is not None:
+        needs += f" Its adapter does not come with ebm-prior: first install {adapter_from}."
     return [
         needs,
         "",
@@ -204,7 +207,9 @@ def _figures(results: Path, prior: Path) -> dict[str, str]:
     if not numbers:
         return {}
     held_out = "" if row.get("held_out", True) else ", which training has seen"
-    return {"measured on": f"{row.get('samples', '?')} images of {row.get('data', '?')}{held_out}", **numbers}
+    data = str(row.get("data", "?"))
+    data = Path(data).name if Path(data).is_absolute() else data
+    return {"measured on": f"{row.get('samples', '?')} images of {data}{held_out}", **numbers}
 
 
 def _told(record: Mapping[str, Any], with_backbone: bool) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ebm_prior.runs.watch import UNWATCHED, Watch
 from ebm_prior.storage.checkpoint import bundled, save_prior
 from ebm_prior.storage.registry import energy_named
 from ebm_prior.storage.weights import fingerprint
+from ebm_prior.testing.contract import check_foreign
 from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
 
@@ -60,6 +61,7 @@ def fit_into(
     DivergenceError goes on. The first of the `processes` writes and tells `progress`, and none of the others.
     """
     watch.require()
+    check_foreign(backbone, images)
     settings = _bn_settings(config.seed) if bn_readjust else None
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
     inputs |= {"energy": energy} if energy else {}
@@ -87,9 +89,8 @@ def fit_into(
         if processes.first:
             save_prior(prior, path, checkpoint=where)
 
-    told = _told(run, config, progress, watch) if processes.first else {}
-    begin = partial(fit, backbone, images, config, energy=module, **told, processes=processes)
-    prior, seconds = timed(begin, keep, path)
+    told = {"processes": processes, **(_told(run, config, progress, watch) if processes.first else {})}
+    prior, seconds = timed(partial(fit, backbone, images, config, energy=module, **told), keep, path)
     before_after = directory / "before-after.png"
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed, progress=progress)

@@ -17,7 +17,7 @@ from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import Purpose, seeded
 from ebm_prior.errors import ConfigurationError, UnknownBackboneError, shown
 from ebm_prior.model.arguments import described
-from ebm_prior.model.backbone import Backbone, LatentGroup, require_groups
+from ebm_prior.model.backbone import BUILT_IN, Backbone, LatentGroup, require_groups
 
 GROUP = "ebm_prior.backbones"
 ENERGIES = "ebm_prior.energies"
@@ -56,6 +56,16 @@ def adapter_name(backbone: Backbone) -> str:
                 if _load(point) is kind:
                     return name
     return _qualified(kind)
+
+
+def provider(name: str) -> str | None:
+    """Where the adapter `name` (or module:class) comes from, in words: a package to install. None: from ebm-prior."""
+    point = registered().get(name)
+    value = name if point is None else point.value
+    if value.startswith(BUILT_IN):
+        return None
+    package = "" if point is None or point.dist is None else f"the package {point.dist.name}, "
+    return f"{package}which has `{value}`" if package else f"the package that has `{value}`"
 
 
 def _load(point: EntryPoint) -> type[Backbone]:

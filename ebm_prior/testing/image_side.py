@@ -70,4 +70,8 @@ def _image(what: str, found: Tensor, case: Case) -> Iterator[str]:
     elif not found.isfinite().all():
         yield f"{what} is not finite"
     elif found.min() < 0 or found.max() > 1:
-        yield f"{what} lies in [{found.min():.4g}, {found.max():.4g}], outside [0, 1]: rescale it in the likelihood"
+        clip = ", or, where its head has no sigmoid, clip mean and not what log_prob uses (GaussianPixels: clip=True)"
+        yield (
+            f"{what} lies in [{found.min():.4g}, {found.max():.4g}], outside [0, 1]: rescale it in the likelihood"
+            f"{clip if what == 'likelihood.mean' else ''}"
+        )

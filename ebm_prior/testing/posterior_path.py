@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ebm_prior.model.backbone import Draw
+from ebm_prior.model.backbone import Draw, Posterior
 from ebm_prior.testing.case import Case, Skipped, close, given_z, random_state, run
 from ebm_prior.testing.prior_path import log_normal
 
@@ -27,15 +27,7 @@ def noise_map(case: Case) -> Iterator[str]:
     if not all(map(close, first.z, backbone.infer(images, noise=noise).z)):
         yield "two calls of infer with the same noise gave different draws: the posterior draws noise of its own"
         return
-    for what, tensor, shape in [
-        *((f"z of group {g.name!r}", z, g.shape) for g, z in zip(backbone.groups, first.z, strict=True)),
-        ("log_q", first.log_q, (len(backbone.groups),)),
-        ("log_p", first.log_p, (len(backbone.groups),)),
-    ]:
-        if tuple(tensor.shape) != (len(images), *shape):
-            yield f"infer: {what} has shape {tuple(tensor.shape)}, expected {(len(images), *shape)}"
-        elif not tensor.isfinite().all():
-            yield f"infer: {what} is not finite"
+    yield from _finite(first, case)
     for i, name in enumerate(case.names):
         fresh = case.normal_like(noise, purpose=4)
         moved = backbone.infer(images, noise=[fresh[i] if k == i else n for k, n in enumerate(noise)])
@@ -57,6 +49,24 @@ def noise_map(case: Case) -> Iterator[str]:
                 f"the posterior draw of group {name!r} changes when the other groups are given, not drawn by it: "
                 "it must use the index, prior and context of the call and count on no earlier call"
             )
+
+
+def finite_draws(case: Case) -> Iterator[str]:
+    """`infer` gives latents and densities of the right shapes, all of them finite."""
+    yield from _finite(case.backbone.infer(case.images, noise=case.noise), case)
+
+
+def _finite(found: Posterior, case: Case) -> Iterator[str]:
+    groups = case.backbone.groups
+    for what, tensor, shape in [
+        *((f"z of group {g.name!r}", z, g.shape) for g, z in zip(groups, found.z, strict=True)),
+        ("log_q", found.log_q, (len(groups),)),
+        ("log_p", found.log_p, (len(groups),)),
+    ]:
+        if tuple(tensor.shape) != (len(case.images), *shape):
+            yield f"infer: {what} has shape {tuple(tensor.shape)}, expected {(len(case.images), *shape)}"
+        elif not tensor.isfinite().all():
+            yield f"infer: {what} is not finite"
 
 
 def _only(drawn: int, draw: Draw, z: Sequence[Tensor]) -> Draw:

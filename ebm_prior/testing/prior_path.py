@@ -44,8 +44,7 @@ def order_of_draws(case: Case) -> Iterator[str]:
                 )
             if not tensor.isfinite().all():
                 mistakes.append(f"the prior {what} of group {name!r} is not finite")
-        if not (prior.std > 0).all():
-            mistakes.append(f"the prior std of group {name!r} is not positive: is it a log standard deviation?")
+        mistakes.extend(_std(name, prior, case.eps[index]))
         return prior.mean + prior.std * case.eps[index]
 
     try:
@@ -56,6 +55,21 @@ def order_of_draws(case: Case) -> Iterator[str]:
     yield from mistakes
     if missing := names[len(met) :]:
         yield f"top_down ended without drawing {', '.join(map(repr, missing))}: draw must be called once per group"
+
+
+def _std(name: str, prior: Gaussian, eps: Tensor) -> Iterator[str]:
+    """A std that is not positive, or beside which the mean is so large that float32 keeps nothing of std·ε."""
+    mean, std, eps = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (*prior, eps))
+    least = f"{std.min().item():.4g}"
+    if not (std > 0).all():
+        yield f"the prior std of group {name!r} is not positive, found {least}: is it a log standard deviation?"
+    elif (std.float().square() < torch.finfo(torch.float32).tiny).any() or (
+        ((mean + std * eps - mean) / std - eps).abs() > 0.5
+    ).any():
+        yield (
+            f"the prior std of group {name!r} is too small, found {least}: z = mean + std·ε keeps nothing of ε in "
+            "float32. Give the log standard deviation a floor, or leave the group out where it holds nothing"
+        )
 
 
 class ContractBroken(Exception):

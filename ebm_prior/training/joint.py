@@ -23,6 +23,7 @@ from ebm_prior.errors import DivergenceError
 from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
 from ebm_prior.model.backbone import Backbone, Posterior
 from ebm_prior.model.batch_norm import keeping_statistics
+from ebm_prior.model.checked_images import checked
 from ebm_prior.model.energy import JointEnergy, values
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
@@ -106,7 +107,7 @@ class JointTraining(Training):
         on_evaluate: Callback | None = None,
     ) -> None:
         super().__init__(progress, on_evaluate)
-        self.config, self.images, self.validation = config, images, validation
+        self.config, self.images, self.validation = config, checked(images), checked(validation)
         like = next(backbone.parameters())
         self.device, self.dtype = like.device, like.dtype
         with seeded(self.device, config.seed, Purpose.JOINT_HEADS):

@@ -24,6 +24,7 @@ from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, 
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
 from ebm_prior.model.backbone import Backbone, LatentGroup
+from ebm_prior.model.checked_images import checked
 from ebm_prior.training.loop import Training
 from ebm_prior.training.pretrain_config import PretrainConfig
 from ebm_prior.training.steps import (
@@ -94,7 +95,8 @@ class Pretraining(Training):
                 f"regularization: {type(backbone).__name__} has nothing to regularise, expected 0, found "
                 f"{config.regularization:g}: leave it out"
             )
-        self.backbone, self.images, self.config = backbone.train().requires_grad_(True), images, config
+        self.images, self.validation = checked(images), None if validation is None else checked(validation)
+        self.backbone, self.config = backbone.train().requires_grad_(True), config
         self.device = next(backbone.parameters()).device
         if config.channels_last:
             backbone.to(memory_format=torch.channels_last)
@@ -103,7 +105,6 @@ class Pretraining(Training):
             backbone.infer(x, generator=generator)  # data-dependent initialisation, where there is one
         self.network, self.average = self.backbone, copy.deepcopy(backbone).eval().requires_grad_(False)
         self.optimizer = _optimizer(backbone, config)
-        self.validation = validation
         self.elbo: Elbo | None = None  # of the average, when last evaluated
 
     @property

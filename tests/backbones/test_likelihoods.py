@@ -78,6 +78,9 @@ def test_gaussian_pixels_have_the_density_of_torchs_normal() -> None:
     std = 0.05 + torch.rand(2, 1, 1, generator=derived_generator(3), dtype=torch.float64)
     expected = torch.distributions.Normal(mean, std).log_prob(images).flatten(1).sum(1)
     torch.testing.assert_close(GaussianPixels(mean, std).log_prob(images), expected)
+    outside = GaussianPixels(3 * mean - 1, std, clip=True)  # of a head without a sigmoid
+    assert torch.equal(outside.mean, (3 * mean - 1).clamp(0, 1))
+    assert torch.equal(outside.log_prob(images), GaussianPixels(3 * mean - 1, std).log_prob(images))
     drawn = GaussianPixels(torch.full((20_000, 1, 1, 1), 0.5), 0.1).sample(generator=derived_generator(4))
     assert float(drawn.mean()) == pytest.approx(0.5, abs=0.003)
     assert float(drawn.std()) == pytest.approx(0.1, rel=0.02)

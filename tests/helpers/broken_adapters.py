@@ -62,6 +62,19 @@ class LogStd(LinearGaussian):
         return super().top_down(lambda i, p, c: draw(i, Gaussian(p.mean, p.std.log()), c), batch_size)
 
 
+class OfStd(LinearGaussian):
+    """A prior std that is no number to divide by, of the group `broken`."""
+
+    value, broken = 0.0, 1
+
+    def top_down(self, draw: Any, batch_size: int) -> Tensor:
+        def wrong(index: int, prior: Gaussian, context: Any) -> Tensor:
+            std = torch.full_like(prior.std, self.value) if index == self.broken else prior.std
+            return draw(index, Gaussian(prior.mean, std), context)
+
+        return super().top_down(wrong, batch_size)
+
+
 class PriorWithoutBatchAxis(LinearGaussian):
     def top_down(self, draw: Any, batch_size: int) -> Tensor:
         return super().top_down(lambda i, p, c: draw(i, Gaussian(p.mean[0], p.std[0]) if i == 0 else p, c), batch_size)

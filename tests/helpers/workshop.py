@@ -25,9 +25,13 @@ SMALL_FIT: dict[str, Any] = {
     "sampler": {"proposals": 2},
 }
 
+# The stand-ins of third_party.py: their names, and their classes.
+THIRD_PARTY = {"deep": "DeepVAE", "plain": "PlainVAE", "bottom-up": "BottomUpVAE"}
+
 
 class Workshop(NamedTuple):
-    """A folder in which the toy adapters are installed as `toy` and `linear`, with a backbone and images for `toy`."""
+    """A folder in which the toys are installed as `toy` and `linear`, and third parties' adapters under their names,
+    with a backbone and images for `toy`."""
 
     folder: Path
     backbone: Path  # ToyConv in its own form, which says that it was trained on MNIST

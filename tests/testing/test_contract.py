@@ -59,7 +59,7 @@ BROKEN = [
     (bad.DrawnTwice, r"draws group 'z2' twice"),
     (bad.NeverDrawn, r"ended without drawing 'z1'"),
     (bad.Ignored, r"depend on group 'z2': does top_down use what draw returned"),
-    (bad.LogStd, r"prior std of group 'z2' is not positive: is it a log standard deviation"),
+    (bad.LogStd, r"prior std of group 'z2' is not positive, found 0: is it a log standard deviation"),
     (bad.PriorWithoutBatchAxis, r"prior mean of group 'z2' has shape \(2,\), which does not broadcast to .*\(3, 2\)"),
     (bad.GlobalNoise, r"global random generator: the prior path draws noise of its own"),
     (bad.ForgottenDropout, r"global random generator: the prior path draws noise of its own"),

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from ebm_prior.backbones.shallow import ShallowGenerator
+from own_images import Own
 from played_graphs import Played
 from torch import Tensor, nn
 from toys import LinearGaussian
 
 from ebm_prior.compute.cuda_graphs import Graphs
 from ebm_prior.data.images import ImageSource, from_array
-from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.errors import ConfigurationError, DataError, DivergenceError
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import GraphedPotential, SamplerConfig
@@ -55,6 +56,14 @@ def small_backbone(latents: Sequence[int] = (4, 3)) -> ShallowGenerator:
 @pytest.fixture(scope="module")
 def pictures() -> ImageSource:
     return from_array(torch.rand(40, 8, 8, generator=torch.Generator().manual_seed(0)).numpy())
+
+
+@pytest.mark.parametrize("place", ["first", "late", "validation"])
+def test_images_that_are_none_are_an_error_with_their_number(place: str, pictures: ImageSource) -> None:
+    own = Own.of(pictures, 5 if place == "first" else 90)
+    training, validation = (pictures, own) if place == "validation" else (own, pictures)
+    with pytest.raises(DataError, match=r"my own: expected float images in \[0, 1\], found NaN .* in image (5|90) "):
+        train_jointly(small_backbone(), training, replace(SMALL, iterations=20), validation=validation)
 
 
 class Crash(Exception):
@@ -305,6 +314,7 @@ class Poisoned:
     """Images, of which one batch is not finite at its first (or every) reading."""
 
     name, times = "poisoned", 1
+    looks_itself = True  # so that nobody else does
 
     def __init__(self, images: ImageSource, times: int) -> None:
         self.images, self.times, self.reads = images, times, 0

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from listener import Listener
+from own_images import Own
 from run_folders import Interrupted, check_an_interruption, check_kills, longer, metrics
 from small_pretrainings import SMALL, losses
 from toys import LinearGaussian, ToyConv
 from workshop import Workshop
 
 from ebm_prior.data.images import ImageSource, from_array, open_images
-from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.errors import ConfigurationError, DataError, DivergenceError
 from ebm_prior.runs.folder import Run
 from ebm_prior.runs.pretrain import pretrain_into
 from ebm_prior.storage.checkpoint import backbone_record, load_backbone
@@ -42,6 +43,14 @@ def test_the_elbo_rises(images: ImageSource) -> None:
     assert evaluate_elbo(trained, images).elbo > before + 2
     assert not trained.training
     assert not any(p.requires_grad for p in trained.parameters())
+
+
+@pytest.mark.parametrize("place", ["first", "late", "validation"])
+def test_images_that_are_none_are_an_error_with_their_number(place: str, images: ImageSource) -> None:
+    own = Own.of(images, 5 if place == "first" else 90)
+    training, validation = (images, own) if place == "validation" else (own, images)
+    with pytest.raises(DataError, match=r"my own: expected float images in \[0, 1\], found NaN .* in image (5|90) "):
+        pretrain(ToyConv(), training, PretrainConfig(**SMALL), validation=validation, on_evaluate=lambda _: None)
 
 
 def test_the_elbo_of_an_exact_posterior_is_the_evidence() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,30 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_writers import GREY, Items
+from own_images import Own
 from torch import Tensor
 
-from ebm_prior.data.checked import checked
 from ebm_prior.data.images import from_array, from_dataset
 from ebm_prior.errors import DataError
-
-
-class Own:
-    """A source as a user might write it."""
-
-    name = "my own"
-    labels = torch.arange(200)
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-        self.asked: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: Tensor | Sequence[int]) -> Tensor:
-        rows = torch.as_tensor(indices, dtype=torch.int64)
-        self.asked += rows.tolist()
-        return self.images[rows]
+from ebm_prior.model.checked_images import checked
 
 
 def good(n: int = 200) -> Tensor:

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebm_prior.data.arrays import require_unit_interval
-from ebm_prior.data.source import ImageSource
 from ebm_prior.errors import DataError
 from ebm_prior.interfaces import Images
 
@@ -17,14 +15,14 @@ from ebm_prior.interfaces import Images
 def checked(images: Images, *, first: int = 64) -> Images:
     """The same images, of which every batch is checked when it is read: finite, in [0, 1], float32, of one shape.
 
-    An `ImageSource` does so itself and comes back as it is. Of other images the `first` are read at once, so that most
-    mistakes show at the start; the others show, with the number of the image, when they are first asked for.
+    Images that say `looks_itself`, as an `ImageSource` does, come back as they are. Of others the `first` are read at
+    once, so that most mistakes show at the start; the rest show, with the number of the image, when they are asked for.
     Raises DataError.
 
         images = checked(MyImages())
         images.batch([3, 5])  # DataError: … found NaN or infinite values in image 5 …
     """
-    if isinstance(images, (ImageSource, Checked)):
+    if getattr(images, "looks_itself", False):
         return images
     wrapped = Checked(images)
     if first:
@@ -34,6 +32,8 @@ def checked(images: Images, *, first: int = 64) -> Images:
 
 class Checked:
     """`checked` images; whatever else they have (labels, a fingerprint) is theirs."""
+
+    looks_itself = True
 
     def __init__(self, images: Images) -> None:
         self._images = images
@@ -70,3 +70,18 @@ class Checked:
         if len(found):
             require_unit_interval(self.name, found, indices)
         return found
+
+
+def require_unit_interval(name: str, pixels: Tensor, indices: Sequence[int] | Tensor | None = None) -> None:
+    """Raise DataError unless all of `pixels` (N, …) are finite and in [0, 1]. `indices`: the numbers of the images."""
+    low, high = pixels.flatten(1).amin(1), pixels.flatten(1).amax(1)  # NaN spreads to both
+    bad = ~((low >= 0) & (high <= 1))
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        finite = bool(pixels[first].isfinite().all())
+        problem = f"values from {low[first]:g} to {high[first]:g}" if finite else "NaN or infinite values"
+        number = first if indices is None else int(indices[first])
+        raise DataError(
+            f"{name}: expected float images in [0, 1], found {problem} in image {number} (the first of {int(bad.sum())}"
+            f" such); {'rescale them, or store uint8 in 0..255' if finite else 'repair or remove them'}"
+        )

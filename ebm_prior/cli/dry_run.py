@@ -32,7 +32,7 @@ IN_RUN = ("config.json", "metrics.jsonl", "progress.jsonl", "state.pt", "samples
 DRY_RUN = click.option(
     "--dry-run",
     is_flag=True,
-    help="say what would be done, its memory and its time, measured on a few steps; write nothing",
+    help="Report what would be done, with memory and time measured on a few steps; write nothing",
 )
 
 

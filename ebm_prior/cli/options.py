@@ -33,7 +33,7 @@ SECTIONS = {  # of --help-all, by how the names of options begin
 class Drawing:
     """Settings of a command that draws from a prior, beside those of the sampler."""
 
-    seed: int = setting(0, "seed of everything random")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_seed(self)

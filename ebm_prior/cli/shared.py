@@ -50,7 +50,12 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 MACHINE = "Device, precision, memory"
 DEVICE_NAME = click.option(
-    "--device", cls=Option, section=MACHINE, default="cpu", show_default=True, help="torch device, e.g. cuda"
+    "--device",
+    cls=Option,
+    section=MACHINE,
+    default="cpu",
+    show_default=True,
+    help="Device to compute on, as PyTorch names it, e.g. cuda",
 )
 
 
@@ -59,7 +64,7 @@ def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command],
 
     `precisions`: choices of --precision. `cells`: with the options for what a network's cells do, too.
     """
-    half = "; bf16: in the cells of an NVAE or VDVAE, all else in float32" if "bf16" in precisions else ""
+    half = "; bf16: bfloat16 in the cells of an NVAE or VDVAE, float32 elsewhere" if "bf16" in precisions else ""
     options = [
         DEVICE_NAME,
         click.option(
@@ -70,7 +75,7 @@ def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command],
             type=click.Choice(precisions),
             default="float32",
             show_default=True,
-            help=f"precision of computation{half}",
+            help=f"Floating-point precision of the computation{half}",
         ),
     ]
 
@@ -93,8 +98,7 @@ CELLS = (
         cls=Option,
         section=MACHINE,
         is_flag=True,
-        help="in the cells of an NVAE or VDVAE, keep less for the backward pass and compute it again: less memory, "
-        "same results",
+        help="Recompute the cells of an NVAE or VDVAE in the backward pass: less memory, equal results",
     ),
     click.option(
         "--compile",
@@ -102,25 +106,29 @@ CELLS = (
         cls=Option,
         section=MACHINE,
         is_flag=True,
-        help="fuse the cells of an NVAE or VDVAE by torch.compile: 10 s at first, then less time on a GPU",
+        help="Fuse the cells of an NVAE or VDVAE with torch.compile: slower at first, then faster on a GPU",
     ),
 )
 PASSES = passes_options(*DTYPES, cells=True)  # commands whose time and memory the chains take
 PLACE = passes_options(*DTYPES)  # commands that read a prior or a backbone
 TRAINING_PLACE = passes_options("float32", "float64")  # commands that train a network
-SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of everything random")
-RUN_SEED = click.option("--seed", type=click.IntRange(0), help="seed of everything random  [default: 0, or --config's]")
-JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all random numbers")
+RUN_SEED = click.option(
+    "--seed", type=click.IntRange(0), help="Seed of all random numbers  [default: 0, or --config's]"
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
 BACKBONE = together(
     click.option(
-        "--backbone", "adapter_name", help="adapter that reads the checkpoint (ebm-prior backbones lists them)"
+        "--backbone",
+        "adapter_name",
+        help="Name of the adapter that reads --ckpt (`ebm-prior backbones` lists all adapters)",
     ),
     click.option(
         "--ckpt",
         "checkpoint",
         type=BACKBONE_FILE,
         required=True,
-        help="backbone: official file or folder, own form, or bundled name",
+        help="Backbone to use: an official file or folder, a converted .safetensors file, or a bundled name",
     ),
 )
 READING = "ebm_prior.reading"  # key, in click's context, of how images are read: arguments of open_images
@@ -134,35 +142,37 @@ def _remember_reading(context: click.Context, parameter: click.Parameter, value:
 
 DATA_ROOT = together(
     click.option(
-        "--data-root", type=PATH, help="where named data sets lie  [default: $EBM_PRIOR_DATA, else user cache]"
+        "--data-root", type=PATH, help="Folder that holds named data sets  [default: $EBM_PRIOR_DATA, else user cache]"
     ),
-    click.option("--download", is_flag=True, help="fetch a named data set if it is not there"),
+    click.option("--download", is_flag=True, help="Download the named data set if it is not there yet"),
     click.option(
         "--array",
         metavar="KEY",
         expose_value=False,
         callback=_remember_reading,
-        help="the array of an .npz that holds the images, if it has several; or --data FILE.npz:KEY",
+        help="Key of the images in an .npz file of several arrays; --data FILE.npz:KEY says the same",
     ),
     click.option(
         "--data-mode",
         type=click.Choice(get_args(Mode)),
         expose_value=False,
         callback=_remember_reading,
-        help="convert the images to colour or to grey, for instance in a folder that mixes both",
+        help="Convert all images to colour or to grey, for instance those of a folder that mixes both",
     ),
 )
-DATA_FORMS = "folder of images, .npz, .npy, .mat, idx file, LMDB or data set name"
-DATA = together(click.option("--data", required=True, help=DATA_FORMS), DATA_ROOT)
+DATA_FORMS = "a folder of images, an .npz, .npy, .mat or idx file, an LMDB, or a data set's name"
+DATA = together(click.option("--data", required=True, help=f"Images to use: {DATA_FORMS}"), DATA_ROOT)
 OWN_DATA = together(
-    click.option("--data", help=f"{DATA_FORMS}  [default: what the backbone or prior was trained on]"),
+    click.option("--data", help=f"Images to use: {DATA_FORMS}  [default: what the backbone or prior was trained on]"),
     DATA_ROOT,
 )
-CONFIG = click.option("--config", "config_file", type=PATH, help="JSON file of settings; options given here win")
+CONFIG = click.option(
+    "--config", "config_file", type=PATH, help="JSON file of settings; options of the command line override it"
+)
 RUN = together(
-    click.option("--out", type=PATH, help="run directory  [default: the next free one under ./runs]"),
-    click.option("--overwrite", is_flag=True, help="start anew where an earlier run lies"),
-    click.option("--resume", is_flag=True, help="go on from the last state of the run in --out, if there is one"),
+    click.option("--out", type=PATH, help="Folder of the run  [default: the next free one under ./runs]"),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out, and start anew"),
+    click.option("--resume", is_flag=True, help="Continue the run in --out from its last saved state, if it has one"),
     CONFIG,
 )
 WATCHING = "Watching"
@@ -179,11 +189,11 @@ def watch_options(*, preview: bool = False) -> Callable[[Command], Command]:
             cls=Option,
             section=WATCHING,
             is_flag=True,
-            help="scalars and pictures for TensorBoard, too",
+            help="Also write scalars and pictures for TensorBoard",
         )
     ]
     if preview:
-        text = "a picture at each evaluation, not at every fifth"
+        text = "Save a picture of samples at each evaluation instead of every fifth"
         options.insert(0, click.option("--preview", cls=Option, section=WATCHING, is_flag=True, help=text))
 
     def decorate(command: Command) -> Command:
@@ -303,6 +313,10 @@ RECORDED = "{help}  [default: as recorded]"
 
 PRIOR = together(
     click.argument("prior", type=PRIOR_FILE),
-    click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved"),
-    click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on"),
+    click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted"),
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Use the backbone even if its weights differ from those recorded in the prior",
+    ),
 )

@@ -85,14 +85,25 @@ HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers
 @click.option(
     "--bn-readjust",
     is_flag=True,
-    help="first recompute the batch-norm statistics from the backbone's own samples (NVAE, §5.2); the changed "
-    "backbone is kept beside the prior",
+    help="Recompute NVAE's batch-norm statistics from its own samples before fitting (§5.2); the changed backbone is "
+    "saved in the run folder",
 )
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help="base settings")
-@click.option("--energy", help="an energy of your own in the place of the heads, by its name among ebm_prior.energies")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="default",
+    show_default=True,
+    help="Name of the settings to start from; other options change single ones",
+)
+@click.option(
+    "--energy", help="Energy of your own in place of the heads: its name among the entry points ebm_prior.energies"
+)
 @config_options(
     FitConfig,
-    wording={"chain_": "mle: {help}  [default: {default}]", "sampler_": "{help}  [default: as the preset has it]"},
+    wording={
+        "chain_": "{help} (only with --objective mle)  [default: {default}]",
+        "sampler_": "{help}  [default: as the preset has it]",
+    },
     also={"iterations": ["--max-steps"]},
 )
 @RUN_SEED
@@ -187,11 +198,15 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
         "as_json",
     ),
 )
-@click.option("--backbone", "adapter_name", help="adapter to train (needed without --ckpt)")
+@click.option("--backbone", "adapter_name", help="Name of the adapter to train; required without --ckpt")
 @click.option(
-    "--architecture", help="bundled backbone, or JSON file of the adapter's arguments  [default: its own, if any]"
+    "--architecture", help="Bundled backbone, or JSON file of the adapter's arguments  [default: its own, if any]"
 )
-@click.option("--ckpt", "checkpoint", help="start from these weights: official file or folder, own form, bundled name")
+@click.option(
+    "--ckpt",
+    "checkpoint",
+    help="Weights to start from: an official file or folder, a converted .safetensors file, or a bundled name",
+)
 @DATA
 @RUN
 @config_options(PretrainConfig)
@@ -271,20 +286,28 @@ def pretrain(
         "as_json",
     ),
 )
-@click.option("--backbone", "adapter_name", default="shallow", show_default=True, help="adapter to train")
-@click.option("--architecture", help="bundled backbone, or JSON file of the adapter's arguments")
+@click.option("--backbone", "adapter_name", default="shallow", show_default=True, help="Name of the adapter to train")
+@click.option("--architecture", help="Bundled backbone, or JSON file of the adapter's arguments")
 @click.option(
     "--set",
     "changes",
     metavar="KEY=VALUE",
     multiple=True,
-    help="an argument of the adapter, VALUE in JSON: width=16, latents=[16,8] (image_shape is the data's)",
+    help="Argument of the adapter with VALUE in JSON: width=16, latents=[16,8]; image_shape comes from the data",
 )
-@click.option("--ckpt", "checkpoint", help="start from these weights: official file or folder, own form, bundled name")
+@click.option(
+    "--ckpt",
+    "checkpoint",
+    help="Weights to start from: an official file or folder, a converted .safetensors file, or a bundled name",
+)
 @DATA
 @RUN
 @click.option(
-    "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help="base settings"
+    "--preset",
+    type=click.Choice(list(JOINT_PRESETS)),
+    default="default",
+    show_default=True,
+    help="Name of the settings to start from; other options change single ones",
 )
 @config_options(JointConfig, skip=("seed", "standardize"))
 @RUN_SEED
@@ -355,8 +378,8 @@ def train(
 
 @click.command()
 @DATA
-@click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
-@click.option("--overwrite", is_flag=True, help="replace --out")
+@click.option("--out", type=PATH, required=True, help="Safetensors file to write, with the suffix .safetensors")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file at --out")
 @CONFIG
 @config_options(ClassifierConfig, skip=("seed", "data"), wording=SUITED)
 @RUN_SEED

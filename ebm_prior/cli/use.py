@@ -59,23 +59,27 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
     first=("number", "out", "compare", "overwrite", "checkpoint", "steps", "temperature", "seed", "device", "as_json"),
 )
 @click.argument("prior", type=PRIOR_FILE, required=False)
-@click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="number of samples")
+@click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="Number of samples to draw")
 @click.option(
     "--out",
     type=PATH,
-    help=".png: a grid; .npz: arrays; without suffix: a folder of PNG files  [default: the next free drawn-001.png, "
-    "drawn-002.png, … beside PRIOR]",
+    help="File or folder to write: a .png grid, .npz arrays, or (without suffix) a folder of PNG files  "
+    "[default: the next free drawn-001.png, drawn-002.png, … beside PRIOR]",
 )
-@click.option("--compare", is_flag=True, help="in the grid, show the backbone's own samples beside them")
-@click.option("--overwrite", is_flag=True, help="replace what is at --out")
-@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
-@click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
+@click.option(
+    "--compare", is_flag=True, help="Show the backbone's own samples beside those of the prior, in a .png grid"
+)
+@click.option("--overwrite", is_flag=True, help="Replace what exists at --out")
+@click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted")
+@click.option(
+    "--force", is_flag=True, help="Use the backbone even if its weights differ from those recorded in the prior"
+)
 @click.option(
     "--chunk",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="samples at a time, rounded to blocks of 64; changes no result",
+    help="Samples computed at a time, rounded to blocks of 64; no result depends on it",
 )
 @CONFIG
 @config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
@@ -134,27 +138,37 @@ def sample(
 )
 @click.argument("priors", type=PRIOR_FILE, nargs=-1, required=True)
 @OWN_DATA
-@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
-@click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
-@click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
+@click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted")
+@click.option(
+    "--force", is_flag=True, help="Use the backbone even if its weights differ from those recorded in the prior"
+)
+@click.option(
+    "--classifier",
+    type=PATH,
+    help="Classifier that gives the features of FD  [default: the bundled one for such images]",
+)
 @click.option(
     "--features",
     "own",
     metavar="MODULE:FUNCTION",
-    help="features of FD of your own: a function from images (B, C, H, W) in [0, 1] to (B, D), in an installed module "
-    "or in the current folder",
+    help="Function of your own that gives the features of FD, from images (B, C, H, W) in [0, 1] to (B, D), in an "
+    "installed module or in the current folder",
 )
 @click.option(
-    "--inception", type=PATH, help="Inception weights, a file or a folder of both: take their features, and add FID"
+    "--inception",
+    type=PATH,
+    help="Inception weights that give the features of FD, and FID: a file, or a folder of both files",
 )
-@click.option("--fid", is_flag=True, help="as --inception, with the weights in the cache (--download fetches them)")
+@click.option(
+    "--fid", is_flag=True, help="Like --inception, with the weights in the user's cache (--download fetches them)"
+)
 @click.option(
     "--fid-mode",
     "modes",
     type=click.Choice(MODES),
     multiple=True,
-    help="clean-fid's preprocessing; repeat the option for several; legacy_pytorch is comparable with the paper  "
-    "[default: clean]",
+    help="Preprocessing of clean-fid, where legacy_pytorch is comparable with the paper; repeat the option for several"
+    "  [default: clean]",
 )
 @CONFIG
 @config_options(EvalConfig, skip=("seed", "energy"))
@@ -281,13 +295,17 @@ def _loaded(
 )
 @PRIOR
 @click.argument("what", type=click.Choice(list(PICTURES)))
-@click.option("--data", help=f"images to start from, {DATA_FORMS}  [default: what the prior was trained on]")
+@click.option("--data", help=f"Images to start from: {DATA_FORMS}  [default: what the prior was trained on]")
 @DATA_ROOT
-@click.option("-n", "--number", type=click.IntRange(1), help="rows, chains or codes  [default: depends on the picture]")
 @click.option(
-    "--out", type=PATH, help="the .png; its arrays lie beside it as .npz  [default: the next free beside PRIOR]"
+    "-n", "--number", type=click.IntRange(1), help="Number of rows, chains or codes  [default: depends on the picture]"
 )
-@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+@click.option(
+    "--out",
+    type=PATH,
+    help="PNG file to write, with its arrays beside it as .npz  [default: the next free one beside PRIOR]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what exists at --out")
 @CONFIG
 @config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
 @RUN_SEED

@@ -37,11 +37,11 @@ WIDE = 0.95  # AUC above which a single density ratio saturates
 class DoctorConfig:
     """Settings of the doctor's examination."""
 
-    samples: int = setting(2000, "images (at most all), and as many draws of the prior")
-    chunk: int = setting(256, "images at a time, rounded to blocks of 64; changes no result")
-    pairs: int = setting(3, "pairs of samples of the prior whose AUCs give the null interval")
+    samples: int = setting(2000, "Number of images to read (at most all), matched by as many draws of the prior")
+    chunk: int = setting(256, "Images computed at a time, rounded to blocks of 64; no result depends on it")
+    pairs: int = setting(3, "Pairs of prior samples that give the interval of AUCs to expect without a prior hole")
     gauge: GaugeConfig = field(default_factory=lambda: GaugeConfig(iterations=150))
-    seed: int = setting(0, "seed of everything random")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_positive(self, "samples", "chunk", "pairs")

@@ -42,12 +42,12 @@ from ebm_prior.training.objectives import Gain, gain
 class EvalConfig:
     """Settings of an evaluation. Distances depend on N: compare them at equal N only."""
 
-    samples: int = setting(10_000, "held-out images (at most all), and draws of each prior")
-    chunk: int = setting(128, "samples at a time, rounded to blocks of 64; changes no result")
+    samples: int = setting(10_000, "Number of held-out images (at most all) and of draws from each prior")
+    chunk: int = setting(128, "Samples computed at a time, rounded to blocks of 64; no result depends on it")
     gauge: GaugeConfig = field(default_factory=GaugeConfig)
     fid: FidConfig = field(default_factory=FidConfig)
-    auc: bool = setting(True, "train fresh classifiers on posterior vs prior latents")
-    seed: int = setting(0, "seed of everything random")
+    auc: bool = setting(True, "Train classifiers of posterior against prior latents, and report their AUC per group")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_kinds(self)

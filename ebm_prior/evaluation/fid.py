@@ -47,8 +47,10 @@ class FidConfig:
     Published figures compare 50,000 samples (CelebA-HQ-256: 30,000) with all images of the training split.
     """
 
-    samples: int = setting(50_000, "draws of each prior behind FID, KID and Inception Score")
-    split: Literal["train", "test"] = setting("train", "split whose images, all of them, FID and KID compare with")
+    samples: int = setting(50_000, "Draws of each prior from which FID, KID and Inception Score are computed")
+    split: Literal["train", "test"] = setting(
+        "train", "Split of the data set that FID and KID compare with; all of its images are used"
+    )
 
     def __post_init__(self) -> None:
         require_kinds(self)

@@ -41,8 +41,10 @@ class GaugeConfig:
             channels=32, hidden=64, vector_layers=2, joint=64, activation="leaky_relu", conditional=False, dropout=0.2
         )
     )  # all sizes stated: a yardstick does not change with the product's defaults
-    iterations: int = setting(500, "gradient steps at most, per network and fold")
-    batch_size: int = setting(256, "posterior latents, and as many prior latents, per step")
+    iterations: int = setting(500, "Largest number of gradient steps for each classifier and fold")
+    batch_size: int = setting(
+        256, "Posterior latents per gradient step of a classifier, matched by as many prior latents"
+    )
     learning_rate: float = 2e-3  # peak; decays to 0 along a cosine
     weight_decay: float = 1e-2  # AdamW's, decoupled
     ema: float = 0.98  # decay of the weights' moving average, which is what is scored

@@ -32,15 +32,21 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu"
 class EnergyConfig:
     """The heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint head, leaky_relu."""
 
-    channels: int = setting(48, "channels of a spatial head's convolutions (nef)")
-    hidden: int = setting(128, "width of the heads' linear layers (ndf)")
-    vector_layers: int = setting(2, "hidden layers of the head of a flat group")
-    joint: int = setting(128, "width of the joint head over all groups; 0: none")
-    activation: Literal["silu", "leaky_relu"] = setting("silu", "leaky_relu: slope 0.2")
-    conditional: bool = setting(False, "heads also see z_i in units of its prior p(z_i | z_<i)")
-    standardize: bool = setting(True, "heads see latents in units of their posterior mean and standard deviation")
-    dropout: float = setting(0.0, "dropout in the joint head")
-    bound: float = setting(0.0, "heads' inputs are squashed to ± this by tanh; 0: not squashed. Stages set their own")
+    channels: int = setting(48, "Channels of the convolutions in the heads of spatial latent groups (nef)")
+    hidden: int = setting(128, "Width of the linear layers in the heads (ndf)")
+    vector_layers: int = setting(2, "Hidden layers in the head of a latent group without spatial axes")
+    joint: int = setting(128, "Width of the joint head, which sees all latent groups; 0: no joint head")
+    activation: Literal["silu", "leaky_relu"] = setting(
+        "silu", "Activation function of the heads; leaky_relu has slope 0.2"
+    )
+    conditional: bool = setting(False, "Let the heads also see each z_i standardised by its own prior p(z_i | z_<i)")
+    standardize: bool = setting(
+        True, "Standardise the heads' inputs by the mean and standard deviation of posterior latents"
+    )
+    dropout: float = setting(0.0, "Dropout rate in the joint head")
+    bound: float = setting(
+        0.0, "Bound to which tanh squashes the heads' inputs; 0: no bound. Stages set a bound of their own"
+    )
 
     def __post_init__(self) -> None:
         require_kinds(self)

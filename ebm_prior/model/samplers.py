@@ -62,13 +62,19 @@ class SamplerConfig:
     torch.Size([2])
     """
 
-    proposals: int = setting(32, "ancestral draws of which one is kept, by its weight exp f (1: a plain draw)")
-    kernel: Literal["langevin", "pcn-langevin"] = setting("pcn-langevin", "Markov kernel")
-    steps: int = setting(40, "steps of the kernel after resampling")
-    step_size: float = setting(0.15, "step size: s of Eq. 12, or δ of pCN-Langevin")
-    adapt_steps: int = setting(0, "number of first steps in which pCN-Langevin adapts its step size")
-    leapfrogs: int = setting(1, "leapfrogs in each step of pCN-Langevin: with several it is Hamiltonian Monte Carlo")
-    temperature: float = setting(1.0, "factor on Langevin's noise")
+    proposals: int = setting(
+        32, "Ancestral draws of which one is kept, with probability proportional to exp f; 1: a plain draw"
+    )
+    kernel: Literal["langevin", "pcn-langevin"] = setting(
+        "pcn-langevin", "Markov kernel of the chains: langevin (Eq. 12), or pcn-langevin, which is exact"
+    )
+    steps: int = setting(40, "Steps of the Markov kernel after the choice among the proposals")
+    step_size: float = setting(0.15, "Step size of the Markov kernel: s of Eq. 12 for langevin, δ for pcn-langevin")
+    adapt_steps: int = setting(0, "Number of first steps in which pcn-langevin adapts its step size")
+    leapfrogs: int = setting(
+        1, "Leapfrog steps in each step of pcn-langevin; more than 1 make it Hamiltonian Monte Carlo"
+    )
+    temperature: float = setting(1.0, "Factor on the noise of the langevin kernel")
 
     def __post_init__(self) -> None:
         require_kinds(self)

@@ -26,36 +26,56 @@ class FitConfig:
     ('nce', 48)
     """
 
-    objective: Literal["nce", "mle"] = setting("nce", "how the heads are trained")
-    iterations: int = setting(2_400, "gradient steps")
+    objective: Literal["nce", "mle"] = setting(
+        "nce", "Training objective of the heads: noise-contrastive (nce) or maximum likelihood (mle)"
+    )
+    iterations: int = setting(2_400, "Number of gradient steps")
     ratios: Literal["auto", "one", "staged"] = setting(
-        "auto", "nce: one density ratio, or stages of them; auto: one, and stages where it saturates"
+        "auto", "Density ratios that nce learns: one, staged, or auto, which turns to stages if one saturates"
     )
     stage: StageConfig = field(default_factory=StageConfig)
-    batch_size: int = setting(256, "posterior draws, and as many prior draws, per step")
-    parts: int = setting(1, "parts of a batch, each with noise of its own, one at a time: less memory")
-    learning_rate: float = setting(4e-3, "peak rate")
-    warmup: int = setting(50, "iterations over which the rate rises linearly")
-    decay: bool = setting(True, "let the rate fall to 0 along a cosine")
-    optimizer: Literal["adamw", "adam"] = setting("adamw", "decoupled or L2 weight decay")
-    betas: tuple[float, float] = setting((0.9, 0.999), "moment decays of the optimizer")
-    weight_decay: float = setting(1e-2, "weight decay")
-    ema: float = setting(0.99, "decay of the weights' moving average; 0: none")
+    batch_size: int = setting(256, "Posterior draws per gradient step, matched by as many prior draws")
+    parts: int = setting(
+        1, "Parts of a batch, computed one at a time with noise of their own; more parts need less memory"
+    )
+    learning_rate: float = setting(4e-3, "Peak learning rate")
+    warmup: int = setting(50, "Iterations over which the learning rate rises linearly to its peak")
+    decay: bool = setting(True, "Let the learning rate fall to 0 along a cosine")
+    optimizer: Literal["adamw", "adam"] = setting(
+        "adamw", "Optimizer: AdamW with decoupled weight decay, or Adam with L2 weight decay"
+    )
+    betas: tuple[float, float] = setting((0.9, 0.999), "Decay rates of the optimizer's two moment estimates")
+    weight_decay: float = setting(1e-2, "Weight decay of the optimizer")
+    ema: float = setting(0.99, "Decay of the moving average of the weights; 0 turns averaging off")
     energy: EnergyConfig = field(default_factory=EnergyConfig)
-    chains: Literal["fresh", "persistent"] = setting("fresh", "mle: where chains start")
+    chains: Literal["fresh", "persistent"] = setting(
+        "fresh", "Start of the chains: new draws, or the last ends of persistent ones (only with --objective mle)"
+    )
     chain: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.01)
     )
-    refresh: float = setting(0.05, "mle: share of persistent chains restarted each step")
-    penalty: float = setting(1e-4, "mle: weight of E[f_q² + f_p²]")
+    refresh: float = setting(
+        0.05, "Share of the persistent chains that start again at each step (only with --objective mle)"
+    )
+    penalty: float = setting(
+        1e-4, "Weight of the penalty E[f_q² + f_p²] on the energy's size (only with --objective mle)"
+    )
     sampler: SamplerChanges = field(default_factory=SamplerChanges)  # of the one recorded: `recorded_sampler`
-    target: Target = setting("exact", "ε-target; published: to replicate only")
-    regime: Regime = setting("calibrated", "calibrated: f is a log density ratio; refiner: f only guides short chains")
-    held_out: int = setting(5_000, "images kept for held-out latents, at most a tenth")
-    ess_floor: float = setting(0.05, "tempering keeps at least this ESS / number of draws")
-    evaluate_every: int = setting(100, "iterations between held-out gains and resume states")
-    patience: int = setting(10, "stop after so many held-out gains without a better one")
-    seed: int = setting(0, "seed of everything random")
+    target: Target = setting(
+        "exact", "Density that chains in ε-space sample: exact (Appendix A.3), or as published, to replicate only"
+    )
+    regime: Regime = setting(
+        "calibrated", "Meaning of f: a calibrated log density ratio, or a refiner that only guides short chains"
+    )
+    held_out: int = setting(
+        5_000, "Images held out to measure the gain on their latents, at most a tenth of all images"
+    )
+    ess_floor: float = setting(0.05, "Lowest effective sample size, as a share of the draws, that tempering accepts")
+    evaluate_every: int = setting(
+        100, "Iterations between two measurements of the held-out gain, each with a saved state"
+    )
+    patience: int = setting(10, "Evaluations without a better held-out gain after which the fit stops")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_kinds(self)

@@ -64,18 +64,18 @@ BOUND_PER_SPREAD = 2.0  # least bound of the heads' inputs, in RMS of p_β's dra
 class StageConfig:
     """Settings of the stages: the draws of the prior so far, how they move, and when a stage ends."""
 
-    particles: int = setting(512, "draws of the prior so far, which are the negatives")
+    particles: int = setting(512, "Draws of the prior fitted so far, which serve as the negatives of a stage")
     held_out: int = setting(
-        256, "extra draws that are never trained on; their effective sample size decides when a stage ends"
+        256, "Extra draws that are never trained on; their effective sample size decides when a stage ends"
     )
-    moves: int = setting(1, "pCN-Langevin moves of a draw before it serves as a negative")
-    leapfrogs: int = setting(5, "leapfrog steps in each move of a draw")
-    settle: int = setting(2, "moves of all draws between two stages, so that they forget the stage before")
-    step_size: float = setting(0.06, "step size δ of the moves at the start; it follows their acceptance")
-    ess: float = setting(0.5, "a stage ends when ESS / number of held-out draws falls to this")
-    every: int = setting(2, "iterations between looks at the ESS")
-    bound: float = setting(3.0, "heads see latents within ± so many posterior stds (tanh), or more; 0: as they are")
-    groupwise: float = setting(0.4, "share of the iterations for each group's own ratio first")
+    moves: int = setting(1, "pCN-Langevin moves that a draw makes before it serves as a negative")
+    leapfrogs: int = setting(5, "Leapfrog steps in each pCN-Langevin move of a draw")
+    settle: int = setting(2, "Moves of every draw between two stages, so that the draws forget the earlier stage")
+    step_size: float = setting(0.06, "Initial step size δ of the moves, which later follows their acceptance rate")
+    ess: float = setting(0.5, "Effective sample size, as a share of the held-out draws, at which a stage ends")
+    every: int = setting(2, "Iterations between two checks of the effective sample size")
+    bound: float = setting(3.0, "Least bound of the heads' inputs, in posterior standard deviations; 0: no bound")
+    groupwise: float = setting(0.4, "Share of the iterations in which each latent group first learns its own ratio")
 
     def __post_init__(self) -> None:
         require_kinds(self)

@@ -114,7 +114,7 @@ def anomalies(
 ) -> None:
     """Remake the paper's Table 4: train with one digit held out, and find it again by the un-normalised posterior.
 
-    Rows are written as they come, so that a failure loses none of them.
+    Each row is written as soon as it is measured, so that a failure loses no finished row.
     """
     _require_suffix(out, ".json")
     places.require_free(out, overwrite)
@@ -179,9 +179,9 @@ def ablation(
     device: str,
     **settings: Any,
 ) -> None:
-    """Remake an ablation of the paper by joint training: FD(classifier), seconds and parameters beside its numbers.
+    """Remake an ablation of the paper by joint training: FD, seconds and parameters beside the paper's numbers.
 
-    Beside --out lies a plot of the same name, .png.
+    A plot with the same name and the suffix .png is written beside --out.
     """
     _require_suffix(out, ".json")
     picture = out.with_suffix(".png")

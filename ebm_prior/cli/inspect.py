@@ -56,7 +56,7 @@ def report(
 ) -> None:
     """Make one HTML page of a fit, for any browser and without a network: pictures, curves, tables, commands.
 
-    RUN is the folder of a fit. For results that it lacks (eval, ood, doctor) the page has the commands.
+    RUN is the folder of a fit. Where results of eval, ood or doctor are missing, the page shows how to make them.
     """
     out = out or run / "report.html"
     given = {"eval": evaluation, "ood": outlying, "doctor": diagnosis}
@@ -172,7 +172,7 @@ def convert(
 def export(
     run: Path, out: Path, with_backbone: bool, checkpoint: str | None, licence: str | None, overwrite: bool
 ) -> None:
-    """Write a prior for somebody else: the prior, a card that says what it is, and on request its backbone.
+    """Write a prior to share: the prior file, a model card that describes it, and on request its backbone.
 
     RUN is the folder of a fit, or a prior file. The folder can be moved, and pushed to a model hub as it is.
     """

@@ -143,9 +143,9 @@ def ood(
 def sets_and_folder(
     outliers: tuple[str, ...], out: tuple[str, ...], old_out: Path | None
 ) -> tuple[tuple[str, ...], Path | None]:
-    """The sets of outliers and the folder of the results, from --outliers and --out, or from --out and --to.
+    """The sets of outliers and the folder of the results, from --outliers and --out.
 
-    The latter is how they were spelled once, which goes on working with a remark. Raises click.UsageError.
+    The old spellings, --out for the sets and --to for the folder, still work, with a remark. Raises click.UsageError.
     """
     if not outliers and not out:
         raise click.UsageError("say which images are the outliers: --outliers, once for each set")
@@ -159,7 +159,7 @@ def sets_and_folder(
 
 
 def folder_of(out: Path | None, old_out: Path | None) -> Path | None:
-    """--out, or --to as it was called once, with a remark. Raises click.UsageError where both are given."""
+    """The value of --out, or of its old spelling --to, with a remark. Raises click.UsageError where both are given."""
     if old_out is None:
         return out
     if out is not None:
@@ -169,7 +169,7 @@ def folder_of(out: Path | None, old_out: Path | None) -> Path | None:
 
 
 def parsed_k(text: str, groups: int) -> list[int]:
-    """`all`, or numbers with commas between them: 0,1,2. Raises ConfigurationError."""
+    """The values of k in `text`: the word all, or numbers with commas between them. Raises ConfigurationError."""
     if text == "all":
         return list(range(groups))
     try:

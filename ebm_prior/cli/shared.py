@@ -1,4 +1,4 @@
-"""Shared by the commands: options that mean the same everywhere, errors as exit codes, results as text or JSON."""
+"""Code that the commands share: options with the same meaning everywhere, images, run folders, printed results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bflo
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Several options under one name, so that they mean the same everywhere."""
+    """One decorator from several options, so that commands can share them."""
 
     def decorate(command: Command) -> Command:
         for option in reversed(options):
@@ -60,9 +60,9 @@ DEVICE_NAME = click.option(
 
 
 def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command], Command]:
-    """Options that say how a backbone is computed; the command gets them as one argument, `passes: Passes`.
+    """Options for how a backbone is computed; the command receives them as one argument, `passes: Passes`.
 
-    `precisions`: choices of --precision. `cells`: with the options for what a network's cells do, too.
+    `precisions`: choices of --precision. `cells`: whether to add --checkpointing and --compile.
     """
     half = "; bf16: bfloat16 in the cells of an NVAE or VDVAE, float32 elsewhere" if "bf16" in precisions else ""
     options = [
@@ -131,8 +131,8 @@ BACKBONE = together(
         help="Backbone to use: an official file or folder, a converted .safetensors file, or a bundled name",
     ),
 )
-READING = "ebm_prior.reading"  # key, in click's context, of how images are read: arguments of open_images
-REMARKED = "ebm_prior.remarked"  # key of the remarks on images that were printed
+READING = "ebm_prior.reading"  # key in click's context: arguments of open_images from --array and --data-mode
+REMARKED = "ebm_prior.remarked"  # key in click's context: the remarks on images that were already printed
 
 
 def _remember_reading(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
@@ -179,9 +179,9 @@ WATCHING = "Watching"
 
 
 def watch_options(*, preview: bool = False) -> Callable[[Command], Command]:
-    """Options of somebody who watches a training; the command gets them as one argument, `watch: Watch`.
+    """Options for watching a training; the command receives them as one argument, `watch: Watch`.
 
-    `preview`: with --preview, for trainings that make no picture at each evaluation by themselves.
+    `preview`: whether to add --preview, for trainings that do not save a picture at each evaluation anyway.
     """
     options = [
         click.option(
@@ -215,7 +215,7 @@ def open_images(spec: str, **where: Any) -> ImageSource:
 
 
 def say_remarks(source: ImageSource) -> None:
-    """Print on stderr what a user should know of the reading of images, each remark once."""
+    """Print the remarks of an image source on stderr, each remark once per command."""
     meta = click.get_current_context().meta
     for remark in (f"{source.name}: {remark}" for remark in source.remarks):
         if remark not in meta.setdefault(REMARKED, set()):
@@ -230,14 +230,17 @@ def new_or_resumed(resume: bool, overwrite: bool) -> None:
 
 
 def refuse_unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool, why: str) -> None:
-    """Unless they are `used`, refuse options given whose names begin with one of `starts`; `why`: for the message."""
+    """Refuse options that would have no effect: those `given` with a name that begins with one of `starts`.
+
+    `used`: whether they have an effect, so that nothing is refused. `why`: the reason, for the error message.
+    """
     names = [f"--{key.replace('_', '-')}" for key, v in given.items() if key.startswith(starts) and v is not None]
     if names and not used:
         raise click.UsageError(f"{why}: leave out {', '.join(names)}")
 
 
 def run_directory(out: Path | None, command: str, resume: bool) -> Path:
-    """`places.run_directory`, printed before the work begins, so that a run that is killed can be resumed."""
+    """The folder of the run, from `places.run_directory`. It is printed first, so that a killed run can be resumed."""
     directory = places.run_directory(out, command, resume=resume)
     click.get_current_context().meta[RUN_FOLDER] = directory
     click.echo(f"run: {directory}", err=True)
@@ -245,25 +248,25 @@ def run_directory(out: Path | None, command: str, resume: bool) -> Path:
 
 
 def own(folder: Path) -> None:
-    """Own a folder of results until the command ends. Raises OutputError where another process does."""
+    """Lock a folder of results until the command ends. Raises OutputError where another process has locked it."""
     click.get_current_context().with_resource(owned(folder))
 
 
 def launched_processes() -> Processes:
-    """The processes that torchrun has started, connected by `main`; one alone without torchrun."""
+    """The processes that torchrun has started and `main` has connected; without torchrun, this process alone."""
     return click.get_current_context().find_object(Processes) or ALONE
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Nothing is printed: of several processes the first one speaks."""
+    """Print nothing inside the block. Of several processes only the first one prints."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 
 @contextlib.contextmanager
 def plain_remarks() -> Iterator[None]:
-    """An AssumptionWarning becomes one line on stderr, without the line of code that gave it."""
+    """Inside the block, print an AssumptionWarning as one line on stderr, without the line of code that raised it."""
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -279,7 +282,7 @@ def plain_remarks() -> Iterator[None]:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of this process for --device `name`. Raises ConfigurationError where it cannot be used."""
+    """The device of this process for the option --device `name`. Raises ConfigurationError if it cannot be used."""
     try:
         require_numbers(device := torch.device(own_device(name)))
         torch.empty(1, device=device)
@@ -294,12 +297,12 @@ def preflight(need: Need, device: torch.device) -> None:
 
 
 def typed_command() -> str:
-    """The command that runs, as it was typed."""
+    """The command line of the running command, as it was typed."""
     return shlex.join(["ebm-prior", *click.get_current_context().meta[WORDS]])
 
 
 def show_result(result: Any, as_json: bool, human: Callable[[Any], str]) -> None:
-    """Print a result: text, or JSON that also says which command made it."""
+    """Print a result as text, made by `human`, or as JSON that also holds the command line."""
     if not as_json:
         click.echo(human(all_printable(result)))
         return

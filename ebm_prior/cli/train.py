@@ -59,6 +59,12 @@ SUITED = {
     if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
 }
 HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers", "joint", "activation", "dropout"))
+PRESET_HELP = "Name of the settings to start from; other options change single ones"
+START = click.option(
+    "--ckpt",
+    "checkpoint",
+    help="Weights to start from: an official file or folder, a converted .safetensors file, or a bundled name",
+)
 
 
 @click.command(
@@ -88,13 +94,7 @@ HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers
     help="Recompute NVAE's batch-norm statistics from its own samples before fitting (§5.2); the changed backbone is "
     "saved in the run folder",
 )
-@click.option(
-    "--preset",
-    type=click.Choice(list(PRESETS)),
-    default="default",
-    show_default=True,
-    help="Name of the settings to start from; other options change single ones",
-)
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help=PRESET_HELP)
 @click.option(
     "--energy", help="Energy of your own in place of the heads: its name among the entry points ebm_prior.energies"
 )
@@ -169,7 +169,7 @@ def fit(
 
 
 def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy: str | None) -> None:
-    """Refuse options of `fit` that change nothing under these settings."""
+    """Refuse options of `fit` that have no effect under these settings."""
     mle, density = config.objective == "mle", config.regime == "calibrated"
     refuse_unused(given, ("chain", "refresh", "penalty"), mle, "only mle has chains and a penalty (--objective mle)")
     refuse_unused(given, ("patience", "ess_floor"), density, "a refiner is no density: it has no gain to wait for")
@@ -202,11 +202,7 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
 @click.option(
     "--architecture", help="Bundled backbone, or JSON file of the adapter's arguments  [default: its own, if any]"
 )
-@click.option(
-    "--ckpt",
-    "checkpoint",
-    help="Weights to start from: an official file or folder, a converted .safetensors file, or a bundled name",
-)
+@START
 @DATA
 @RUN
 @config_options(PretrainConfig)
@@ -295,19 +291,11 @@ def pretrain(
     multiple=True,
     help="Argument of the adapter with VALUE in JSON: width=16, latents=[16,8]; image_shape comes from the data",
 )
-@click.option(
-    "--ckpt",
-    "checkpoint",
-    help="Weights to start from: an official file or folder, a converted .safetensors file, or a bundled name",
-)
+@START
 @DATA
 @RUN
 @click.option(
-    "--preset",
-    type=click.Choice(list(JOINT_PRESETS)),
-    default="default",
-    show_default=True,
-    help="Name of the settings to start from; other options change single ones",
+    "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help=PRESET_HELP
 )
 @config_options(JointConfig, skip=("seed", "standardize"))
 @RUN_SEED
@@ -393,7 +381,7 @@ def classifier(
     seed: int | None,
     **given: Any,
 ) -> None:
-    """Train the classifier whose features FD compares, on a labelled data set (for `eval --classifier`)."""
+    """Train the classifier that gives the features of FD, on a labelled data set (for `eval --classifier`)."""
     places.require_free(out, overwrite)
     train, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
     config = resolve(ClassifierConfig.suited(train.shape, Path(data).stem), given | {"seed": seed}, config_file)

@@ -196,10 +196,10 @@ def evaluate(
 ) -> None:
     """Measure priors of one backbone against held-out images: FD, KID, gap closed, held-out gain, AUC, pixels.
 
-    FD and KID need features: of the bundled classifier for such images, or of --classifier, --features or --fid. With
-    several PRIORS (training seeds, say) the mean and standard deviation are printed as well. With Inception's
-    features come the figures that papers publish: FID, KID and Inception Score of --fid-samples draws against all
-    images of --fid-split, each with its card.
+    FD and KID use the features of the bundled classifier for such images, or those of --classifier, --features or
+    --fid. For several PRIORS (of several training seeds, say) mean and standard deviation are printed too. With
+    --fid or --inception the published figures are added: FID, KID and Inception Score of --fid-samples draws against
+    all images of --fid-split, with everything that they depend on.
     """
     _require_one_network((classifier, own, inception, fid), modes, given)
     stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
@@ -238,7 +238,7 @@ def evaluate(
 
 
 def _held_out(data: str | None, images: Opener, prior: Path, shape: Shape) -> list[ImageSource]:
-    """The test and the training images: as typed, or those that the prior was trained on."""
+    """The test and the training images: those of --data, or else those that the prior was trained on."""
     if data is not None:
         splits: tuple[Split, ...] = ("test", "train")
         return [images.typed(data, split=split, image_shape=shape) for split in splits]
@@ -250,7 +250,10 @@ def _held_out(data: str | None, images: Opener, prior: Path, shape: Shape) -> li
 def _features(
     images: ImageSource, classifier: Path | None, own: str | None, device: torch.device
 ) -> FeatureExtractor | None:
-    """The network of FD that was asked for, else the bundled one for such images; None, with a remark, without one."""
+    """The network that gives the features of FD: the one asked for, or else the bundled one for such images.
+
+    Without either, None and a remark.
+    """
     if own is not None:
         return own_features(own, device)
     try:
@@ -261,7 +264,7 @@ def _features(
 
 
 def _require_one_network(named: Sequence[object], modes: Sequence[str], given: Mapping[str, Any]) -> None:
-    """Refuse options that name several networks of features, or that mean nothing without Inception's.
+    """Refuse options that name more than one feature network, and options that only Inception's features have.
 
     named: the values of --classifier, --features, --inception and --fid.
     """
@@ -282,7 +285,7 @@ def _loaded(
     given: Mapping[str, Any],
     stored: Mapping[str, Any],
 ) -> list[EBMPrior]:
-    """The priors, on one backbone, with the sampler's settings that are given or stored in place of those recorded."""
+    """The priors on one shared backbone. Sampler settings of the command line or --config replace the recorded ones."""
     first = load_prior(paths[0], checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     loaded = [first, *(load_prior(path, first.backbone, force=force) for path in paths[1:])]
     for prior in loaded:

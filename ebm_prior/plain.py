@@ -64,7 +64,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _require_plain(value: Any) -> None:
-    """Refuse nesting deeper than DEEPEST and text that cannot be written. Not recursive, as a file could exhaust that."""
+    """Refuse nesting deeper than DEEPEST and text that cannot be written. Not recursive: files can nest deep."""
     level, depth = [value], 0
     while level:
         if depth > DEEPEST:

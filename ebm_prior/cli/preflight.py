@@ -106,7 +106,7 @@ def chain_bytes(prior: EBMPrior) -> int:
 
 
 def _measured(prior: EBMPrior, passes: Passes) -> EBMPrior:
-    """The prior with its backbone computed as `passes` say, but not compiled: compiling takes long, and other memory."""
+    """The prior with its backbone computed as `passes` say, but not compiled, since compiling takes long."""
     prior = copy.copy(prior)
     prior.backbone = replace(passes, compiled=False).apply(prior.backbone)
     return prior

@@ -16,10 +16,10 @@ from ebm_prior.training.stages import StageConfig
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a fit. The defaults are what measured best (ebm_prior/training/README.md).
+    """Settings of a fit. The defaults are the best that were measured (ebm_prior/training/README.md).
 
-    Numbers are of gradient steps, images, or draws; gains in nats. Raises ConfigurationError for values that make no
-    sense, or of another kind. The published settings are `ebm_prior.training.fit_config.paper_preset()`.
+    Numbers count gradient steps, images, or draws; gains are in nats. Raises ConfigurationError for a value out of its
+    range or of the wrong type. `ebm_prior.training.fit_config.paper_preset()` gives the published settings.
 
     >>> config = FitConfig(iterations=500, seed=1)
     >>> config.objective, config.energy.channels
@@ -60,7 +60,7 @@ class FitConfig:
     penalty: float = setting(
         1e-4, "Weight of the penalty E[f_q² + f_p²] on the energy's size (only with --objective mle)"
     )
-    sampler: SamplerChanges = field(default_factory=SamplerChanges)  # of the one recorded: `recorded_sampler`
+    sampler: SamplerChanges = field(default_factory=SamplerChanges)  # changes of `recorded_sampler`
     target: Target = setting(
         "exact", "Density that chains in ε-space sample: exact (Appendix A.3), or as published, to replicate only"
     )
@@ -98,7 +98,7 @@ class FitConfig:
         if not 0 <= self.refresh <= 1:
             raise ConfigurationError(f"refresh must be in [0, 1], found {self.refresh}")
         require_seed(self)
-        _ = self.recorded_sampler  # refuses what does not fit together
+        _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together
         if self.target == "published" and self.regime == "calibrated":
             raise ConfigurationError("the published target is not the density that f describes: regime must be refiner")
 
@@ -108,10 +108,10 @@ class FitConfig:
         return self.objective == "nce" and self.ratios == "auto" and self.regime == "calibrated"
 
     def staging(self, after: int) -> FitConfig:
-        """The settings that go on in stages where one ratio has saturated after `after` iterations.
+        """The settings with which a fit continues in stages, after one ratio has saturated at iteration `after`.
 
-        The draws that are their negatives move at each iteration, which takes longer than all else in it: so half the
-        batch, and what follows a third of the iterations.
+        The negatives of stages move at each iteration, which takes most of its time. So the batch is halved, and only a
+        third of the iterations follow.
         """
         batch = max(1, self.batch_size // 2 // self.parts) * self.parts
         iterations = min(self.iterations, after + max(1, self.iterations // 3))
@@ -119,8 +119,10 @@ class FitConfig:
 
     @property
     def recorded_sampler(self) -> SamplerConfig:
-        """The sampler of the prior file: the exact default for a density; for a refiner, as published, the chain of
-        training with twice its steps. What is asked for is put in.
+        """The sampler that the prior file records, with the changes of `sampler`.
+
+        For a calibrated prior it starts from the exact default; for a refiner, as published, from the training chain
+        with twice its steps.
         """
         longer = replace(self.chain, steps=2 * self.chain.steps)
         return self.sampler.of(SamplerConfig() if self.regime == "calibrated" else longer)
@@ -130,9 +132,9 @@ def paper_preset() -> FitConfig:
     """The published fit (NVAE on CIFAR-10, Gaussian decoder; references in README): a short-run refiner.
 
     Adam(0.99, 0.999) at 1e-4 with weight decay 3e-5, batch 32, 5,000 iterations; K = 20 steps in training and 40 in
-    sampling with s = 2e-5 in the units of Eq. 12 (the published code's 4e-5 is 2s), on the published ε-target. What is
-    not as published: the heads' last layer starts at zero, some images are held out to measure the gain (no result
-    depends on it), and divergence is noticed earlier than at |mean f| > 1e9.
+    sampling with s = 2e-5 in the units of Eq. 12 (the published code's 4e-5 is 2s), on the published ε-target.
+    There are three differences: the heads' last layer starts at zero, some images are held out to measure the gain (no
+    result depends on it), and divergence is noticed earlier than at |mean f| > 1e9.
     """
     return FitConfig(
         objective="mle",

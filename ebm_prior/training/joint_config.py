@@ -1,4 +1,4 @@
-"""Settings of joint training: the default and the published one."""
+"""Settings of joint training: the default and the published ones."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def paper_joint() -> JointConfig:
     """The published joint training (references in README): langevin + ebm, z-space chains, batch 100.
 
     K = 60 steps of 0.4 for the prior (the paper's text says 40), 40 of 0.1 for the posterior, in the convention
-    z + ½s²∇ + sξ: s²/2 = 0.08 and 0.005 in the units of Eq. 12. Rates 1e-4 and, for the energy, 2e-5. Not as published:
-    chains start from the model's own Gaussian prior, both heads have four layers of 200 (Table 12 gives z_2 two of
-    100), gradients are clipped, and what is kept is the weights' moving average. Its prior is drawn from by the exact
-    default sampler in ε, not by these short chains in z.
+    z + ½s²∇ + sξ: s²/2 = 0.08 and 0.005 in the units of Eq. 12. The learning rates are 1e-4 and, for the energy, 2e-5.
+    Differences: chains start from the model's own Gaussian prior, both heads have four layers of 200 (Table 12 gives
+    z_2 two of 100), gradients are clipped, the moving average of the weights is kept, and the prior records the exact
+    default sampler in ε instead of the short chains in z.
     """
     heads = EnergyConfig(hidden=200, vector_layers=4, joint=0, activation="leaky_relu", standardize=False)
     return JointConfig(

@@ -1,4 +1,4 @@
-"""The feature network of FD(classifier): a small CNN whose 64 penultimate features serve where Inception's cannot.
+"""The feature network of FD(classifier): a small CNN with 64 penultimate features, for use instead of Inception's.
 
 There are two kinds, a plain one for simple images and one with residual blocks for natural ones.
 

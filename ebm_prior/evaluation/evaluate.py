@@ -63,7 +63,7 @@ INSTEAD = (
 
 
 class Seen(NamedTuple):
-    """What is measured of n images: descriptors of pixels (n, K), and features (n, D) where there is an extractor."""
+    """The measurements of n images: pixel descriptors (n, K), and features (n, D) if there is an extractor."""
 
     pixels: Tensor
     features: Tensor | None
@@ -88,10 +88,10 @@ class Seen(NamedTuple):
 
 
 class Reference:
-    """The parts of an evaluation that are the same for all priors of a backbone, made once.
+    """The parts of an evaluation that are the same for all priors of a backbone and are computed once.
 
-    These are statistics of pixels, and features if there is an extractor, of held-out images, of their reconstructions
-    and of the backbone's samples. `processes` share the drawing and decoding; each measures for itself.
+    They are the pixel statistics, and the features if there is an extractor, of held-out images, of their
+    reconstructions and of the backbone's samples. The `processes` share drawing and decoding.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class Reference:
         self.n = min(config.samples, len(images))
         self._check()
         self.real, self.reconstructed, self.posterior, self.errors = self._reconstruct(images, stream=0)
-        # The floor of FDrec: reconstructions of other images. Without any, it is taken to be 0, which flatters nobody.
-        # At a smaller N it would be biased upwards, and the gap closed with it.
+        # The floor of FDrec is its value for reconstructions of other images. Without other images it is taken to be 0,
+        # which flatters no prior. At a smaller N the floor would be biased upwards, and so would the gap closed.
         self.floor = 0.0
         if extractor is not None and training_images is not None and len(training_images) >= self.n:
             other = self._reconstruct(training_images, stream=1)[1]
@@ -301,7 +301,7 @@ def _pixels(reference: Reference, drawn: Seen) -> dict[str, float]:
 
 
 def feature_classifier(images: ImageSource, path: Path | None, device: torch.device) -> FeatureExtractor:
-    """The classifier on whose features FD is measured: from the file `path`, else the bundled one for such `images`."""
+    """The classifier that gives the features of FD: from the file `path`, else the bundled one for such `images`."""
     return (load_classifier(path) if path else bundled_classifier(images.shape, images.name)).to(device)
 
 

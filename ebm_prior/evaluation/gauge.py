@@ -1,8 +1,8 @@
-"""How well a fresh classifier tells posterior latents from prior ones: the prior's holes, in one number per group.
+"""The classifier test between posterior and prior latents: an AUC per latent group, which measures the prior hole.
 
-The AUC is .5 where the prior is the aggregate posterior as far as this classifier sees, and 1 where they do not
-overlap. It bounds what can be told apart from below, and grows with the number of latents and with the classifier:
-print the budget beside it, and compare only at equal budgets.
+The AUC is .5 if the classifier finds no difference between the prior and the aggregate posterior, and 1 if they do not
+overlap. It is a lower bound on how well the two can be distinguished, and grows with the number of latents and the size
+of the classifier. So the budget is printed with it, and only AUCs at equal budgets can be compared.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def gauge_auc(
 ) -> GaugeResult:
     """Cross-fitted AUC with which a fresh classifier tells posterior z from prior z, overall and per group.
 
-    posterior, prior: lists of (N, *group.shape) and (M, *group.shape), in generation order, independent draws: one per
-    image, or the parts are not independent. Each part is scored by networks trained on the others, stopped early on an
-    inner split of these; the parts' AUCs are averaged. Where a network finds nothing it stays at f = 0, an AUC of
-    exactly .5. `device`: where the networks are trained (default: where the latents are); latents are moved there batch
-    by batch. progress: advances by `networks` in all. Raises DataError for other shapes, NaN, or fewer latents than
-    `config.least`; the global random state is left as it was.
+    posterior, prior: lists of (N, *group.shape) and (M, *group.shape), in generation order. The draws must be
+    independent, so one per image. Each part is scored by networks trained on the other parts, with early stopping on an
+    inner split; the AUCs of the parts are averaged. A network that finds no difference stays at f = 0, with an AUC of
+    exactly .5. `device`: where to train the networks (default: where the latents are); latents are moved there batch by
+    batch. progress: advances by `networks` in all. Raises DataError for other shapes, NaN, or fewer latents than
+    `config.least`. The global random state is not changed.
     """
     config = config or GaugeConfig()
     _check(posterior, prior, groups, config)
@@ -127,7 +127,7 @@ def gauge_auc(
 
 
 def networks(groups: int, config: GaugeConfig) -> int:
-    """Number of networks that `gauge_auc` trains on latents of so many groups."""
+    """Number of networks that `gauge_auc` trains for latents of `groups` groups."""
     return config.folds * (groups + (groups > 1))
 
 

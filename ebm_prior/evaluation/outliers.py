@@ -1,4 +1,4 @@
-"""Scores of sets of images, and how well they tell outliers and anomalies (`ebm-prior ood` and `anomaly`)."""
+"""Scores of sets of images, and their quality in detecting outliers and anomalies (`ebm-prior ood` and `anomaly`)."""
 
 from __future__ import annotations
 

@@ -357,5 +357,5 @@ def _kernel(prior: EBMPrior) -> str:
 
 
 def _extreme(images: Tensor) -> float:
-    """The share of pixels that are all but black or white."""
+    """The share of pixels that are almost black or almost white."""
     return float(((images < 0.01) | (images > 0.99)).double().mean())

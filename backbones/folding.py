@@ -143,7 +143,7 @@ class CellBackbone(FoldableBackbone[Network]):
     """A foldable backbone with a folded network that consists mostly of `InferenceCell`s."""
 
     def lower(self, folded: Network, cells: torch.dtype) -> None:
-        """Run the branches of the cells in the dtype `cells`. The residual stream and everything else stay as they are."""
+        """Run the branches of the cells in the dtype `cells`; the residual stream and all else stay as they are."""
         for cell in _cells_of(folded):
             cell.lower(cells)
 

@@ -51,9 +51,7 @@ class BIVA(FoldableBackbone[Network]):
     )
     official_options: ClassVar[tuple[str, ...]] = ("weights",)
 
-    layout: ClassVar[torch.memory_format] = (
-        torch.contiguous_format
-    )  # channels last is faster for some layers and slower for others
+    layout: ClassVar[torch.memory_format] = torch.contiguous_format  # channels last is no faster on the whole
 
     def __init__(self, **architecture: Any) -> None:
         super().__init__()
@@ -131,7 +129,5 @@ class BIVA(FoldableBackbone[Network]):
         model.to_empty(device="cpu")
         model.network.load_state_dict(state)
         require_initialized(model.network, path)
-        model.data_name = (
-            None if config["dataset"] == "binmnist" else config["dataset"]
-        )  # binarised in the data set itself
+        model.data_name = None if config["dataset"] == "binmnist" else config["dataset"]  # binarised by itself
         return model.eval()

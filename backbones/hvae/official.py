@@ -57,7 +57,7 @@ def translate(record: Any) -> dict[str, Any]:
 
 
 def data_name(datamodule: Any) -> str | None:
-    """The first training data set in datamodule_config.pt, without the suffix for its binarisation or dequantisation."""
+    """The first training data set in datamodule_config.pt, without the suffix for the treatment of its pixels."""
     names = datamodule.get("train_datasets") if isinstance(datamodule, dict) else None
     if not names or not isinstance(names, dict):
         return None

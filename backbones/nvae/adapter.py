@@ -69,7 +69,7 @@ class NVAE(CellBackbone[Network]):
         return self.running.generate(draw, batch_size)
 
     def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
-        """Run the bottom-up pass, and draw z_i ~ q(z_i | x, z_<i) in the top-down pass: a Gaussian draw, then the flows.
+        """Run the bottom-up pass, and draw z_i ~ q(z_i | x, z_<i) in the top-down pass: a Gaussian, then the flows.
 
         The flows preserve volume, so log q is the Gaussian's log density at the draw before the flows.
         """

@@ -59,7 +59,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise NotPlainError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        raise NotPlainError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
     return found
 
 

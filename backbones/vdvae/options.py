@@ -150,7 +150,7 @@ def _check_pixels(a: Architecture) -> None:
     if a.data_set not in DATA_SETS and None in (a.shift, a.scale, a.bits):
         raise ConfigurationError(
             f'data_set: expected one of {", ".join(DATA_SETS)}, found "{a.data_set}", for which shift, scale and '
-            "bits must be given: the encoder reads (v + shift)·scale of 8-bit values v, the likelihood models bits of them"
+            "bits must be given: the encoder reads (v + shift)·scale of 8-bit values v, the likelihood has `bits` bits"
         )
 
 

@@ -51,7 +51,7 @@ def _write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 def _require_suffix(out: Path, suffix: str) -> None:
     if out.suffix != suffix:
-        raise click.UsageError(f"--out is a {suffix}, found {out}")
+        raise click.UsageError(f"--out must end in {suffix}, found {out}")
 
 
 def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ def doctor(
 def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, as_json: bool) -> None:
     """Describe a prior file or a backbone: groups, parameters, how it was trained."""
     if (prior is None) == (checkpoint is None):
-        raise click.UsageError("give either a prior file or --ckpt")
+        raise click.UsageError("say what to describe: give either a prior file or --ckpt, not both")
     if prior is not None:
         show_result(prior_record(prior) | {"heads": describe.head_parameters(prior)}, as_json, summaries.prior_card)
         return
@@ -177,7 +177,9 @@ def export(
     RUN is the folder of a fit, or a prior file. The folder can be moved, and pushed to a model hub as it is.
     """
     if checkpoint is not None and not with_backbone:
-        raise click.UsageError("--ckpt says where the backbone is that --with-backbone adds: give both")
+        raise click.UsageError(
+            "--ckpt is the path of the backbone that --with-backbone adds: give both, or leave out --ckpt"
+        )
     written = export_prior(
         run, out, with_backbone=with_backbone, checkpoint=checkpoint, licence=licence, overwrite=overwrite
     )

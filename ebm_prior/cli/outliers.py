@@ -148,13 +148,13 @@ def sets_and_folder(
     The old spellings, --out for the sets and --to for the folder, still work, with a remark. Raises click.UsageError.
     """
     if not outliers and not out:
-        raise click.UsageError("say which images are the outliers: --outliers, once for each set")
+        raise click.UsageError("no outliers are given: pass --outliers, once for each set of images")
     if not outliers:
         new = "--outliers for the sets" + ", --out for the folder" * (old_out is not None)
         click.echo(f"remark: --out with sets of outliers is an old spelling: {new}", err=True)
         return out, old_out
     if len(out) > 1 or "" in out:
-        raise click.UsageError(f"--out is the one folder of the results, found {', '.join(map(repr, out))}")
+        raise click.UsageError(f"--out takes one folder for the results, found {', '.join(map(repr, out))}")
     return outliers, folder_of(Path(out[0]) if out else None, old_out)
 
 

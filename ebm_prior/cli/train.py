@@ -138,7 +138,7 @@ def fit(
         config = replace(config, parts=processes.count)
     _refuse_unused_settings(config, given, energy)
     if bn_readjust and passes.dtype == torch.bfloat16:
-        raise click.UsageError("batch norms are re-adjusted in float32 or float64: leave out --precision bf16")
+        raise click.UsageError("--bn-readjust computes in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
     if data is None:
         data = own_data(checkpoint, backbone)
@@ -172,11 +172,13 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
     """Refuse options of `fit` that have no effect under these settings."""
     mle, density = config.objective == "mle", config.regime == "calibrated"
     refuse_unused(given, ("chain", "refresh", "penalty"), mle, "only mle has chains and a penalty (--objective mle)")
-    refuse_unused(given, ("patience", "ess_floor"), density, "a refiner is no density: it has no gain to wait for")
-    refuse_unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
+    refuse_unused(
+        given, ("patience", "ess_floor"), density, "only a calibrated prior has a held-out gain, and a refiner is none"
+    )
+    refuse_unused(given, ("ratios",), config.objective == "nce", "only --objective nce learns density ratios")
     staged = config.ratios == "staged" or config.may_stage
     refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
-    refuse_unused(given, HEADS, energy is None, "--energy is an energy of its own, without heads")
+    refuse_unused(given, HEADS, energy is None, "--energy replaces the heads by an energy without heads")
 
 
 @click.command(
@@ -234,12 +236,14 @@ def pretrain(
     config = resolve(PretrainConfig(), given | {"seed": seed}, config_file)
     if checkpoint is not None:
         if architecture is not None:
-            raise click.UsageError("--ckpt has its own architecture: leave --architecture out")
+            raise click.UsageError("--ckpt brings its own architecture: leave out --architecture")
         backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
     elif adapter_name is not None:
         backbone = passes.place(new_backbone(adapter_name, architecture, config.seed))
     else:
-        raise click.UsageError("say what to train: --backbone, or --ckpt to go on from trained weights")
+        raise click.UsageError(
+            "no network is named: pass --backbone to train a new one, or --ckpt to continue from trained weights"
+        )
     train, test = (
         open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
         for split in ("train", "test")
@@ -332,10 +336,10 @@ def train(
     refuse_unused(
         given, ("energy_", "prior_chain", "chains", "refresh", "penalty"), ebm, "a Gaussian prior has no energy"
     )
-    refuse_unused(given, ("posterior_chain", "bfloat16"), langevin, "only --posterior langevin has chains of images")
-    refuse_unused(given, ("space",), ebm or langevin, "there are no chains to move")
-    refuse_unused(given, ("refresh",), config.chains == "persistent", "fresh chains all start anew")
-    refuse_unused(given, ("energy_dropout",), config.energy.joint > 0, "dropout is the joint head's (--energy-joint)")
+    refuse_unused(given, ("posterior_chain", "bfloat16"), langevin, "only --posterior langevin has posterior chains")
+    refuse_unused(given, ("space",), ebm or langevin, "these settings have no chains")
+    refuse_unused(given, ("refresh",), config.chains == "persistent", "only --chains persistent has chains to refresh")
+    refuse_unused(given, ("energy_dropout",), config.energy.joint > 0, "only the joint head has dropout")
     images, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
     if checkpoint is not None:
         chosen = click.get_current_context().get_parameter_source("adapter_name")

@@ -112,7 +112,7 @@ def sample(
         click.echo(f"prior: {prior}, the newest under ./runs", err=True)
     out = out or places.next_drawing(prior)
     if out.suffix not in (".png", ".npz", ""):
-        raise click.UsageError(f"--out is a .png, an .npz or a folder (without suffix), found {out}")
+        raise click.UsageError(f"--out must be a .png, an .npz or a folder (without suffix), found {out}")
     if compare and out.suffix != ".png":
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
     samples.require_place(out, overwrite)
@@ -270,11 +270,13 @@ def _require_one_network(named: Sequence[object], modes: Sequence[str], given: M
     """
     inception, fid = named[-2:]
     if sum(map(bool, named)) > 1:
-        raise click.UsageError("--classifier, --features, --inception and --fid each name the features: give one")
+        raise click.UsageError(
+            "--classifier, --features, --inception and --fid each choose the features of FD: give one of them"
+        )
     lacking = [key for key in ("fid_samples", "fid_split") if given[key] is not None] + ["fid_mode"] * bool(modes)
     if lacking and not (inception or fid):
         names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
-        raise click.UsageError(f"{names}: only Inception's features have these; pass --fid or --inception with it")
+        raise click.UsageError(f"{names}: only for Inception's features; pass --fid or --inception too")
 
 
 def _loaded(
@@ -348,7 +350,7 @@ def show(
     loaded.sampler = resolve(loaded.sampler, given, long | stored["sampler"])
     out = out or places.next_free(places.beside(prior), what, ".png")
     if out.suffix != ".png":
-        raise click.UsageError(f"--out is a .png, found {out}")
+        raise click.UsageError(f"--out must end in .png, found {out}")
     for path in (out, out.with_suffix(".npz")):
         places.require_free(path, overwrite)
     images = None
@@ -360,7 +362,7 @@ def show(
         else:
             (images,) = opener.own("test", otherwise=named, shape=shape)
     elif data is not None:
-        raise click.UsageError(f"{what} starts from no images: leave --data out")
+        raise click.UsageError(f"the picture {what} uses no images: leave out --data")
     with Bar("show", loaded.sampler.steps if what in WITH_CHAINS else 1) as bar:
         drawn = draw_picture(loaded, what, images, number, seed=seed, progress=bar)
     files = save_page(drawn.image, drawn.arrays, out)

@@ -131,7 +131,7 @@ def _read(path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
             if "sha256" in file and str(file["sha256"]) != _digest(
                 arrays, text
             ):  # older files have the zip's CRC alone
-                raise ValueError("its content is not what its checksum says")
+                raise ValueError("its content does not match its checksum")
             recorded = _PROVENANCE(parse_json(text), "its provenance")
         _require_statistics(**arrays)
         moments = FeatureStatistics(arrays["mean"], arrays["covariance"], recorded["images"])

@@ -59,7 +59,9 @@ class GaugeConfig:
         require_positive(self, "iterations", "batch_size", "learning_rate", "evaluate_every", "patience")
         require_seed(self)
         if self.energy.conditional:
-            raise ConfigurationError("the gauge is shown z alone: its network cannot be conditional")
+            raise ConfigurationError(
+                "expected energy conditional off in the gauge, because its classifiers see z alone"
+            )
         if self.folds < 2 or not (0 < self.inner < 1 and 0 <= self.ema < 1 and self.weight_decay >= 0):
             raise ConfigurationError(
                 f"expected folds ≥ 2, inner in (0, 1), ema in [0, 1), weight_decay ≥ 0; found {self}"

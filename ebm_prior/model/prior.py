@@ -307,7 +307,9 @@ def _require_consistent(energy: object, regime: Regime, target: Target) -> None:
             f"energy: expected a JointEnergy, found {described(energy)}: fit(…, energy=module) takes your own"
         )
     if target == "published" and regime == "calibrated":
-        raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
+        raise RegimeError(
+            "target published needs regime refiner, because f is no log density ratio on it; found calibrated"
+        )
 
 
 def _require_calibrated(regime: Regime, what: str) -> None:

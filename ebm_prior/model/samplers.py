@@ -92,11 +92,17 @@ class SamplerConfig:
         if not 0 <= self.temperature < math.inf:
             raise ConfigurationError(f"expected a temperature of 0 or more, found {self.temperature}")
         if self.temperature != 1 and (self.kernel != "langevin" or not self.steps):
-            raise ConfigurationError("temperature acts on steps of the Langevin kernel alone: nothing else has one")
+            raise ConfigurationError(
+                f"expected temperature 1 unless the kernel is langevin with at least one step, found {self.temperature}"
+            )
         if self.leapfrogs < 1 or (self.leapfrogs > 1 and self.kernel != "pcn-langevin"):
-            raise ConfigurationError(f"expected 1 leapfrog or more, and more with pcn-langevin alone, found {self}")
+            raise ConfigurationError(
+                f"expected 1 leapfrog or more, and more only with the kernel pcn-langevin, found {self}"
+            )
         if self.kernel == "langevin" and self.adapt_steps:
-            raise ConfigurationError("Langevin (Eq. 12) accepts every step: there is no acceptance to adapt to")
+            raise ConfigurationError(
+                "adapt_steps needs the kernel pcn-langevin: langevin (Eq. 12) accepts every step, so it cannot adapt"
+            )
 
 
 def _unchanged(name: str) -> Any:

@@ -173,8 +173,8 @@ def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
         record = backbone_record(architecture)
         if record["adapter"] != name:
             raise ConfigurationError(
-                f"--architecture {architecture} is one of {record['adapter']!r}, not of {name!r}: use --backbone "
-                f"{record['adapter']}"
+                f"--architecture {architecture} belongs to the adapter {record['adapter']!r}, not to {name!r}: "
+                f"use --backbone {record['adapter']}"
             )
         return build(kind, record["architecture"], seed=seed)
     described = read_json(

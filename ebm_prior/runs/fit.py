@@ -54,11 +54,10 @@ def fit_into(
 ) -> dict[str, Any]:
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
 
-    `bn_readjust`: first re-adjust the batch norms of `backbone`. The changed backbone is written to
-    backbone.safetensors and is the one that the prior refers to. `energy`: the registered name of an energy to fit in
-    place of the heads. `passes`: how cells are computed. Where training diverges a second time, the best prior so far
-    is written before DivergenceError is raised. Only the first of the `processes` writes files and reports to
-    `progress`.
+    `bn_readjust`: first re-adjust the batch norms of `backbone`; the changed one is written to backbone.safetensors
+    and becomes the backbone of the prior. `energy`: the registered name of an energy to fit in place of the heads.
+    `passes`: how cells are computed. Where training diverges twice, the best prior so far is written before
+    DivergenceError is raised. Only the first of the `processes` writes files and reports to `progress`.
     """
     watch.require()
     settings = _bn_settings(config.seed) if bn_readjust else None

@@ -16,6 +16,6 @@ def diverged(error: DivergenceError, write: Callable[[], object], path: Path) ->
     try:
         write()
     except (CheckpointError, ConfigurationError, OutputError) as reason:
-        earlier = f" What lies at {path} is of an earlier run." if path.exists() else ""
+        earlier = f" The file at {path} is from an earlier run." if path.exists() else ""
         return DivergenceError(f"{error} It was not written: {reason}.{earlier}")
     return DivergenceError(f"{error} It was written to {path}", kept=error.kept)

@@ -161,7 +161,7 @@ def _load_own(name: str | None, path: Path) -> Backbone:
     architecture = record.get("architecture")
     if not isinstance(architecture, dict):
         raise CheckpointError(
-            f"{path} says nothing of its architecture: expected options of the adapter {stored!r} by name, found "
+            f"{path} does not describe its architecture: expected options of the adapter {stored!r} by name, found "
             f"{shown(architecture)}. Copy or make it again"
         )
     backbone = build_described(kind, architecture, tensors, path)

@@ -103,7 +103,7 @@ class _Lock:
         found = _read(self.path, now=0.0)
         if found is None or found.token != self.token:
             held = "somebody has removed its lock" if found is None else _in_use(self.folder, found)
-            raise OutputError(f"{self.folder} is no longer this process's, which stops here: {held}")
+            raise OutputError(f"{self.folder} is no longer locked by this process, which therefore stops: {held}")
         with contextlib.suppress(OSError):
             os.utime(self.path)
 

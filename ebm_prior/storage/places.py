@@ -19,7 +19,7 @@ def run_directory(out: Path | None, command: str, *, resume: bool) -> Path:
     if out is not None:
         return out
     if resume:
-        raise ConfigurationError("--resume needs --out: which run is to go on?")
+        raise ConfigurationError("--resume needs --out: pass the folder of the run to continue")
     return next_free(Path("runs"), command)
 
 

@@ -75,7 +75,7 @@ def _require_whole(path: Path) -> bool:
         if tail[-22:-18] == _END and tail[-2:] == b"\0\0":
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"its part {damaged} is not what its checksum says")
+                    raise zipfile.BadZipFile(f"its part {damaged} does not match its checksum")
             return False
         found = _SEAL.fullmatch(tail[-_SEAL_LENGTH:])
         if found is None:
@@ -91,7 +91,7 @@ def _require_whole(path: Path) -> bool:
             digest.update(piece)
             left -= len(piece)
         if digest.hexdigest().encode() != found[2]:
-            raise zipfile.BadZipFile("its content is not what its checksum says")
+            raise zipfile.BadZipFile("its content does not match its checksum")
     return True
 
 
@@ -122,7 +122,7 @@ def _line(line: str, seal: re.Match[str] | None, expected: bool, where: str) -> 
         if expected and seal is None:
             raise NotPlainError("it has no checksum, as others have")
         if seal is not None and f"{zlib.crc32(text.encode()):08x}" != seal[1]:
-            raise NotPlainError("it is not what its checksum says")
+            raise NotPlainError("it does not match its checksum")
         metrics: dict[str, Any] = _METRICS(parse_json(text), "")
     except (NotPlainError, InvalidError) as error:
         raise CheckpointError(f"{where} ({error}); remove the broken line and use --resume") from error
@@ -138,7 +138,7 @@ def opened_record(record: Mapping[str, Any], path: Path, advice: str) -> dict[st
     """The inverse of `sealed_record`; a record without a checksum is as it is. Raises CheckpointError."""
     plain = {key: value for key, value in record.items() if key != "sha256"}
     if "sha256" in record and record["sha256"] != _digest(plain):
-        raise CheckpointError(f"{path} cannot be read (its content is not what its checksum says); {advice}")
+        raise CheckpointError(f"{path} cannot be read (its content does not match its checksum); {advice}")
     return plain
 
 

@@ -89,7 +89,7 @@ def read_tensors(path: str | Path, key: str, what: str) -> tuple[dict[str, Tenso
         raise CheckpointError(f"{path} is a safetensors file, but not {what}: its metadata has no key {key!r}")
     written = record.pop("sha256", None)
     if written is not None and written != _digest(tensors, record):
-        raise CheckpointError(f"{path} is damaged: its content is not what its checksum says. Copy or make it again")
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum. Copy or make it again")
     return tensors, record
 
 

@@ -278,7 +278,7 @@ class StagedRatios(Course):
         """The held-out gain of a stage that ends with f = `energy`, and its standard error. Raises DivergenceError."""
         found, error = self.stages.gain_of(energy, self.bench.held_out.posterior)
         if not math.isfinite(found.nats):
-            raise DivergenceError(f"the held-out gain of a stage is {found.nats} at iteration {iteration}")
+            raise DivergenceError(f"the held-out gain of a stage is not finite at iteration {iteration}: {found.nats}")
         return found, error
 
     def _accept(self, energy: JointEnergy, found: Gain, iteration: int, generators: Sequence[torch.Generator]) -> None:

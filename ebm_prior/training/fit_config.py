@@ -82,8 +82,8 @@ class FitConfig:
         require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")
         if not 1 <= self.parts <= min(self.batch_size, self.stage.particles) or self.batch_size % self.parts:
             raise ConfigurationError(
-                f"expected parts that divide the batch, and no more than stages have draws; found {self.parts} of "
-                f"batch_size {self.batch_size} and {self.stage.particles} draws"
+                f"expected parts that divide the batch_size and are at most stage particles; found parts {self.parts}, "
+                f"batch_size {self.batch_size}, stage particles {self.stage.particles}"
             )
         for name, value in (("ema", self.ema), ("ess_floor", self.ess_floor), *(("betas", b) for b in self.betas)):
             if not 0 <= value < 1:
@@ -92,15 +92,22 @@ class FitConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigurationError(f"{name} must not be negative, found {getattr(self, name)}")
         if self.chains == "persistent" and self.chain.proposals > 1:
-            raise ConfigurationError("persistent chains go on from their last step: chain proposals must be 1")
+            raise ConfigurationError(
+                f"chain proposals must be 1 for persistent chains, which start from their last ends; "
+                f"found {self.chain.proposals}"
+            )
         if self.ratios == "staged" and (self.objective != "nce" or self.regime != "calibrated"):
-            raise ConfigurationError("stages are of density ratios: objective nce and regime calibrated")
+            raise ConfigurationError(
+                f"ratios staged needs objective nce and regime calibrated, found {self.objective} and {self.regime}"
+            )
         if not 0 <= self.refresh <= 1:
             raise ConfigurationError(f"refresh must be in [0, 1], found {self.refresh}")
         require_seed(self)
         _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together
         if self.target == "published" and self.regime == "calibrated":
-            raise ConfigurationError("the published target is not the density that f describes: regime must be refiner")
+            raise ConfigurationError(
+                "target published is not the density that f describes, so regime must be refiner; found calibrated"
+            )
 
     @property
     def may_stage(self) -> bool:

@@ -226,7 +226,9 @@ class JointTraining(Training):
         """Validation metrics by the inference network: the ELBO with f and log Z, its parts, and the gain of f."""
         metrics = {**shown, **validate(self.prior(), self.validation, seed=self.config.seed), "rate": self.rate}
         if not math.isfinite(metrics["elbo"]):
-            raise DivergenceError(f"the validation ELBO is {metrics['elbo']} at iteration {self.iteration}")
+            raise DivergenceError(
+                f"the validation ELBO is {metrics['elbo']}, not finite, at iteration {self.iteration}"
+            )
         return metrics
 
     def product(self) -> dict[str, Any]:

@@ -72,7 +72,9 @@ class JointConfig:
                 f"{self.refresh}"
             )
         if self.energy.standardize:
-            raise ConfigurationError("energy standardize must be off: the latents move while they are learned")
+            raise ConfigurationError(
+                "energy standardize must be off in joint training, because latents change during it"
+            )
         own_start = self.space == "z" or self.chains == "persistent"
         if max(self.prior_chain.proposals if own_start else 1, self.posterior_chain.proposals) > 1:
             raise ConfigurationError(

@@ -49,7 +49,7 @@ def resume(training: Resumable, state: Mapping[str, Any]) -> None:
             failure, wrong = error, [f"{type(error).__name__}: {error}".splitlines()[0][:300]]
     if wrong:
         raise CheckpointError(
-            f"the resume state (state.pt) is none of this run, or of another version of ebm-prior: {few(wrong)}; "
+            f"the resume state (state.pt) is of another run or of another version of ebm-prior: {few(wrong)}; "
             "copy it again, go on with the version that wrote it, or start anew with --overwrite"
         ) from failure
 

@@ -97,7 +97,8 @@ class StageConfig:
         suited = self.within(DRAW_BYTES // (dimensions * next(backbone.parameters()).dtype.itemsize))
         if suited.particles < parts:
             raise ConfigurationError(
-                f"stages have {suited.particles} draws of so large latents: expected no more parts, found {parts}"
+                f"for latents of this size only {suited.particles} draws of a stage fit in memory: "
+                f"expected at most as many parts, found {parts}"
             )
         return suited
 

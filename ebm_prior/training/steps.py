@@ -96,7 +96,9 @@ def require_finite(what: str, iteration: int, *values: Tensor) -> None:
 def require_gap(gap: float, limit: float) -> None:
     """Raise DivergenceError where E_q[f] − E_p[f] exceeds `limit` nats: the energy explodes."""
     if abs(gap) > limit:
-        raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
+        raise DivergenceError(
+            f"the energy's gap between posterior and prior latents is {gap:.3g} nats, above {limit:g}"
+        )
 
 
 def require_typical(chain_norm: float, limit: float, iteration: int, beside: str) -> None:

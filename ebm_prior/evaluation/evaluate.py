@@ -216,7 +216,7 @@ class Reference:
 def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILENT) -> dict[str, Any]:
     """Distances, gap closed, held-out gain and AUC of a prior. Plain numbers, ready for JSON.
 
-    fd_*: Fréchet distance to held-out images; fdrec_*: to decoded posterior samples of these; kid_*: kernel distance to
+    fd_*: Fréchet distance to held-out images; fdrec_*: to their decoded posterior samples; kid_*: kernel distance to
     held-out images. gap_closed*: share of the distance between backbone prior and reconstructions that is closed. They
     are left out where there is no extractor of features; statistics of pixels, gain and AUC need none.
     """

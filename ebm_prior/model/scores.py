@@ -38,15 +38,16 @@ _OBSERVATION, _POSTERIOR, _LOWER = 0, 1, 2  # purposes of random streams
 class Form(NamedTuple):
     """One form of the score.
 
-    k: number of groups, from the bottom, that are not inferred.  ratio: LLR^{>k} instead of L^{>k}.
+    k: number of groups, from the bottom, that are not inferred.
+    ratio: LLR^{>k} instead of L^{>k}.
     mode: "eq20" is literally the paper's. "elbo" adds −log q(z_{>k}|x) and drops log p_β(z_{≤k}|z_{>k}), because these
-    groups are drawn from their prior: it is the backbone's own bound. "iw" is "elbo" with L^{>0} replaced by the
-    importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016). "prior" is Eq. 20
-    without log p(x|z), which is log p_α(z) + log Z: log p(x|z) varies by many more nats than the prior's terms and
-    hides them. lower: "sample" draws z_{≤k} ~ p_α given z_{>k}. "mean" takes the backbone's own conditional means (ε =
-    0), also in the posterior draws of these groups, since bottom-up encoders pass them upwards; with "iw" and without f
-    this is the score of HVAE's code (Havtorn et al. 2021). A single draw is much noisier than the differences of
-    interest. energy: False leaves f out, both as a term and in the lower groups.
+        groups are drawn from their prior: it is the backbone's own bound. "iw" is "elbo" with L^{>0} replaced by the
+        importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016). "prior" is Eq. 20
+        without log p(x|z), so log p_α(z) + log Z: log p(x|z) varies by many more nats than the prior and hides it.
+    lower: "sample" draws z_{≤k} ~ p_α given z_{>k}. "mean" takes the backbone's own conditional means (ε = 0), also in
+        the posterior draws of these groups, since bottom-up encoders pass them upwards. With "iw" and without f this is
+        the score of HVAE's code (Havtorn et al. 2021). A single draw is much noisier than the differences of interest.
+    energy: False leaves f out, both as a term and in the lower groups.
     """
 
     k: int

@@ -1,1 +1,1 @@
-"""Networks and adapters of the published hierarchical VAEs."""
+"""Networks and adapters of the published hierarchical VAEs, and the shallow generators of the paper."""

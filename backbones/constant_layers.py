@@ -1,4 +1,4 @@
-"""Convolutions whose weights are constants: what they need not keep for a backward pass, and 1×1 as a matrix product.
+"""Convolutions with constant weights, which keep less for a backward pass; 1×1 convolutions are matrix products.
 
 Maps are channels last, where a 1×1 convolution is a matrix product.
 """
@@ -26,9 +26,10 @@ class Pointwise(nn.Module):
 
 
 class CellPointwise(Pointwise):
-    """One in a cell, where most of the work is: on a GPU in float32 a convolution, which torch lets round to TF32.
+    """A 1×1 convolution in a cell. On a GPU in float32 it runs as a convolution, which torch computes in TF32.
 
-    So do the unfolded network's. A matrix product torch computes in full, at a quarter of the speed.
+    The unfolded network does the same. As a matrix product torch would compute it in full float32, at a quarter of the
+    speed.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class ConstantConv2d(nn.Module):
 
 
 class _ConstantConv2d(torch.autograd.Function):
-    """Its gradient is the convolution with the kernel turned; x, which torch's own keeps, is not needed for it."""
+    """The autograd function. Its gradient is the convolution with the turned kernel, so x need not be kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Exact folding: a frozen network as one that computes the same faster, beside the weights that it came from.
+"""Exact folding: from a frozen network, a second one that computes the same function faster.
 
-Where nearly all work of a network is in cells of one kind, `CellBackbone` can run these in a lower precision, compute
-them again for the backward pass instead of keeping what that needs, and compile them.
+If nearly all work of a network is in cells of one kind, `CellBackbone` can run the cells in a lower precision,
+recompute them in the backward pass to save memory, and compile them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class FoldableBackbone(Backbone, Generic[Network]):
-    """A backbone whose passes run on `self.running`: `self.network`, or what `for_inference` has folded it into.
+    """A backbone with passes that run on `self.running`: on `self.network`, or on the folded form of it.
 
-    The folded network holds constants, not weights: they are neither parameters nor in the state dict, which stay those
-    of `network`. So a folded backbone has the fingerprint, the file and the size of the one that it was made from, with
-    which it shares the weights; it does not follow when these change.
+    The folded network holds constants, which are neither parameters nor in the state dict; those remain `network`'s. So
+    a folded backbone has the fingerprint, file and size of the original, and shares its weights, but it does not follow
+    later changes of the weights.
     """
 
     layout: ClassVar[torch.memory_format] = torch.channels_last  # of the folded weights, and so of the maps
@@ -79,7 +79,7 @@ class FoldableBackbone(Backbone, Generic[Network]):
         )
 
     def train(self, mode: bool = True) -> FoldableBackbone[Network]:
-        """Set the mode, as ever; in train mode the weights are about to change, so that nothing is folded any more."""
+        """Set the mode. Train mode drops the folded network, since the weights are about to change."""
         if mode:
             self.folded, self.cells = None, None
         super().train(mode)
@@ -97,22 +97,22 @@ def constants(network: Network) -> Network:
 
 
 class InferenceCell(nn.Module):
-    """A cell of a folded network: `compute`, of one map (B, C, H, W), and how it is run."""
+    """A cell of a folded network: a function `compute` of a map (B, C, H, W), and flags for how it is run."""
 
     branch_dtype: torch.dtype | None = None  # None: that of the input
-    recomputed = False  # keep the input alone for the backward pass, and compute the rest again there
-    compiled = False  # by torch.compile, which fuses what is done element by element
+    recomputed = False  # keep only the input for the backward pass, and compute the rest again there
+    compiled = False  # by torch.compile, which fuses elementwise operations
 
     @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
-        """The cell's result, or the part of it that is worth computing again and compiling."""
+        """The cell's result, or the part of it that is worth recomputing and compiling."""
 
     @abstractmethod
     def branch(self) -> Sequence[nn.Module]:
-        """The modules that work in `branch_dtype`."""
+        """The modules that run in `branch_dtype`."""
 
     def lower(self, dtype: torch.dtype) -> None:
-        """Run the branch in a lower precision. What it is added to stays in that of the input."""
+        """Run the branch in a lower precision. The residual stream keeps the precision of the input."""
         self.branch_dtype = dtype
         for module in self.branch():
             module.to(dtype)
@@ -132,7 +132,7 @@ _COMPILED: dict[type[InferenceCell], Callable[[InferenceCell, Tensor], Tensor]] 
 def _compiled(kind: type[InferenceCell]) -> Callable[[InferenceCell, Tensor], Tensor]:
     """`compute` of a kind of cells compiled: once for all cells of one shape, at their first pass."""
     if kind not in _COMPILED:
-        import torch._dynamo  # takes a while, which only those who compile should wait
+        import torch._dynamo  # imported here, because it is slow and only needed for compiling
 
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # shapes; it is 8
         _COMPILED[kind] = torch.compile(kind.compute, dynamic=False)
@@ -140,19 +140,19 @@ def _compiled(kind: type[InferenceCell]) -> Callable[[InferenceCell, Tensor], Te
 
 
 class CellBackbone(FoldableBackbone[Network]):
-    """A foldable backbone whose folded network is made of `InferenceCell`s, for the most part."""
+    """A foldable backbone with a folded network that consists mostly of `InferenceCell`s."""
 
     def lower(self, folded: Network, cells: torch.dtype) -> None:
-        """The branches of the cells in `cells`; what they are added to, and all else, stays as it is."""
+        """Run the branches of the cells in the dtype `cells`; the residual stream and all else stay as they are."""
         for cell in _cells_of(folded):
             cell.lower(cells)
 
     def checkpointing(self) -> Backbone:
-        """Folded, with cells that keep their input alone for the backward pass."""
+        """The folded backbone with cells that keep only their input for the backward pass."""
         return self._with_cells(recomputed=True)
 
     def compiled(self) -> Backbone:
-        """Folded, with cells that torch.compile has fused."""
+        """The folded backbone with cells compiled by torch.compile."""
         return self._with_cells(compiled=True)
 
     def _with_cells(self, **flags: bool) -> Backbone:

@@ -1,7 +1,7 @@
-"""What stands beside the weights in other people's files: values that can run nothing, read as data or passed over.
+"""Stand-ins for the values beside the weights in other people's files, so that reading a file runs no foreign code.
 
-Each name that such a value has in a pickle stands for a function or class of this module, which keeps what it is given.
-So nothing of numpy, pathlib or argparse is called with what a file says, and any other name is refused.
+Each allowed name in a pickle is mapped to a function or class of this module, which only stores its arguments. So no
+code of numpy, pathlib or argparse is called with the contents of a file, and any other name is refused.
 """
 
 from __future__ import annotations
@@ -70,17 +70,17 @@ def _path(*parts: Any) -> Any:
 
 
 def _dict(*_: Any) -> dict[Any, Any]:
-    """A defaultdict, empty at first: its factory is not kept."""
+    """A stand-in for a new defaultdict; its factory is not kept."""
     return {}
 
 
 def _list(*_: Any) -> list[Any]:
-    """A deque, empty at first."""
+    """A stand-in for a new deque."""
     return []
 
 
 def _factory(*_: Any) -> Skipped:
-    """A type in builtins, as a defaultdict names it: it makes nothing."""
+    """A stand-in for the builtin type that a defaultdict names as its factory; it makes nothing."""
     return Skipped()
 
 
@@ -102,4 +102,4 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     **{f"builtins.{kind}": _factory for kind in ("int", "float", "str", "bool", "list", "dict", "tuple")},
     **{f"datetime.{kind}": Skipped for kind in ("date", "datetime", "time", "timedelta", "timezone")},
 }
-"""What each name that a file may have beside torch's own stands for here."""
+"""The stand-in for each name that a file may contain beside torch's own."""

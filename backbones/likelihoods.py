@@ -117,7 +117,7 @@ class LogisticMixture:
         return torch.logsumexp(log_mass.sum(1) + self.logits.log_softmax(1), dim=1)
 
     def _shift(self, x: Tensor) -> Tensor:
-        """By how much the colours before it move each colour's mean, (B, C, M, H, W), for x (B, C, 1, H, W)."""
+        """The shift of each colour's mean by the earlier colours, (B, C, M, H, W), for x (B, C, 1, H, W)."""
         c = self.coefficients
         if c.shape[1] == 1:
             return c  # zeros

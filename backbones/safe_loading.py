@@ -1,8 +1,8 @@
-"""Reading other people's checkpoint files: no code runs, and what is wrong is said.
+"""Safe reading of other people's checkpoint files: no code of a file runs, and errors say what is wrong with it.
 
-A pickle can name any function of any installed package. `torch.load(weights_only=True)` resolves a fixed list of names
-only, those of `foreign_values` to functions of ours, and `load_pickle` turns a fixed list of names into words; what
-comes out is then held to plain values or to tensors, so that a surprise ends here and not in a network.
+A pickle can name any function of any installed package. `torch.load(weights_only=True)` accepts only a fixed list of
+names, with those of `foreign_values` mapped to functions of ours. `load_pickle` maps a fixed list of names to words.
+The result must then consist of plain values or tensors, so that a strange file fails here and not in a network.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LARGEST_RECORD = 100_000  # bytes, or values: an architecture has some hundreds
 def load_file(path: Path, content: str) -> Any:
     """The content of a torch file. `content` says what the file should hold, for the error message.
 
-    Values that can run nothing are read or passed over (`foreign_values`); any other name that torch does not know is
-    refused. Where the format admits it the tensors are mapped from the file: what nobody reads takes no memory.
+    Harmless values are read or skipped (`foreign_values`); any other name that torch does not know is refused. If the
+    format allows it the tensors are memory-mapped, so that unused ones take no memory.
     """
     _require_file(path, content)
     zipped = zipfile.is_zipfile(path)
@@ -53,7 +53,7 @@ def load_file(path: Path, content: str) -> Any:
 
 @contextlib.contextmanager
 def _stand_ins_alone() -> Iterator[None]:
-    """Beyond torch's own list the stand-ins are allowed, and not what else this process has declared safe."""
+    """Inside the block torch allows its own names and the stand-ins, but no others that this process declared safe."""
     declared = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
@@ -65,9 +65,9 @@ def _stand_ins_alone() -> Iterator[None]:
 
 
 def _require_whole(path: Path) -> None:
-    """Hold what a zip file contains to its checksums, which torch does not: a flipped bit would be another weight.
+    """Verify the checksums in a zip file, which torch does not do; a flipped bit would change a weight.
 
-    torch compresses nothing: what claims to be larger than the file is refused before it is unpacked.
+    torch compresses nothing, so entries that claim to be larger than the file are refused before they are unpacked.
     """
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
@@ -117,7 +117,7 @@ def load_pickle(path: Path, content: str, words: Mapping[str, str]) -> Any:
 
 
 class _Wordbook(pickle.Unpickler):
-    """An unpickler in which a name is a word, and so nothing that could be called or given attributes."""
+    """An unpickler that replaces each allowed name by a word, which can neither be called nor be given attributes."""
 
     def __init__(self, data: bytes, words: Mapping[str, str]) -> None:
         super().__init__(io.BytesIO(data))

@@ -1,6 +1,6 @@
-"""State dicts as people keep them: wrapped names, averaged weights beside the plain ones, counts left out.
+"""State dicts in the forms that people store: wrapped names, averaged weights beside plain ones, missing counts.
 
-What is left open is decided for the likeliest, and said by an AssumptionWarning.
+Where a file leaves something open, the likeliest reading is taken, with an AssumptionWarning.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from ebm_prior.errors import AssumptionWarning, CheckpointError, ConfigurationEr
 PLAIN = ("state_dict", "model_state_dict", "model")
 AVERAGED = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema_params", "averaged")
 INSIDE = ("shadow", "params", "module", *PLAIN)
-"""Under which names an average keeps its tensors, beside its decay and its count of updates."""
+"""The names under which an average stores its tensors, beside its decay and its count of updates."""
 UNREAD = ("num_batches_tracked",)
-"""How entries end that batch norms keep and that nothing reads once they are trained."""
+"""Ends of the names of batch-norm entries that are not used after training."""
 CHOICES = ("plain", "ema")
 
 
 def remark(text: str) -> None:
-    """Say what was taken of a file that leaves something open."""
+    """Give an AssumptionWarning about a file that leaves something open."""
     warnings.warn(text, AssumptionWarning, stacklevel=3)
 
 
 def weights_of(content: Any, path: Path, what: str, choice: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a file by the names of the bare network.
+    """The tensors of a file under the names that the network itself has.
 
-    content: what the file at `path` holds, `what` in words: a state dict, or a dict with one, and perhaps with averaged
-    weights beside it. choice: "plain" or "ema"; None takes the plain ones, and says so where there are both. An average
-    of parameters alone has the plain batch statistics. Raises CheckpointError, and ConfigurationError for a choice that
-    the file does not offer.
+    content: the content of the file at `path`, described by `what`: a state dict, or a dict that holds one, perhaps
+    with averaged weights beside it. choice: "plain" or "ema"; None takes the plain weights, with a remark if there are
+    both. An average of the parameters alone is completed by the plain batch statistics. Raises CheckpointError, and
+    ConfigurationError for a choice that the file does not offer.
     """
     if choice not in (None, *CHOICES):
         raise ConfigurationError(f"weights: expected one of {', '.join(CHOICES)}, found {choice!r}: --set weights=ema")
@@ -72,7 +72,7 @@ def holds_weights(content: Any) -> bool:
 
 
 def _entry(content: Any, names: tuple[str, ...]) -> str | None:
-    """The first of these names under which a dict holds another one."""
+    """The first of `names` under which a dict holds another dict; None if there is none."""
     if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
         return None
     return next((name for name in names if isinstance(content.get(name), dict)), None)
@@ -87,10 +87,10 @@ def _average(entry: Mapping[Any, Any]) -> Any:
 
 
 def bare(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors without what wrappers put before all names: module., _orig_mod., model., also one after another.
+    """The tensors without the prefixes of wrappers: module., _orig_mod., model., also several after another.
 
-    `_orig_mod` goes wherever it stands, for torch.compile puts it before the part that it compiled. No network here has
-    one part alone, so that what all names begin with is a wrapper's.
+    `_orig_mod` is removed anywhere in a name, because torch.compile puts it before the part that it compiled. No
+    network here consists of a single part, so a prefix that all names share comes from a wrapper.
     """
     names = {key: [part for part in key.split(".") if part != "_orig_mod"] for key in state}
     wrapped: list[str] = []
@@ -111,6 +111,6 @@ def bare(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def completed(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those added that old files lack and nothing reads: counts of batches, as zeros."""
+    """The tensors, completed by the batch counts that old files lack; they are zeros, since nothing uses them."""
     lacking = {key: t for key, t in expected.items() if key not in state and key.endswith(UNREAD)}
     return {**state, **{key: torch.zeros(t.shape, dtype=t.dtype, device="cpu") for key, t in lacking.items()}}

@@ -1,4 +1,4 @@
-"""The functions of the face that take anybody's images: `fit` and `evaluate`, in one call and without files."""
+"""The public functions `fit` and `evaluate`: one call each, on images in any form, without files."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def fit(
         backbone: a pretrained hierarchical VAE in eval mode, from `load_backbone` or of an adapter of your own.
         images: training images (N, C, H, W) of the backbone's shape, uint8 or float in [0, 1]: a tensor, an array, a
             torch or Hugging Face data set (read lazily; items may be pairs or dictionaries), or `open_images(…)`.
-        config: a FitConfig, or a dictionary of what differs from its defaults: {"iterations": 500}.
-        energy: a module of your own for f: a list of (B, *group.shape) -> (B,) nats, 0 at first
-            (`ebm_prior.model.own_energy`). None: the built-in heads.
-        run: keeps state and metrics, so that the fit can be resumed.
-        progress, on_evaluate: are told how far it has come; `on_evaluate` gets {"iteration", "prior", …}.
-        processes: share the parts of a batch.
+        config: a FitConfig, or a dictionary of the settings that differ from the defaults: {"iterations": 500}.
+        energy: a torch module of your own for f, from a list of (B, *group.shape) to (B,) nats, which must be 0 before
+            training (`ebm_prior.model.own_energy`). None: the built-in heads.
+        run: stores state and metrics, so that the fit can be resumed.
+        progress: shows the progress. on_evaluate: is called at each evaluation with {"iteration", "prior", …}.
+        processes: several processes that share the parts of a batch.
 
     Returns:
         The prior with the best held-out gain, with a record of its training.
@@ -56,7 +56,7 @@ def fit(
         ConfigurationError: for arguments that make no sense.
         ContractError: for an adapter of your own that breaks the contract, as far as ten passes tell.
         DataError: for images that are not the backbone's, not in [0, 1], or not finite.
-        DivergenceError: where training fails for good; its `kept` is the best prior before that.
+        DivergenceError: where training diverges a second time; the error's `kept` is the best prior before that.
 
     >>> prior = fit(backbone, images, {"iterations": 4, "batch_size": 16})
     >>> tuple(prior.sample(2, seed=1).images.shape)
@@ -70,7 +70,7 @@ def fit(
     told: dict[str, Any] = {"run": run, "progress": progress, "on_evaluate": on_evaluate}
     prior = trainer.fit(backbone, source, settings, energy=energy, **told, processes=processes)
     if isinstance(source, ImageSource):
-        prior.record["data"]["fingerprint"] = source.fingerprint()  # by which `evaluate` knows them again
+        prior.record["data"]["fingerprint"] = source.fingerprint()  # by which `evaluate` recognises them
     return prior
 
 
@@ -89,14 +89,14 @@ def evaluate(
         prior: from `fit` or `load_prior`.
         test_images: images (N, C, H, W) that training has not seen, in any form that `fit` takes.
         train_images: other images of the same kind, for the floor of the distance to reconstructions; None takes 0.
-        config: an EvalConfig, or a dictionary of what differs from its defaults: {"samples": 2000, "auc": False}.
-        classifier: the file of a network on whose features distances are measured; None: the bundled one.
-        progress: is told how far it has come.
+        config: an EvalConfig, or a dictionary of the settings that differ from the defaults: {"samples": 2000}.
+        classifier: the file of the classifier that gives the features of distances; None: the bundled one.
+        progress: shows the progress.
 
     Returns:
         Plain numbers, ready for JSON: fd_*, fdrec_*, kid_* of "backbone", "prior" and "reconstruction", gap_closed*
-        (shares), gain_nats with ess_fraction, auc_* of posterior against prior latents. "held_out": whether these are
-        other images than those of the training; None where that is not known.
+        (shares), gain_nats with ess_fraction, auc_* of posterior against prior latents. "held_out": whether the test
+        images are other images than those of the training; None where that is not known.
 
     Raises:
         ConfigurationError: for arguments that make no sense.

@@ -37,7 +37,7 @@ class ContractError(EbmPriorError):
 
 
 class AssumptionWarning(UserWarning):
-    """A file leaves something open, and the most likely is taken; the message says what, and how to say otherwise."""
+    """A file leaves something open, so the likeliest is assumed; the message says what, and how to change it."""
 
 
 class DataError(EbmPriorError):
@@ -72,10 +72,10 @@ class DivergenceError(EbmPriorError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody stopped the work by Ctrl-C or SIGTERM; no error, so nothing that handles errors may take it for one.
+    """The user stopped the work by Ctrl-C or SIGTERM. It is no Exception, so that no handler of errors catches it.
 
-    The command line turns it into exit code 128 + `signal`: 130 or 143. `saved`: the iteration that is kept in the
-    run's state; None where the work stopped at once.
+    The command line turns it into exit code 128 + `signal`, 130 or 143. `saved`: the iteration of the saved state, from
+    which the run can be resumed; None where the work stopped at once.
     """
 
     def __init__(self, signal: int, saved: int | None = None) -> None:
@@ -87,14 +87,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def few(names: Iterable[object], *, most: int = 10, separator: str = ", ") -> str:
-    """At most ten names, each cut off at 200 characters, and how many more there are: a network can have thousands."""
+    """A list of names for a message: at most `most`, each cut off at 200 characters, and the number left out."""
     every = list(names)
     first = [text if len(text := str(name)) <= 200 else f"{text[:200]}…" for name in every[:most]]
     return separator.join(first) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def shown(value: object) -> str:
-    """A value out of a file, in Python's notation: at most 200 characters of it."""
+    """A value from a file for a message: the first 200 characters of its repr."""
     try:
         text = " ".join(repr(value).split())
     except (RecursionError, ValueError):  # nested too deep, or an integer too long to print

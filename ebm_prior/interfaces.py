@@ -1,4 +1,4 @@
-"""Interfaces of long work to the outside: images, a recorder, and somebody who is told how far it has come."""
+"""Interfaces of long-running work: the images that it reads, the recorder of its state, and the display of progress."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Callback = Callable[[Mapping[str, Any]], None]
 
 
 class Progress(Protocol):
-    """Somebody who is told how far a piece of work has come: the command line's bar, or `SILENT`."""
+    """A display of the progress of a piece of work: the bar of the command line, or `SILENT`."""
 
     def begin(self, name: str, total: int) -> None:
-        """Another piece of work begins, with a count of its own: of `total` steps, stages or items, 0 where unknown."""
+        """A new piece of work called `name` begins, counted from 0 to `total` steps, stages or items (0: unknown)."""
 
     def step(self, shown: Mapping[str, Any]) -> None:
-        """An iteration is done: "iteration", "iterations", and the numbers to show."""
+        """An iteration is done. `shown`: "iteration", "iterations", and the numbers to display."""
 
     def stage(self, name: str) -> None:
         """The next part of the work begins; `name` says what it does."""
@@ -31,7 +31,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """A `Progress` that nobody watches, and a base for one that is told of some things alone."""
+    """A `Progress` that shows nothing; also a base class for displays that need only some of the methods."""
 
     def begin(self, name: str, total: int) -> None: ...
 
@@ -66,9 +66,9 @@ class Recorder(Protocol):
         """Append metrics, with the key "iteration"."""
 
     def note(self, shown: Mapping[str, Any]) -> None:
-        """Append numbers of a step, with the key "iteration", for somebody who watches.
+        """Append numbers of a step, with the key "iteration", for a user who watches the training.
 
-        When that is done depends on the clock, and two equal runs note different iterations; `log` has what they share.
+        Steps are noted by the clock, so two equal runs note different iterations. What must be equal goes to `log`.
         """
 
     def save_state(self, state: Mapping[str, Any]) -> None:

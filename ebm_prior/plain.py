@@ -1,4 +1,4 @@
-"""Plain text and plain JSON from files: read strictly in one place, and shown so that no file speaks to a terminal."""
+"""Strict reading of JSON files, and printing of text from files without the escape sequences that a terminal obeys."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class NotPlainError(ValueError):
 
 
 def parse_json(text: str, *, finite: bool = True) -> Any:
-    """The value of a JSON text, as the standard has it: every key once, and nothing that is no number, list or text.
+    """The value of a JSON text. Stricter than Python's reader: no key twice, no huge numbers, no deep nesting.
 
-    `finite`: refuse NaN and infinities too, which Python writes and the standard does not know. Raises NotPlainError.
+    `finite`: also refuse NaN and infinities, which Python writes although the JSON standard has none. Raises
+    NotPlainError.
     """
 
     def unusual(name: str) -> float:
@@ -58,12 +59,12 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise NotPlainError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        raise NotPlainError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
     return found
 
 
 def _require_plain(value: Any) -> None:
-    """No deeper than DEEPEST, and every text one that can be written again. No recursion: a file could exhaust it."""
+    """Refuse nesting deeper than DEEPEST and text that cannot be written. Not recursive: files can nest deep."""
     level, depth = [value], 0
     while level:
         if depth > DEEPEST:
@@ -100,9 +101,9 @@ def read_json(
 
 
 def printable(text: str) -> str:
-    """A text in which whatever is no visible character is spelled out: escape sequences, line ends, half characters.
+    """A text with every invisible character spelled out: escape sequences, line ends, lone surrogates.
 
-    Texts from files go through it before they are printed: a terminal obeys what it is sent.
+    Text from files passes through this function before it is printed, because a terminal obeys escape sequences.
     """
     if text.isprintable():
         return text

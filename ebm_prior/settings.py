@@ -1,4 +1,4 @@
-"""Configurations: checks of their values, JSON files, and options of the command line as words."""
+"""Configuration dataclasses: checks of their values, JSON files of settings, and settings as words of a command."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ def setting(default: Value, help: str) -> Value:
 
 
 def resolve(base: Config, given: Mapping[str, Any], file: Path | Mapping[str, Any] | None = None) -> Config:
-    """A copy of `base` in which the settings in a JSON `file`, then those in `given`, replace its own.
+    """A copy of the configuration `base`, changed first by the settings in `file` and then by those in `given`.
 
-    given: values by the name of their option; None means that the option was not given, and names that are no settings
-    of `base` are left out.  file: or what was read from it. Raises ConfigurationError for a file that cannot be read,
-    an unknown setting in it, or a value of the wrong kind.
+    Args:
+        base: the configuration to start from.
+        given: values by the name of their option. None means that the option was not given; names that are no settings
+            of `base` are ignored.
+        file: the path of a JSON file of settings, or the settings read from it.
+
+    Raises:
+        ConfigurationError: for a file that cannot be read, an unknown setting in it, or a value of the wrong kind.
     """
     values = read_settings(file) if isinstance(file, Path) else file or {}
     known = {name for name, *_ in every_setting(type(base), ())}
@@ -37,7 +42,7 @@ def resolve(base: Config, given: Mapping[str, Any], file: Path | Mapping[str, An
 
 
 def of_plain(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """The configuration `kind` of plain values, e.g. from a file; what is not said has its default.
+    """A configuration of the dataclass `kind` from plain values, e.g. of a file; missing ones have their defaults.
 
     Raises ConfigurationError for an unknown setting, and for a value of another type or out of its range.
     """
@@ -46,7 +51,7 @@ def of_plain(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def read_settings(file: Path | None) -> dict[str, Any]:
-    """The settings in a JSON file, or in a run's config.json as it stands; none without a file.
+    """The settings in a JSON file or in the config.json of a run; an empty dictionary if `file` is None.
 
     Raises ConfigurationError for a file that cannot be read.
     """
@@ -63,10 +68,11 @@ def read_settings(file: Path | None) -> dict[str, Any]:
 
 
 def read_parts(file: Path | None, **kinds: type[Any]) -> dict[str, dict[str, Any]]:
-    """The settings in a file for a command that has several configuration dataclasses, divided among these.
+    """The settings in a file, divided among the configuration dataclasses of a command: name of dataclass -> settings.
 
-    kinds: each by its name. A setting goes to the dataclass that has it; an object under the name of a dataclass holds
-    settings of that one, as {"sampler": {"steps": 20}} does. Raises ConfigurationError, also for a setting of none.
+    kinds: the dataclasses by their names. A setting goes to the dataclass that has a field of that name; an object
+    under the name of a dataclass holds settings of that dataclass, as in {"sampler": {"steps": 20}}. Raises
+    ConfigurationError for a file that cannot be read and for a setting that no dataclass has.
     """
     parts: dict[str, dict[str, Any]] = {name: {} for name in kinds}
     owners = {entry.name: name for name, kind in kinds.items() for entry in fields(kind)}
@@ -84,10 +90,11 @@ def read_parts(file: Path | None, **kinds: type[Any]) -> dict[str, dict[str, Any
 
 
 def configured(kind: type[Config], given: Config | Mapping[str, Any] | None) -> Config:
-    """Settings as callers write them: an instance of `kind`, a dictionary of what differs from its defaults, or None.
+    """An instance of `kind` from any form in which Python callers give settings.
 
-    A dictionary may be nested or flat, {"energy": {"channels": 64}} or {"energy_channels": 64}. Raises
-    ConfigurationError for unknown names and for values of the wrong kind.
+    given: an instance, a dictionary of the values that differ from the defaults, or None for the defaults. A dictionary
+    may be nested or flat: {"energy": {"channels": 64}} or {"energy_channels": 64}. Raises ConfigurationError for
+    unknown names and for values of the wrong kind.
     """
     if given is None:
         return kind()
@@ -132,8 +139,8 @@ def every_setting(
 ) -> Iterator[tuple[str, Any, Field[Any], Any]]:
     """Name, type, field and default of every setting of a configuration dataclass that has a help text.
 
-    skip: names of fields to leave out, of nested dataclasses too.  prefix: what the names begin with.  blank: the
-    instance whose values are the defaults; None means `kind()`, whose defaults win over those of nested dataclasses.
+    skip: names of fields to leave out, also in nested dataclasses.  prefix: put before every name.  blank: the instance
+    that holds the default values; None means `kind()`, so that defaults of `kind` replace those of nested dataclasses.
     """
     hints = get_type_hints(kind)
     blank = kind() if blank is None else blank
@@ -195,7 +202,7 @@ def _replaced(base: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _near(unknown: Sequence[str], known: Iterable[str], base: Any) -> str:
-    """The settings that there are, those first that are spelled like the unknown ones."""
+    """The part of a message that lists the known settings, with those spelled like the unknown ones first."""
     like = [name for wrong in unknown for name in get_close_matches(wrong, list(known), cutoff=0.5)]
     meant = f" (did you mean {like[0]}?)" if like else ""
     return f"{type(base).__name__} has {few(dict.fromkeys([*like, *known]))}{meant}"
@@ -229,7 +236,7 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def require_seed(config: Any) -> None:
-    """Raise ConfigurationError where the seed of a configuration is negative, which `derived_seed` does not take."""
+    """Raise ConfigurationError where the seed of a configuration is negative, which `derived_seed` does not accept."""
     if config.seed < 0:
         raise ConfigurationError(f"seed must not be negative, found {config.seed}")
 

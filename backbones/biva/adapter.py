@@ -40,10 +40,10 @@ class BIVA(FoldableBackbone[Network]):
     Groups are named after their stage, z1 at the image, and in BIVA below the top after their side: z2_td is drawn
     on the posterior's way down, z2_bu on its way up.
 
-    Nothing is clamped. A std is exp(½ log variance); with the published log variance, softplus, it is at least 1 and
-    grows exponentially with the features: at ten times the size of ε ~ N(0, I) the lower groups of a trained network
-    can overflow in float32, and at fifty times they do; at three times none did that was tried. pCN-Langevin refuses
-    such proposals, Langevin ends in a DivergenceError. With log_variance "tanh" every std is between 0.6 and 1.65.
+    Nothing is clamped. A std is exp(½ log variance). With the published log variance, a softplus, it is at least 1 and
+    grows exponentially with the features. In trained networks the lower groups did not overflow in float32 at three
+    times the size of ε ~ N(0, I), can overflow at ten times, and did at fifty times. pCN-Langevin rejects such
+    proposals; Langevin ends in a DivergenceError. With log_variance "tanh" every std is between 0.6 and 1.65.
     """
 
     official_format: ClassVar[str] = (
@@ -51,7 +51,7 @@ class BIVA(FoldableBackbone[Network]):
     )
     official_options: ClassVar[tuple[str, ...]] = ("weights",)
 
-    layout: ClassVar[torch.memory_format] = torch.contiguous_format  # channels last gains here and loses there
+    layout: ClassVar[torch.memory_format] = torch.contiguous_format  # channels last is no faster on the whole
 
     def __init__(self, **architecture: Any) -> None:
         super().__init__()
@@ -74,9 +74,10 @@ class BIVA(FoldableBackbone[Network]):
         return self.running.generate(draw)
 
     def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
-        """The way up, which draws z_bu and in BIVA and VAE the top group; the others are drawn as they are met.
+        """The posterior of observations. The bottom-up pass draws z_bu, and in BIVA and VAE also the top group.
 
-        Zero noise gives a group's posterior mean, given the draws that it depends on.
+        The other groups are drawn in the top-down pass. With zero noise a group takes its posterior mean, given the
+        draws that it depends on.
         """
         a = self.network.architecture
         posteriors = self.running.encode(images if a.likelihood == "bernoulli" else 2 * images - 1, noise)
@@ -128,5 +129,5 @@ class BIVA(FoldableBackbone[Network]):
         model.to_empty(device="cpu")
         model.network.load_state_dict(state)
         require_initialized(model.network, path)
-        model.data_name = None if config["dataset"] == "binmnist" else config["dataset"]  # binarised once and for all
+        model.data_name = None if config["dataset"] == "binmnist" else config["dataset"]  # binarised by itself
         return model.eval()

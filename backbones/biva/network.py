@@ -16,7 +16,7 @@ from ebm_prior.model.backbone import Draw
 
 
 class Features(NamedTuple):
-    """What the image depends on: the latents of stage 0, each (B, *shape), and the skips offered to its blocks."""
+    """The inputs of the image head: the latents of stage 0, each (B, *shape), and the skip inputs of its blocks."""
 
     z: tuple[Tensor, ...]
     skips: tuple[Tensor, ...]
@@ -51,7 +51,7 @@ class Network(nn.Module):
         return posteriors
 
     def generate(self, draw: Draw) -> Features:
-        """Draw every group from the top down, and stop there. The context of a draw is d, None at the top."""
+        """Draw every group from the top down, without the image head. The context of a draw is d, None at the top."""
         skips: Skips = deque(maxlen=self.skip_length)
         d: Tensor | None = None
         index = 0

@@ -1,4 +1,4 @@
-"""The records in the run folders of biva-pytorch, in the terms of `BIVA`: hyperparameters.p and config.json."""
+"""Translation of the records in run folders of biva-pytorch (hyperparameters.p, config.json) to arguments of `BIVA`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = {
     "torch.nn.modules.activation.Softplus": "softplus",
     "torch.nn.modules.activation.Tanh": "tanh",
 }
-"""Everything that hyperparameters.p may name, and what it stands for here."""
+"""All names that hyperparameters.p may contain, with the word for each."""
 
 ACTIVATIONS = {"elu": "ELU", "relu": "ReLU"}
 DATASETS = {"binmnist": "bernoulli", "cifar10": "logistic_mixture"}
@@ -27,8 +27,8 @@ DATASETS = {"binmnist": "bernoulli", "cifar10": "logistic_mixture"}
 def translate(hyperparameters: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `BIVA` from the content of the two files. Raises ConfigurationError for the unsupported.
 
-    config.json says which likelihood the outputs parameterise, by the name of the data set; everything else counts
-    from the hyper-parameters, which are the official constructor's arguments.
+    config.json tells the likelihood, by the name of the data set. Everything else comes from the hyper-parameters,
+    which are the official constructor's arguments.
     """
     if not isinstance(hyperparameters, dict):
         raise ConfigurationError(f"expected a dict of hyper-parameters, found {shown(hyperparameters)}")

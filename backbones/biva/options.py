@@ -1,4 +1,4 @@
-"""What a person can say of a BIVA: the options that build it, from JSON."""
+"""The options that build a BIVA, as dataclasses that read JSON."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What builds a BIVA.
+    """The arguments of a BIVA.
 
-    image_shape: (C, H, H). likelihood: "bernoulli", or "logistic_mixture" (RGB, with so many `components`).
+    image_shape: (C, H, H). likelihood: "bernoulli", or "logistic_mixture" (RGB, with `components` components).
     stages: from the image up, each {"blocks": [Block options, …], "latent": Latent options}; see `Block`, `Latent`.
     kind: "biva", "lvae" or "vae". log_variance: what the second half of a head's outputs goes through, "softplus"
     (so that every std is above 1), "tanh" or "none". activation: a name of `paths.ACTIVATIONS`. q_dropout, p_dropout:

@@ -30,7 +30,7 @@ MERGE_KERNEL = 3  # BIVA's; LVAE takes that of the stage's last block
 class GatedBlock(ResidualBlock):
     """The block of BIVA: gated, with a layer for any auxiliary input, and no shortcut that would have to add channels.
 
-    Its input is (B, *in_shape), what it is offered beside it (B, *aux_shape).
+    Its input is (B, *in_shape), its auxiliary input (B, *aux_shape).
     """
 
     every_aux_has_layer = True
@@ -100,7 +100,7 @@ def projection(latent: Latent, count: int, h_shape: Shape, a: Architecture) -> t
 
 
 def options_of(a: Architecture, dropout: float, aux_shape: Shape | None, *, transposed: bool = False) -> dict[str, Any]:
-    """What a stage's blocks have in common."""
+    """The options that all blocks of a stage share."""
     return {
         "activation": ACTIVATIONS[a.activation],
         "init_std": a.init_std,
@@ -125,7 +125,7 @@ def way_down(spec: StageSpec, in_shape: Shape, aux: Shape | None, a: Architectur
 Drawn = tuple[Tensor, Tensor]
 """A posterior draw z (B, *shape) and its log q (B,)."""
 Conditional = Callable[[Tensor | None], Drawn]
-"""A group's posterior as a draw, given the features d that its prior has; what is drawn on the way up ignores them."""
+"""A group's posterior draw as a function of its prior's features d; draws of the bottom-up pass ignore d."""
 
 
 def draw(q: Gaussian, noise: Tensor) -> Drawn:
@@ -135,11 +135,11 @@ def draw(q: Gaussian, noise: Tensor) -> Drawn:
 
 
 class Rising(NamedTuple):
-    """What a stage starts from on the way up."""
+    """The inputs of a stage on the way up."""
 
     x: Tensor  # the image; above it the latent of the stage below as features, or the features themselves (LVAE)
     td: Tensor  # the image; above it the features of the stage below on BIVA's second way
-    aux: Tensor | None  # all features of the stage below: what the blocks are offered
+    aux: Tensor | None  # all features of the stage below, the auxiliary input of the blocks
 
 
 class Stage(nn.Module, ABC):
@@ -166,7 +166,7 @@ class Stage(nn.Module, ABC):
 
 
 class SingleStage(Stage):
-    """What VAE and LVAE share: one latent, one way up."""
+    """Base of the stages of VAE and LVAE: one latent, one way up."""
 
     def __init__(self, spec: StageSpec, in_shape: Shape, below: Stage | None, a: Architecture, *, top: bool) -> None:
         super().__init__()
@@ -218,13 +218,13 @@ class LvaeStage(SingleStage):
         self.merge = GatedBlock(self.h_shape, last.filters, last.kernel, residual=True, **options)
 
     def rise(self, below: Rising, noise: Sequence[Tensor]) -> tuple[Rising, list[Conditional]]:
-        """One group, whose posterior waits for d."""
+        """One group, drawn in the top-down pass, since its posterior needs d."""
         h = self.q_convs(below.x, below.aux)
         return Rising(h, h, h), [lambda d: draw(self.stochastic.q(self.merge(h, d)), noise[0])]
 
 
 class TwoWayStage(Stage):
-    """What all stages of BIVA share: two ways up, the second offered the features of the first."""
+    """Base of the stages of BIVA: two ways up, where the second has the features of the first as auxiliary input."""
 
     def __init__(self, spec: StageSpec, below: Stage | None, a: Architecture, *, top: bool) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class BivaStage(TwoWayStage):
         return [self.td_stochastic, self.bu_stochastic]
 
     def rise(self, below: Rising, noise: Sequence[Tensor]) -> tuple[Rising, list[Conditional]]:
-        """z_bu, drawn at once, and z_td, whose posterior waits for d."""
+        """z_bu, drawn at once, and z_td, drawn in the top-down pass, since its posterior needs d."""
         h_bu, h_td = self.ways(below)
         bu = draw(self.bu_stochastic.q(h_bu), noise[1])
         conditionals: list[Conditional] = [

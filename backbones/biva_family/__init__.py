@@ -1,1 +1,1 @@
-"""What BIVA and HVAE share: layers and deterministic paths."""
+"""Layers and deterministic paths that BIVA and HVAE share."""

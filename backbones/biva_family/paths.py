@@ -1,8 +1,8 @@
-"""What the networks of the BIVA family (BIVA, LVAE and VAE of its code, HVAE) share above their layers.
+"""The deterministic paths of the BIVA family (BIVA, LVAE and VAE of its code, HVAE), built from the shared layers.
 
 A stage holds a latent, blocks that lead up to it and, reversed and transposed, blocks that lead down from it. The
-generator's blocks are numbered t = 0, 1, 2, … through all stages, from the top; below the top stage, of n blocks, block
-t is offered the output of block t − n as its auxiliary input (the skips).
+generator's blocks are numbered t = 0, 1, 2, … from the top through all stages. With n blocks in the top stage, each
+block t ≥ n has the output of block t − n as its auxiliary input (the skips).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ebm_prior.errors import ConfigurationError, shown
 
 
 def identity(x: Tensor) -> Tensor:
-    """x."""
+    """Return x unchanged."""
     return x
 
 
@@ -74,7 +74,7 @@ def chain(
 
 
 class InferencePath(nn.Module):
-    """The blocks of a stage on the way up; each is offered the same auxiliary input."""
+    """The blocks of a stage on the way up; all have the same auxiliary input."""
 
     def __init__(self, blocks: Iterable[ResidualBlock]) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class InferencePath(nn.Module):
 
 
 class GenerativePath(nn.Module):
-    """The blocks of a stage on the way down; each is offered the oldest skip and appends its output as the newest."""
+    """The blocks of a stage on the way down; each takes the oldest skip as auxiliary input and appends its output."""
 
     def __init__(self, blocks: Iterable[ResidualBlock]) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class GenerativePath(nn.Module):
 
 
 def require_meeting_shapes(stages: Iterable[tuple[Shape, GenerativePath]]) -> None:
-    """From the top stage down, what arrives from above must have the shape that a stage was built for: its features h.
+    """Check that the features from the stage above have the shape of a stage's own features h, from the top down.
 
     `stages`: for each the shape of h and its way down. Raises ConfigurationError.
     """

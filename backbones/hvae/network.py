@@ -60,7 +60,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Options:
-    """What all stages share."""
+    """Options that all stages share."""
 
     activation: Activation
     q_dropout: float
@@ -85,7 +85,7 @@ def stage_spec(options: Any) -> StageSpec:
 
 
 class StdInverseConstants(nn.Module):
-    """Two constants that the official files carry in every stage and that nothing reads."""
+    """Two constants that official files hold in every stage and that nothing uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class LikelihoodHead(nn.Module):
 
 
 class Features(NamedTuple):
-    """What the image depends on: z1 (B, *shape), and the skips that the blocks of stage 0 are offered."""
+    """The inputs of the image head: z1 (B, *shape), and the skip inputs of the blocks of stage 0."""
 
     z: Tensor
     skips: tuple[Tensor, ...]

@@ -1,4 +1,4 @@
-"""The architecture record of hvae-oodd run folders, in the terms of `HVAE`: keyword arguments of the official model."""
+"""Translation of the architecture record in hvae-oodd run folders to the arguments of `HVAE`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def translate(record: Any) -> dict[str, Any]:
 
 
 def data_name(datamodule: Any) -> str | None:
-    """The first training data set in datamodule_config.pt, without the word for what is done to its pixels."""
+    """The first training data set in datamodule_config.pt, without the suffix for the treatment of its pixels."""
     names = datamodule.get("train_datasets") if isinstance(datamodule, dict) else None
     if not names or not isinstance(names, dict):
         return None

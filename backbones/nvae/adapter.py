@@ -33,18 +33,18 @@ from ebm_prior.storage.weights import check_state
 CHECKPOINT = "checkpoint.pt"
 """The name that the official code gives its file."""
 ALIAS = ".weight_normalized"
-"""How the keys end under which official files repeat the weights of convolutions without weight norm."""
+"""End of the keys under which official files repeat the weights of convolutions without weight norm."""
 
 
 class NVAE(CellBackbone[Network]):
     """NVAE as a backbone; `load_official` reads the checkpoints of its code and of VAEBM's.
 
     The keyword arguments are the fields of `nvae_network.Architecture`: image_shape, groups_per_scale and likelihood
-    are required. Raises ConfigurationError for what cannot be built. Images are what the likelihood models: MNIST has
-    28 × 28 pixels here, the zeros around them that the network was trained with are put on and cut off inside.
+    are required. Raises ConfigurationError for what cannot be built. Images have the size that the likelihood models:
+    MNIST has 28 × 28 pixels, and the zeros with which the network was trained are added and removed inside.
 
-    `infer` and `log_prob` take observations, x as `observe` returns it: binary for the Bernoulli likelihood, and for a
-    model of fewer than 8 bits at its own depth. To observe twice does no harm at reduced depth.
+    `infer` and `log_prob` take observations as `observe` returns them: binary for the Bernoulli likelihood, and at the
+    model's own bit depth if that is below 8. Observing twice gives the same at reduced depth.
     """
 
     official_format: ClassVar[str] = (
@@ -69,9 +69,9 @@ class NVAE(CellBackbone[Network]):
         return self.running.generate(draw, batch_size)
 
     def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
-        """The bottom-up pass; then q(z_i | x, z_<i) as the groups are met: a Gaussian draw, moved by the flows.
+        """Run the bottom-up pass, and draw z_i ~ q(z_i | x, z_<i) in the top-down pass: a Gaussian, then the flows.
 
-        The flows keep volume, so log q is that of the Gaussian at the draw before them.
+        The flows preserve volume, so log q is the Gaussian's log density at the draw before the flows.
         """
         network = self.running
         features = network.encode(F.pad(images, [network.architecture.padding] * 4))
@@ -107,14 +107,14 @@ class NVAE(CellBackbone[Network]):
         return fold(network)
 
     def regularization(self) -> Tensor:
-        """Σ σ₁(W) + Σ max |γ|, over all convolutions and all batch norms: the spectral regularisation of §3.2.
+        """The spectral regularisation of §3.2: Σ σ₁(W) over all convolutions plus Σ max |γ| over all batch norms.
 
-        W is a convolution's weight as used, as a matrix (C_out, rest).
+        W is a convolution's weight as it is used (normed, masked), as a matrix (C_out, rest).
         """
         scales = [layer.weight.abs().max() for layer in self.batch_norms()]
         return spectral_norms(self.kernels()).sum() + torch.stack(scales).sum()
 
-    # What a first stage regularises.
+    # The terms of the regularisation in pretraining.
 
     def kernels(self) -> Iterator[Tensor]:
         """The weight of every convolution as it is used, (C_out, C_in/groups, K, K): normed, masked."""
@@ -132,10 +132,10 @@ class NVAE(CellBackbone[Network]):
         does not say which code trained a Gaussian decoder: log p(x | z) is NVAE's, and VAEBM's with log_std_floor −2
         (`ebm-prior convert --set log_std_floor=-2`).
 
-        path: the file, or the folder with a checkpoint.pt. options: weights "plain" or "ema", where the file has both;
-        image_shape, padding, likelihood and components, which go before what the name of the data set or the weights
-        say. What is concluded is said by an AssumptionWarning. Raises CheckpointError, and ConfigurationError for
-        options that make no sense.
+        path: the file, or the folder with a checkpoint.pt. options: weights ("plain" or "ema", if the file has both),
+        and image_shape, padding, likelihood and components, which replace the values concluded from the name of the
+        data set or from the weights. Conclusions are reported by an AssumptionWarning. Raises CheckpointError, and
+        ConfigurationError for wrong options.
         """
         path = Path(path)
         if os.path.isfile(path / CHECKPOINT):

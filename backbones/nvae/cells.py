@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Stride = Literal[-1, 1, 2]
-"""Of a cell: 2 halves the side and doubles the channels, −1 doubles the side and halves the channels."""
+"""The stride of a cell: 2 halves the side and doubles the channels, −1 doubles the side and halves the channels."""
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution with padding (K − 1)/2, whose weight as used is `kernel()`; every convolution of NVAE is one."""
+    """Base of all convolutions of NVAE: padding (K − 1)/2, and the weight that `kernel()` returns."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, groups: int = 1, bias: bool = True
@@ -41,7 +41,7 @@ class NormedConv2d(Conv2d):
         self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, groups: int = 1, bias: bool = True
     ) -> None:
         super().__init__(in_channels, out_channels, kernel, stride, groups=groups, bias=bias)
-        if self.weight.is_meta:  # torch takes seconds to import what computes a norm of nothing
+        if self.weight.is_meta:  # there is no norm to compute, and torch would import modules for seconds
             self.log_weight_norm = nn.Parameter(self.weight.new_empty(out_channels, 1, 1, 1))
         else:
             self.log_weight_norm = nn.Parameter((self._norm(self.weight.detach()) + 1e-2).log())

@@ -29,8 +29,8 @@ def reduce_bits(images: Tensor, bits: int) -> Tensor:
 class NvaeMixture(LogisticMixture):
     """The discretised mixture of logistics of NVAE: another top edge, any bit depth, and another mean image.
 
-    Above 0.99 on [−1, 1] a pixel counts as the top value. At 8 bits that is 254 too, so the published likelihood adds
-    up to more than one there.
+    Above 0.99 on [−1, 1] a pixel counts as the top value. At 8 bits this includes 254, so the published likelihoods of
+    all values add up to more than one.
     """
 
     TOP_EDGE = 0.99
@@ -46,7 +46,7 @@ class NvaeMixture(LogisticMixture):
 class GaussianImage:
     """Gaussian pixels: a density on y = 2x − 1, from raw (B, 2C, H, W).
 
-    `log_std_floor`: the soft-clamped log σ is cut off below at this for log p, not for samples (VAEBM: −2).
+    `log_std_floor`: lower bound of the soft-clamped log σ in log p, but not in samples (VAEBM: −2).
     """
 
     def __init__(self, raw: Tensor, *, log_std_floor: float | None = None) -> None:

@@ -1,7 +1,7 @@
 """The normalizing flows of NVAE's posterior: volume-preserving autoregressive shifts z → z − m(z).
 
-m_i depends only on what comes before element i, in the order (raster position, channel) or, mirrored, (reverse raster
-position, channel). So the Jacobian is unit triangular and log q keeps its value. The prior never meets them.
+m_i depends only on the elements before element i, in the order (raster position, channel) or, mirrored, (reverse raster
+position, channel). So the Jacobian is unit triangular and log q keeps its value. The prior has no flows.
 """
 
 from __future__ import annotations

@@ -34,15 +34,16 @@ LIKELIHOODS = ("bernoulli", "logistic_mixture", "gaussian")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What builds an NVAE; the defaults are those of the published colour models of one scale, but for their flows.
+    """The arguments of an NVAE. The defaults are the published colour models of one scale, except for their flows.
 
     image_shape: (C, H, H). groups_per_scale: latent groups of each scale, from the image up (the highest resolution
     first); the single-group model [1] has no towers. latent_channels: of each group. padding: zeros around the image
-    that the network sees and the likelihood does not (MNIST: 2). blocks: pre- and post-processing blocks, each of which
-    halves or doubles the side and has so many preprocess_cells or postprocess_cells. encoder_cells, decoder_cells: per
-    group. flows: normalizing flows per group. residual_posterior: q's parameters add to p's. likelihood: "bernoulli",
-    "logistic_mixture" (of 1 or 3 colours, with so many components) or "gaussian" (log_std_floor cuts off log σ in
-    log p(x | z); −2 in VAEBM). bits: of an image, below 8 `observe` reduces them.
+    that the network sees and the likelihood does not (MNIST: 2). blocks: number of pre- and of post-processing blocks,
+    each of which halves or doubles the side. preprocess_cells, postprocess_cells: cells in each such block.
+    encoder_cells, decoder_cells: cells per group. flows: normalizing flows per group. residual_posterior: q's
+    parameters are added to p's. likelihood: "bernoulli", "logistic_mixture" (1 or 3 colours, with `components`
+    components) or "gaussian" (log_std_floor is the lower bound of log σ in log p(x | z); −2 in VAEBM). bits: bit depth
+    of an image; below 8, `observe` reduces images to it.
     """
 
     image_shape: Sequence[int]
@@ -183,14 +184,14 @@ class DecoderCombiner(nn.Module):
 
 
 class Context(NamedTuple):
-    """What a posterior is offered of the top-down pass, below the top group."""
+    """The values of the top-down pass that a posterior below the top group uses."""
 
     state: Tensor  # (B, C_dec, H, W)
     raw_prior: Tensor  # (B, 2L, H, W): raw mean and log σ of p(z_i | z_<i)
 
 
 class Features(NamedTuple):
-    """What the image depends on: the last top-down state (B, C_dec, H, W) and the last z (B, L, H, W)."""
+    """The inputs of the image head: the last top-down state (B, C_dec, H, W) and the last z (B, L, H, W)."""
 
     state: Tensor
     z: Tensor
@@ -230,7 +231,7 @@ class Network(nn.Module):
         self.image_conditional = nn.Sequential(nn.ELU(), NormedConv2d(a.decoder_channels, a.image_channels, 3))
 
     def make_masks(self) -> None:
-        """Make the flows' masks, which are no weights, for a network whose weights were assigned to it on meta."""
+        """Make the masks of the flows. They are no weights, so a network built on meta lacks them at first."""
         for module in self.modules():
             if isinstance(module, MaskedConv2d):
                 module.make_mask()

@@ -1,4 +1,4 @@
-"""The arguments in the checkpoints of the official NVAE code, in the terms of `NVAE`."""
+"""Translation of the arguments in checkpoints of the official NVAE code to arguments of `NVAE`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ebm_prior.errors import ConfigurationError, few, shown
 BINARY = ("mnist", "omniglot")  # padded from 28 to 32, dynamically binarised
 SIDES = {"cifar10": 32, "ffhq": 256}  # other names of colour images end in their side
 DEFAULTS: dict[str, Any] = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
-"""What files older than the option mean."""
+"""Values of options that older files lack."""
 
 
 OPEN = ("image_shape", "padding", "likelihood", "components")
-"""The options of `NVAE` that a file does not tell: the name of its data set does, and the weights."""
+"""Options of `NVAE` that files do not hold; they are concluded from the name of the data set and from the weights."""
 
 
 def translate(
@@ -26,8 +26,8 @@ def translate(
 ) -> dict[str, Any]:
     """The keyword arguments of `NVAE` from the training options. Raises ConfigurationError for what is unsupported.
 
-    state: the weights. given: options among `OPEN`, which go before what the file tells. The names of the official data
-    sets say the size of an image and whether it is binary; of any other the weights tell it, with a remark.
+    state: the weights. given: options among `OPEN`, which replace conclusions from the file. The names of official data
+    sets tell the size of an image and whether it is binary; for other names the weights tell it, with a remark.
     """
     cells = _take(args, "arch_instance", str)
     if cells != "res_mbconv":
@@ -86,7 +86,7 @@ def _image(
 
 
 def _named(dataset: Any, components: int) -> dict[str, Any] | None:
-    """What the official names say."""
+    """The image options that an official name of a data set implies."""
     if not isinstance(dataset, str):
         return None
     if dataset in BINARY:
@@ -125,7 +125,7 @@ def _side(state: Mapping[str, Tensor], halvings: int) -> int | None:
 
 
 def _seen(dataset: Any, halvings: int, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the weights say: colours and numbers per pixel are widths of the first and the last convolution."""
+    """The image options concluded from the weights: the widths of the first and the last convolution."""
     side, stem, head = _side(state, halvings), state.get("stem.weight"), state.get("image_conditional.1.weight")
     if side is None or stem is None or stem.dim() != 4 or head is None or head.dim() != 4:
         known = [*BINARY, *SIDES, "celeba_K", "imagenet_K", "lsun_…_K"]

@@ -23,8 +23,8 @@ def spectral_norms(kernels: Iterable[Tensor]) -> Tensor:
 def largest_singular_values(matrices: Tensor) -> Tensor:
     """σ₁ (K,) of W (K, m, n): power iteration on G = WWᵀ (WᵀW where that is smaller), 2⁶ steps as G squared six times.
 
-    The published code keeps its vectors from step to step and iterates four times; this has no state, so that a resumed
-    run repeats it. The gradient is u₁v₁ᵀ, as that of the exact value.
+    The published code keeps its vectors between steps and iterates four times. This function has no state, so that a
+    resumed run gives the same numbers. The gradient is u₁v₁ᵀ, as for the exact value.
     """
     short = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     with torch.no_grad():

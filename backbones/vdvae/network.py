@@ -3,7 +3,7 @@
 Bottom-up, residual blocks and average pooling leave one activation per side. Top-down, each block has one latent group
 and reads and writes the stream of its side; one that begins a side first adds the stream of a lower side.
 
-Source: Child (2021) and its release, whose first weights, too, are those of a new network here.
+Source: Child (2021) and its release. New networks also have the initial weights of the release.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Activations = Mapping[int, Tensor]
 
 
 class Features(NamedTuple):
-    """What the image depends on: the last stream with its prior's addition (B or 1, C, H, W), and z1 (B, Z, H, W)."""
+    """The inputs of the image head: the last stream plus its prior's term (B or 1, C, H, W), and z1 (B, Z, H, W)."""
 
     stream: Tensor
     z: Tensor

@@ -1,7 +1,7 @@
-"""The files of the official VDVAE code: their tensors, and where the architecture comes from, which they do not hold.
+"""The files of the official VDVAE code: their tensors, and the sources of the architecture, which they do not hold.
 
-In this order: settings that the caller gives; the log of the run beside the file; a published configuration whose
-shapes the file has. What is then described is compared with the file before anything is built.
+The architecture comes from the caller's settings, else from the log of the run beside the file, else from a published
+configuration with the same shapes. It is compared with the file before anything is built.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SETTINGS = (
     "no_bias_above",
     "num_mixtures",
 )
-"""What a log says of the architecture, but for the data set, under the names of `Architecture`."""
+"""The entries of a log about the architecture, except the data set, under the names of `Architecture`."""
 
 
 class Signature(NamedTuple):
-    """What the shapes of the tensors say at once."""
+    """The properties of a network that the shapes of its tensors tell directly."""
 
     encoder_blocks: int
     decoder_blocks: int
@@ -56,7 +56,7 @@ class Signature(NamedTuple):
 
 
 class Described(NamedTuple):
-    """The architecture of a file, in words where it comes from, and whether its data set is a mere conclusion."""
+    """The architecture of a file, a description of its source, and whether its data set is only a conclusion."""
 
     architecture: Architecture
     source: str
@@ -64,7 +64,7 @@ class Described(NamedTuple):
 
 
 def describe(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any]) -> Described:
-    """The architecture of the network whose tensors `state`, from the file at `path`, are.
+    """The architecture of the network with the tensors `state` from the file at `path`.
 
     given: settings of `Architecture`, which go before those of the log. Raises ConfigurationError for settings that
     make no sense, and CheckpointError where something is missing or contradicts the file.

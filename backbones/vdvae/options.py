@@ -1,7 +1,7 @@
-"""What builds a VDVAE: the block strings, the widths of the sides, and what the two must satisfy together.
+"""The arguments of a VDVAE: block strings and widths, and the conditions that they must satisfy together.
 
-Settings have the names under which the official code records them in its logs, so that a run's own words can be given
-as they stand. Source: Child (2021), and the words of the release's command line.
+Settings have the names that the official code writes into its logs, so that a user can copy them from there. Source:
+Child (2021), and the release's command line.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """What builds a VDVAE; the defaults are those of the official command line.
+    """The arguments of a VDVAE; the defaults are those of the official command line.
 
     enc_blocks, dec_blocks: comma-separated words, bottom-up and top-down. "32x11" is 11 blocks at side 32, "32" is
     one; "32d2" in the encoder is a block at side 32 that then pools by 2; "32m16" in the decoder is one at side 32
-    that first adds the upsampled stream of side 16. data_set: one of `DATA_SETS`, whose constants the network sees
-    pixels with; shift, scale and bits are used instead where they are given, and must be where the name is another.
+    that first adds the upsampled stream of side 16. data_set: a name in `DATA_SETS`, which has the constants of the
+    pixels; shift, scale and bits replace them where they are given, and are required for any other name.
     width: channels of all sides but those that custom_width_str names, "side:channels,…". zdim: channels of a latent
-    group. bottleneck_multiple: width inside a block, relative to that of its side. no_bias_above: the largest side
-    whose stream starts from a learned map. num_mixtures: components of the likelihood.
+    group. bottleneck_multiple: width inside a block, relative to that of its side. no_bias_above: the largest side at
+    which the stream starts from a learned map. num_mixtures: components of the likelihood.
     """
 
     enc_blocks: str
@@ -150,7 +150,7 @@ def _check_pixels(a: Architecture) -> None:
     if a.data_set not in DATA_SETS and None in (a.shift, a.scale, a.bits):
         raise ConfigurationError(
             f'data_set: expected one of {", ".join(DATA_SETS)}, found "{a.data_set}", for which shift, scale and '
-            "bits must be given: the encoder reads (v + shift)·scale of 8-bit values v, the likelihood has so many bits"
+            "bits must be given: the encoder reads (v + shift)·scale of 8-bit values v, the likelihood has `bits` bits"
         )
 
 

@@ -40,7 +40,7 @@ def data_set_name(name: str) -> str:
 
 
 class CoarseMixture(LogisticMixture):
-    """The mixture of a model of b < 8 bits, which scores an image of 8 bits by the leading bits of its values.
+    """The likelihood of a model with b < 8 bits: it scores an 8-bit image by the leading b bits of its values.
 
     A value v counts as ⌊v/2^(8−b)⌋·2^(8−b), still on the scale of 0 … 255, where the bins of the density, 2/(2^b − 1)
     wide, overlap a little: as published, the probabilities do not add up to exactly one.

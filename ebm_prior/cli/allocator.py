@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep freed memory: a training step allocates the same tensors again and again."""
+"""Settings of the C library's allocator: it keeps freed memory, since each training step allocates the same tensors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ KEPT_IN_ALL = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks of up to 32 MiB; by default it returns them to the kernel and faults them in again.
+    """Let glibc keep freed blocks of up to 32 MiB; by default it returns them to the kernel, which is slow to undo.
 
-    It holds for the whole process, so a program may decide it but not a library. Without glibc it does nothing.
+    The setting holds for the whole process, so only a program should choose it, never a library. Without glibc nothing
+    happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

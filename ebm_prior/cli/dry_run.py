@@ -1,4 +1,4 @@
-"""--dry-run: what a training would do, measured on a few of its steps. Nothing is written."""
+"""The option --dry-run: report what a training would do, with time and memory measured on a few steps."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ebm_prior.training.loop import Training
 from ebm_prior.training.pretrain import Pretraining
 from ebm_prior.training.pretrain_config import PretrainConfig
 
-STEPS = 3  # that are timed, after one that is not
+STEPS = 3  # timed steps, after a first step that is not timed
 IN_RUN = ("config.json", "metrics.jsonl", "progress.jsonl", "state.pt", "samples-ITERATION.png")
 DRY_RUN = click.option(
     "--dry-run",
     is_flag=True,
-    help="say what would be done, its memory and its time, measured on a few steps; write nothing",
+    help="Report what would be done, with memory and time measured on a few steps; write nothing",
 )
 
 
@@ -42,7 +42,8 @@ def fit(
     """Say what `ebm-prior fit` would do."""
     need = for_fit(backbone, config, passes)
     memory = require(need, passes.device)
-    # Few held-out latents: no step depends on them. Stages at once: their first part takes less time.
+    # No step depends on the held-out latents, so a few are enough. With groupwise 0 a staged fit is measured in its
+    # stages: the ratios of single groups, which come before them, take less time.
     measured = replace(config, held_out=16, stage=replace(config.stage, groupwise=0.0))
     training = Fitting(passes.apply(backbone), _few(images, config.batch_size), measured)
     remarks = ["patience or saturation may end it sooner"] if config.regime == "calibrated" else []
@@ -115,7 +116,7 @@ def _show(
 
 
 def _seconds(training: Training) -> float:
-    """Seconds of a step, by the clock: the median of a few, after one in which memory is taken and graphs are made."""
+    """Median wall-clock seconds of a step. A first step, which allocates memory and records graphs, is not counted."""
     device, found = next(training.network.parameters()).device, []
     for _ in range(STEPS + 1):
         began = time.perf_counter()
@@ -127,12 +128,12 @@ def _seconds(training: Training) -> float:
 
 
 def _folder(out: Path | None, command: str) -> Path:
-    """Where the run would be. Raises ConfigurationError where several processes ask."""
+    """The folder that the run would have. Raises ConfigurationError if torchrun has started several processes."""
     if launched_processes().count > 1:
         raise ConfigurationError("--dry-run measures one process: leave out torchrun")
     return places.run_directory(out, command, resume=False)
 
 
 def _few(images: ImageSource, batch_size: int) -> ImageSource:
-    """Enough of the images for batches, and for some that are held out."""
+    """A subset of the images that is large enough for a few batches and some held-out images."""
     return images.subset(range(min(len(images), 2 * batch_size + 20)))

@@ -22,8 +22,8 @@ from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan, write_atomically
 
 REPEATED = together(
-    click.option("--out", type=PATH, required=True, help="the .json file of rows to write"),
-    click.option("--overwrite", is_flag=True, help="replace --out"),
+    click.option("--out", type=PATH, required=True, help="JSON file to write, with one row per result"),
+    click.option("--overwrite", is_flag=True, help="Replace an existing file at --out"),
     click.option(
         "--seed",
         "seeds",
@@ -31,7 +31,7 @@ REPEATED = together(
         multiple=True,
         default=(0,),
         show_default=True,
-        help="repeat the option for several: mean and spread",
+        help="Seed of a training; repeat the option for several, and get mean and spread",
     ),
     click.option(
         "--jobs",
@@ -39,7 +39,7 @@ REPEATED = together(
         type=click.IntRange(1),
         default=1,
         show_default=True,
-        help="number of trainings at a time, each on one thread; several use a GPU better, too",
+        help="Number of trainings at a time, each on one thread; several also use a GPU better",
     ),
     DEVICE_NAME,
 )
@@ -51,7 +51,7 @@ def _write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 def _require_suffix(out: Path, suffix: str) -> None:
     if out.suffix != suffix:
-        raise click.UsageError(f"--out is a {suffix}, found {out}")
+        raise click.UsageError(f"--out must end in {suffix}, found {out}")
 
 
 def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -59,7 +59,9 @@ def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 @click.command("anomaly-table")
-@click.option("--data", default="mnist", show_default=True, help="labelled data set: both splits are the pool")
+@click.option(
+    "--data", default="mnist", show_default=True, help="Labelled data set; both of its splits form the pool of images"
+)
 @DATA_ROOT
 @click.option(
     "--digit",
@@ -68,7 +70,7 @@ def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     multiple=True,
     default=anomaly_table.DIGITS,
     show_default=True,
-    help="held-out label; repeat the option for several",
+    help="Label that is held out of the training; repeat the option for several",
 )
 @click.option(
     "--model",
@@ -77,13 +79,25 @@ def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     multiple=True,
     default=tuple(anomaly_table.MODELS),
     show_default=True,
-    help="model to train; repeat the option for several",
+    help="Model to train; repeat the option for several",
 )
-@click.option("--latents", type=(int, int), default=(16, 8), show_default=True, help="dimensions of z_1 and z_2")
-@click.option("--width", type=click.IntRange(1), default=32, show_default=True, help="width of the generator")
-@click.option("--sigma", type=float, default=0.3, show_default=True, help="standard deviation of a pixel on [-1, 1]")
-@click.option("--epochs", type=click.IntRange(1), default=16, show_default=True, help="epochs of each training")
-@click.option("--draws", type=click.IntRange(1), default=8, show_default=True, help="posterior draws of a score")
+@click.option(
+    "--latents", type=(int, int), default=(16, 8), show_default=True, help="Dimensions of the latents z_1 and z_2"
+)
+@click.option("--width", type=click.IntRange(1), default=32, show_default=True, help="Width of the generator network")
+@click.option(
+    "--sigma",
+    type=float,
+    default=0.3,
+    show_default=True,
+    help="Standard deviation of a pixel given the latents, on [-1, 1]",
+)
+@click.option(
+    "--epochs", type=click.IntRange(1), default=16, show_default=True, help="Number of epochs of each training"
+)
+@click.option(
+    "--draws", type=click.IntRange(1), default=8, show_default=True, help="Posterior draws over which a score averages"
+)
 @REPEATED
 def anomalies(
     data: str,
@@ -100,7 +114,7 @@ def anomalies(
 ) -> None:
     """Remake the paper's Table 4: train with one digit held out, and find it again by the un-normalised posterior.
 
-    Rows are written as they come, so that a failure loses none of them.
+    Each row is written as soon as it is measured, so that a failure loses no finished row.
     """
     _require_suffix(out, ".json")
     places.require_free(out, overwrite)
@@ -129,12 +143,28 @@ def anomalies(
 @click.argument("name", type=click.Choice(list(ablations.ABLATIONS)))
 @DATA
 @click.option(
-    "--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="iterations of each training"
+    "--iterations",
+    type=click.IntRange(1),
+    default=2_000,
+    show_default=True,
+    help="Number of iterations of each training",
 )
-@click.option("--latents", type=(int, int), default=(32, 16), show_default=True, help="dimensions of z_1 and z_2")
-@click.option("--width", type=click.IntRange(1), default=12, show_default=True, help="width of the generator")
-@click.option("--samples", type=click.IntRange(2), default=2_000, show_default=True, help="N of every distance")
-@click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
+@click.option(
+    "--latents", type=(int, int), default=(32, 16), show_default=True, help="Dimensions of the latents z_1 and z_2"
+)
+@click.option("--width", type=click.IntRange(1), default=12, show_default=True, help="Width of the generator network")
+@click.option(
+    "--samples",
+    type=click.IntRange(2),
+    default=2_000,
+    show_default=True,
+    help="Number of images and of draws in every Fréchet distance",
+)
+@click.option(
+    "--classifier",
+    type=PATH,
+    help="Classifier that gives the features of FD  [default: the bundled one for such images]",
+)
 @REPEATED
 def ablation(
     name: str,
@@ -149,9 +179,9 @@ def ablation(
     device: str,
     **settings: Any,
 ) -> None:
-    """Remake an ablation of the paper by joint training: FD(classifier), seconds and parameters beside its numbers.
+    """Remake an ablation of the paper by joint training: FD, seconds and parameters beside the paper's numbers.
 
-    Beside --out lies a plot of the same name, .png.
+    A plot with the same name and the suffix .png is written beside --out.
     """
     _require_suffix(out, ".json")
     picture = out.with_suffix(".png")
@@ -177,7 +207,7 @@ def ablation(
 
 
 @click.command("latents-2d")
-@click.option("--data", default="mnist", show_default=True, help="labelled data set")
+@click.option("--data", default="mnist", show_default=True, help="Labelled data set for the training")
 @DATA_ROOT
 @click.option(
     "--digit",
@@ -186,11 +216,11 @@ def ablation(
     multiple=True,
     default=(0, 1),
     show_default=True,
-    help="label of images to take; repeat the option for several",
+    help="Label of the training images; repeat the option for several",
 )
-@click.option("--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="gradient steps")
-@click.option("--out", type=PATH, required=True, help="the .png to write")
-@click.option("--overwrite", is_flag=True, help="replace --out")
+@click.option("--iterations", type=click.IntRange(1), default=2_000, show_default=True, help="Number of gradient steps")
+@click.option("--out", type=PATH, required=True, help="PNG file to write")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file at --out")
 @SEED
 def two_dimensions(
     data: str,

@@ -18,8 +18,8 @@ from ebm_prior.compute.stopping import ignore_signals_at_exit, stoppable
 from ebm_prior.errors import DivergenceError, EbmPriorError, Stopped
 from ebm_prior.plain import printable
 
-WORDS = "ebm_prior.words"  # key, in click's context, of the words that were typed
-RUN_FOLDER = "ebm_prior.run"  # key of the folder of the run that a command has begun, if it has
+WORDS = "ebm_prior.words"  # key in click's context: the words of the command line
+RUN_FOLDER = "ebm_prior.run"  # key in click's context: the folder of the run that the command has begun
 
 
 class Entry(NamedTuple):
@@ -58,7 +58,7 @@ class Group(click.Group):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """Click's context, which also remembers the words that were typed: results say which command made them."""
+        """Click's context, which also keeps the words of the command line, since results record their command."""
         in_any_encoding()
         words = list(args)
         context = super().make_context(info_name, args, parent, **extra)
@@ -81,7 +81,7 @@ class Group(click.Group):
         except EbmPriorError as error:
             complain(f"error: {error}")
             ctx.exit(1)
-        except OSError as error:  # a disk or path of which no command has more to say
+        except OSError as error:  # a disk or path error that the command itself has not explained
             if error.errno == errno.EPIPE:  # whoever read stdout has had enough, of which click says nothing
                 raise
             complain(f"error: {error}")
@@ -89,19 +89,19 @@ class Group(click.Group):
 
 
 def in_any_encoding() -> None:
-    """What stdout and stderr cannot encode, an ε or … in Latin-1, is printed as its number, and breaks nothing."""
+    """Let stdout and stderr print a character that their encoding lacks (ε in Latin-1, say) as its escaped number."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def complain(text: str) -> None:
-    """One line on stderr; of several processes each has its own."""
+    """Print one line on stderr. Each of several processes prints its own line."""
     text = printable(" ".join(text.splitlines()))  # parts of it may come from files
     processes = click.get_current_context().find_root().obj  # Processes, or None before they are connected
     if processes is None or processes.first:
         click.echo(f"ebm-prior: {text}", err=True)
-    else:  # whose sys.stderr leads nowhere
+    else:  # `silence` has redirected sys.stderr in the other processes
         click.echo(f"ebm-prior: process {processes.rank} of {processes.count}: {text}", file=sys.__stderr__)
 
 
@@ -112,7 +112,7 @@ def resume_command(words: Sequence[str], folder: object, processes: int = 1) -> 
         if not skip and word not in ("--resume", "--overwrite", "--out") and not word.startswith("--out="):
             kept.append(word)
         skip = not skip and word == "--out"
-    threads = os.environ.get("OMP_NUM_THREADS")  # on which the bytes of a run depend
+    threads = os.environ.get("OMP_NUM_THREADS")  # the result depends on it to the last bit
     program = ["ebm-prior"]
     if processes > 1:
         program = ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "ebm_prior"]
@@ -121,7 +121,7 @@ def resume_command(words: Sequence[str], folder: object, processes: int = 1) -> 
 
 
 def _way_on(ctx: click.Context, stopped: Stopped) -> str:
-    """One line for somebody who has stopped a command: what is kept, and how to go on."""
+    """The line for a user who has stopped a command: what was saved, and the command that continues."""
     folder = ctx.meta.get(RUN_FOLDER)
     if folder is None or not (folder / "config.json").exists():
         return "stopped"
@@ -130,7 +130,7 @@ def _way_on(ctx: click.Context, stopped: Stopped) -> str:
 
 
 def _say_that_it_will_stop() -> None:
-    """Within a signal's handler, where buffered output may be in the midst of a write."""
+    """Tell the user that the command will stop. Written unbuffered, because a signal can interrupt a buffered write."""
     if sys.stderr is sys.__stderr__:  # not where it is caught, and not in the other processes, which say nothing
         with contextlib.suppress(OSError):
             os.write(2, b"\nebm-prior: stopping when this step is done and saved; Ctrl-C again stops at once\n")

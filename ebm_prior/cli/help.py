@@ -1,4 +1,4 @@
-"""Help that fits on a screen: the options that matter first under --help, all of them in sections under --help-all."""
+"""Help that fits on a screen: --help shows the options that matter most, --help-all shows every option in sections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 OPTIONS = "Options"
-_ALL = "ebm_prior.help_all"  # key, in click's context, that says which of the two was asked for
+_ALL = "ebm_prior.help_all"  # key in click's context: whether --help-all was given
 
 
 class Option(click.Option):
@@ -20,10 +20,13 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose --help shows the options named in `first`, and --help-all every option by section.
+    """A click command with two kinds of help: --help shows the options named in `first`, --help-all every option.
 
     Args:
-        first: Names of parameters, as the function takes them. Empty: --help shows everything.
+        first: names of the command function's parameters. If it is empty, --help shows everything.
+
+    Raises:
+        ValueError: where the command has no parameter of such a name.
     """
 
     def __init__(self, *arguments: Any, first: Sequence[str] = (), **settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""The images of a command: those that a run remembers, or those that were typed, under the run's data root, too."""
+"""The images of a command: those named on the command line, or else those recorded in the folder of a run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from ebm_prior.runs.data import Remembered
 
 @dataclass(frozen=True)
 class Opener:
-    """Opens images for a command, with what was typed about all of them.
+    """Opens images for a command.
 
-    data_root, download: as typed.  memory: the images of the run that the command looks at, if it remembers them.
+    data_root, download: values of the options of these names.  memory: the images recorded in the run that the command
+    looks at; None where the run has no such record.
     """
 
     data_root: Path | None
@@ -28,9 +29,9 @@ class Opener:
     memory: Remembered | None
 
     def typed(self, spec: str, *, split: Split, image_shape: Shape | None = None) -> ImageSource:
-        """Images as they were typed. A named data set is looked for under the run's data root before the default one.
+        """Open the images `spec` of the command line. A named data set is first looked for under the run's data root.
 
-        Raises DataError.
+        Raises DataError where there are no such images.
         """
 
         def opened(root: str | Path | None, download: bool) -> ImageSource:
@@ -48,9 +49,9 @@ class Opener:
             raise DataError(f"{error}{looked}") from error
 
     def own(self, *splits: Split, otherwise: Callable[[], str], shape: Shape) -> list[ImageSource]:
-        """Splits of the images that the run remembers, which is said; else of those that `otherwise` names.
+        """Open splits of the images recorded in the run, with a remark; without a record, those that `otherwise` names.
 
-        Raises DataError where they are found no more, and what `otherwise` raises.
+        Raises DataError where the recorded images are no longer found, and whatever `otherwise` raises.
         """
         if self.memory is None:
             spec = otherwise()
@@ -64,10 +65,10 @@ class Opener:
         return found
 
     def held_out(self, *, otherwise: Callable[[], str], shape: Shape, option: str = "--data") -> list[ImageSource]:
-        """The test images and the training images of `own`.
+        """The test and the training images of `own`; `option` is the option by which a user names other images.
 
-        Raises ConfigurationError where they are the same: measured on images that a prior was trained on, unasked,
-        figures would flatter it. option: by which a user names other images.
+        Raises ConfigurationError where the two are the same images, because results on its training images would
+        flatter a prior.
         """
         test, train = self.own("test", "train", otherwise=otherwise, shape=shape)
         if self.memory is not None and test.fingerprint() == train.fingerprint():

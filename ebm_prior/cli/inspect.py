@@ -34,11 +34,18 @@ from ebm_prior.storage.checkpoint import load_backbone, prior_record, save_backb
 
 @click.command()
 @click.argument("run", type=PATH)
-@click.option("--eval", "evaluation", type=PATH, help="JSON of eval  [default: eval.json in RUN]")
-@click.option("--ood", "outlying", type=PATH, help="JSON of ood  [default: ood.json, else the last ood-*/ in RUN]")
-@click.option("--doctor", "diagnosis", type=PATH, help="JSON of doctor  [default: doctor.json in RUN]")
-@click.option("--out", type=PATH, help="the .html  [default: report.html in RUN]")
-@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+@click.option("--eval", "evaluation", type=PATH, help="JSON file with the results of eval  [default: eval.json in RUN]")
+@click.option(
+    "--ood",
+    "outlying",
+    type=PATH,
+    help="JSON file with the results of ood  [default: ood.json, else the last ood-*/ in RUN]",
+)
+@click.option(
+    "--doctor", "diagnosis", type=PATH, help="JSON file with the results of doctor  [default: doctor.json in RUN]"
+)
+@click.option("--out", type=PATH, help="HTML file to write  [default: report.html in RUN]")
+@click.option("--overwrite", is_flag=True, help="Replace what exists at --out")
 def report(
     run: Path,
     evaluation: Path | None,
@@ -49,7 +56,7 @@ def report(
 ) -> None:
     """Make one HTML page of a fit, for any browser and without a network: pictures, curves, tables, commands.
 
-    RUN is the folder of a fit. For results that it lacks (eval, ood, doctor) the page has the commands.
+    RUN is the folder of a fit. Where results of eval, ood or doctor are missing, the page shows how to make them.
     """
     out = out or run / "report.html"
     given = {"eval": evaluation, "ood": outlying, "doctor": diagnosis}
@@ -97,13 +104,18 @@ def doctor(
 
 @click.command()
 @click.argument("prior", type=PRIOR_FILE, required=False)
-@click.option("--backbone", "adapter_name", help="adapter that reads --ckpt")
-@click.option("--ckpt", "checkpoint", help="a backbone instead of a prior: official, own form, or bundled name")
+@click.option("--backbone", "adapter_name", help="Name of the adapter that reads --ckpt")
+@click.option(
+    "--ckpt",
+    "checkpoint",
+    help="Backbone to describe instead of a prior: an official file or folder, a converted .safetensors file, or a "
+    "bundled name",
+)
 @JSON
 def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, as_json: bool) -> None:
     """Describe a prior file or a backbone: groups, parameters, how it was trained."""
     if (prior is None) == (checkpoint is None):
-        raise click.UsageError("give either a prior file or --ckpt")
+        raise click.UsageError("say what to describe: give either a prior file or --ckpt, not both")
     if prior is not None:
         show_result(prior_record(prior) | {"heads": describe.head_parameters(prior)}, as_json, summaries.prior_card)
         return
@@ -114,24 +126,23 @@ def info(prior: Path | None, adapter_name: str | None, checkpoint: str | None, a
 
 @click.command()
 @BACKBONE
-@click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
+@click.option("--out", type=PATH, required=True, help="Safetensors file to write, with the suffix .safetensors")
 @click.option(
     "--precision",
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="precision of the weights in the file",
+    help="Precision of the weights in the written file",
 )
 @click.option(
     "--set",
     "changes",
     metavar="KEY=VALUE",
     multiple=True,
-    help="an option, VALUE in JSON: what an official file leaves open (weights=ema, image_shape=[3,64,64], "
-    "likelihood=bernoulli), or a change of the architecture that holds no weights (VAEBM's Gaussian decoders: "
-    "log_std_floor=-2)",
+    help="Adapter option with VALUE in JSON: something that an official file leaves open (weights=ema, "
+    "image_shape=[3,64,64], likelihood=bernoulli), or a setting without weights (log_std_floor=-2 for VAEBM)",
 )
-@click.option("--overwrite", is_flag=True, help="replace --out")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file at --out")
 def convert(
     adapter_name: str | None, checkpoint: str, out: Path, precision: str, changes: tuple[str, ...], overwrite: bool
 ) -> None:
@@ -151,20 +162,24 @@ def convert(
 
 @click.command()
 @click.argument("run", type=PATH)
-@click.option("--out", type=PATH, required=True, help="a folder to make, or a .zip with the same files")
-@click.option("--with-backbone", is_flag=True, help="add the backbone, so that nothing else is needed")
-@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved (with --with-backbone)")
-@click.option("--licence", "--license", "licence", help="the licence of these files, for the card: mit, cc-by-4.0, …")
-@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+@click.option("--out", type=PATH, required=True, help="Folder to create, or .zip file to write with the same content")
+@click.option("--with-backbone", is_flag=True, help="Add the backbone, so that the export works without any other file")
+@click.option("--ckpt", "checkpoint", help="Path of the backbone that --with-backbone adds, if it has moved")
+@click.option(
+    "--licence", "--license", "licence", help="Licence of the exported files, written on the card: mit, cc-by-4.0, …"
+)
+@click.option("--overwrite", is_flag=True, help="Replace what exists at --out")
 def export(
     run: Path, out: Path, with_backbone: bool, checkpoint: str | None, licence: str | None, overwrite: bool
 ) -> None:
-    """Write a prior for somebody else: the prior, a card that says what it is, and on request its backbone.
+    """Write a prior to share: the prior file, a model card that describes it, and on request its backbone.
 
     RUN is the folder of a fit, or a prior file. The folder can be moved, and pushed to a model hub as it is.
     """
     if checkpoint is not None and not with_backbone:
-        raise click.UsageError("--ckpt says where the backbone is that --with-backbone adds: give both")
+        raise click.UsageError(
+            "--ckpt is the path of the backbone that --with-backbone adds: give both, or leave out --ckpt"
+        )
     written = export_prior(
         run, out, with_backbone=with_backbone, checkpoint=checkpoint, licence=licence, overwrite=overwrite
     )
@@ -172,8 +187,8 @@ def export(
 
 
 @click.command()
-@click.option("--out", type=PATH, default=Path("ebm-prior-demo"), show_default=True, help="where results are written")
-@click.option("--overwrite", is_flag=True, help="write into --out even if it holds other files than a demo's")
+@click.option("--out", type=PATH, default=Path("ebm-prior-demo"), show_default=True, help="Folder for the results")
+@click.option("--overwrite", is_flag=True, help="Write into --out even if it holds files that no demo has written")
 @SEED
 @JSON
 def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:

@@ -1,5 +1,5 @@
-"""The command line: `ebm-prior COMMAND`. Commands that train, that use a prior, that score images, that describe what
-is there, and that remake experiments have a module each.
+"""The command line: `ebm-prior COMMAND`. One module each holds the commands that train, that use a prior, that score
+images, that describe files, and that remake the paper's experiments.
 
 Results go to stdout (`--json` for machines), progress and remarks to stderr.
 Exit codes: 0 done, 1 a stated error, 2 usage, 3 diverged, 130 stopped by Ctrl-C, 143 by SIGTERM.
@@ -21,7 +21,7 @@ SECTIONS = {
         "sample": Entry("use:sample", "Draw images from a prior."),
         "eval": Entry("use:evaluate", "Measure priors against held-out images."),
         "report": Entry("inspect:report", "Make one HTML page of a fit."),
-        "export": Entry("inspect:export", "Write a prior with a card, for a friend or a model hub."),
+        "export": Entry("inspect:export", "Write a prior with a model card, to share or to publish."),
         "doctor": Entry("inspect:doctor", "Find out whether a VAE has a prior hole that an energy can fill."),
         "info": Entry("inspect:info", "Describe a prior file or a backbone."),
         "backbones": Entry("inspect:backbones", "List adapters, bundled backbones and bundled priors."),
@@ -29,12 +29,12 @@ SECTIONS = {
     "Read images": {
         "ood": Entry("outliers:ood", "Score images as outliers, against images of the known kind."),
         "anomaly": Entry("outliers:anomaly", "Score images as anomalies by their log posterior."),
-        "show": Entry("use:show", "Draw what a prior does: levels, chains, energies."),
+        "show": Entry("use:show", "Draw pictures of a prior at work: levels, chains, energies."),
     },
     "Train": {
         "pretrain": Entry("train:pretrain", "Train a VAE by its ELBO."),
         "train": Entry("train:train", "Train a generator and its energy-based prior together."),
-        "classifier": Entry("train:classifier", "Train the classifier on whose features FD is measured."),
+        "classifier": Entry("train:classifier", "Train the classifier that gives the features of FD."),
         "convert": Entry("inspect:convert", "Write a backbone in ebm-prior's own form."),
     },
     "Remake the paper": {
@@ -43,7 +43,7 @@ SECTIONS = {
         "latents-2d": Entry("experiments:two_dimensions", "Figure 2: latents of two dimensions."),
     },
 }
-SHARED = ("fit", "sample", "eval")  # commands that several processes of torchrun can do together
+SHARED = ("fit", "sample", "eval")  # commands that several processes of torchrun can share
 
 
 @click.group(
@@ -58,7 +58,7 @@ def main() -> None:
     Start with `ebm-prior demo`. With a backbone of your own: `fit`, then `sample` and `eval`, which several processes
     share: torchrun --standalone --nproc-per-node 2 -m ebm_prior fit …
     """
-    from ebm_prior.cli.shared import (  # here, with torch behind it, so that --help need not wait for it
+    from ebm_prior.cli.shared import (  # imported here because it imports torch, for which --help need not wait
         plain_remarks,
         silence,
     )

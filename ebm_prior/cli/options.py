@@ -1,7 +1,7 @@
-"""Command-line options out of configuration dataclasses: defaults and help live there alone, never repeated.
+"""Command-line options made from configuration dataclasses, so that defaults and help texts are written only once.
 
-A configuration is resolved from, later ones winning: the dataclass's defaults or a preset, a JSON file (--config), the
-options given. Nested dataclasses become options with a prefix: --energy-channels, --sampler-steps.
+A configuration starts from the dataclass's defaults or a preset; then the JSON file of --config and then the options of
+the command line replace single values. Nested dataclasses become options with a prefix: --energy-channels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ebm_prior.settings import every_setting, require_seed, setting, spelled
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 WORDING = "{help}  [default: {default}]"
-SECTIONS = {  # of --help-all, by how the names of options begin
+SECTIONS = {  # beginning of an option's name -> section of --help-all
     "stage_": "Stages (density ratios one after another)",
     "energy_": "Energy heads",
     "prior_chain_": "Chains of the prior",
@@ -31,9 +31,9 @@ SECTIONS = {  # of --help-all, by how the names of options begin
 
 @dataclass(frozen=True)
 class Drawing:
-    """Settings of a command that draws from a prior, beside those of the sampler."""
+    """Settings of a command that draws from a prior, apart from the sampler's own."""
 
-    seed: int = setting(0, "seed of everything random")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_seed(self)
@@ -49,9 +49,9 @@ def config_options(
 ) -> Callable[[Command], Command]:
     """Decorate a command with an option for every field of a configuration dataclass that has a help text.
 
-    skip: names of fields, of nested dataclasses too, that become no options.  wording: by the beginning of an option's
-    name, a pattern of its help in place of `WORDING`.  also: further spellings of an option.
-    section: where --help-all lists settings that are in no nested dataclass.
+    kind: the dataclass; nested dataclasses are included.  skip: names of fields that become no options.
+    wording: for the beginning of an option's name, the pattern of the help text in place of `WORDING`.
+    also: further spellings of an option.  section: section of --help-all for the fields of `kind` itself.
     """
 
     def decorate(command: Command) -> Command:

@@ -41,9 +41,9 @@ from ebm_prior.settings import read_parts, resolve
 from ebm_prior.storage import places
 from ebm_prior.storage.checkpoint import load_prior, prior_record
 
-FOLDER = "folder of the results  [default: the next free one beside PRIOR]"
-OLD_FOLDER = click.option("--to", "old_out", type=PATH, hidden=True, help="the old spelling of --out")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="replace the results that lie in --out")
+FOLDER = "Folder for the results  [default: the next free one beside PRIOR]"
+OLD_FOLDER = click.option("--to", "old_out", type=PATH, hidden=True, help="Old spelling of --out")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace earlier results in --out")
 
 
 @click.command(
@@ -52,13 +52,13 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="replace the results 
 )
 @PRIOR
 @click.option(
-    "--in", "inside", help=f"images of the known kind, {DATA_FORMS}  [default: what the prior was trained on]"
+    "--in", "inside", help=f"Images of the known kind: {DATA_FORMS}  [default: what the prior was trained on]"
 )
 @click.option(
     "--outliers",
     "outside",
     multiple=True,
-    help=f"outliers, {DATA_FORMS}, or noise, constant; repeat the option for several",
+    help=f"Outliers: {DATA_FORMS}, or the words noise or constant; repeat the option for several sets",
 )
 @DATA_ROOT
 @click.option(
@@ -66,23 +66,23 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="replace the results 
     "ks",
     default="all",
     show_default=True,
-    help="numbers of groups, counted from the bottom, that are not inferred: e.g. 0,1,2",
+    help="Numbers of latent groups, counted from the bottom, that are not inferred from the image: e.g. 0,1,2",
 )
 @click.option(
     "--mode",
     "modes",
     type=click.Choice(MODES),
     multiple=True,
-    help="eq20: as in the paper; elbo: as in the backbone's own bound; iw: elbo with L^{>0} importance-weighted; "
-    "prior: L^{>0} as in eq20, without log p(x|z)  [default: all]",
+    help="Form of score: eq20 of the paper, elbo of the backbone's bound, iw (elbo with L^{>0} importance-weighted) "
+    "or prior (L^{>0} of eq20 without log p(x|z))  [default: all]",
 )
 @click.option(
     "--lower",
     "lowers",
     type=click.Choice(LOWERS),
     multiple=True,
-    help="groups that are not inferred: drawn from the prior given the others, or means of the backbone's prior  "
-    "[default: both]",
+    help="Values of the latent groups that are not inferred: samples of the prior given the other groups, or means of "
+    "the backbone's prior  [default: both]",
 )
 @click.option("--out", metavar="PATH", multiple=True, help=FOLDER)
 @OLD_FOLDER
@@ -143,23 +143,23 @@ def ood(
 def sets_and_folder(
     outliers: tuple[str, ...], out: tuple[str, ...], old_out: Path | None
 ) -> tuple[tuple[str, ...], Path | None]:
-    """The sets of outliers and the folder of the results, from --outliers and --out, or from --out and --to.
+    """The sets of outliers and the folder of the results, from --outliers and --out.
 
-    The latter is how they were spelled once, which goes on working with a remark. Raises click.UsageError.
+    The old spellings, --out for the sets and --to for the folder, still work, with a remark. Raises click.UsageError.
     """
     if not outliers and not out:
-        raise click.UsageError("say which images are the outliers: --outliers, once for each set")
+        raise click.UsageError("no outliers are given: pass --outliers, once for each set of images")
     if not outliers:
         new = "--outliers for the sets" + ", --out for the folder" * (old_out is not None)
         click.echo(f"remark: --out with sets of outliers is an old spelling: {new}", err=True)
         return out, old_out
     if len(out) > 1 or "" in out:
-        raise click.UsageError(f"--out is the one folder of the results, found {', '.join(map(repr, out))}")
+        raise click.UsageError(f"--out takes one folder for the results, found {', '.join(map(repr, out))}")
     return outliers, folder_of(Path(out[0]) if out else None, old_out)
 
 
 def folder_of(out: Path | None, old_out: Path | None) -> Path | None:
-    """--out, or --to as it was called once, with a remark. Raises click.UsageError where both are given."""
+    """The value of --out, or of its old spelling --to, with a remark. Raises click.UsageError where both are given."""
     if old_out is None:
         return out
     if out is not None:
@@ -169,7 +169,7 @@ def folder_of(out: Path | None, old_out: Path | None) -> Path | None:
 
 
 def parsed_k(text: str, groups: int) -> list[int]:
-    """`all`, or numbers with commas between them: 0,1,2. Raises ConfigurationError."""
+    """The values of k in `text`: the word all, or numbers with commas between them. Raises ConfigurationError."""
     if text == "all":
         return list(range(groups))
     try:
@@ -189,9 +189,11 @@ def parsed_k(text: str, groups: int) -> list[int]:
     first=("normal", "anomalies", "labels", "data_root", "out", "overwrite", "draws", "seed", "device", "as_json"),
 )
 @PRIOR
-@click.option("--normal", required=True, help=f"normal images, {DATA_FORMS}; those with --labels are left out")
-@click.option("--test", "anomalies", required=True, help=f"anomalies, {DATA_FORMS}: the images with --labels, or all")
-@click.option("--labels", type=int, multiple=True, help="label of anomalies; repeat the option for several")
+@click.option("--normal", required=True, help=f"Normal images: {DATA_FORMS}; those with --labels are left out")
+@click.option(
+    "--test", "anomalies", required=True, help=f"Anomalies: {DATA_FORMS}; only images with --labels, if given"
+)
+@click.option("--labels", type=int, multiple=True, help="Label of the anomalies; repeat the option for several")
 @DATA_ROOT
 @click.option("--out", type=PATH, help=FOLDER)
 @OLD_FOLDER

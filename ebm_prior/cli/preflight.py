@@ -1,7 +1,7 @@
-"""How much memory a command will take: said before it starts, and refused where the device does not have it.
+"""The memory that a command will need: reported before the work starts, and refused where the device has less.
 
-Nearly all of it is what a step keeps for its backward pass, which grows in proportion to the number of chains. So one
-step of two chains is run, every tensor is counted for as long as it lives, and the peak is multiplied.
+Nearly all memory is taken by tensors that a step keeps for its backward pass, and it grows in proportion to the number
+of chains. So one step with two chains is run, the peak over all living tensors is counted, and it is multiplied.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ebm_prior.training.stages import draws_at_once
 
 UNITS = {"KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
 MEASURED = 2  # chains in the step that is measured
-# Memory taken, as a multiple of the tensors' own. On a CPU 1.9 to 2.9 were measured: the C library does not reuse all
-# that was freed.
+# Memory of the process as a multiple of the tensors' own. On a CPU 1.9 to 2.9 was measured, because the C library does
+# not reuse everything that was freed.
 OVERHEAD = {"cpu": 2.5}
 
 
@@ -37,14 +37,15 @@ class Need(NamedTuple):
     """Memory that a command will take, in addition to what the process has already."""
 
     bytes: int
-    of: str  # what needs it, e.g. "128 chains at a time"
-    remedy: str  # the options that make it smaller
+    of: str  # the work that needs the memory, e.g. "128 chains at a time"
+    remedy: str  # the options that reduce it
 
 
 def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig, passes: Passes = PLAIN) -> Need:
-    """Memory for n draws in chunks: a chunk's chains, and z, ε and images of all draws, twice while they are joined.
+    """Memory for n draws in chunks: the chains of one chunk, and z, ε and images of all draws.
 
-    `passes`: how the backbone is going to be computed.
+    The results count twice, because the chunks and their concatenation exist together for a moment. `passes`: how the
+    backbone is going to be computed.
     """
     prior = _measured(prior, passes)
     chains = min(n, max(BLOCK, chunk // BLOCK * BLOCK))
@@ -56,9 +57,9 @@ def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig, pas
 
 
 def for_fit(backbone: Backbone, config: FitConfig, passes: Passes = PLAIN, own: nn.Module | None = None) -> Need:
-    """Memory for an iteration of a fit: its chains, or the gradient of the heads, whichever takes more.
+    """Memory for an iteration of a fit: for its chains or for the gradient of the heads, whichever is larger.
 
-    `passes`: how the backbone is going to be computed. `own`: an energy of one's own in the place of the heads.
+    `passes`: how the backbone is going to be computed. `own`: the user's own energy in place of the heads, or None.
     """
     heads = energy_of(backbone.groups, config.energy, own)
     prior = _measured(EBMPrior(backbone, heads, regime=config.regime, target=config.target), passes)
@@ -76,13 +77,13 @@ def for_fit(backbone: Backbone, config: FitConfig, passes: Passes = PLAIN, own: 
         chains = min(draws_at_once(rows, device), -(-(stage.particles + stage.held_out) // config.parts))
     remedy = _one_of(*smaller, *(["--ratios one"] if staged else []), *_cells(backbone))
     moving = Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy)
-    if device.type == "cuda":  # whose graphs keep the memory of the chains
+    if device.type == "cuda":  # the CUDA graphs of the chains keep their memory
         return moving._replace(bytes=moving.bytes + learning.bytes, of=f"{moving.of} and {learning.of}")
     return max(learning, moving)
 
 
 def for_step(step: Callable[[], object], device: torch.device, of: str, remedy: str) -> Need:
-    """Memory for a step of training, which is taken: `of` and `remedy` as in Need."""
+    """Memory for a step of training. The `step` is run once to measure it; `of` and `remedy` are those of `Need`."""
     return Need(int(OVERHEAD.get(device.type, 1.2) * peak_bytes(step)), of, remedy)
 
 
@@ -105,7 +106,7 @@ def chain_bytes(prior: EBMPrior) -> int:
 
 
 def _measured(prior: EBMPrior, passes: Passes) -> EBMPrior:
-    """The prior with its backbone computed as `passes` say, but not compiled: that takes long, and other memory."""
+    """The prior with its backbone computed as `passes` say, but not compiled, since compiling takes long."""
     prior = copy.copy(prior)
     prior.backbone = replace(passes, compiled=False).apply(prior.backbone)
     return prior
@@ -129,12 +130,12 @@ def _noise(backbone: Backbone) -> list[Tensor]:
 
 
 def _taken(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes on the device that `run`, which works on `MEASURED` chains or latents, takes for each of them."""
+    """Bytes of device memory per chain or latent at the peak of `run`, which works on `MEASURED` of them."""
     return int(OVERHEAD.get(device.type, 1.2) * peak_bytes(run) / MEASURED)
 
 
 def _cells(backbone: Backbone) -> list[str]:
-    """The options by which this backbone's passes take less memory; none where its adapter has no such cells."""
+    """The options that reduce the memory of this backbone's passes; empty where its adapter does not support any."""
     return [] if type(backbone).checkpointing is Backbone.checkpointing else ["--checkpointing", "--precision bf16"]
 
 

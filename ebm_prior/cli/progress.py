@@ -16,10 +16,10 @@ LINE_SECONDS = 10.0  # between two lines, where stderr is no terminal
 
 
 class Bar(Progress):
-    """How far a piece of work has come: a bar on a terminal, and elsewhere (a log file, say) a line now and then."""
+    """Progress of a piece of work: a bar on a terminal, elsewhere (in a log file, say) a line every few seconds."""
 
     def __init__(self, name: str, total: int) -> None:
-        """`total` 0: not known yet."""
+        """Begin to show the work called `name`, of `total` steps; 0 where the total is not known yet."""
         self._bar = _new(name, total)
 
     def __enter__(self) -> Bar:
@@ -29,7 +29,7 @@ class Bar(Progress):
         self._bar.close()
 
     def begin(self, name: str, total: int) -> None:
-        """End this bar, if anything has moved it, and begin another one."""
+        """End this bar, if it has moved at all, and begin another one."""
         self._bar.leave = self._bar.n > 0
         self._bar.close()
         self._bar = _new(name, total)
@@ -37,14 +37,14 @@ class Bar(Progress):
     def step(self, shown: Mapping[str, Any]) -> None:
         """Move to an iteration and show its numbers."""
         numbers = {k: f"{v:.3g}" for k, v in shown.items() if isinstance(v, float)}
-        if self._bar.n == 0:  # of a run that goes on, the time that is left is counted from here
+        if self._bar.n == 0:  # in a resumed run, the remaining time is estimated from here on
             self._bar.n = self._bar.initial = shown["iteration"] - 1
         self._bar.total = shown["iterations"]
         self._bar.set_postfix(numbers, refresh=False)
         self._bar.update(shown["iteration"] - self._bar.n)
 
     def stage(self, name: str) -> None:
-        """Move on by one and say what is being done."""
+        """Move on by one and show the name of the part of the work that begins."""
         self._bar.set_postfix_str(name)
         self._bar.update(1)
 
@@ -58,7 +58,7 @@ class Bar(Progress):
 
 
 class Lines:
-    """What `Bar` uses of tqdm, as whole lines: one every `LINE_SECONDS`, and one at the end."""
+    """A replacement for tqdm's bar that prints whole lines: one every `LINE_SECONDS`, and one at the end."""
 
     def __init__(self, name: str, total: int) -> None:
         self.n, self.initial, self.total, self.leave = 0, 0, total, True
@@ -84,7 +84,7 @@ class Lines:
         print(text, file=file, flush=True)
 
     def close(self) -> None:
-        """The last line, if there is anything to say."""
+        """Print the last line, if anything has changed since the line before."""
         if self.n and self.leave:
             self._print()
 

@@ -1,4 +1,4 @@
-"""Shared by the commands: options that mean the same everywhere, errors as exit codes, results as text or JSON."""
+"""Code that the commands share: options with the same meaning everywhere, images, run folders, printed results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bflo
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Several options under one name, so that they mean the same everywhere."""
+    """One decorator from several options, so that commands can share them."""
 
     def decorate(command: Command) -> Command:
         for option in reversed(options):
@@ -50,16 +50,21 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 MACHINE = "Device, precision, memory"
 DEVICE_NAME = click.option(
-    "--device", cls=Option, section=MACHINE, default="cpu", show_default=True, help="torch device, e.g. cuda"
+    "--device",
+    cls=Option,
+    section=MACHINE,
+    default="cpu",
+    show_default=True,
+    help="Device to compute on, as PyTorch names it, e.g. cuda",
 )
 
 
 def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command], Command]:
-    """Options that say how a backbone is computed; the command gets them as one argument, `passes: Passes`.
+    """Options for how a backbone is computed; the command receives them as one argument, `passes: Passes`.
 
-    `precisions`: choices of --precision. `cells`: with the options for what a network's cells do, too.
+    `precisions`: choices of --precision. `cells`: whether to add --checkpointing and --compile.
     """
-    half = "; bf16: in the cells of an NVAE or VDVAE, all else in float32" if "bf16" in precisions else ""
+    half = "; bf16: bfloat16 in the cells of an NVAE or VDVAE, float32 elsewhere" if "bf16" in precisions else ""
     options = [
         DEVICE_NAME,
         click.option(
@@ -70,7 +75,7 @@ def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command],
             type=click.Choice(precisions),
             default="float32",
             show_default=True,
-            help=f"precision of computation{half}",
+            help=f"Floating-point precision of the computation{half}",
         ),
     ]
 
@@ -93,8 +98,7 @@ CELLS = (
         cls=Option,
         section=MACHINE,
         is_flag=True,
-        help="in the cells of an NVAE or VDVAE, keep less for the backward pass and compute it again: less memory, "
-        "same results",
+        help="Recompute the cells of an NVAE or VDVAE in the backward pass: less memory, equal results",
     ),
     click.option(
         "--compile",
@@ -102,29 +106,33 @@ CELLS = (
         cls=Option,
         section=MACHINE,
         is_flag=True,
-        help="fuse the cells of an NVAE or VDVAE by torch.compile: 10 s at first, then less time on a GPU",
+        help="Fuse the cells of an NVAE or VDVAE with torch.compile: slower at first, then faster on a GPU",
     ),
 )
 PASSES = passes_options(*DTYPES, cells=True)  # commands whose time and memory the chains take
 PLACE = passes_options(*DTYPES)  # commands that read a prior or a backbone
 TRAINING_PLACE = passes_options("float32", "float64")  # commands that train a network
-SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of everything random")
-RUN_SEED = click.option("--seed", type=click.IntRange(0), help="seed of everything random  [default: 0, or --config's]")
-JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all random numbers")
+RUN_SEED = click.option(
+    "--seed", type=click.IntRange(0), help="Seed of all random numbers  [default: 0, or --config's]"
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
 BACKBONE = together(
     click.option(
-        "--backbone", "adapter_name", help="adapter that reads the checkpoint (ebm-prior backbones lists them)"
+        "--backbone",
+        "adapter_name",
+        help="Name of the adapter that reads --ckpt (`ebm-prior backbones` lists all adapters)",
     ),
     click.option(
         "--ckpt",
         "checkpoint",
         type=BACKBONE_FILE,
         required=True,
-        help="backbone: official file or folder, own form, or bundled name",
+        help="Backbone to use: an official file or folder, a converted .safetensors file, or a bundled name",
     ),
 )
-READING = "ebm_prior.reading"  # key, in click's context, of how images are read: arguments of open_images
-REMARKED = "ebm_prior.remarked"  # key of the remarks on images that were printed
+READING = "ebm_prior.reading"  # key in click's context: arguments of open_images from --array and --data-mode
+REMARKED = "ebm_prior.remarked"  # key in click's context: the remarks on images that were already printed
 
 
 def _remember_reading(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
@@ -134,44 +142,46 @@ def _remember_reading(context: click.Context, parameter: click.Parameter, value:
 
 DATA_ROOT = together(
     click.option(
-        "--data-root", type=PATH, help="where named data sets lie  [default: $EBM_PRIOR_DATA, else user cache]"
+        "--data-root", type=PATH, help="Folder that holds named data sets  [default: $EBM_PRIOR_DATA, else user cache]"
     ),
-    click.option("--download", is_flag=True, help="fetch a named data set if it is not there"),
+    click.option("--download", is_flag=True, help="Download the named data set if it is not there yet"),
     click.option(
         "--array",
         metavar="KEY",
         expose_value=False,
         callback=_remember_reading,
-        help="the array of an .npz that holds the images, if it has several; or --data FILE.npz:KEY",
+        help="Key of the images in an .npz file of several arrays; --data FILE.npz:KEY says the same",
     ),
     click.option(
         "--data-mode",
         type=click.Choice(get_args(Mode)),
         expose_value=False,
         callback=_remember_reading,
-        help="convert the images to colour or to grey, for instance in a folder that mixes both",
+        help="Convert all images to colour or to grey, for instance those of a folder that mixes both",
     ),
 )
-DATA_FORMS = "folder of images, .npz, .npy, .mat, idx file, LMDB or data set name"
-DATA = together(click.option("--data", required=True, help=DATA_FORMS), DATA_ROOT)
+DATA_FORMS = "a folder of images, an .npz, .npy, .mat or idx file, an LMDB, or a data set's name"
+DATA = together(click.option("--data", required=True, help=f"Images to use: {DATA_FORMS}"), DATA_ROOT)
 OWN_DATA = together(
-    click.option("--data", help=f"{DATA_FORMS}  [default: what the backbone or prior was trained on]"),
+    click.option("--data", help=f"Images to use: {DATA_FORMS}  [default: what the backbone or prior was trained on]"),
     DATA_ROOT,
 )
-CONFIG = click.option("--config", "config_file", type=PATH, help="JSON file of settings; options given here win")
+CONFIG = click.option(
+    "--config", "config_file", type=PATH, help="JSON file of settings; options of the command line override it"
+)
 RUN = together(
-    click.option("--out", type=PATH, help="run directory  [default: the next free one under ./runs]"),
-    click.option("--overwrite", is_flag=True, help="start anew where an earlier run lies"),
-    click.option("--resume", is_flag=True, help="go on from the last state of the run in --out, if there is one"),
+    click.option("--out", type=PATH, help="Folder of the run  [default: the next free one under ./runs]"),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out, and start anew"),
+    click.option("--resume", is_flag=True, help="Continue the run in --out from its last saved state, if it has one"),
     CONFIG,
 )
 WATCHING = "Watching"
 
 
 def watch_options(*, preview: bool = False) -> Callable[[Command], Command]:
-    """Options of somebody who watches a training; the command gets them as one argument, `watch: Watch`.
+    """Options for watching a training; the command receives them as one argument, `watch: Watch`.
 
-    `preview`: with --preview, for trainings that make no picture at each evaluation by themselves.
+    `preview`: whether to add --preview, for trainings that do not save a picture at each evaluation anyway.
     """
     options = [
         click.option(
@@ -179,11 +189,11 @@ def watch_options(*, preview: bool = False) -> Callable[[Command], Command]:
             cls=Option,
             section=WATCHING,
             is_flag=True,
-            help="scalars and pictures for TensorBoard, too",
+            help="Also write scalars and pictures for TensorBoard",
         )
     ]
     if preview:
-        text = "a picture at each evaluation, not at every fifth"
+        text = "Save a picture of samples at each evaluation instead of every fifth"
         options.insert(0, click.option("--preview", cls=Option, section=WATCHING, is_flag=True, help=text))
 
     def decorate(command: Command) -> Command:
@@ -205,7 +215,7 @@ def open_images(spec: str, **where: Any) -> ImageSource:
 
 
 def say_remarks(source: ImageSource) -> None:
-    """Print on stderr what a user should know of the reading of images, each remark once."""
+    """Print the remarks of an image source on stderr, each remark once per command."""
     meta = click.get_current_context().meta
     for remark in (f"{source.name}: {remark}" for remark in source.remarks):
         if remark not in meta.setdefault(REMARKED, set()):
@@ -220,14 +230,17 @@ def new_or_resumed(resume: bool, overwrite: bool) -> None:
 
 
 def refuse_unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool, why: str) -> None:
-    """Unless they are `used`, refuse options given whose names begin with one of `starts`; `why`: for the message."""
+    """Refuse options that would have no effect: those `given` with a name that begins with one of `starts`.
+
+    `used`: whether they have an effect, so that nothing is refused. `why`: the reason, for the error message.
+    """
     names = [f"--{key.replace('_', '-')}" for key, v in given.items() if key.startswith(starts) and v is not None]
     if names and not used:
         raise click.UsageError(f"{why}: leave out {', '.join(names)}")
 
 
 def run_directory(out: Path | None, command: str, resume: bool) -> Path:
-    """`places.run_directory`, printed before the work begins, so that a run that is killed can be resumed."""
+    """The folder of the run, from `places.run_directory`. It is printed first, so that a killed run can be resumed."""
     directory = places.run_directory(out, command, resume=resume)
     click.get_current_context().meta[RUN_FOLDER] = directory
     click.echo(f"run: {directory}", err=True)
@@ -235,25 +248,25 @@ def run_directory(out: Path | None, command: str, resume: bool) -> Path:
 
 
 def own(folder: Path) -> None:
-    """Own a folder of results until the command ends. Raises OutputError where another process does."""
+    """Lock a folder of results until the command ends. Raises OutputError where another process has locked it."""
     click.get_current_context().with_resource(owned(folder))
 
 
 def launched_processes() -> Processes:
-    """The processes that torchrun has started, connected by `main`; one alone without torchrun."""
+    """The processes that torchrun has started and `main` has connected; without torchrun, this process alone."""
     return click.get_current_context().find_object(Processes) or ALONE
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Nothing is printed: of several processes the first one speaks."""
+    """Print nothing inside the block. Of several processes only the first one prints."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 
 @contextlib.contextmanager
 def plain_remarks() -> Iterator[None]:
-    """An AssumptionWarning becomes one line on stderr, without the line of code that gave it."""
+    """Inside the block, print an AssumptionWarning as one line on stderr, without the line of code that raised it."""
     usual = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -269,7 +282,7 @@ def plain_remarks() -> Iterator[None]:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of this process for --device `name`. Raises ConfigurationError where it cannot be used."""
+    """The device of this process for the option --device `name`. Raises ConfigurationError if it cannot be used."""
     try:
         require_numbers(device := torch.device(own_device(name)))
         torch.empty(1, device=device)
@@ -284,12 +297,12 @@ def preflight(need: Need, device: torch.device) -> None:
 
 
 def typed_command() -> str:
-    """The command that runs, as it was typed."""
+    """The command line of the running command, as it was typed."""
     return shlex.join(["ebm-prior", *click.get_current_context().meta[WORDS]])
 
 
 def show_result(result: Any, as_json: bool, human: Callable[[Any], str]) -> None:
-    """Print a result: text, or JSON that also says which command made it."""
+    """Print a result as text, made by `human`, or as JSON that also holds the command line."""
     if not as_json:
         click.echo(human(all_printable(result)))
         return
@@ -303,6 +316,10 @@ RECORDED = "{help}  [default: as recorded]"
 
 PRIOR = together(
     click.argument("prior", type=PRIOR_FILE),
-    click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved"),
-    click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on"),
+    click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted"),
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Use the backbone even if its weights differ from those recorded in the prior",
+    ),
 )

@@ -59,6 +59,12 @@ SUITED = {
     if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
 }
 HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers", "joint", "activation", "dropout"))
+PRESET_HELP = "Name of the settings to start from; other options change single ones"
+START = click.option(
+    "--ckpt",
+    "checkpoint",
+    help="Weights to start from: an official file or folder, a converted .safetensors file, or a bundled name",
+)
 
 
 @click.command(
@@ -85,14 +91,19 @@ HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers
 @click.option(
     "--bn-readjust",
     is_flag=True,
-    help="first recompute the batch-norm statistics from the backbone's own samples (NVAE, §5.2); the changed "
-    "backbone is kept beside the prior",
+    help="Recompute NVAE's batch-norm statistics from its own samples before fitting (§5.2); the changed backbone is "
+    "saved in the run folder",
 )
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help="base settings")
-@click.option("--energy", help="an energy of your own in the place of the heads, by its name among ebm_prior.energies")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="default", show_default=True, help=PRESET_HELP)
+@click.option(
+    "--energy", help="Energy of your own in place of the heads: its name among the entry points ebm_prior.energies"
+)
 @config_options(
     FitConfig,
-    wording={"chain_": "mle: {help}  [default: {default}]", "sampler_": "{help}  [default: as the preset has it]"},
+    wording={
+        "chain_": "{help} (only with --objective mle)  [default: {default}]",
+        "sampler_": "{help}  [default: as the preset has it]",
+    },
     also={"iterations": ["--max-steps"]},
 )
 @RUN_SEED
@@ -127,7 +138,7 @@ def fit(
         config = replace(config, parts=processes.count)
     _refuse_unused_settings(config, given, energy)
     if bn_readjust and passes.dtype == torch.bfloat16:
-        raise click.UsageError("batch norms are re-adjusted in float32 or float64: leave out --precision bf16")
+        raise click.UsageError("--bn-readjust computes in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
     if data is None:
         data = own_data(checkpoint, backbone)
@@ -158,14 +169,16 @@ def fit(
 
 
 def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy: str | None) -> None:
-    """Refuse options of `fit` that change nothing under these settings."""
+    """Refuse options of `fit` that have no effect under these settings."""
     mle, density = config.objective == "mle", config.regime == "calibrated"
     refuse_unused(given, ("chain", "refresh", "penalty"), mle, "only mle has chains and a penalty (--objective mle)")
-    refuse_unused(given, ("patience", "ess_floor"), density, "a refiner is no density: it has no gain to wait for")
-    refuse_unused(given, ("ratios",), config.objective == "nce", "ratios are of --objective nce")
+    refuse_unused(
+        given, ("patience", "ess_floor"), density, "only a calibrated prior has a held-out gain, and a refiner is none"
+    )
+    refuse_unused(given, ("ratios",), config.objective == "nce", "only --objective nce learns density ratios")
     staged = config.ratios == "staged" or config.may_stage
     refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
-    refuse_unused(given, HEADS, energy is None, "--energy is an energy of its own, without heads")
+    refuse_unused(given, HEADS, energy is None, "--energy replaces the heads by an energy without heads")
 
 
 @click.command(
@@ -187,11 +200,11 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
         "as_json",
     ),
 )
-@click.option("--backbone", "adapter_name", help="adapter to train (needed without --ckpt)")
+@click.option("--backbone", "adapter_name", help="Name of the adapter to train; required without --ckpt")
 @click.option(
-    "--architecture", help="bundled backbone, or JSON file of the adapter's arguments  [default: its own, if any]"
+    "--architecture", help="Bundled backbone, or JSON file of the adapter's arguments  [default: its own, if any]"
 )
-@click.option("--ckpt", "checkpoint", help="start from these weights: official file or folder, own form, bundled name")
+@START
 @DATA
 @RUN
 @config_options(PretrainConfig)
@@ -223,12 +236,14 @@ def pretrain(
     config = resolve(PretrainConfig(), given | {"seed": seed}, config_file)
     if checkpoint is not None:
         if architecture is not None:
-            raise click.UsageError("--ckpt has its own architecture: leave --architecture out")
+            raise click.UsageError("--ckpt brings its own architecture: leave out --architecture")
         backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
     elif adapter_name is not None:
         backbone = passes.place(new_backbone(adapter_name, architecture, config.seed))
     else:
-        raise click.UsageError("say what to train: --backbone, or --ckpt to go on from trained weights")
+        raise click.UsageError(
+            "no network is named: pass --backbone to train a new one, or --ckpt to continue from trained weights"
+        )
     train, test = (
         open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
         for split in ("train", "test")
@@ -271,20 +286,20 @@ def pretrain(
         "as_json",
     ),
 )
-@click.option("--backbone", "adapter_name", default="shallow", show_default=True, help="adapter to train")
-@click.option("--architecture", help="bundled backbone, or JSON file of the adapter's arguments")
+@click.option("--backbone", "adapter_name", default="shallow", show_default=True, help="Name of the adapter to train")
+@click.option("--architecture", help="Bundled backbone, or JSON file of the adapter's arguments")
 @click.option(
     "--set",
     "changes",
     metavar="KEY=VALUE",
     multiple=True,
-    help="an argument of the adapter, VALUE in JSON: width=16, latents=[16,8] (image_shape is the data's)",
+    help="Argument of the adapter with VALUE in JSON: width=16, latents=[16,8]; image_shape comes from the data",
 )
-@click.option("--ckpt", "checkpoint", help="start from these weights: official file or folder, own form, bundled name")
+@START
 @DATA
 @RUN
 @click.option(
-    "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help="base settings"
+    "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help=PRESET_HELP
 )
 @config_options(JointConfig, skip=("seed", "standardize"))
 @RUN_SEED
@@ -321,10 +336,10 @@ def train(
     refuse_unused(
         given, ("energy_", "prior_chain", "chains", "refresh", "penalty"), ebm, "a Gaussian prior has no energy"
     )
-    refuse_unused(given, ("posterior_chain", "bfloat16"), langevin, "only --posterior langevin has chains of images")
-    refuse_unused(given, ("space",), ebm or langevin, "there are no chains to move")
-    refuse_unused(given, ("refresh",), config.chains == "persistent", "fresh chains all start anew")
-    refuse_unused(given, ("energy_dropout",), config.energy.joint > 0, "dropout is the joint head's (--energy-joint)")
+    refuse_unused(given, ("posterior_chain", "bfloat16"), langevin, "only --posterior langevin has posterior chains")
+    refuse_unused(given, ("space",), ebm or langevin, "these settings have no chains")
+    refuse_unused(given, ("refresh",), config.chains == "persistent", "only --chains persistent has chains to refresh")
+    refuse_unused(given, ("energy_dropout",), config.energy.joint > 0, "only the joint head has dropout")
     images, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
     if checkpoint is not None:
         chosen = click.get_current_context().get_parameter_source("adapter_name")
@@ -355,8 +370,8 @@ def train(
 
 @click.command()
 @DATA
-@click.option("--out", type=PATH, required=True, help="the .safetensors file to write")
-@click.option("--overwrite", is_flag=True, help="replace --out")
+@click.option("--out", type=PATH, required=True, help="Safetensors file to write, with the suffix .safetensors")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file at --out")
 @CONFIG
 @config_options(ClassifierConfig, skip=("seed", "data"), wording=SUITED)
 @RUN_SEED
@@ -370,7 +385,7 @@ def classifier(
     seed: int | None,
     **given: Any,
 ) -> None:
-    """Train the classifier whose features FD compares, on a labelled data set (for `eval --classifier`)."""
+    """Train the classifier that gives the features of FD, on a labelled data set (for `eval --classifier`)."""
     places.require_free(out, overwrite)
     train, test = (open_images(data, split=s, data_root=data_root, download=download) for s in ("train", "test"))
     config = resolve(ClassifierConfig.suited(train.shape, Path(data).stem), given | {"seed": seed}, config_file)

@@ -1,4 +1,4 @@
-"""Types of arguments: paths that are not empty; priors and backbones by path or bundled name, with completion."""
+"""Types of command-line arguments: non-empty paths, and priors and backbones by path or bundled name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ebm_prior.storage.checkpoint import bundled, bundled_priors, prior_file
 
 
 class _Path(click.Path):
-    """A path that is not empty: "" would be the current folder, and is what a variable that is not set leaves."""
+    """A non-empty path. An empty one, which an unset shell variable leaves, would mean the current folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Click's conversion. Refuses an empty string."""
@@ -25,7 +25,7 @@ class _Prior(_Path):
     """The path of a prior, or the name of a bundled one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The file that is meant."""
+        """The path of the prior file that `value` names."""
         return prior_file(super().convert(value, param, ctx))
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

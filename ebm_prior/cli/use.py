@@ -60,23 +60,27 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
     first=("number", "out", "compare", "overwrite", "checkpoint", "steps", "temperature", "seed", "device", "as_json"),
 )
 @click.argument("prior", type=PRIOR_FILE, required=False)
-@click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="number of samples")
+@click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="Number of samples to draw")
 @click.option(
     "--out",
     type=PATH,
-    help=".png: a grid; .npz: arrays; without suffix: a folder of PNG files  [default: the next free drawn-001.png, "
-    "drawn-002.png, … beside PRIOR]",
+    help="File or folder to write: a .png grid, .npz arrays, or (without suffix) a folder of PNG files  "
+    "[default: the next free drawn-001.png, drawn-002.png, … beside PRIOR]",
 )
-@click.option("--compare", is_flag=True, help="in the grid, show the backbone's own samples beside them")
-@click.option("--overwrite", is_flag=True, help="replace what is at --out")
-@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
-@click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
+@click.option(
+    "--compare", is_flag=True, help="Show the backbone's own samples beside those of the prior, in a .png grid"
+)
+@click.option("--overwrite", is_flag=True, help="Replace what exists at --out")
+@click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted")
+@click.option(
+    "--force", is_flag=True, help="Use the backbone even if its weights differ from those recorded in the prior"
+)
 @click.option(
     "--chunk",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="samples at a time, rounded to blocks of 64; changes no result",
+    help="Samples computed at a time, rounded to blocks of 64; no result depends on it",
 )
 @CONFIG
 @config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
@@ -109,7 +113,7 @@ def sample(
         click.echo(f"prior: {prior}, the newest under ./runs", err=True)
     out = out or places.next_drawing(prior)
     if out.suffix not in (".png", ".npz", ""):
-        raise click.UsageError(f"--out is a .png, an .npz or a folder (without suffix), found {out}")
+        raise click.UsageError(f"--out must be a .png, an .npz or a folder (without suffix), found {out}")
     if compare and out.suffix != ".png":
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
     samples.require_place(out, overwrite)
@@ -135,27 +139,37 @@ def sample(
 )
 @click.argument("priors", type=PRIOR_FILE, nargs=-1, required=True)
 @OWN_DATA
-@click.option("--ckpt", "checkpoint", help="where the backbone is, if it has moved")
-@click.option("--force", is_flag=True, help="use a backbone with other weights than the prior was trained on")
-@click.option("--classifier", type=PATH, help="feature classifier of FD  [default: the bundled one for such images]")
+@click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted")
+@click.option(
+    "--force", is_flag=True, help="Use the backbone even if its weights differ from those recorded in the prior"
+)
+@click.option(
+    "--classifier",
+    type=PATH,
+    help="Classifier that gives the features of FD  [default: the bundled one for such images]",
+)
 @click.option(
     "--features",
     "own",
     metavar="MODULE:FUNCTION",
-    help="features of FD of your own: a function from images (B, C, H, W) in [0, 1] to (B, D), in an installed module "
-    "or in the current folder",
+    help="Function of your own that gives the features of FD, from images (B, C, H, W) in [0, 1] to (B, D), in an "
+    "installed module or in the current folder",
 )
 @click.option(
-    "--inception", type=PATH, help="Inception weights, a file or a folder of both: take their features, and add FID"
+    "--inception",
+    type=PATH,
+    help="Inception weights that give the features of FD, and FID: a file, or a folder of both files",
 )
-@click.option("--fid", is_flag=True, help="as --inception, with the weights in the cache (--download fetches them)")
+@click.option(
+    "--fid", is_flag=True, help="Like --inception, with the weights in the user's cache (--download fetches them)"
+)
 @click.option(
     "--fid-mode",
     "modes",
     type=click.Choice(MODES),
     multiple=True,
-    help="clean-fid's preprocessing; repeat the option for several; legacy_pytorch is comparable with the paper  "
-    "[default: clean]",
+    help="Preprocessing of clean-fid, where legacy_pytorch is comparable with the paper; repeat the option for several"
+    "  [default: clean]",
 )
 @CONFIG
 @config_options(EvalConfig, skip=("seed", "energy"))
@@ -183,10 +197,10 @@ def evaluate(
 ) -> None:
     """Measure priors of one backbone against held-out images: FD, KID, gap closed, held-out gain, AUC, pixels.
 
-    FD and KID need features: of the bundled classifier for such images, or of --classifier, --features or --fid. With
-    several PRIORS (training seeds, say) the mean and standard deviation are printed as well. With Inception's
-    features come the figures that papers publish: FID, KID and Inception Score of --fid-samples draws against all
-    images of --fid-split, each with its card.
+    FD and KID use the features of the bundled classifier for such images, or those of --classifier, --features or
+    --fid. For several PRIORS (of several training seeds, say) mean and standard deviation are printed too. With
+    --fid or --inception the published figures are added: FID, KID and Inception Score of --fid-samples draws against
+    all images of --fid-split, with everything that they depend on.
     """
     _require_one_network((classifier, own, inception, fid), modes, given)
     stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
@@ -225,7 +239,7 @@ def evaluate(
 
 
 def _held_out(data: str | None, images: Opener, prior: Path, shape: Shape) -> list[ImageSource]:
-    """The test and the training images: as typed, or those that the prior was trained on."""
+    """The test and the training images: those of --data, or else those that the prior was trained on."""
     if data is not None:
         splits: tuple[Split, ...] = ("test", "train")
         return [images.typed(data, split=split, image_shape=shape) for split in splits]
@@ -237,7 +251,10 @@ def _held_out(data: str | None, images: Opener, prior: Path, shape: Shape) -> li
 def _features(
     images: ImageSource, classifier: Path | None, own: str | None, device: torch.device
 ) -> FeatureExtractor | None:
-    """The network of FD that was asked for, else the bundled one for such images; None, with a remark, without one."""
+    """The network that gives the features of FD: the one asked for, or else the bundled one for such images.
+
+    Without either, None and a remark.
+    """
     if own is not None:
         return own_features(own, device)
     try:
@@ -248,17 +265,19 @@ def _features(
 
 
 def _require_one_network(named: Sequence[object], modes: Sequence[str], given: Mapping[str, Any]) -> None:
-    """Refuse options that name several networks of features, or that mean nothing without Inception's.
+    """Refuse options that name more than one feature network, and options that only Inception's features have.
 
     named: the values of --classifier, --features, --inception and --fid.
     """
     inception, fid = named[-2:]
     if sum(map(bool, named)) > 1:
-        raise click.UsageError("--classifier, --features, --inception and --fid each name the features: give one")
+        raise click.UsageError(
+            "--classifier, --features, --inception and --fid each choose the features of FD: give one of them"
+        )
     lacking = [key for key in ("fid_samples", "fid_split") if given[key] is not None] + ["fid_mode"] * bool(modes)
     if lacking and not (inception or fid):
         names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
-        raise click.UsageError(f"{names}: only Inception's features have these; pass --fid or --inception with it")
+        raise click.UsageError(f"{names}: only for Inception's features; pass --fid or --inception too")
 
 
 def _loaded(
@@ -269,7 +288,7 @@ def _loaded(
     given: Mapping[str, Any],
     stored: Mapping[str, Any],
 ) -> list[EBMPrior]:
-    """The priors, on one backbone, with the sampler's settings that are given or stored in place of those recorded."""
+    """The priors on one shared backbone. Sampler settings of the command line or --config replace the recorded ones."""
     first = load_prior(paths[0], checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     loaded = [first, *(load_prior(path, first.backbone, force=force) for path in paths[1:])]
     for prior in loaded:
@@ -282,16 +301,18 @@ def _loaded(
 )
 @PRIOR
 @click.argument("what", type=click.Choice(list(PICTURES)))
-@click.option("--data", help=f"images to start from, {DATA_FORMS}  [default: what the prior was trained on]")
+@click.option("--data", help=f"Images to start from: {DATA_FORMS}  [default: what the prior was trained on]")
 @DATA_ROOT
-@click.option("-n", "--number", type=click.IntRange(1), help="rows, chains or codes  [default: depends on the picture]")
+@click.option(
+    "-n", "--number", type=click.IntRange(1), help="Number of rows, chains or codes  [default: depends on the picture]"
+)
 @click.option(
     "--out",
     type=PATH,
-    help="the .png, for transitions also a moving .gif; its arrays lie beside it as .npz  "
-    "[default: the next free .png beside PRIOR]",
+    help="PNG file to write (of transitions also a moving .gif), with its arrays beside it as .npz  "
+    "[default: the next free one beside PRIOR]",
 )
-@click.option("--overwrite", is_flag=True, help="replace what is at --out")
+@click.option("--overwrite", is_flag=True, help="Replace what exists at --out")
 @CONFIG
 @config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
 @RUN_SEED
@@ -342,7 +363,7 @@ def show(
         else:
             (images,) = opener.own("test", otherwise=named, shape=shape)
     elif data is not None:
-        raise click.UsageError(f"{what} starts from no images: leave --data out")
+        raise click.UsageError(f"the picture {what} uses no images: leave out --data")
     with Bar("show", loaded.sampler.steps if what in WITH_CHAINS else 1) as bar:
         if out.suffix == ".gif":
             files = save_film(transitions_film(loaded, number or PICTURES[what], seed=seed, progress=bar), out)

@@ -1,10 +1,10 @@
-"""CUDA graphs: what a GPU does for one step of its chains, recorded once and replayed without the host in between.
+"""CUDA graphs: the GPU work of one step of the chains is recorded once and then replayed without the host.
 
-A step is thousands of small kernels, which a host launches more slowly than a GPU runs them unless batches are large.
-The first call of a function runs normally, and the buffers of the noise that it draws are kept; the second call with
-inputs of the same shapes records the graph; later calls refill the buffers with new noise, and replay. A replay reads
-the weights at the addresses they had when it was recorded, so it follows changes in place and no others. The memory
-that a function takes at its peak stays reserved as long as its graph exists.
+A step consists of thousands of small kernels. Unless batches are large, the host launches them more slowly than the GPU
+runs them. The first call of a function runs normally and remembers its noise buffers. The second call with inputs of
+the same shapes records the graph. Later calls refill the buffers with new noise and replay. A replay reads the weights
+at the addresses they had during the recording, so weights may change only in place. The memory that a function needs at
+its peak stays reserved as long as its graph exists.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ebm_prior.compute.randomness import Generator, Source, standard_normal, uniform
 
 Function = Callable[[Any, Generator], Any]
-"""(tree of tensors, source of noise) -> tree of tensors. It is pure, and never waits for a number from the device."""
+"""(tree of tensors, source of noise) -> tree of tensors. Pure, and never reads a number back from the device."""
 
 
 class Tape(Source):
-    """A source of noise that keeps what it draws from a generator; rewound, it hands out the same memory in order."""
+    """A source of noise that remembers its buffers. After `rewind` it returns the same buffers again, in order."""
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
@@ -41,11 +41,11 @@ class Tape(Source):
         return self._take(uniform, shape, dtype, device)
 
     def rewind(self) -> None:
-        """From now on hand out the kept noise, from the beginning, instead of drawing."""
+        """From now on return the stored buffers, from the first one on, instead of drawing noise."""
         self._next, self._generator = 0, None
 
     def refill(self, generator: Generator) -> None:
-        """Draw new noise into the kept memory, in the order of the recording."""
+        """Draw new noise into the stored buffers, in the order of the recording."""
         for draw, memory in self._kept:
             memory.copy_(draw(memory.shape, generator, dtype=memory.dtype, device=memory.device))
 
@@ -60,15 +60,15 @@ class Tape(Source):
 
 
 class Graph:
-    """A function recorded for inputs of certain shapes, types and device, with the noise of a tape."""
+    """A function recorded for inputs of fixed shapes, types and device, with the noise buffers of a tape."""
 
     def __init__(self, function: Function, inputs: Any, tape: Tape, where: Place) -> None:
-        """Raises RuntimeError where the function cannot be recorded: it waits for the device, say."""
+        """Record `function`. Raises RuntimeError where that is impossible, e.g. because it waits for the device."""
         self._tape, self._inputs = tape, tree_map(torch.clone, inputs)
         self._graph = torch.cuda.CUDAGraph()
         with where.aside():
             tape.rewind()
-            with _refusing_to_wait():  # tried first: a recording that is broken off leaves torch's state in disorder
+            with _refusing_to_wait():  # a trial run first: an interrupted recording leaves torch in a broken state
                 function(self._inputs, tape)
             tape.rewind()
             with torch.cuda.graph(self._graph, pool=where.pool, stream=where.stream):
@@ -80,7 +80,7 @@ class Graph:
             memory.copy_(tensor)
         self._tape.refill(generator)
         self._graph.replay()
-        return tree_map(torch.clone, self._results)  # before the next replay overwrites them
+        return tree_map(torch.clone, self._results)  # copies, because the next replay overwrites the results
 
 
 class Place:
@@ -92,19 +92,19 @@ class Place:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Work on the stream: it begins after all work queued before, and later work waits for it."""
+        """Run the block on the stream: after all work queued before it, and before all work queued later."""
         before = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(before)
         try:
             with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
                 yield
         finally:
-            torch.cuda.set_stream(before)  # which a recording that is broken off does not do
+            torch.cuda.set_stream(before)  # an interrupted recording does not restore the stream itself
             before.wait_stream(self.stream)
 
 
 class Graphs:
-    """The graphs of one owner's functions, by name and kind of inputs. If one cannot be recorded, none is used."""
+    """The graphs of an owner's functions, by name and kind of inputs. If one cannot be recorded, no graph is used."""
 
     def __init__(self) -> None:
         self._met: dict[Hashable, Tape | Graph] = {}  # a tape after the first call, then a graph
@@ -112,7 +112,7 @@ class Graphs:
         self._broken = False
 
     def run(self, name: Hashable, function: Function, inputs: Any, generator: Generator = None) -> Any:
-        """`function(inputs, generator)`, by replay from the second call of this name with inputs of this kind on."""
+        """The value of `function(inputs, generator)`; from the second call with such name and inputs on by replay."""
         leaves = tree_leaves(inputs)
         key = name, tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in leaves)
         met = self._met.get(key)
@@ -134,10 +134,10 @@ class Graphs:
                 self._places[device] = Place(device)
             self._met[key] = graph = Graph(function, inputs, tape, self._places[device])
             return graph
-        except RuntimeError as error:  # out of memory, too
+        except RuntimeError as error:  # also when memory runs out
             reason = str(error).splitlines()[0]
         self._broken = True
-        self._met.clear()  # which frees the memory that graphs keep
+        self._met.clear()  # frees the memory that the graphs reserve
         self._places.clear()
         warnings.warn(f"runs without CUDA graphs, slower: {reason}", stacklevel=3)
         return None

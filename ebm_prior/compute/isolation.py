@@ -1,7 +1,7 @@
-"""The process's own settings, kept away from our results: default dtype and device, modes, the global random state.
+"""Isolation from the global settings of torch: default dtype and device, modes, and the global random state.
 
-A caller may have set torch's default dtype to bfloat16 for a language model, or be inside `torch.inference_mode()`.
-What a file holds, and what a seed draws, must not depend on that.
+A caller may have set torch's default dtype to bfloat16 for a language model, or be inside `torch.inference_mode()`. The
+content of files and the numbers drawn from a seed must not depend on that.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from ebm_prior.errors import ConfigurationError
 
 PRECISIONS = (torch.float32, torch.float64)
-"""Of parameters. bfloat16 is a precision of cells, which `load_backbone` knows."""
+"""Precisions of parameters. bfloat16 is possible only for the cells of a network (see `load_backbone`)."""
 
 
 @contextlib.contextmanager
 def isolated(*, grad: bool | None = None) -> Iterator[None]:
-    """Inside, torch is as a fresh process has it, whatever the caller has set; after it, as the caller had it.
+    """Inside the block, torch has the settings of a fresh process; afterwards those of the caller are restored.
 
     Default dtype float32, default device cpu, neither inference mode nor autocast; deterministic mode only warns where
-    an operation has no such implementation; torch's global random state is put back. `grad`: whether gradients are
-    recorded; None leaves that as it is, where inference mode counts as no. Usable as a decorator, too.
+    an operation has no such implementation; torch's global random state is restored. `grad`: whether gradients are
+    recorded; None keeps the caller's choice, with inference mode counted as no. Can be used as a decorator too.
     """
     with contextlib.ExitStack() as stack:
         _modes(stack, grad)
@@ -60,7 +60,7 @@ def require_precision(dtype: torch.dtype) -> None:
 
 
 def require_numbers(device: torch.device | str) -> None:
-    """Raise ConfigurationError for what is no device, and for "meta", on which tensors have shapes and no numbers."""
+    """Raise ConfigurationError for an unknown device, and for "meta", where tensors have shapes but no numbers."""
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 def peak_bytes(run: Callable[[], object]) -> int:
     """The largest number of bytes that tensors made by `run` take at one time.
 
-    Memory that an operation takes for itself while it runs is not seen.
+    Temporary memory inside a single operation is not counted.
     """
     living = _Living()
     with living:
@@ -26,7 +26,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every storage from the operation that makes it to its end."""
+    """Tracks the bytes of all living tensor storages, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,11 +1,11 @@
-"""One run in several processes: each does its share of the work, and all of them know all results.
+"""One run in several processes: each computes a share of the work, and then all processes have all results.
 
     torchrun --nproc-per-node N -m ebm_prior fit|sample|eval …
 
-Every process runs the same program on the same settings. The work is shared by a `map` over items whose results do not
-depend on the process that computes them: chunks of samples, parts of a batch, batches of held-out images. So a run is
-the same, bit for bit, in any number of processes on machines of one kind. Results (gradients of the heads, moved
-chains, samples) are small beside the work behind them, so they are exchanged through the hosts (gloo), from GPUs, too.
+Every process runs the same program with the same settings. The work is shared by `Processes.map` over items, and the
+result of an item never depends on the process that computes it. Items are chunks of samples, parts of a batch, or
+batches of held-out images. So a run gives the same bits with any number of processes on machines of one kind. Results
+(gradients of the heads, moved chains, samples) are small, so they are exchanged through the hosts (gloo), even on GPUs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Processes:
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`function` of every item, in order: each process computes a contiguous share, and all get all results.
 
-        Every process must come to it, with the same items. A stated error of one is raised in all. Results that hold
-        tensors on a GPU arrive on the current one. Raises ProcessError where another process has ended.
+        All processes must call it with the same items. An EbmPriorError in one process is raised in all. Tensors on a
+        GPU arrive on the current GPU of each process. Raises ProcessError where another process has ended.
         """
         if self.count == 1:
             return [function(item) for item in items]
@@ -59,7 +59,7 @@ class Processes:
         return [result for found, _ in shares for result in found]
 
     def of_first(self, make: Callable[[], Result]) -> Result:
-        """The result of `make`, called in the first process alone and handed to all."""
+        """The result of `make`, which only the first process calls; all processes get it."""
         return self.map(lambda _: make(), range(1))[0]
 
     def _exchange(self, own: Any) -> list[Any]:
@@ -69,7 +69,7 @@ class Processes:
         found: list[Any] = [None] * self.count
         try:
             dist.all_gather_object(found, buffer.getvalue())
-        except RuntimeError as error:  # of gloo, whose connection has broken
+        except RuntimeError as error:  # gloo's connection has broken
             raise ProcessError(
                 f"another of the {self.count} processes of this run has ended, so this one (number {self.rank}) ends, "
                 "too. See what it said; a fit goes on from its last state with --resume"
@@ -86,7 +86,7 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def launched() -> Iterator[Processes]:
-    """The processes that torchrun has started, connected unless they are so already, or this one alone.
+    """The processes that torchrun has started, connected if they were not yet; without torchrun, this process alone.
 
     Raises ProcessError where they cannot be connected.
     """
@@ -109,7 +109,7 @@ def launched() -> Iterator[Processes]:
 
 
 def own_device(name: str) -> str:
-    """The device of this process for a device `name` that a user gave: of several processes each has its own GPU."""
+    """The device of this process for the user's device `name`: each of several processes has a GPU of its own."""
     if name != "cuda" or not (dist.is_available() and dist.is_initialized()):
         return name
     torch.cuda.set_device(dist.get_node_local_rank())

@@ -1,7 +1,7 @@
 """Reproducible randomness: generators derived from (seed, purpose), and work cut into blocks of samples.
 
-Image i of a run must be the same for any batching, chunking or number of processes. So samples are drawn in fixed
-blocks of `BLOCK`, each with its own torch.Generator derived from (seed, block number), and chunks are whole blocks.
+Image i of a run must not depend on batching, chunking or the number of processes. So samples are drawn in fixed blocks
+of `BLOCK`. Each block has a torch.Generator of its own, derived from (seed, block number), and chunks are whole blocks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BLOCK = 64
 class Purpose(IntEnum):
     """The purpose of a stream of random numbers: the word after the seed in `derived_seed`.
 
-    A number is part of what a seed means: with another one the same seed would give other priors. Two purposes share a
-    number only where no run has both (`tests/compute/test_randomness.py` lists these pairs).
+    The numbers must never change, because then the same seed would give other priors. Two purposes share a number only
+    if no run uses both (`tests/compute/test_randomness.py` lists these pairs).
     """
 
     INITIAL_WEIGHTS = 0
@@ -32,7 +32,7 @@ class Purpose(IntEnum):
     CLASSIFIER_WEIGHTS = 0
     CLASSIFIER_SHIFT = 1
     CLASSIFIER_MIRROR = 2
-    GAUGE_FOLDS = 0  # of the first set of latents; + 1: of the second
+    GAUGE_FOLDS = 0  # for the first set of latents; + 1 for the second
     GAUGE_WEIGHTS = 2
     GAUGE_SUBSETS = 3
     HEADS = 10
@@ -153,9 +153,10 @@ def seeded(device: torch.device, *words: int) -> Iterator[None]:
 
 
 def derived_seed(*words: int) -> int:
-    """A 63-bit seed from a tuple of non-negative integers, well mixed: nearby tuples give unrelated seeds.
+    """A 63-bit seed from a tuple of non-negative integers; nearby tuples give unrelated seeds.
 
-    Trailing zeros do not count, (7,) and (7, 0) are one: tuples of different lengths must differ in a word before.
+    Trailing zeros do not count: (7,) and (7, 0) give the same seed. So tuples of different lengths must differ in an
+    earlier number.
     """
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 

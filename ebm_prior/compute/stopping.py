@@ -1,7 +1,7 @@
-"""Stopping in good order: Ctrl-C (SIGINT) and SIGTERM wait until the step at work is done and saved; a second does not.
+"""Orderly stopping: after Ctrl-C (SIGINT) or SIGTERM the present step is finished and saved; a second stops at once.
 
-A program that wants this says so by `stoppable`, as the command line does. Elsewhere (in a notebook, say) signals do
-what they always do: a library does not change how its caller is stopped.
+A program asks for this by `stoppable`, as the command line does. Elsewhere (in a notebook, say) signals work as usual,
+because a library must not change how its caller is stopped.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Wish:
-    """Somebody's wish that the work should stop: the first signal that came, None as long as none has."""
+    """The request to stop: `signal` is the first signal that arrived, or None."""
 
     signal: int | None = None
 
 
-_granted: list[Wish] = []  # wishes that the work at hand will look at, the innermost last
+_granted: list[Wish] = []  # requests that running work will check, the innermost last
 
 
 @contextlib.contextmanager
 def stoppable(on_wish: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise Stopped, at once or where the work at hand grants the wish (`wish_granted`).
+    """Inside the block, SIGINT and SIGTERM raise Stopped: at once, or after the present step inside `wish_granted`.
 
-    `on_wish` is called, within the signal's handler, when the work is going to stop later. A signal that is ignored
-    stays ignored. Only the main thread can be stopped so; in another one nothing changes.
+    `on_wish` is called in the signal handler if the work will stop later. Signals that were ignored stay ignored. This
+    works only in the main thread; in another one the block changes nothing.
     """
 
     def handle(number: int, _: Any) -> None:
@@ -58,9 +58,9 @@ def stoppable(on_wish: Callable[[], object] = lambda: None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def wish_granted(able: bool = True) -> Iterator[Wish]:
-    """Inside, the first signal is kept in the Wish that is returned: the work looks at it, and stops when it can.
+    """Inside the block, the first signal is stored in the yielded Wish, which the work checks after each step.
 
-    `able`: False where stopping later would save nothing; signals then act at once.
+    `able`: False if stopping later would save nothing; signals then act at once.
     """
     wish = Wish()
     if not able:

@@ -33,7 +33,7 @@ def from_array(
 
 
 def as_pixels(images: ArrayLike, name: str, image_shape: Shape | None) -> Tensor:
-    """Images of `from_array` as uint8 or float32 (N, C, H, W), of which the range is not checked yet."""
+    """Images of `from_array` as uint8 or float32 (N, C, H, W); the range of values is not checked yet."""
     array = np.asarray(images)
     if 0 in array.shape:
         raise DataError(f"{name}: no images, the array has shape {array.shape}")
@@ -66,9 +66,9 @@ def shape_problem(found: Shape, expected: Shape) -> str:
 
 
 def require_memory(name: str, needed: int, *, instead: str = "") -> None:
-    """Raise MemoryLimitError where `needed` bytes are more than this machine has free. Asked before they are taken.
+    """Raise MemoryLimitError if less than `needed` bytes are free. Called before the memory is allocated.
 
-    instead: what else the user can do.
+    instead: further advice for the error message.
     """
     free = free_bytes(torch.device("cpu"))
     if free is not None and needed > free:
@@ -80,7 +80,7 @@ def require_memory(name: str, needed: int, *, instead: str = "") -> None:
 
 
 def loaded_bytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
-    """Memory that an array takes until it is a source: its own, and that of a copy where `from_array` makes one."""
+    """Peak memory in bytes while an array becomes a source: its own, and that of the copy if `from_array` makes one."""
     count = int(np.prod([int(side) for side in shape], dtype=object))
     kept = 1 if dtype == np.uint8 else 4
     copied = dtype not in (np.dtype(np.uint8), np.dtype(np.float32)) or (len(shape) == 4 and shape[1] not in (1, 3))

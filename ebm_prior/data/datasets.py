@@ -1,4 +1,4 @@
-"""Images of anybody's map-style data set: torch's, torchvision's, or Hugging Face's."""
+"""Images from map-style data sets of torch, torchvision or Hugging Face."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _READ_TWICE = 8  # items, which must be the same the second time: a random flip 
 
 
 class MapStyle(Protocol):
-    """What is asked of a data set: torch.utils.data.Dataset with a length, or datasets.Dataset."""
+    """The interface of a data set: torch.utils.data.Dataset with a length, or datasets.Dataset."""
 
     def __len__(self) -> int: ...
 
@@ -73,7 +73,7 @@ def from_dataset(
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """The items of a data set, asked for when they are read."""
+    """A store that reads the items of a data set when they are needed."""
 
     dataset: MapStyle
     name: str
@@ -119,7 +119,7 @@ def _lazily(dataset: MapStyle, name: str, image_shape: Shape | None) -> ImageSou
 
 
 def _listed_labels(dataset: MapStyle) -> Any:
-    """All labels without any image, where the data set knows them."""
+    """All labels, read without reading images, if the data set lists them; else None."""
     columns = getattr(dataset, "column_names", None)
     for key in _LABEL_KEYS:
         if isinstance(columns, list) and key in columns:

@@ -50,7 +50,7 @@ class Pictures:
 
 
 def open_folder(root: Path, split: Split, image_shape: Shape | None, mode: Mode | None) -> ImageSource:
-    """The pictures below `root`, or below its folder for `split`, labelled by subfolders where all lie in some."""
+    """The pictures below `root` or its folder for `split`; labelled by subfolder if all of them lie in subfolders."""
     folder, beside = split_folder(root, split)
     found = find_pictures(folder)
     names = [str(path) for path in found.paths]
@@ -81,7 +81,7 @@ def open_folder(root: Path, split: Split, image_shape: Shape | None, mode: Mode 
 
 
 class Found(NamedTuple):
-    """The pictures of a folder in their order, what else lies there (numbers in words), and which files they are."""
+    """The pictures of a folder in order, a description of the entries left out, and the identities of the files."""
 
     paths: list[Path]
     left_out: list[str]
@@ -91,11 +91,11 @@ class Found(NamedTuple):
 def find_pictures(folder: Path) -> Found:
     """The image files below `folder`, sorted, each real file once.
 
-    Links are followed. A file is known by device and inode, not by its resolved path: so hard links, too, and one disk
-    mounted at two places give each file once, for an image that counts twice may be held out and trained on at once. Of
-    several names the one that no link leads to is kept, then the first in order. Each folder is entered once, so that
-    links in a circle end. Names that start with a dot are skipped: thumbnails, notebook checkpoints, what macOS leaves
-    on foreign disks. Raises DataError for a folder that cannot be listed.
+    Links are followed. A file is identified by device and inode, so that hard links, and disks mounted at two places,
+    give each file once; an image that counts twice could be trained on and held out at the same time. Of several names
+    a real path is preferred to a link, then the first in order. Each folder is entered once, so circular links end.
+    Names that start with a dot are skipped (thumbnails, notebook checkpoints, files of macOS). Raises DataError for a
+    folder that cannot be listed.
     """
     walk = _Walk(folder)
     walk.run()
@@ -192,12 +192,12 @@ class _Walk:
 
 
 def _identity(path: Path, status: os.stat_result) -> tuple[object, ...]:
-    """What two names of one file share. Some network disks know no inodes: there, the path without links."""
+    """The identity of a file: device and inode, or the resolved path on network disks without inodes."""
     return (status.st_dev, status.st_ino) if status.st_ino else (os.path.realpath(path),)
 
 
 def picture_classes(folder: Path, paths: Sequence[Path]) -> list[str] | None:
-    """The subfolder of `folder` in which each of these files lies; None where one lies in no subfolder."""
+    """For each file the subfolder of `folder` that holds it; None if any file lies in no subfolder."""
     parts = [path.relative_to(folder).parts for path in paths]
     return [part[0] for part in parts] if all(len(part) > 1 for part in parts) else None
 
@@ -205,7 +205,7 @@ def picture_classes(folder: Path, paths: Sequence[Path]) -> list[str] | None:
 def split_folder(folder: Path, split: Split) -> tuple[Path, list[str]]:
     """The subfolder that holds `split`, or `folder` itself if it has no subfolders named after splits.
 
-    The list says, with their number, which entries lie beside the splits and belong to none.
+    The second result lists, with counts, the entries beside the splits that belong to none of them.
     """
     names = [name for names in _SPLIT_FOLDERS.values() for name in names]
     present = [name for name in names if (folder / name).is_dir()]

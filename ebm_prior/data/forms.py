@@ -1,4 +1,4 @@
-"""Images in whatever form somebody has them in Python, as a source of images for one backbone."""
+"""Images in any form that Python users have, converted to a source of images for a backbone."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ FORMS = "a tensor or array (N, C, H, W), a torch or Hugging Face data set, a lis
 
 
 def as_images(images: Any, image_shape: Shape, *, name: str = "images") -> Images:
-    """Images of one shape, checked: what `fit` and `evaluate` take, whatever form it comes in.
+    """The images that a caller passes to `fit` or `evaluate`, in any form, as checked images of one shape.
 
     Args:
         images: a Tensor or NumPy array, uint8 or float in [0, 1], (N, C, H, W), (N, H, W, C) or (N, H, W); a map-style
-            data set or a list, of which an item is read whenever it is needed (`from_dataset`); an `ImageSource`, or
-            an object of one's own with `name`, `len` and `batch`.
+            data set or a list, with items read when they are needed (`from_dataset`); an `ImageSource`, or any object
+            with `name`, `len` and `batch`.
         image_shape: (C, H, W) that the images must have: the backbone's.
-        name: what messages and records call them, where they have no name of their own.
+        name: the name in messages and records, for images without a name of their own.
 
     Returns:
-        The images, which are looked at whenever they are read: finite, in [0, 1], of this shape.
+        The images, which are checked whenever they are read: finite, in [0, 1], of this shape.
 
     Raises:
         DataError: for anything else, and for images of another shape.
@@ -59,7 +59,7 @@ def as_images(images: Any, image_shape: Shape, *, name: str = "images") -> Image
 
 
 def _as_array(images: Tensor | np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    """Of a tensor on any device the array; half precision is read as float32."""
+    """The NumPy array of a tensor on any device; half precision becomes float32."""
     if isinstance(images, np.ndarray):
         return images
     try:

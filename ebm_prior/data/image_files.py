@@ -1,7 +1,7 @@
 """Reading arrays of images from files: idx, .npy, .npz and .mat. `ebm_prior.data.images` makes sources of them.
 
-No file is trusted: only regular files are opened, nothing is unpickled, sizes in headers are checked against the file
-and against free memory before anything is inflated, and whatever a decoder raises becomes a DataError with the name.
+No file is trusted. Only regular files are opened, and nothing is unpickled. Sizes in headers are compared with the file
+and with free memory before anything is decompressed. Any error of a decoder becomes a DataError with the file's name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ebm_prior.data.source import Split
 from ebm_prior.errors import DataError, EbmPriorError
 
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
-_BOMB_BYTES, _BOMB_RATIO = 2**32, 250  # pictures do not compress like this; an archive made to fill the memory does
+_BOMB_BYTES, _BOMB_RATIO = 2**32, 250  # size and compression ratio of archives made to fill the memory, not of images
 _KINDS = (
     (stat.S_ISDIR, "folder"),
     (stat.S_ISFIFO, "named pipe"),
@@ -135,9 +135,9 @@ def _unpacked(file: BinaryIO, packed: bool) -> contextlib.AbstractContextManager
 def read_numpy(
     path: Path, split: Split, array: str | None = None
 ) -> tuple[str, NDArray[Any], NDArray[Any] | None, list[str]]:
-    """A name for what was read, the images and the labels (None if absent) of an .npy or .npz file, unchecked.
+    """The contents of an .npy or .npz file, unchecked: a name, the images, the labels or None, and a note.
 
-    array: the key of the images in an .npz. The last entry: what else the file holds that was not read.
+    array: the key of the images in an .npz. The note describes arrays in the file that were not read.
     """
     with reading(path, "a numpy array file"), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -164,7 +164,7 @@ def read_numpy(
 
 
 def _declared(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int] | None:
-    """Shape, type and length of the header of an .npy stream; None where it is none: numpy says what is wrong."""
+    """Shape, type and header length of an .npy stream; None where it has no such header, so that numpy can complain."""
     try:
         version = np.lib.format.read_magic(file)
     except ValueError:
@@ -185,9 +185,10 @@ def _require_promise(name: str, declared: tuple[tuple[int, ...], np.dtype[Any], 
 
 
 def _require_members(path: Path, archive: zipfile.ZipFile, keys: Sequence[str]) -> None:
-    """Raise ValueError for a member whose header lies, MemoryLimitError where all of `keys` do not fit; inflate none.
+    """Check the headers of an archive's members without decompressing them.
 
-    zipfile never inflates a member past the size that the archive declares for it.
+    Raises ValueError for a wrong header, and MemoryLimitError where `keys` together do not fit in memory. zipfile never
+    decompresses a member beyond the size that the archive declares.
     """
     needed = 0
     for key in keys:

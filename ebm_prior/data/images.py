@@ -1,7 +1,7 @@
-"""Opening images, wherever they lie: a folder, arrays, idx files, an LMDB, or the name of a known data set.
+"""Opening images from a folder, arrays, idx files, an LMDB, or by the name of a known data set.
 
-Nothing is resized or padded on the way, and recoloured only on request: a backbone is trained on images of one shape,
-and a resize nobody asked for changes every score, so another shape is an error that says what was expected and found.
+Images are never resized or padded, and recoloured only on request. A backbone is trained on images of one shape, and an
+unnoticed resize would change every score. So images of another shape are an error.
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ def open_images(
 
 
 def known_data_set(name: str) -> str | None:
-    """What `DATA_SET_NAMES` calls the data set; case, hyphens and underscores do not matter. None: not known."""
+    """The data set's name in `DATA_SET_NAMES`, without regard to case, hyphens and underscores; None if unknown."""
     return {plain_name(known): known for known in DATA_SET_NAMES}.get(plain_name(name))
 
 
 def default_data_root() -> Path:
-    """Where data sets are looked for: $EBM_PRIOR_DATA, else ebm-prior/data in the user's cache directory."""
+    """The default folder of data sets: $EBM_PRIOR_DATA, else ebm-prior/data in the user's cache directory."""
     if chosen := os.environ.get("EBM_PRIOR_DATA"):
         return Path(chosen).expanduser()
     return user_cache() / "data"
@@ -125,7 +125,7 @@ def _require_words(option: str, value: object) -> None:
 
 
 def _existing(spec: str, array: str | None) -> tuple[Path, str | None]:
-    """The path, which is there, and the array in it: PATH.npz:KEY names both. Raises DataError where nothing is."""
+    """The existing path and the array in it, from PATH or PATH.npz:KEY. Raises DataError where nothing exists."""
     path = os.path.expanduser(spec)
     file, marked, key = path.rpartition(".npz:")
     if marked and key and not os.path.lexists(path):

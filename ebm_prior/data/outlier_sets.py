@@ -25,12 +25,12 @@ def open_set(
     open_with: Callable[..., ImageSource] = open_images,
     **where: Any,
 ) -> Images:
-    """The test images of `spec`, in the `shape` (C, H, W) of the backbone's images if that loses nothing of them.
+    """The test images of `spec` in the `shape` (C, H, W) of the backbone's images, if that is possible without loss.
 
-    Grey images become colour images of three equal channels, smaller ones get a black frame; the name says so. The
-    spec `noise` means n images of independent uniform pixels, `constant` n images of one colour each. `where`: further
-    arguments of `open_images`, or of the function given in its place as `open_with`. Raises DataError for images that
-    do not fit.
+    Grey images become colour images with three equal channels, and smaller ones get a black frame; the source's name
+    says so. The spec `noise` means n images of independent uniform pixels, `constant` n images of one colour each.
+    `where`: further arguments of `open_images`, or of the function `open_with` in its place. Raises DataError for
+    images that do not fit.
     """
     if spec in SYNTHETIC:
         random = np.random.default_rng([seed, SYNTHETIC.index(spec)])
@@ -41,7 +41,7 @@ def open_set(
 
 
 class Adapted:
-    """The images of a source, made colour images or put into a black frame so that they have another shape."""
+    """The images of a source converted to another shape, by equal colour channels or a black frame."""
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int]) -> None:
         self._source, self._shape = source, shape
@@ -68,7 +68,7 @@ class Adapted:
 
 
 def labelled(source: ImageSource, labels: Sequence[int], *, among: bool) -> ImageSource:
-    """The images whose label is among `labels`, or the others. Without any `labels`: all of them.
+    """The images with a label in `labels`, or (`among` False) the others. Without any `labels`, all images.
 
     Raises DataError where the source has no labels, or no such image is there.
     """

@@ -1,4 +1,4 @@
-"""What a picture is: which kinds of image are read, with what pixels, and why others are refused."""
+"""Decoding of picture files: which kinds are read, with which pixel values, and why other kinds are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SHOWN_REASONS, _SHOWN_NAMES = 5, 3
 
 
 class Header(NamedTuple):
-    """What a picture will be once it is read. turned: EXIF says which side is up, and it is not the first row."""
+    """Properties of a picture after reading. turned: whether its EXIF data say that it must be rotated or mirrored."""
 
     shape: Shape
     turned: bool
@@ -166,8 +166,8 @@ def survey(
 ) -> tuple[Shape, list[str]]:
     """The common (C, H, W) of pictures, which must be `expected` if given, and remarks on them.
 
-    Every header is read here: a wrong size must show at the start, not after an hour of training. All that is wrong is
-    said at once: how many pictures, why, and the first names. `opened(i)` opens the picture called names[i].
+    All headers are read here, so that a wrong size shows at the start and not after an hour of training. One error
+    reports everything that is wrong: how many pictures, why, and the first names. `opened(i)` opens picture names[i].
     """
     shapes: dict[Shape, list[str]] = {}
     refused: dict[str, list[str]] = {}

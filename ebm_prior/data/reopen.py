@@ -50,16 +50,17 @@ def reopen(
     split: Split | None = None,
     download: bool = False,
 ) -> ImageSource:
-    """The images that a record speaks of, which must have the recorded fingerprint if there is one.
+    """Open recorded images again; they must have the recorded `fingerprint`, if there is one.
 
-    Looked for, in this order: a path where it was; at `relative`; by its name in the folder `beside`; as it was given,
-    from `beside` and, where a fingerprint tells right from wrong, from the three folders above; by its name under the
-    data root. A named data set under `data_root`, the recorded root, `relative`, `beside`, the default root.
+    A path is looked for in this order: where it was; at `relative`; by its name in the folder `beside`; as it was
+    given, relative to `beside` and, if there is a fingerprint to check, to the three folders above it; by its name
+    under the data root. A named data set is looked for under `data_root`, the recorded root, `relative`, `beside`, and
+    the default root.
 
-    origin: of an `ImageSource`, or its record.  beside: a folder that may have moved together with the images, for
-    instance that of the run.  relative: path of the images, or of the root of a named data set, seen from `beside`.
-    split: another split of the same images; the fingerprint is still of the recorded one.
-    Raises DataError with every place that was tried, and why it was not the one.
+    origin: the origin of an `ImageSource`, or its record.  beside: a folder that may have moved together with the
+    images, e.g. that of the run.  relative: path from `beside` to the images, or to the root of a named data set.
+    split: another split of the same images; the fingerprint is still that of the recorded split.
+    Raises DataError with every place that was tried, and the reason why it was not accepted.
 
         source = open_images("images.npy")
         again = reopen(source.origin, source.fingerprint(), beside="runs/mine")

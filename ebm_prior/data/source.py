@@ -21,7 +21,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
 
 
 class Store(Protocol):
-    """Where the pixels are. `rows`: int64 (B,), already checked."""
+    """Storage of the pixels of an image source. `rows`: int64 (B,), already checked."""
 
     @property
     def shape(self) -> Shape:
@@ -34,15 +34,15 @@ class Store(Protocol):
         """Images (B, C, H, W), float32 in [0, 1]; memory of their own."""
 
     def content(self, rows: Tensor) -> Iterator[bytes]:
-        """What the fingerprint is taken over, piece by piece."""
+        """The bytes over which the fingerprint is computed, piece by piece."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the images of a source came from: plain values for a record, from which `reopen` finds them again.
+    """The origin of the images of a source, as plain values, from which `reopen` finds them again.
 
-    spec: the name of a data set, or an absolute path.  given: the same as it was asked for, perhaps a relative path.
-    split: which of its splits.  shape: (C, H, W).  root: absolute folder of named data sets; None for a path.
+    spec: the name of a data set, or an absolute path.  given: the same as the user wrote it, perhaps a relative path.
+    split: the name of the split.  shape: (C, H, W).  root: absolute folder of named data sets; None for a path.
     array, mode: of `open_images`.
     """
 
@@ -58,8 +58,8 @@ class Origin:
 class ImageSource:
     """Random access to N images of one shape. Made by `open_images`, `from_array` or `from_dataset`.
 
-    name: what was read, for messages and records.  shape: (C, H, W).  labels: int64 (N,), or None.
-    remarks: what a user should know of the reading: what was left out, and what was turned.
+    name: name of the images in messages and records.  shape: (C, H, W).  labels: int64 (N,), or None.
+    remarks: sentences for the user about the reading, e.g. on files left out or pictures rotated.
     origin: how `reopen` finds these images again; None for images from memory and for a subset.
     """
 
@@ -97,7 +97,7 @@ class ImageSource:
         return self._store.read(self._rows[self._checked(indices)])
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSource:
-        """The source of just these images, in this order; the pixels are shared, not copied."""
+        """A source of the images at `indices`, in this order; the pixels are shared, not copied."""
         chosen = self._checked(indices)
         labels = None if self.labels is None else self.labels[chosen]
         return ImageSource(self.name, self._store, labels, self._rows[chosen], remarks=self.remarks)
@@ -178,7 +178,7 @@ class Recoloured:
         return recolour(self.store.read(rows), CHANNELS[self.mode])
 
     def content(self, rows: Tensor) -> Iterator[bytes]:
-        """That of the other store: the fingerprint also holds the shape, which differs."""
+        """The content of the wrapped store. Fingerprints still differ, because they include the shape."""
         return self.store.content(rows)
 
 

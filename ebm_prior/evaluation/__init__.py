@@ -1,1 +1,1 @@
-"""How good is it: distances between images, classifier tests between latents, outlier detection, diagnosis."""
+"""Evaluation: distances between images, classifier tests between latents, outlier detection, diagnosis."""

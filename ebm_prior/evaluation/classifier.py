@@ -1,4 +1,4 @@
-"""The feature network of FD(classifier): a small CNN whose 64 penultimate features serve where Inception's cannot.
+"""The feature network of FD(classifier): a small CNN with 64 penultimate features, for use instead of Inception's.
 
 There are two kinds, a plain one for simple images and one with residual blocks for natural ones.
 
@@ -68,17 +68,17 @@ class ClassifierConfig:
     The defaults are for simple grey images; `suited` gives the recipe for images of a shape.
     """
 
-    data: str = setting("images", "name of the data set; part of the classifier's name")
-    network: NetworkKind = setting("plain", "convolutions only, or residual blocks too")
-    epochs: int = setting(12, "passes over the training images")
-    batch_size: int = setting(128, "images per step")
-    learning_rate: float = setting(1e-2, "peak learning rate")
-    weight_decay: float = setting(1e-2, "AdamW's decoupled weight decay")
-    dropout: float = setting(0.2, "dropout before the feature layer")
-    shift: int = setting(2, "largest random shift, in pixels")
-    flip: bool = setting(False, "mirror half of the images")
-    width: int = setting(16, "channels of the first stage")
-    seed: int = setting(0, "seed of everything random")
+    data: str = setting("images", "Name of the data set, which becomes part of the classifier's name")
+    network: NetworkKind = setting("plain", "Architecture of the classifier: plain convolutions, or residual blocks")
+    epochs: int = setting(12, "Number of passes over the training images")
+    batch_size: int = setting(128, "Images per gradient step")
+    learning_rate: float = setting(1e-2, "Peak learning rate")
+    weight_decay: float = setting(1e-2, "Decoupled weight decay of AdamW")
+    dropout: float = setting(0.2, "Dropout rate before the feature layer")
+    shift: int = setting(2, "Largest random shift of a training image, in pixels")
+    flip: bool = setting(False, "Mirror a random half of the training images")
+    width: int = setting(16, "Channels of the network's first stage")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_kinds(self)

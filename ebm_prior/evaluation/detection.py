@@ -1,8 +1,8 @@
-"""How well a score tells outliers from other images: AUROC, AUPRC and FPR80, with confidence intervals.
+"""Quality of a score for outlier detection: AUROC, AUPRC and FPR80, with confidence intervals.
 
-The outliers are the positive class, and larger scores are more outlying. Intervals are percentiles over a bootstrap of
-the images (Efron 1979), drawn within each class; all scores of a call see the same resamples, so that the difference of
-two scores is a paired one, much tighter than their two intervals.
+The outliers are the positive class, and larger scores mean more outlying. Intervals are percentiles over a bootstrap of
+the images (Efron 1979) within each class. All scores of a call use the same resamples, so that the difference of two
+scores is a paired one, with a much tighter interval than those of the two scores.
 """
 
 from __future__ import annotations

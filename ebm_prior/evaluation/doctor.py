@@ -1,9 +1,9 @@
 """The doctor (`ebm-prior doctor`): does this VAE have a prior hole, and is it one that an energy can fill?
 
-Good reconstructions beside bad samples mean that the encoder's latents are distributed unlike the prior's. A classifier
-measures how far they are apart, and in which groups; KL, active units and the moments of the standardised codes ε show
-the reason. How far two samples of one distribution seem to be apart depends on their number and on the classifier, so
-the same test is made on pairs of samples of the prior: a hole is claimed where the AUC is above all that this explains.
+If reconstructions are good and samples are bad, the encoder's latents are distributed differently from the prior's. A
+classifier measures how different they are, and in which groups. KL, active units and the moments of the standardised
+codes ε show the reason. The AUC between two samples of the same distribution depends on their number and on the
+classifier, so the same test is made on pairs of samples of the prior. A hole is reported only if the AUC is larger.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ WIDE = 0.95  # AUC above which a single density ratio saturates
 class DoctorConfig:
     """Settings of the doctor's examination."""
 
-    samples: int = setting(2000, "images (at most all), and as many draws of the prior")
-    chunk: int = setting(256, "images at a time, rounded to blocks of 64; changes no result")
-    pairs: int = setting(3, "pairs of samples of the prior whose AUCs give the null interval")
+    samples: int = setting(2000, "Number of images to read (at most all), matched by as many draws of the prior")
+    chunk: int = setting(256, "Images computed at a time, rounded to blocks of 64; no result depends on it")
+    pairs: int = setting(3, "Pairs of prior samples that give the interval of AUCs to expect without a prior hole")
     gauge: GaugeConfig = field(default_factory=lambda: GaugeConfig(iterations=150))
-    seed: int = setting(0, "seed of everything random")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_positive(self, "samples", "chunk", "pairs")
@@ -89,9 +89,10 @@ def examine(
     *,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Per group: KL, active units, moments of ε, σ's range, AUC of posterior against prior; audits; a verdict.
+    """Examine a backbone. For each group: KL, active units, moments of ε, range of σ, AUC of posterior against prior.
 
-    Plain values, ready for JSON. progress: gets `parts` in all. Raises DataError for fewer images than the AUC needs.
+    The result also has counts of non-finite numbers and a verdict, as plain values for JSON. progress: advances by
+    `parts` in all. Raises DataError for fewer images than the AUC needs.
     """
     n = min(config.samples, len(images))
     if n < config.gauge.least:
@@ -136,11 +137,11 @@ def _gauged(
 
 
 def _null(backbone: Backbone, n: int, config: DoctorConfig, progress: Progress) -> dict[str, Any]:
-    """What the same test says of pairs of samples of the prior, n draws each: the interval of AUCs without a hole.
+    """The null interval: the AUCs of the same test on pairs of samples of the prior, n draws each.
 
-    AUCs of all groups and pairs are taken together: their mean ± z σ, with z so large that of all the AUCs of an
-    examination one above it has the probability `ERROR`. σ is theirs, but at least that of the AUC of scores that know
-    nothing, which a few pairs may show too small.
+    It is mean ± z σ over all groups and pairs. z is chosen such that without a hole any AUC of an examination lies
+    above the interval with probability `ERROR`. σ is the AUCs' own, but at least that of random scores, because a few
+    pairs can underestimate it.
     """
     found: list[float] = []
     for pair in range(config.pairs):

@@ -42,12 +42,12 @@ from ebm_prior.training.objectives import Gain, gain
 class EvalConfig:
     """Settings of an evaluation. Distances depend on N: compare them at equal N only."""
 
-    samples: int = setting(10_000, "held-out images (at most all), and draws of each prior")
-    chunk: int = setting(128, "samples at a time, rounded to blocks of 64; changes no result")
+    samples: int = setting(10_000, "Number of held-out images (at most all) and of draws from each prior")
+    chunk: int = setting(128, "Samples computed at a time, rounded to blocks of 64; no result depends on it")
     gauge: GaugeConfig = field(default_factory=GaugeConfig)
     fid: FidConfig = field(default_factory=FidConfig)
-    auc: bool = setting(True, "train fresh classifiers on posterior vs prior latents")
-    seed: int = setting(0, "seed of everything random")
+    auc: bool = setting(True, "Train classifiers of posterior against prior latents, and report their AUC per group")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -63,7 +63,7 @@ INSTEAD = (
 
 
 class Seen(NamedTuple):
-    """What is measured of n images: descriptors of pixels (n, K), and features (n, D) where there is an extractor."""
+    """The measurements of n images: pixel descriptors (n, K), and features (n, D) if there is an extractor."""
 
     pixels: Tensor
     features: Tensor | None
@@ -88,10 +88,10 @@ class Seen(NamedTuple):
 
 
 class Reference:
-    """The parts of an evaluation that are the same for all priors of a backbone, made once.
+    """The parts of an evaluation that are the same for all priors of a backbone and are computed once.
 
-    These are statistics of pixels, and features if there is an extractor, of held-out images, of their reconstructions
-    and of the backbone's samples. `processes` share the drawing and decoding; each measures for itself.
+    They are the pixel statistics, and the features if there is an extractor, of held-out images, of their
+    reconstructions and of the backbone's samples. The `processes` share drawing and decoding.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class Reference:
         self.n = min(config.samples, len(images))
         self._check()
         self.real, self.reconstructed, self.posterior, self.errors = self._reconstruct(images, stream=0)
-        # The floor of FDrec: reconstructions of other images. Without any, it is taken to be 0, which flatters nobody.
-        # At a smaller N it would be biased upwards, and the gap closed with it.
+        # The floor of FDrec is its value for reconstructions of other images. Without other images it is taken to be 0,
+        # which flatters no prior. At a smaller N the floor would be biased upwards, and so would the gap closed.
         self.floor = 0.0
         if extractor is not None and training_images is not None and len(training_images) >= self.n:
             other = self._reconstruct(training_images, stream=1)[1]
@@ -216,7 +216,7 @@ class Reference:
 def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILENT) -> dict[str, Any]:
     """Distances, gap closed, held-out gain and AUC of a prior. Plain numbers, ready for JSON.
 
-    fd_*: Fréchet distance to held-out images; fdrec_*: to decoded posterior samples of these; kid_*: kernel distance to
+    fd_*: Fréchet distance to held-out images; fdrec_*: to their decoded posterior samples; kid_*: kernel distance to
     held-out images. gap_closed*: share of the distance between backbone prior and reconstructions that is closed. They
     are left out where there is no extractor of features; statistics of pixels, gain and AUC need none.
     """
@@ -301,7 +301,7 @@ def _pixels(reference: Reference, drawn: Seen) -> dict[str, float]:
 
 
 def feature_classifier(images: ImageSource, path: Path | None, device: torch.device) -> FeatureExtractor:
-    """The classifier on whose features FD is measured: from the file `path`, else the bundled one for such `images`."""
+    """The classifier that gives the features of FD: from the file `path`, else the bundled one for such `images`."""
     return (load_classifier(path) if path else bundled_classifier(images.shape, images.name)).to(device)
 
 

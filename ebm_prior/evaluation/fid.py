@@ -1,8 +1,8 @@
 """FID, KID and the Inception Score as they are published: 50,000 samples against the statistics of all training images.
 
-They depend on the weights, the preprocessing (clean-fid's modes), both numbers of images and the split, so no figure
-goes without them, nor without the backbone's own on the same statistics. With weights that are not the official ones
-the same path is taken under other names (`Inception.distance_name`).
+They depend on the weights, the preprocessing (clean-fid's modes), both numbers of images and the split. So every figure
+is reported together with these, and beside that of the backbone's own prior. With other than the official weights the
+same figures have other names (`Inception.distance_name`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ebm_prior.storage.atomic import remove_leftovers, user_cache, write_atomica
 from ebm_prior.storage.records import fields, whole
 
 SPLITS = 10  # of the Inception Score
-KERNEL_ROWS = 10_000  # images whose features are kept for KID, at most: its subsets have 1,000
+KERNEL_ROWS = 10_000  # largest number of images with features kept for KID, which uses subsets of 1,000
 FORMAT = 1
 _PROVENANCE = fields({"images": whole(2)})
 
@@ -47,8 +47,10 @@ class FidConfig:
     Published figures compare 50,000 samples (CelebA-HQ-256: 30,000) with all images of the training split.
     """
 
-    samples: int = setting(50_000, "draws of each prior behind FID, KID and Inception Score")
-    split: Literal["train", "test"] = setting("train", "split whose images, all of them, FID and KID compare with")
+    samples: int = setting(50_000, "Draws of each prior from which FID, KID and Inception Score are computed")
+    split: Literal["train", "test"] = setting(
+        "train", "Split of the data set that FID and KID compare with; all of its images are used"
+    )
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -129,7 +131,7 @@ def _read(path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
             if "sha256" in file and str(file["sha256"]) != _digest(
                 arrays, text
             ):  # older files have the zip's CRC alone
-                raise ValueError("its content is not what its checksum says")
+                raise ValueError("its content does not match its checksum")
             recorded = _PROVENANCE(parse_json(text), "its provenance")
         _require_statistics(**arrays)
         moments = FeatureStatistics(arrays["mean"], arrays["covariance"], recorded["images"])

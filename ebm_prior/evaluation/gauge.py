@@ -1,8 +1,8 @@
-"""How well a fresh classifier tells posterior latents from prior ones: the prior's holes, in one number per group.
+"""The classifier test between posterior and prior latents: an AUC per latent group, which measures the prior hole.
 
-The AUC is .5 where the prior is the aggregate posterior as far as this classifier sees, and 1 where they do not
-overlap. It bounds what can be told apart from below, and grows with the number of latents and with the classifier:
-print the budget beside it, and compare only at equal budgets.
+The AUC is .5 if the classifier finds no difference between the prior and the aggregate posterior, and 1 if they do not
+overlap. It is a lower bound on how well the two can be distinguished, and grows with the number of latents and the size
+of the classifier. So the budget is printed with it, and only AUCs at equal budgets can be compared.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ class GaugeConfig:
             channels=32, hidden=64, vector_layers=2, joint=64, activation="leaky_relu", conditional=False, dropout=0.2
         )
     )  # all sizes stated: a yardstick does not change with the product's defaults
-    iterations: int = setting(500, "gradient steps at most, per network and fold")
-    batch_size: int = setting(256, "posterior latents, and as many prior latents, per step")
+    iterations: int = setting(500, "Largest number of gradient steps for each classifier and fold")
+    batch_size: int = setting(
+        256, "Posterior latents per gradient step of a classifier, matched by as many prior latents"
+    )
     learning_rate: float = 2e-3  # peak; decays to 0 along a cosine
     weight_decay: float = 1e-2  # AdamW's, decoupled
     ema: float = 0.98  # decay of the weights' moving average, which is what is scored
@@ -57,7 +59,9 @@ class GaugeConfig:
         require_positive(self, "iterations", "batch_size", "learning_rate", "evaluate_every", "patience")
         require_seed(self)
         if self.energy.conditional:
-            raise ConfigurationError("the gauge is shown z alone: its network cannot be conditional")
+            raise ConfigurationError(
+                "expected energy conditional off in the gauge, because its classifiers see z alone"
+            )
         if self.folds < 2 or not (0 < self.inner < 1 and 0 <= self.ema < 1 and self.weight_decay >= 0):
             raise ConfigurationError(
                 f"expected folds ≥ 2, inner in (0, 1), ema in [0, 1), weight_decay ≥ 0; found {self}"
@@ -88,12 +92,12 @@ def gauge_auc(
 ) -> GaugeResult:
     """Cross-fitted AUC with which a fresh classifier tells posterior z from prior z, overall and per group.
 
-    posterior, prior: lists of (N, *group.shape) and (M, *group.shape), in generation order, independent draws: one per
-    image, or the parts are not independent. Each part is scored by networks trained on the others, stopped early on an
-    inner split of these; the parts' AUCs are averaged. Where a network finds nothing it stays at f = 0, an AUC of
-    exactly .5. `device`: where the networks are trained (default: where the latents are); latents are moved there batch
-    by batch. progress: advances by `networks` in all. Raises DataError for other shapes, NaN, or fewer latents than
-    `config.least`; the global random state is left as it was.
+    posterior, prior: lists of (N, *group.shape) and (M, *group.shape), in generation order. The draws must be
+    independent, so one per image. Each part is scored by networks trained on the other parts, with early stopping on an
+    inner split; the AUCs of the parts are averaged. A network that finds no difference stays at f = 0, with an AUC of
+    exactly .5. `device`: where to train the networks (default: where the latents are); latents are moved there batch by
+    batch. progress: advances by `networks` in all. Raises DataError for other shapes, NaN, or fewer latents than
+    `config.least`. The global random state is not changed.
     """
     config = config or GaugeConfig()
     _check(posterior, prior, groups, config)
@@ -125,7 +129,7 @@ def gauge_auc(
 
 
 def networks(groups: int, config: GaugeConfig) -> int:
-    """Number of networks that `gauge_auc` trains on latents of so many groups."""
+    """Number of networks that `gauge_auc` trains for latents of `groups` groups."""
     return config.folds * (groups + (groups > 1))
 
 

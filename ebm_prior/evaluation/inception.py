@@ -1,8 +1,9 @@
 """Inception's features, as clean-fid computes them: with these, and only these, a Fréchet distance is called FID.
 
-The networks and the resizing are clean-fid's (Parmar et al. 2022). Its downloads are not used: they go to a fixed place
-and are not checked. Here the weights come from a path, or from our own cache, and are known by their SHA-256, which
-several public projects pin; weights with another hash work, but their distance is named FD(inception-<hash>, mode).
+The networks and the resizing are clean-fid's (Parmar et al. 2022). Its download function is not used, because it writes
+to a fixed place and verifies nothing. Here the weights come from a path or from our own cache, and are identified by
+their SHA-256, which several public projects pin. Weights with another hash work, but their distance is named
+FD(inception-<hash>, mode).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FEATURES = 2048
 
 
 class Network(NamedTuple):
-    """Inception without its preprocessing."""
+    """The Inception network without its preprocessing."""
 
     features: Callable[[Tensor], Tensor]  # resized images (B, 3, H, W) in [0, 255] -> (B, 2048)
     classes: Tensor | None  # (K, 2048): the weights that make logits of features; None: a network without them

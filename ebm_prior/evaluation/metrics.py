@@ -24,7 +24,7 @@ Features = Tensor | NDArray[np.floating]
 
 
 class FeatureExtractor(Protocol):
-    """A network whose features can be compared: a FeatureClassifier, or Inception."""
+    """A network that gives features for distances: a FeatureClassifier, or Inception."""
 
     @property
     def name(self) -> str:

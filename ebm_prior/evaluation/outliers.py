@@ -1,4 +1,4 @@
-"""Scores of sets of images, and how well they tell outliers and anomalies (`ebm-prior ood` and `anomaly`)."""
+"""Scores of sets of images, and their quality in detecting outliers and anomalies (`ebm-prior ood` and `anomaly`)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Array = NDArray[np.float64]
 class OutlierConfig:
     """Settings of an evaluation of outlier scores."""
 
-    samples: int = setting(10_000, "largest number of images per set; the smallest set limits all")
-    draws: int = setting(8, "S, draws of the latents per image, over which a score averages")
-    resamples: int = setting(500, "bootstrap resamples behind the 95 % intervals")
-    chunk: int = setting(256, "images at a time, rounded to blocks of 64; changes no result")
-    seed: int = setting(0, "seed of everything random")
+    samples: int = setting(10_000, "Largest number of images per set; the smallest set limits all sets")
+    draws: int = setting(8, "Draws of the latents per image over which a score averages (S)")
+    resamples: int = setting(500, "Bootstrap resamples from which the 95 % intervals are computed")
+    chunk: int = setting(256, "Images computed at a time, rounded to blocks of 64; no result depends on it")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_positive(self, "samples", "draws", "resamples", "chunk")

@@ -1,7 +1,7 @@
 """Statistics of pixels, which need no network: brightness, contrast, and how power is spread over spatial frequencies.
 
-They say less than a distance on features: images with the right statistics may still show nothing. But they are there
-for images of every kind, and samples that are too smooth, too noisy or of the wrong brightness are seen in them.
+They say less than a distance on features, because images with the right statistics can still show nothing. But they can
+be computed for every kind of image, and show whether samples are too smooth, too noisy or of the wrong brightness.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Remakes of the paper's experiments. Nobody needs them to use a prior."""
+"""Remakes of the paper's experiments. They are not needed to use a prior."""

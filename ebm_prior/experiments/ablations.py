@@ -48,7 +48,7 @@ class Variant(NamedTuple):
     training: Mapping[str, Any] = {}  # changes of JointConfig; "energy_hidden", "prior_steps": of its heads and chain
     layers: int = 2
     capacity: float = 1.0  # factor on the number of parameters, by wider layers
-    line: str = "EBM, L=2"  # points of one name are joined on the plot
+    line: str = "EBM, L=2"  # name of the line of the plot that joins this point with others
 
 
 class Ablation(NamedTuple):
@@ -131,7 +131,7 @@ def variant_config(variant: Variant, base: JointConfig) -> JointConfig:
 
 
 def base_config(iterations: int, seed: int) -> JointConfig:
-    """Common settings: heads of leaky ReLUs, whose slopes are bounded, and fresh chains of 20 exact steps."""
+    """Common settings: heads with leaky ReLU, which bounds their slopes, and fresh chains of 20 exact steps."""
     base = JointConfig(iterations=iterations, evaluate_every=iterations, seed=seed)
     heads = EnergyConfig(hidden=100, vector_layers=2, joint=0, activation="leaky_relu", standardize=False)
     return replace(
@@ -162,7 +162,7 @@ def widened(network: Mapping[str, Any], times: float) -> Mapping[str, Any]:
 
 
 class Steps(Silent):
-    """Counts the steps that a training takes, those of a fall among them."""
+    """Counts the steps of a training, including those that a roll-back undoes."""
 
     count = 0
 
@@ -185,7 +185,7 @@ def measure(
 ) -> dict[str, Any]:
     """Train a variant and score it: a row with FD, FD of its f = 0, seconds per iteration, parameters, roll-backs.
 
-    A training that diverges begins anew at half the rate; its seconds are per iteration that was run.
+    A training that diverges begins again at half the rate; its seconds are per iteration actually run.
     """
     n = min(samples, len(test))
     network = widened(

@@ -1,9 +1,9 @@
 """Anomaly detection with one digit held out (§5.4, Table 4): the models, their scores, and the table.
 
 The pool is the whole data set, train and test split together. 80 % of the normal images train; the other 20 % and all
-anomalies are the test. Score: the un-normalised log posterior L^{>0} (Eq. 20 with k = 0), low for an anomaly; beside it
-the same without log p(x|z), which is the un-normalised log prior of the latents. Nothing is chosen on the test images:
-a figure is the mean over the last epochs, good or bad.
+anomalies are the test. The score is the unnormalised log posterior L^{>0} (Eq. 20 with k = 0), which is low for an
+anomaly. A second score leaves out log p(x|z), which gives the unnormalised log prior of the latents. No epoch is chosen
+by its test result: a figure is the mean over the last epochs.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def detector_config(train: int, **changes: Any) -> JointConfig:
         energy_learning_rate=3e-4,
         energy_from=0.4,
         chains="persistent",
-        # Leapfrogs, so that chains keep up with f: with as many single steps the energy ran away from them on digit 1.
+        # Several leapfrogs per step, so that chains keep up with f. With as many single steps training diverged on
+        # digit 1.
         prior_chain=SamplerConfig(proposals=1, kernel="pcn-langevin", steps=2, step_size=0.15, leapfrogs=3),
         channels_last=True,
     )

@@ -41,7 +41,7 @@ def run_all(
             keep(index, function(**call))
         return [found[index] for index in range(len(calls))]
     others = set(multiprocessing.active_children())
-    # Threads that wait for work by spinning take the processors from those that have some: one each.
+    # One thread per process: threads that wait actively would take the processors from those that work.
     pool = ProcessPoolExecutor(
         jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     )
@@ -72,5 +72,5 @@ def named(what: str) -> Iterator[None]:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds of this process's own work on a CPU, which other processes do not lengthen; of wall time on a GPU."""
+    """Seconds for timing: this process's CPU time on a CPU, which other processes do not affect; wall time on a GPU."""
     return time.process_time() if device.type == "cpu" else time.perf_counter()

@@ -39,7 +39,7 @@ class Transition(NamedTuple):
 def config_2d(*, iterations: int = 2_000, seed: int = 0) -> JointConfig:
     """K = 40 steps from the Gaussian prior at every iteration, as in §5.1.
 
-    The energy is there from the start: a hierarchical VAE by itself makes z_2 Gaussian, and leaves f_2 nothing to do.
+    The energy takes part from the start. A hierarchical VAE alone would make z_2 Gaussian, so that f_2 learns nothing.
     """
     return JointConfig(
         iterations=iterations,

@@ -1,4 +1,4 @@
-"""What callers pass, looked at before any work: every refusal says what was expected, what was found, what to do."""
+"""Checks of callers' arguments before any work; each error says what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ebm_prior.model.backbone import Backbone, LatentGroup
 
 
 def described(value: object) -> str:
-    """A value in a message: its kind, and of arrays type and shape; never its whole content."""
+    """A value as words for an error message: its type, for arrays also dtype and shape, never its whole content."""
     if value is None or isinstance(value, (bool, int, float)):
         return str(value)
     if isinstance(value, type):
@@ -31,7 +31,7 @@ def described(value: object) -> str:
 
 
 def require_backbone(backbone: object) -> None:
-    """Raise ConfigurationError unless this is a backbone: not its name, its class, or another network."""
+    """Raise ConfigurationError unless this is a Backbone; a name, a class or another network is refused with advice."""
     if isinstance(backbone, Backbone):
         return
     todo = "load one with load_backbone(NAME, FILE)"
@@ -47,7 +47,7 @@ def require_backbone(backbone: object) -> None:
 
 
 def require_count(name: str, value: object, *, least: int = 0) -> int:
-    """`value` as a whole number. Raises ConfigurationError unless it is one, and `least` or more."""
+    """The argument called `name` as an int. Raises ConfigurationError unless it is whole and `least` or more."""
     try:
         count = least - 1 if isinstance(value, (bool, Tensor)) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -59,7 +59,7 @@ def require_count(name: str, value: object, *, least: int = 0) -> int:
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device of this name. Raises ConfigurationError where there is none, or this machine cannot use it."""
+    """The torch device called `device`. Raises ConfigurationError where this machine cannot use it."""
     try:
         found = torch.device(device)
         torch.empty(1, device=found)

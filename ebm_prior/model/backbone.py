@@ -1,7 +1,7 @@
-"""The backbone contract: a hierarchical VAE as a top-down program that meets its latent groups one after another.
+"""The backbone contract: a hierarchical VAE as a top-down program that visits its latent groups one after another.
 
-An adapter writes that program once (`Backbone.top_down`). What happens at each group is decided by the caller through
-`draw`, so every pass below is the same traversal with another meaning:
+An adapter writes this program once (`Backbone.top_down`). The caller decides through the function `draw` which value
+each group takes, so all passes below are the same traversal with different draws:
 
     sample the prior       mean + t·std·ξ
     T_β  (Eqs. 28-29)      mean + t·std·ε_i, with ε given
@@ -42,7 +42,7 @@ class LatentGroup(NamedTuple):
 
 
 class Gaussian(NamedTuple):
-    """A diagonal Gaussian, which an adapter's `top_down` gives to `draw`: `mean` and `std` broadcast to (B, *shape).
+    """A diagonal Gaussian, which an adapter's `top_down` passes to `draw`; `mean` and `std` broadcast to (B, *shape).
 
     >>> Gaussian(torch.zeros(1, 2), torch.ones(1, 2)).log_prob(torch.zeros(3, 2)).shape  # nats
     torch.Size([3])
@@ -66,7 +66,7 @@ Draw = Callable[[int, Gaussian, Any], Tensor]
 
 
 class PosteriorDraw:
-    """The result of `encode`: a Draw of z_i ~ q(z_i | x, z_<i) that records log q_i (B,) as the groups are met.
+    """The result of `encode`: a Draw of z_i ~ q(z_i | x, z_<i), which records log q_i (B,) as groups are visited.
 
     `conditional(i, prior, context)` returns z_i (B, *shape) and log q_i (B,).
 
@@ -75,7 +75,7 @@ class PosteriorDraw:
     (torch.Size([3, 2]), torch.Size([3]))
     """
 
-    z: list[Tensor] | None = None  # all latents, where the encoder has drawn them before the groups are met
+    z: list[Tensor] | None = None  # all latents, if the encoder has drawn them before the top-down pass
 
     def __init__(self, conditional: Callable[[int, Gaussian, Any], tuple[Tensor, Tensor]]) -> None:
         self._conditional = conditional
@@ -83,7 +83,7 @@ class PosteriorDraw:
 
     @classmethod
     def given(cls, z: list[Tensor], log_q: Sequence[Tensor]) -> PosteriorDraw:
-        """A draw that a bottom-up encoder has made already: z_i (B, *shape) and log q_i (B,) of every group."""
+        """The draw of a bottom-up encoder, which already has z_i (B, *shape) and log q_i (B,) of every group."""
         draw = cls(lambda index, prior, context: (z[index], log_q[index]))
         draw.z = z
         return draw
@@ -149,10 +149,10 @@ class Trace(NamedTuple):
 class Backbone(nn.Module, ABC):
     """A hierarchical VAE behind the contract. Subclass it, implement the three abstract methods, register the class.
 
-    `Adapter(**architecture)` must build the network, with `architecture` JSON-serialisable: that, with the state
-    dict, is the own safetensors form of a backbone. An adapter sets `groups`, `image_shape` and `architecture` in its
-    constructor. It does not detach, draws no noise of its own on the prior path, clamps nothing that the density
-    does not clamp, and knows nothing of energies. `ebm_prior.testing.check_backbone` proves that it keeps to this.
+    An adapter sets `groups`, `image_shape` and `architecture`. `Adapter(**architecture)` must build the same network
+    and `architecture` must be JSON-serialisable, because the safetensors file of a backbone holds it with the state
+    dict. On the prior path an adapter detaches nothing, draws no noise of its own, and clamps nothing that its density
+    does not clamp. `ebm_prior.testing.check_backbone` checks all of this.
 
     >>> eps = backbone.standardize(backbone.sample(2))  # T_β⁻¹(z), a list of (B, *group.shape)
     >>> backbone.reparameterize(eps)[0].shape  # T_β (Eqs. 28-29)
@@ -162,49 +162,55 @@ class Backbone(nn.Module, ABC):
     groups: tuple[LatentGroup, ...]
     image_shape: tuple[int, int, int]
     architecture: Mapping[str, Any]
-    # Whether p(x | z) is over images of a fixed bit depth: ELBOs are then shown in bits per dimension, too.
+    # Whether p(x | z) is a distribution over images of a fixed bit depth. If so, ELBOs are also shown in bits/dim.
     discretised: bool = False
     data_name: str | None = None  # the data set that an official file names as its training data
-    checkpoint: str | None = None  # where `load_backbone` has read it: an absolute path, or a bundled name
+    checkpoint: str | None = None  # where `load_backbone` found it: an absolute path, or a bundled name
     official_format: ClassVar[str] = "this adapter reads no foreign checkpoint format"
-    official_options: ClassVar[
-        tuple[str, ...]
-    ] = ()  # what `load_official` takes as keywords, where files leave it open
+    official_options: ClassVar[tuple[str, ...]] = ()  # keywords of `load_official`, for what official files do not say
 
     @abstractmethod
     def top_down(self, draw: Draw, batch_size: int) -> Any:
-        """Run the generator: call `draw` once per group, in order, and stop after the last. Never the image head.
+        """Run the generator to the last group: call `draw` once per group, in order, and never run the image head.
 
-        Returns the features that `likelihood` finishes into an image. A prior that does not depend on the groups
-        above (the top one) may have batch axis 1: Gaussians broadcast.
+        Args:
+            draw: called as draw(group index, prior, context); returns z_i of shape (B, *group.shape).
+            batch_size: B. A prior that depends on no other group, as the top one, may have batch axis 1 instead.
+
+        Returns:
+            The features from which `likelihood` makes an image distribution.
         """
 
     @abstractmethod
     def encode(self, images: Tensor, noise: Sequence[Tensor]) -> PosteriorDraw:
-        """The posterior of `images` as a draw. `noise`: one standard normal per group, in generation order.
+        """The posterior of `images` (B, C, H, W) as a draw.
 
-        The noise comes in here, not with the draw, because bottom-up encoders sample before the top-down pass.
+        `noise`: one standard normal (B, *group.shape) per group, in generation order. It is an argument here because
+        bottom-up encoders sample before the top-down pass.
         """
 
     @abstractmethod
     def likelihood(self, features: Any) -> ImageDistribution:
-        """p(x | z) from the features that `top_down` returned: the image head."""
+        """The image head: p(x | z) from the features that `top_down` returned."""
 
     def observe(self, images: Tensor, *, generator: Generator = None) -> Tensor:
-        """The random observation x that the likelihood models: dynamic binarisation, dequantisation. Default: x."""
+        """The observation that the likelihood models, of the shape of `images`: binarised or dequantised, say.
+
+        The default returns `images` unchanged. `generator`: source of any randomness.
+        """
         return images
 
     @property
     def precision(self) -> str:
-        """The precision of computation as the command line names it: float32, float64, bf16."""
+        """The precision of computation under its command-line name: float32, float64 or bf16."""
         return str(next(self.parameters()).dtype).removeprefix("torch.")
 
     def for_inference(self, *, cells: torch.dtype | None = None) -> Backbone:
-        """The frozen backbone that priors and fits run on: it computes the same, faster. Default: itself.
+        """A frozen backbone that computes the same function faster, for priors and fits. Default: the backbone itself.
 
         It has the same state dict, and so the same file and fingerprint, but need not follow later changes of weights.
-        `cells`: a lower precision for the network's cells, which does change the result. Raises ConfigurationError
-        where the adapter has no cells that run in it.
+        `cells`: a lower precision for the network's cells, which changes results. Raises ConfigurationError where the
+        adapter does not support it.
         """
         if cells is not None:
             raise ConfigurationError(
@@ -213,14 +219,14 @@ class Backbone(nn.Module, ABC):
         return self
 
     def checkpointing(self) -> Backbone:
-        """The backbone `for_inference`, keeping less for a backward pass and computing the rest again: equal results.
+        """The backbone `for_inference` with gradient checkpointing: less memory in a backward pass, equal results.
 
         Raises ConfigurationError where the adapter has no checkpointing.
         """
         raise ConfigurationError(f"{type(self).__name__} has no checkpointing: leave out --checkpointing")
 
     def compiled(self) -> Backbone:
-        """The backbone `for_inference` with parts fused by torch.compile: equal up to rounding, slow at the first call.
+        """The backbone `for_inference` with parts compiled by torch.compile: equal up to rounding, slow at first.
 
         Raises ConfigurationError where the adapter has nothing to compile.
         """
@@ -243,7 +249,7 @@ class Backbone(nn.Module, ABC):
     # Derived passes: one traversal, many meanings.
 
     def trace(self, draw: Draw, batch_size: int) -> Trace:
-        """Run `top_down` with `draw` and keep every latent and conditional prior that it meets."""
+        """Run `top_down` with `draw`, and return every latent, every conditional prior, and the final features."""
         z: list[Tensor] = []
         priors: list[Gaussian] = []
 
@@ -255,7 +261,10 @@ class Backbone(nn.Module, ABC):
         return Trace(z, priors, self.top_down(recording, batch_size))
 
     def transform(self, eps: Sequence[Tensor], *, temperature: float = 1.0) -> Trace:
-        """T_β (Eqs. 28-29), z_i = mean_i + t·std_i·ε_i, with the conditional priors and features of the traversal."""
+        """The traversal at T_β(ε) (Eqs. 28-29), z_i = mean_i + t·std_i·ε_i with t the `temperature`.
+
+        eps: list of (B, *group.shape). The trace also holds the conditional priors and the features.
+        """
         self._check("eps", eps)
         return self.trace(lambda i, p, _: torch.addcmul(p.mean, p.std, eps[i], value=temperature), len(eps[0]))
 
@@ -289,7 +298,7 @@ class Backbone(nn.Module, ABC):
         return Posterior(trace.z, trace.eps, torch.stack(draw.log_q, dim=1), trace.log_prior, trace.features)
 
     def draw_posterior(self, images: Tensor, *, generator: Generator = None) -> list[Tensor]:
-        """z ~ q(z | x), as `infer` draws it, a list of (B, *group.shape); where the encoder can, no top-down pass."""
+        """A draw z ~ q(z | x) as `infer` makes it, a list of (B, *group.shape), without a top-down pass if possible."""
         draw = self.encode(images, self.standard_normal(len(images), generator=generator))
         return self.trace(draw, len(images)).z if draw.z is None else draw.z
 
@@ -303,7 +312,7 @@ class Backbone(nn.Module, ABC):
         return [standard_normal((n, *g.shape), generator, dtype=like.dtype, device=like.device) for g in self.groups]
 
     def given(self, z: Sequence[Tensor]) -> Trace:
-        """The traversal that meets the latents z, a list of (B, *group.shape)."""
+        """The traversal in which every group takes its value in z, a list of (B, *group.shape)."""
         self._check("z", z)
         return self.trace(lambda i, prior, _: z[i], len(z[0]))
 
@@ -332,7 +341,10 @@ def require_groups(backbone: Backbone) -> None:
 
 
 def require_usable(backbone: Backbone) -> None:
-    """Raise ConfigurationError for parameters on meta or of a precision that is not supported; as `require_groups`."""
+    """Raise ConfigurationError for parameters on the device meta or of an unsupported precision.
+
+    Raises ContractError as `require_groups` does.
+    """
     like = next(backbone.parameters())
     require_numbers(like.device)
     require_precision(like.dtype)

@@ -1,9 +1,9 @@
 """Batch-norm re-adjustment: running statistics of the generative path from the backbone's own samples.
 
-A trained VAE holds the statistics of posterior draws. Samples of p(z), and more so at another temperature, have other
-features, which degrades the images of deep networks (NVAE, §5.2). So the generator runs in train mode on prior samples,
-the images are thrown away, and the statistics kept. No weight changes. With momentum m the old values keep the weight
-(1 − m)^iterations: 7e-12 for NVAE's 0.05 and 500 iterations.
+The running statistics of a trained VAE come from posterior draws. Samples of p(z), in particular at another
+temperature, have other feature statistics, and deep networks then make worse images (NVAE, §5.2). So the generator is
+run in train mode on prior samples, and only the updated statistics are kept. No weight changes. With momentum m the old
+statistics keep the weight (1 − m)^iterations, which is 7e-12 for NVAE's m = 0.05 and 500 iterations.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def readjust_batch_norm(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> list[str]:
-    """Re-adjust to samples of p_β at `temperature`: `iterations` batches, in float32 or better, then eval mode.
+    """Re-adjust the batch norms of `backbone` in place to `iterations` batches of samples of p_β at `temperature`.
 
-    progress: gets a remark every 100 batches. Returns the names of the layers that were re-adjusted, those on the
-    generative path. Raises ConfigurationError where there are none, DivergenceError where a statistic is not finite:
-    the old ones are then put back.
+    The backbone runs in float32 or better, and is in eval mode afterwards. progress: gets a remark every 100 batches.
+    Returns the names of the re-adjusted layers, which are those on the generative path. Raises ConfigurationError where
+    there are none, and DivergenceError where a statistic is not finite; the old statistics are then restored.
     """
     if iterations < 1 or batch_size < 2 or temperature <= 0:
         raise ConfigurationError(
@@ -45,7 +45,7 @@ def readjust_batch_norm(
         )
     like = next(backbone.parameters())
     dtype, device = like.dtype, like.device
-    if torch.finfo(dtype).bits < 32:  # half precision cannot hold what 5 % of a batch changes
+    if torch.finfo(dtype).bits < 32:  # half precision would round away updates of 5 %
         backbone.float()
 
     def draws() -> Iterator[list[Tensor]]:
@@ -89,7 +89,7 @@ def readjust_to(backbone: Backbone, draws: Iterable[Sequence[Tensor]], *, temper
 
 @contextlib.contextmanager
 def keeping_statistics(network: nn.Module) -> Iterator[None]:
-    """Inside the block, batch norms in train mode use their running statistics, and leave them as they are."""
+    """Inside the block, batch norms in train mode use their running statistics and do not update them."""
     moving = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
     for module in moving:
         module.eval()
@@ -101,7 +101,7 @@ def keeping_statistics(network: nn.Module) -> Iterator[None]:
 
 
 def adjustable(backbone: Backbone) -> dict[str, _BatchNorm]:
-    """The batch norms with running statistics, on either path, by name. Raises ConfigurationError without any."""
+    """All batch norms with running statistics, by name. Raises ConfigurationError where the backbone has none."""
     layers = {name: m for name, m in backbone.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
     if not layers:
         raise _no_batch_norm(backbone)

@@ -1,4 +1,4 @@
-"""Images of anybody's own class, looked at before a network sees them."""
+"""Checks of images that come from a user's own class."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ebm_prior.interfaces import Images
 
 
 def checked(images: Images, *, first: int = 64) -> Images:
-    """The same images, of which every batch is checked when it is read: finite, in [0, 1], float32, of one shape.
+    """The same images with a check of every batch that is read: finite, in [0, 1], float32, of one shape.
 
-    Images that say `looks_itself`, as an `ImageSource` does, come back as they are. Of others the `first` are read at
-    once, so that most mistakes show at the start; the rest show, with the number of the image, when they are asked for.
-    Raises DataError.
+    Images that say `looks_itself`, as an `ImageSource` does, are returned unchanged. Of other images the `first` ones
+    are read at once, so that most mistakes show at the start; the rest is checked when it is read. Raises DataError
+    with the number of the image.
 
         images = checked(MyImages())
         images.batch([3, 5])  # DataError: … found NaN or infinite values in image 5 …
@@ -31,7 +31,7 @@ def checked(images: Images, *, first: int = 64) -> Images:
 
 
 class Checked:
-    """`checked` images; whatever else they have (labels, a fingerprint) is theirs."""
+    """The result of `checked`. Other attributes (labels, a fingerprint) are those of the wrapped images."""
 
     looks_itself = True
 

@@ -1,11 +1,12 @@
 """The joint energy: one small head per latent group, f(z) = Σ_i f_i(z_i) (Eqs. 6-7), and an optional joint head.
 
 f is the NEGATIVE energy: p_α(z) ∝ exp(f(z)) p_β(z), larger is more probable. Each head sees its group standardised
-with posterior statistics and ends in a linear layer that starts at zero, so that f = 0 exactly before training: an
-untrained prior IS the backbone's.
+with posterior statistics and ends in a linear layer that starts at zero. So f = 0 exactly before training, and an
+untrained prior is the backbone's own.
 
-A conditional head also sees ε_i = (z_i − mean_i)/std_i, the place of z_i in its own p_β(z_i | z_<i): there the
-backbone's prior is white noise, and what its conditionals have missed stands out. ε is a function of z, and so is f.
+A conditional head also sees ε_i = (z_i − mean_i)/std_i, which is z_i standardised by its own prior p_β(z_i | z_<i).
+Under the backbone's prior ε is white noise, so any structure in it shows what the conditionals miss. ε is a function of
+z, and so is f.
 """
 
 from __future__ import annotations
@@ -23,24 +24,30 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.settings import require_kinds, setting
 
-WIDEST, DEEPEST = 2**20, 1_000  # channels or widths, and layers: more is a mistake, or a file that is none of ours
+WIDEST, DEEPEST = 2**20, 1_000  # largest width and number of layers; more is a mistake or a damaged file
 LARGEST_BOUND = 1e9  # in units of posterior standard deviations
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu": partial(nn.LeakyReLU, 0.2)}
 
 
 @dataclass(frozen=True)
 class EnergyConfig:
-    """The heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint head, leaky_relu."""
+    """Settings of the heads. The paper's (Table 12): channels 64, hidden 200, vector_layers 2, no joint, leaky_relu."""
 
-    channels: int = setting(48, "channels of a spatial head's convolutions (nef)")
-    hidden: int = setting(128, "width of the heads' linear layers (ndf)")
-    vector_layers: int = setting(2, "hidden layers of the head of a flat group")
-    joint: int = setting(128, "width of the joint head over all groups; 0: none")
-    activation: Literal["silu", "leaky_relu"] = setting("silu", "leaky_relu: slope 0.2")
-    conditional: bool = setting(False, "heads also see z_i in units of its prior p(z_i | z_<i)")
-    standardize: bool = setting(True, "heads see latents in units of their posterior mean and standard deviation")
-    dropout: float = setting(0.0, "dropout in the joint head")
-    bound: float = setting(0.0, "heads' inputs are squashed to ± this by tanh; 0: not squashed. Stages set their own")
+    channels: int = setting(48, "Channels of the convolutions in the heads of spatial latent groups (nef)")
+    hidden: int = setting(128, "Width of the linear layers in the heads (ndf)")
+    vector_layers: int = setting(2, "Hidden layers in the head of a latent group without spatial axes")
+    joint: int = setting(128, "Width of the joint head, which sees all latent groups; 0: no joint head")
+    activation: Literal["silu", "leaky_relu"] = setting(
+        "silu", "Activation function of the heads; leaky_relu has slope 0.2"
+    )
+    conditional: bool = setting(False, "Let the heads also see each z_i standardised by its own prior p(z_i | z_<i)")
+    standardize: bool = setting(
+        True, "Standardise the heads' inputs by the mean and standard deviation of posterior latents"
+    )
+    dropout: float = setting(0.0, "Dropout rate in the joint head")
+    bound: float = setting(
+        0.0, "Bound to which tanh squashes the heads' inputs; 0: no bound. Stages set a bound of their own"
+    )
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -60,7 +67,10 @@ class EnergyConfig:
 
 
 class Input(nn.Module):
-    """One group's latents as an energy sees them: standardised, and squashed to ± `bound` where that is not 0."""
+    """The transformation of one group's latents into an energy's input: standardised, then squashed to ± `bound`.
+
+    With `bound` 0 inputs are not squashed.
+    """
 
     shift: Tensor
     scale: Tensor
@@ -79,7 +89,7 @@ class Input(nn.Module):
 
 
 class Head(Input):
-    """One group's energy f_i: z_i (B, *shape) -> (B,), with the features that a joint head may pool.
+    """The head of one latent group, f_i: z_i (B, *shape) -> (B,). Its last hidden layer also feeds the joint head.
 
     Maps (C, H, W): N × [conv(4, stride 2, pad 1), activation] and N × [Linear, activation], N = log2(side/4), the
     paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
@@ -124,18 +134,18 @@ class Head(Input):
 class JointEnergy(nn.Module):
     """f(z) = Σ_i f_i(z_i) [+ f_joint(features of all groups)], the negative energy of the prior (Eq. 6).
 
-    The joint head is one of the paper's "other parameterizations" (§3.1): it sees what no sum of per-group terms can,
-    the relations between groups that the backbone's conditionals miss.
+    The joint head is one of the paper's "other parameterizations" (§3.1). It can express relations between groups,
+    which no sum of terms of single groups can.
     """
 
-    per_group = True  # whether `terms` has a summand for each group, which sees that group alone
+    per_group = True  # whether `terms` has a summand for each group that depends on this group alone
 
     def __init__(self, groups: Sequence[LatentGroup], config: EnergyConfig) -> None:
         super().__init__()
         self.config = config
         self.names = [group.name for group in groups]
         unfit = [name for name in self.names if "." in name or hasattr(nn.ModuleDict(), name)]
-        if unfit:  # names are keys of the state dict, as they stand in the prior file
+        if unfit:  # the names become keys of the state dict in the prior file
             raise ConfigurationError(f"latent groups cannot be named {unfit}: no dots, no names of torch's methods")
         shapes = shapes_seen(groups, config)
         self.heads = nn.ModuleDict({name: Head(shape, config) for name, shape in zip(self.names, shapes, strict=True)})
@@ -209,7 +219,7 @@ class JointEnergy(nn.Module):
 
     @torch.no_grad()
     def add(self, nats: float) -> None:
-        """Add a constant to f, through the top head's bias: this changes the normaliser and nothing else."""
+        """Add a constant to f through the bias of the top head, which changes only the normaliser."""
         next(head.last.bias for head in self._heads() if isinstance(head, Head)).add_(nats)
 
     @torch.no_grad()
@@ -227,7 +237,7 @@ class JointEnergy(nn.Module):
 def shapes_seen(groups: Sequence[LatentGroup], config: EnergyConfig) -> list[tuple[int, ...]]:
     """The shapes of `JointEnergy.inputs`, without the batch axis."""
     shapes = [tuple(group.shape) for group in groups]
-    if config.conditional:  # twice the channels; not at the top, whose prior is constant: there ε repeats z
+    if config.conditional:  # z_i and ε_i: twice the channels. The top prior is constant, so ε would only repeat z
         shapes[1:] = [(2 * channels, *sides) for channels, *sides in shapes[1:]]
     return shapes
 

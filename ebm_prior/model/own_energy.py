@@ -1,14 +1,14 @@
-"""An energy of one's own in the place of the built-in heads: any module that maps latents to f(z) in nats.
+"""The user's own energy in place of the built-in heads: any torch module that maps latents to f(z) in nats.
 
     class MyEnergy(nn.Module):
         def __init__(self, groups, width=64):      # groups: name and shape of every latent group, the top one first
             self.architecture = {"width": width}   # MyEnergy(groups, **architecture) builds the same module again
             …
         def forward(self, inputs):                 # a list of (B, *group.shape), as `EnergyConfig` has them
-            return …                               # f, (B,): 0 for every input, as long as nothing has been learned
+            return …                               # f, (B,), which is 0 for every input before training
 
-f must be 0 at first (end in `zero_linear`), for an untrained prior is the backbone's. `architecture` and an entry point
-in the group `ebm_prior.energies` are what a file needs to name the class; a fit in memory needs neither.
+f must be 0 before training (end in `zero_linear`), so that an untrained prior is the backbone's. A prior file names the
+class by an entry point in the group `ebm_prior.energies` and holds its `architecture`; a fit in memory needs neither.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ebm_prior.model.arguments import described
 from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.model.energy import EnergyConfig, Input, JointEnergy, shapes_seen
 
-TRIED = 3  # random inputs on which a module is tried
+TRIED = 3  # number of random inputs on which a module is tried
 
 
 class OwnEnergy(JointEnergy):
     """f(z) = factor · module(standardised inputs) + offset, in nats, with the `inputs` of the built-in heads.
 
-    Of `config`, what is said of the inputs is kept: `conditional`, `standardize`, `bound`.
+    Of `config` only the settings of the inputs have an effect: `conditional`, `standardize` and `bound`.
     """
 
     per_group = False
@@ -49,7 +49,7 @@ class OwnEnergy(JointEnergy):
         self.register_buffer("offset", torch.zeros(()))
 
     def terms(self, inputs: Sequence[Tensor]) -> Tensor:
-        """f in nats as its only summand, (B, 1): an energy of one's own need not be a sum over groups."""
+        """f in nats as a single summand, (B, 1), because the module need not be a sum over groups."""
         seen = [head.standardized(z) for head, z in zip(self._heads(), inputs, strict=True)]
         value: Tensor = self.module(seen)
         return (self.factor * value + self.offset)[:, None]
@@ -67,9 +67,9 @@ class OwnEnergy(JointEnergy):
 
 
 def energy_of(groups: Sequence[LatentGroup], config: EnergyConfig, module: object = None) -> JointEnergy:
-    """The built-in heads, or a copy of one's own `module` in their place, tried on a few inputs.
+    """The built-in heads, or a copy of the user's `module` in their place, which is tried on a few inputs.
 
-    Raises ConfigurationError unless the module has weights and gives f = 0 of shape (B,).
+    Raises ConfigurationError unless the module has weights and returns f = 0 of shape (B,).
     """
     if module is None:
         return JointEnergy(groups, config)

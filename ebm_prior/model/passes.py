@@ -1,4 +1,4 @@
-"""How a backbone is computed: on which device, in which precision, and how its cells save memory or time."""
+"""How a backbone is computed: its device, its precision, and how its cells save memory or time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Passes:
-    """Device and precision of a backbone, and what its cells do in a pass. Results differ by rounding alone.
+    """Device and precision of a backbone, and how its cells are run. Results differ only by rounding.
 
-    dtype: of weights and computation; torch.bfloat16 means float32 with the network's cells in bfloat16.
-    checkpointing: cells keep less for a backward pass, and compute the rest again.  compiled: torch.compile fuses them.
+    dtype: type of weights and computation; torch.bfloat16 means float32 with the network's cells in bfloat16.
+    checkpointing: recompute the cells in a backward pass, to save memory.  compiled: fuse them with torch.compile.
     """
 
     device: torch.device = CPU
@@ -29,9 +29,9 @@ class Passes:
         return network.to(device=self.device, dtype=torch.float32 if self.dtype == torch.bfloat16 else self.dtype)
 
     def apply(self, backbone: Backbone) -> Backbone:
-        """A frozen backbone, already placed, with its cells computed as this says; it has the same weights.
+        """The frozen and placed `backbone` with its cells run in this way; its weights are the same.
 
-        Raises ConfigurationError where the adapter has no cells of this kind.
+        Raises ConfigurationError where the adapter does not support it.
         """
         if self.dtype == torch.bfloat16 and backbone.precision != "bf16":
             backbone = backbone.for_inference(cells=self.dtype)
@@ -41,4 +41,4 @@ class Passes:
 
 
 PLAIN = Passes()
-"""On the CPU in float32, or as the backbone was placed by its owner, and nothing else."""
+"""The default: the backbone as it is placed, or on the CPU in float32, with cells run in the plain way."""

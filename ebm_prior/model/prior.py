@@ -1,6 +1,6 @@
 """The joint energy-based prior p_α(z) ∝ exp(τ f(z)) p_β(z) on a frozen backbone (Eq. 6): density, samples, log Z.
 
-Wherever τ f stands, min(τ f, ceiling) is meant: a prior without a ceiling has inf.
+In this module τ f always means min(τ f, ceiling). A prior without a ceiling has ceiling = inf.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Regime = Literal["calibrated", "refiner"]
 Target = Literal["exact", "published"]
 Seen = TypeVar("Seen")
 Owned = TypeVar("Owned", bound="_Kept")
-TAU_LIMIT, CEILING_LIMIT = 1e3, 1e9  # nats, the latter: beyond them is no prior that training gives
+TAU_LIMIT, CEILING_LIMIT = 1e3, 1e9  # largest τ, and largest |ceiling| in nats; training stays far below
 
 ANCESTRAL = SamplerConfig(proposals=1, steps=0)
 """The sampler that ignores f: the backbone's own prior."""
@@ -53,7 +53,7 @@ class Samples(NamedTuple):
 
 
 class _Kept:
-    """A prior in its owner's hands: looked at, moved to a device, kept in a file."""
+    """The part of a prior that moves it to a device, saves and loads it, and prints it."""
 
     backbone: Backbone
     energy: JointEnergy
@@ -62,16 +62,17 @@ class _Kept:
     record: dict[str, Any]
 
     def to(self: Owned, device: torch.device | str) -> Owned:
-        """Move backbone and heads to a device, in place; returns the prior. Raises ConfigurationError.
+        """Move backbone and heads to a device, in place; returns the prior.
 
-        The backbone that the prior was made with moves, too, where it is the same module.
+        The backbone that the prior was made with moves, too, where it is the same module. Raises ConfigurationError
+        where this machine cannot use the device.
         """
         place = usable_device(device)
         self.backbone.to(place)
         self.energy.to(place)
         return self
 
-    if TYPE_CHECKING:  # files are `storage.checkpoint`'s, which sets both: they are its save_prior and load_prior
+    if TYPE_CHECKING:  # `storage.checkpoint` sets both methods, to its functions save_prior and load_prior
 
         def save(self, path: str | Path, *, checkpoint: str | Path | None = None) -> None: ...
 
@@ -101,10 +102,10 @@ class _Kept:
 class EBMPrior(_Kept):
     """A trained (or, with f = 0, untrained) energy-based prior p_α(z) ∝ exp(τ f(z)) p_β(z) (Eq. 6).
 
-    `tau` multiplies f (tempering after training), and τ f is cut off at `ceiling`, in nats: at latents unlike any in
-    training, f is no density ratio. `regime`: "calibrated" (f is a log density ratio: scores and
-    log Z mean something) or "refiner" (short-run dynamics as published: samples only). `target`: "exact", the density
-    of Appendix A.3, or "published", which differentiates log p_β(T(ε)) where that has log N(ε); for replication only.
+    `tau` multiplies f (tempering after training). τ f is clipped at `ceiling` nats, as f is not reliable far from the
+    latents of training. `regime`: "calibrated" (f is a log density ratio, so that scores and log Z have a meaning) or
+    "refiner" (short-run dynamics as published, for samples only). `target`: "exact", the density of Appendix A.3, or
+    "published", which has log p_β(T(ε)) in place of log N(ε), for replication only.
 
     >>> samples = prior.sample(4, seed=1)
     >>> samples.images.shape, prior.f(samples.z).shape  # in [0, 1]; nats
@@ -140,7 +141,7 @@ class EBMPrior(_Kept):
     def f(self, z: Sequence[Tensor], eps: Sequence[Tensor] | None = None) -> Tensor:
         """The negative energy min(τ f(z), ceiling) in nats, (B,), for z a list of (B, *group.shape).
 
-        eps: T_β⁻¹(z), of z's shapes, where the caller knows it; else it is computed if the heads see it.
+        eps: T_β⁻¹(z), of z's shapes, if the caller has it; else it is computed where the heads need it.
         """
         like, groups = next(self.backbone.parameters()), self.backbone.groups
         require_latents("z", z, groups, like)
@@ -152,7 +153,7 @@ class EBMPrior(_Kept):
         return value if self.ceiling == math.inf else value.clamp(max=self.ceiling)
 
     def potential(self, eps: Sequence[Tensor]) -> Tensor:
-        """g(ε), (B,): the target's log density is g(ε) − ½‖ε‖² + const (Appendix A.3)."""
+        """The potential g(ε) in nats, (B,): the chains' log density is g(ε) − ½‖ε‖² + const (Appendix A.3)."""
         trace = self.backbone.transform(eps)
         if self.target == "exact":
             return self.f(trace.z, eps)
@@ -198,10 +199,10 @@ class EBMPrior(_Kept):
         chunk: int = 128,
         processes: Processes = ALONE,
     ) -> list[Seen]:
-        """Draw n samples in chunks, and return the results of `see`, called with each chunk, in order.
+        """Draw n samples in chunks, call `see` with each chunk, and return its results in order.
 
-        Draw i depends on (seed, i) alone, not on `chunk` (blocks of 64). The `processes` share the chunks. sampler:
-        default, the one recorded with the prior. Raises DivergenceError when a chain leaves the finite numbers.
+        Sample i depends on (seed, i) alone, not on `chunk` (rounded to blocks of 64). The `processes` share the chunks.
+        sampler: None takes the one recorded with the prior. Raises DivergenceError where a chain is not finite.
         """
         n, seed, chunk = require_count("n", n), require_count("seed", seed), require_count("chunk", chunk, least=1)
         sampler = _chosen(sampler, self.sampler)
@@ -231,10 +232,10 @@ class EBMPrior(_Kept):
         progress: Progress = SILENT,
         processes: Processes = ALONE,
     ) -> Samples:
-        """n draws of p_α by `sampler` (default: the one recorded with the prior); image i depends on (seed, i) alone.
+        """Draw n samples of p_α; image i depends on (seed, i) alone, not on `chunk`. n = 0 gives empty tensors.
 
-        progress: advances by the draws. n = 0 gives empty tensors. Raises ConfigurationError for numbers that make no
-        sense, DivergenceError when a chain leaves the finite numbers.
+        sampler: None takes the one recorded with the prior.  progress: advances by the draws. Raises ConfigurationError
+        for a number out of its range, and DivergenceError where a chain is not finite.
         """
         done = 0
 
@@ -270,11 +271,11 @@ class EBMPrior(_Kept):
         first: int = 0,
         chunk: int = 256,
     ) -> dict[Form, Tensor]:
-        """Scores of images (B, C, H, W) in [0, 1] in several forms on shared draws, (B,) nats each (Eqs. 20, 21).
+        """Scores of images (B, C, H, W) in [0, 1] (Eqs. 20, 21): for each form a tensor (B,) in nats, on shared draws.
 
-        sampler: of the lower groups (default: the one recorded with the prior). Image i's draws depend on
-        (seed, first + i) alone, `first` being a multiple of 64; not on `chunk`. Raises RegimeError for a refiner unless
-        all forms are without f, and as `model.scores.scores` does.
+        sampler: draws the lower groups; None takes the one recorded with the prior. The draws of image i depend on
+        (seed, first + i) alone, not on `chunk`; `first` must be a multiple of 64. Raises RegimeError for a refiner if a
+        form uses f, and the errors of `model.scores.scores`.
         """
         forms = _list_of_forms(forms)
         require_images(images, self.backbone.image_shape)
@@ -306,7 +307,9 @@ def _require_consistent(energy: object, regime: Regime, target: Target) -> None:
             f"energy: expected a JointEnergy, found {described(energy)}: fit(…, energy=module) takes your own"
         )
     if target == "published" and regime == "calibrated":
-        raise RegimeError("f is no log density ratio on the published target: only a refiner has it")
+        raise RegimeError(
+            "target published needs regime refiner, because f is no log density ratio on it; found calibrated"
+        )
 
 
 def _require_calibrated(regime: Regime, what: str) -> None:
@@ -319,7 +322,7 @@ def _require_calibrated(regime: Regime, what: str) -> None:
 
 
 def _chosen(sampler: SamplerConfig | None, recorded: SamplerConfig) -> SamplerConfig:
-    """The sampler that is asked for, or the recorded one."""
+    """`sampler` after a check of its type, or the recorded sampler if it is None."""
     if not isinstance(sampler, (SamplerConfig, type(None))):
         raise ConfigurationError(
             f"sampler: expected a SamplerConfig, found {described(sampler)}: dataclasses.replace(prior.sampler, "

@@ -2,9 +2,9 @@
 
     log p(ε) = g(ε) − ½‖ε‖² + const,    g(ε) = f(T_β(ε)).
 
-The Jacobian of T_β cancels, and the reference's gradient is exactly −ε, so only g is differentiated. Kernels are pure:
-(state, potential, step_size, generator) -> (state, info). A set of latents stays a list of (B, *group.shape). Chains
-are independent: step sizes, acceptances and norms are per chain, (B,), so that no result depends on the batching.
+The Jacobian of T_β cancels, and the gradient of −½‖ε‖² is exactly −ε, so only g is differentiated. Kernels are pure
+functions: (state, potential, step_size, generator) -> (state, info). Latents are always a list of (B, *group.shape).
+Chains are independent: each has its own step size, acceptance and norm, (B,), so no result depends on the batching.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ebm_prior.compute.randomness import Generator, standard_normal, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.settings import require_kinds, setting
 
-MOST_STEPS, MOST_PROPOSALS, MOST_LEAPFROGS = 100_000, 100_000, 1_000  # more is a mistake: it would not end
+MOST_STEPS, MOST_PROPOSALS, MOST_LEAPFROGS = 100_000, 100_000, 1_000  # more would not end in reasonable time
 JITTER = 0.3  # largest relative change of a trajectory's step size
 # Optimal acceptances are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013).
 TARGET_ACCEPTANCE = 0.6
@@ -52,23 +52,29 @@ Kernel = Callable[[ChainState, Potential, Tensor, Generator], tuple[ChainState, 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """A sampler: importance resampling among `proposals` draws, then `steps` of a kernel; either may be nothing.
+    """Settings of a sampler: importance resampling among `proposals` draws, then `steps` of a Markov kernel.
 
-    The kernels are Langevin (Eq. 12), whose s is `step_size`, and pCN-Langevin, which is exact. Raises
-    ConfigurationError for values that make no sense, or of another kind.
+    With proposals = 1 there is no resampling, with steps = 0 no chain. The kernel is Langevin (Eq. 12; `step_size` is
+    s) or pCN-Langevin, which is exact. Raises ConfigurationError for a value out of its range or of the wrong type.
 
     >>> longer = SamplerConfig(proposals=4, steps=10)
     >>> prior.sample(2, sampler=longer).acceptance.shape
     torch.Size([2])
     """
 
-    proposals: int = setting(32, "ancestral draws of which one is kept, by its weight exp f (1: a plain draw)")
-    kernel: Literal["langevin", "pcn-langevin"] = setting("pcn-langevin", "Markov kernel")
-    steps: int = setting(40, "steps of the kernel after resampling")
-    step_size: float = setting(0.15, "step size: s of Eq. 12, or δ of pCN-Langevin")
-    adapt_steps: int = setting(0, "number of first steps in which pCN-Langevin adapts its step size")
-    leapfrogs: int = setting(1, "leapfrogs in each step of pCN-Langevin: with several it is Hamiltonian Monte Carlo")
-    temperature: float = setting(1.0, "factor on Langevin's noise")
+    proposals: int = setting(
+        32, "Ancestral draws of which one is kept, with probability proportional to exp f; 1: a plain draw"
+    )
+    kernel: Literal["langevin", "pcn-langevin"] = setting(
+        "pcn-langevin", "Markov kernel of the chains: langevin (Eq. 12), or pcn-langevin, which is exact"
+    )
+    steps: int = setting(40, "Steps of the Markov kernel after the choice among the proposals")
+    step_size: float = setting(0.15, "Step size of the Markov kernel: s of Eq. 12 for langevin, δ for pcn-langevin")
+    adapt_steps: int = setting(0, "Number of first steps in which pcn-langevin adapts its step size")
+    leapfrogs: int = setting(
+        1, "Leapfrog steps in each step of pcn-langevin; more than 1 make it Hamiltonian Monte Carlo"
+    )
+    temperature: float = setting(1.0, "Factor on the noise of the langevin kernel")
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -86,15 +92,21 @@ class SamplerConfig:
         if not 0 <= self.temperature < math.inf:
             raise ConfigurationError(f"expected a temperature of 0 or more, found {self.temperature}")
         if self.temperature != 1 and (self.kernel != "langevin" or not self.steps):
-            raise ConfigurationError("temperature acts on steps of the Langevin kernel alone: nothing else has one")
+            raise ConfigurationError(
+                f"expected temperature 1 unless the kernel is langevin with at least one step, found {self.temperature}"
+            )
         if self.leapfrogs < 1 or (self.leapfrogs > 1 and self.kernel != "pcn-langevin"):
-            raise ConfigurationError(f"expected 1 leapfrog or more, and more with pcn-langevin alone, found {self}")
+            raise ConfigurationError(
+                f"expected 1 leapfrog or more, and more only with the kernel pcn-langevin, found {self}"
+            )
         if self.kernel == "langevin" and self.adapt_steps:
-            raise ConfigurationError("Langevin (Eq. 12) accepts every step: there is no acceptance to adapt to")
+            raise ConfigurationError(
+                "adapt_steps needs the kernel pcn-langevin: langevin (Eq. 12) accepts every step, so it cannot adapt"
+            )
 
 
 def _unchanged(name: str) -> Any:
-    """A field that is None by default, with the help text of the sampler's setting of this name."""
+    """A dataclass field that is None by default and has the help text of the field `name` of SamplerConfig."""
     return field(default=None, metadata=SamplerConfig.__dataclass_fields__[name].metadata)
 
 
@@ -126,9 +138,9 @@ class Sampled(NamedTuple):
 
 
 class GraphedPotential:
-    """A potential on a GPU: its values, its gradients, and whole steps of a kernel on it run as CUDA graphs.
+    """A potential on a GPU: its values, its gradients and whole steps of a kernel run as CUDA graphs.
 
-    Weights that it reads may change in place.
+    The weights of the potential may change in place.
     """
 
     def __init__(self, potential: Potential) -> None:
@@ -136,7 +148,7 @@ class GraphedPotential:
 
     def __call__(self, eps: Sequence[Tensor]) -> Tensor:
         """g(ε), (B,)."""
-        if torch.is_grad_enabled():  # a caller differentiates it, which a graph of values alone is not for
+        if torch.is_grad_enabled():  # the caller differentiates, which a graph of values does not support
             return self._potential(eps)
         value: Tensor = self._graphs.run("value", lambda e, _: self._potential(e), list(eps))
         return value
@@ -157,7 +169,7 @@ class GraphedPotential:
 
 
 def graphed(potential: Potential, device: torch.device) -> Potential:
-    """The potential in the form that chains on `device` run fastest; a graph lasts as long as the caller keeps it."""
+    """The potential in the form in which chains on `device` run fastest. Graphs live as long as the returned object."""
     return GraphedPotential(potential) if device.type == "cuda" else potential
 
 
@@ -190,19 +202,20 @@ def pcn_langevin_step(
     """Preconditioned Crank-Nicolson Langevin, and with more `leapfrogs` its Hamiltonian form; exact in any dimension.
 
     With velocities v ~ N(0, I), each leapfrog is a kick v ← v + t∇g(ε), a turn of (ε, v) by the angle 2 arctan t, and a
-    kick again; t = √(δ/2), `step_size` δ: (B,). The turn is the exact motion under N(0, I), so that with f = 0
-    every trajectory is accepted, at any step size and dimension (Beskos et al. 2011). One leapfrog is Cotter et al.
-    (2013, §4.3): (2+δ)ε′ = (2−δ)ε + 2δ∇g + √(8δ)ξ. Several go a way that as many single steps would only stagger; their
-    t is drawn within `JITTER` of its value for each trajectory, for one of a fixed length can be a period of the motion
-    in some direction, and come back to where it began (Neal 2011).
+    second kick; t = √(δ/2), with δ the `step_size`, (B,). The turn is the exact motion under N(0, I), so with f = 0
+    every trajectory is accepted, at any step size and dimension (Beskos et al. 2011). One leapfrog is the step of
+    Cotter et al. (2013, §4.3): (2+δ)ε′ = (2−δ)ε + 2δ∇g + √(8δ)ξ. Several leapfrogs move in one direction, where as many
+    single steps would do a random walk. With several, t varies by up to `JITTER` between trajectories: with a fixed
+    length, a trajectory could be a whole period of the motion and return to its start (Neal 2011).
     """
     velocity = [_noise_like(e, generator) for e in state.eps]
     t, new = (0.5 * step_size).sqrt(), state
     if leapfrogs > 1:
         t = t * (1 + JITTER * (2 * uniform(t.shape, generator, dtype=t.dtype, device=t.device) - 1))
     cosine, sine = (1 - t**2) / (1 + t**2), 2 * t / (1 + t**2)
-    # The energy is H = −g(ε) + ½‖ε‖² + ½‖v‖², and a trajectory is accepted with probability min(1, e^{−ΔH}). Turns keep
-    # ½‖ε‖² + ½‖v‖²; a kick adds ½‖v + t∇g‖² − ½‖v‖² = t v·∇g + ½t²‖∇g‖². The sum over all kicks is what they change.
+    # The energy is H = −g(ε) + ½‖ε‖² + ½‖v‖², and a trajectory is accepted with probability min(1, e^{−ΔH}). Turns
+    # leave ½‖ε‖² + ½‖v‖² unchanged, and a kick changes it by ½‖v + t∇g‖² − ½‖v‖² = t v·∇g + ½t²‖∇g‖². So ΔH is the sum
+    # of these changes over all kicks, minus the change of g.
     work = torch.zeros_like(state.value)
 
     def kick() -> Tensor:
@@ -218,7 +231,7 @@ def pcn_langevin_step(
         new = start(potential, turned)
         work += kick()
 
-    # A trajectory that ends where g or its gradient is not finite is refused; g = +∞ alone would give acceptance 1.
+    # A trajectory is rejected if g or its gradient is not finite at its end. (g = +∞ alone would be accepted.)
     log_ratio = (new.value - state.value - work).masked_fill(~new.value.isfinite(), -math.inf)
     acceptance = log_ratio.clamp(max=0).exp().nan_to_num(nan=0.0)
     accepted = uniform(t.shape, generator, dtype=t.dtype, device=t.device) < acceptance
@@ -234,7 +247,7 @@ KERNELS: dict[str, Any] = {"langevin": langevin_step, "pcn-langevin": pcn_langev
 
 
 def kernel_of(config: SamplerConfig) -> Kernel:
-    """The kernel of a sampler with its settings, but for the step size."""
+    """The kernel of a sampler, with all of its settings except the step size."""
     if config.kernel == "langevin":
         return partial(langevin_step, temperature=config.temperature)
     return partial(pcn_langevin_step, leapfrogs=config.leapfrogs)
@@ -251,11 +264,11 @@ def run_chain(
     generator: Generator = None,
     callback: Callable[[int, ChainState, ChainInfo], None] | None = None,
 ) -> tuple[ChainState, Tensor, Tensor]:
-    """`steps` of a kernel. Returns the last state, the mean acceptance (B,) and the step sizes (B,).
+    """Run `steps` of a kernel. Returns the last state, the mean acceptance (B,) and the step sizes (B,).
 
-    In the first `adapt_steps` each chain moves its log step size by Robbins-Monro towards the target acceptance; after
-    them it is fixed, so that the chain's target is exact. Raises DivergenceError when a chain, or g there, is no longer
-    finite.
+    In the first `adapt_steps` each chain adapts its log step size towards the target acceptance (Robbins-Monro). After
+    that the step size is fixed, so that the chain's target is exact. Raises DivergenceError when a chain, or g at its
+    position, is no longer finite.
     """
     if isinstance(potential, GraphedPotential):
         kernel = potential.steps(kernel)
@@ -268,7 +281,8 @@ def run_chain(
             step_size = (step_size * move.exp()).clamp(1e-6, 2.0)
         if callback:
             callback(step, state, info)
-    # g too: a backbone can overflow at a finite ε, the last one, or the first, which pCN-Langevin then never leaves.
+    # g is checked too, because a backbone can overflow at a finite ε: at the last one, or at the first one, which
+    # pCN-Langevin then never leaves.
     lost = int((~(norm(state.eps).isfinite() & state.value.isfinite())).sum())
     if lost:
         raise DivergenceError(
@@ -283,8 +297,8 @@ def resample(
 ) -> tuple[list[Tensor], Tensor]:
     """Sampling-importance-resampling: one of `proposals` draws of N(0, I) per chain, with probability ∝ exp g.
 
-    Returns ε and the effective sample size (Σw)²/Σw², (B,). Streaming: argmax of g + Gumbel noise is a draw from
-    softmax(g) (the Gumbel-max identity), so only the best proposal is kept.
+    Returns ε and the effective sample size (Σw)²/Σw², (B,). The argmax of g + Gumbel noise is a draw from softmax(g)
+    (the Gumbel-max identity), so only the best proposal so far is stored.
     """
     best = propose()
     if proposals == 1:

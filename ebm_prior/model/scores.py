@@ -3,11 +3,11 @@
     L^{>k} = E[log p(x|z) + log p_β(z) + f(z)],   z_{>k} ~ q(z | x),  z_{≤k} ~ p_α(z_{≤k} | z_{>k})        (20)
     LLR^{>k} = L^{>0} − L^{>k}                                                                            (21)
 
-k is the paper's: it counts latent groups from the BOTTOM, so the k last of `backbone.groups` are redrawn. The upper
-latents are shared by the two terms of a ratio, by every k, and by f and f = 0, so that their noise cancels in
-differences of scores. Nothing is normalised; log Z is one constant for all images.
+k counts latent groups from the bottom, as in the paper, so the last k of `backbone.groups` are redrawn. The two terms
+of a ratio, all k, and the scores with f and with f = 0 share the same upper latents, so that their noise cancels in
+differences of scores. Nothing is normalised, since log Z is the same constant for all images.
 
-Everything random of image i comes from (seed, i): no score depends on the batch that an image is scored in.
+All randomness of image i comes from (seed, i), so no score depends on the batch in which an image is scored.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ LOWERS: tuple[Lower, ...] = get_args(Lower)
 NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """τ f of z and ε = T_β⁻¹(z), lists of (B, *group.shape), in nats: (B,)."""
 
-_OBSERVATION, _POSTERIOR, _LOWER = 0, 1, 2  # purposes of a generator
+_OBSERVATION, _POSTERIOR, _LOWER = 0, 1, 2  # purposes of random streams
 
 
 class Form(NamedTuple):
-    """One way to score.
+    """One form of the score.
 
-    k: how many groups, from the bottom, are not inferred.  ratio: LLR^{>k} instead of L^{>k}.
-    mode: "eq20", the paper's, literally; "elbo", with −log q(z_{>k}|x) and without log p_β(z_{≤k}|z_{>k}), as the
-    backbone's own bound has it: these groups are drawn from their prior; "iw", the same, where L^{>0} is the
-    importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016); "prior", Eq. 20 without
-    log p(x|z), which is log p_α(z) + log Z: a reconstruction varies by more nats than all that a prior has to say.
-    lower: "sample", draws of z_{≤k} ~ p_α given z_{>k}; "mean", the backbone's own conditional means (ε = 0), and means
-    for the posterior draws of these groups too, which bottom-up encoders feed upwards: with "iw" and without f, that is
-    the score of HVAE's code (Havtorn et al. 2021). A single draw is much noisier than the differences of interest.
+    k: number of groups, from the bottom, that are not inferred.
+    ratio: LLR^{>k} instead of L^{>k}.
+    mode: "eq20" is literally the paper's. "elbo" adds −log q(z_{>k}|x) and drops log p_β(z_{≤k}|z_{>k}), because these
+        groups are drawn from their prior: it is the backbone's own bound. "iw" is "elbo" with L^{>0} replaced by the
+        importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016). "prior" is Eq. 20
+        without log p(x|z), so log p_α(z) + log Z: log p(x|z) varies by many more nats than the prior and hides it.
+    lower: "sample" draws z_{≤k} ~ p_α given z_{>k}. "mean" takes the backbone's own conditional means (ε = 0), also in
+        the posterior draws of these groups, since bottom-up encoders pass them upwards. With "iw" and without f this is
+        the score of HVAE's code (Havtorn et al. 2021). A single draw is much noisier than the differences of interest.
     energy: False leaves f out, both as a term and in the lower groups.
     """
 
@@ -97,12 +98,12 @@ def scores(
     seed: int = 0,
     first: int = 0,
 ) -> dict[Form, Tensor]:
-    """The scores of images (B, C, H, W) in [0, 1] in every form asked for, (B,) nats each, on shared draws.
+    """The scores of images (B, C, H, W) in [0, 1]: for every form a tensor (B,) in nats, on shared draws.
 
-    draws: S, of x̃ ~ `observe` once and of the latents S times; a mean over them is the expectation of Eq. 20. sampler:
-    what draws the lower groups from p_α. first: the number of the first image in its set, a multiple of 64.
-    Raises ConfigurationError for a form that the backbone does not have, DivergenceError where chains leave the finite
-    numbers.
+    draws: S, the number of draws of the latents; the expectation of Eq. 20 is the mean over them. The observation
+    x̃ ~ `observe` is drawn once.  sampler: draws the lower groups from p_α.  first: the number of the first image in its
+    set, a multiple of 64. Raises ConfigurationError for a form that the backbone does not have, and DivergenceError
+    where a chain is not finite.
     """
     forms = list(forms)
     _check(forms, len(backbone.groups), draws)
@@ -110,7 +111,8 @@ def scores(
     needed |= {form._replace(k=0, ratio=False) for form in forms if form.ratio}
     batch = _Batch(backbone, f, images, sampler, seed, first)
     values: dict[Form, list[Tensor]] = {form: [] for form in needed}
-    # In this order one posterior draw at a time is kept: the draw of all groups first, which k = 0 and samples share.
+    # The loops are ordered such that only one posterior draw is in memory at a time. The draw of all groups comes
+    # first, since k = 0 and lower = "sample" share it.
     passes = sorted(
         {(_lower(form), form.k, form.energy) for form in needed}, key=lambda each: (each[0] == "mean", each)
     )
@@ -128,7 +130,7 @@ def scores(
 
 
 class _Batch:
-    """A batch of images with the posterior draws and summands last computed for it, which several forms share."""
+    """A batch of images, with a cache of the last posterior draw and summands, which several forms share."""
 
     def __init__(
         self, backbone: Backbone, f: NegativeEnergy, images: Tensor, sampler: SamplerConfig, seed: int, first: int
@@ -141,7 +143,7 @@ class _Batch:
         self._summands: tuple[tuple[int, int, Lower], Summands] | None = None
 
     def generator(self, purpose: int, *words: int) -> BlockGenerator:
-        """A generator for a purpose, which gives image i of the set the same numbers in any batch."""
+        """A random generator for a purpose. Image i of the set gets the same numbers in any batch."""
         seed = derived_seed(self.seed, Purpose.SCORES, purpose + 1, *(word + 1 for word in words))
         return BlockGenerator(seed, self.first, self.size, self.device)
 
@@ -149,7 +151,7 @@ class _Batch:
         """The terms of Eq. 20 at draw `number`."""
         if k and lower == "sample":
             return self._at(number, k, energy, sampled=True)
-        # Where f moves no latent, f and f = 0 are one pass.
+        # If f has no effect on the latents, one pass serves both f and f = 0.
         if self._summands is None or self._summands[0] != (number, k, lower):
             self._summands = (number, k, lower), self._at(number, k, True, sampled=False)
         found = self._summands[1]
@@ -171,7 +173,7 @@ class _Batch:
         )
 
     def posterior(self, number: int, means: int) -> Posterior:
-        """Draw `number` of q(z | x), the `means` lowest groups without noise."""
+        """Draw number `number` of q(z | x), in which the `means` lowest groups take their means."""
         if self._posterior is None or self._posterior[0] != (number, means):
             noise = self.backbone.standard_normal(self.size, generator=self.generator(_POSTERIOR, number))
             upper = len(noise) - means
@@ -200,7 +202,10 @@ class FreeGroups:
         return self.backbone.trace(at, self.size)
 
     def sample(self, sampler: SamplerConfig | None, generator: Generator) -> list[Tensor]:
-        """ε_{≤k} of the free groups, a draw of p_α given z_{>k}. None: of p_β, which is the first proposal for p_α."""
+        """Draw ε_{≤k} of the free groups from p_α given z_{>k}, or from p_β if `sampler` is None.
+
+        The draw of p_β equals the first proposal of the draw of p_α.
+        """
         like = next(self.backbone.parameters())
         shapes = [(self.size, *group.shape) for group in self.backbone.groups[len(self.fixed) :]]
 
@@ -225,7 +230,7 @@ class FreeGroups:
 
     @property
     def alone(self) -> bool:
-        """Whether one group is free: then nothing moves its prior, and its energy needs no traversal."""
+        """Whether only one group is free. Then its prior is fixed, and its energy needs no traversal."""
         return len(self.fixed) == len(self.backbone.groups) - 1
 
 

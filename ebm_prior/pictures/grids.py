@@ -39,10 +39,9 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def grid(images: Tensor, *, columns: int, scale: int | None = None) -> Image.Image:
     """Images (N, C, H, W) in [0, 1], C = 1 or 3, row by row on white.
 
-    A pixel value v becomes round(255·v), the same for every image. There is no contrast stretching per image: it
-    makes faint samples look strong, hides a shift of brightness, and a picture so changed is not the one that was
-    scored. `scale` enlarges by nearest neighbour, so that every pixel stays visible as it is; by default small images
-    are brought to 64 pixels or a little more.
+    A pixel value v becomes round(255·v) in every image. Contrast is never stretched per image, because that makes faint
+    samples look strong, hides a shift of brightness, and shows another picture than the one that was scored. `scale`
+    enlarges by nearest neighbour, so that every pixel stays visible; by default small images get at least 64 pixels.
 
     Raises ConfigurationError for another shape, NaN, or values outside [0, 1].
     """

@@ -368,5 +368,5 @@ def kernel_words(prior: EBMPrior) -> str:
 
 
 def _extreme(images: Tensor) -> float:
-    """The share of pixels that are all but black or white."""
+    """The share of pixels that are almost black or almost white."""
     return float(((images < 0.01) | (images > 0.99)).double().mean())

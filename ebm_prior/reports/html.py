@@ -1,6 +1,6 @@
-"""One HTML page that needs nothing else: pictures as data URIs, style inline, no script, nothing fetched.
+"""A self-contained HTML page: pictures as data URIs, inline style, no script, nothing loaded from elsewhere.
 
-Light or dark as the reader's browser is set, from the width of a telephone to that of a desk.
+Colours follow the light or dark mode of the browser, and the layout fits screens from a phone's to a desktop's.
 """
 
 from __future__ import annotations

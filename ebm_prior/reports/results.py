@@ -1,4 +1,4 @@
-"""What eval, ood and doctor print as JSON, typed: a report is made of these files, which may be anybody's."""
+"""Checks of the JSON results of eval, ood and doctor, from which a report is made; they may come from anywhere."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ DIAGNOSIS = fields(
 
 
 def _together(keys: tuple[str, ...], check: Check) -> Check:
-    """Entries that come all or none."""
+    """A check that either all of the entries `keys` are present or none."""
 
     def checked(value: Any, where: str) -> Any:
         found = check(value, where)
@@ -182,4 +182,4 @@ RESULTS: dict[str, Check] = {
     "ood": listed(_outliers, 1),
     "doctor": listed(_diagnosis, 1, 1),
 }
-"""Of each command: a list of what it prints."""
+"""For each command, the check of its JSON results as a list."""

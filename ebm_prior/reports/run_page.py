@@ -46,8 +46,8 @@ _RUN = fields(
 def run_page(run: Path, given: Mapping[str, Path | None]) -> str:
     """The page of the run of `ebm-prior fit` in a folder, as HTML.
 
-    given: where the results of "eval", "ood" and "doctor" are; None: in the folder, if they are there. Raises
-    ConfigurationError where the folder holds no finished fit, DataError where results cannot be read.
+    given: paths of the results of "eval", "ood" and "doctor"; None looks for them in the folder. Raises
+    ConfigurationError where the folder holds no finished fit, and DataError where results cannot be read.
     """
     record, config, inputs, versions = _read_run(run)
     backbone, trained = record["backbone"], record["record"]
@@ -147,7 +147,7 @@ def _read_run(run: Path) -> tuple[dict[str, Any], FitConfig, dict[str, Any], dic
     if not prior.is_file():
         raise ConfigurationError(f"{run} holds no prior.safetensors yet: finish the run with ebm-prior fit --resume")
     record = prior_record(prior)
-    checked(FIT_RECORD, record["record"], prior, "it is none of ebm-prior fit, whose runs the report is of")
+    checked(FIT_RECORD, record["record"], prior, "a report needs the run of ebm-prior fit, and this is none")
     return record, of_plain(FitConfig, stored["config"]), inputs, versions
 
 
@@ -220,7 +220,7 @@ def _named(data: str) -> str:
 
 
 def configuration_blocks(asked: FitConfig, trained: Mapping[str, Any]) -> list[Part]:
-    """Settings that are not the default, those of the stages where one ratio saturated, and all settings."""
+    """Tables of the settings that differ from the defaults, of those of the stages after saturation, and of all."""
     config = _resolved(asked)
     changed = _changes(_resolved(FitConfig()), config)
     parts: list[Part] = [

@@ -25,9 +25,9 @@ def own_data(checkpoint: str, backbone: Backbone) -> str:
 
 
 def named_data(record: Mapping[str, Any], what: str, *, option: str = "--data") -> str:
-    """The known data set that a training record names. A path is not taken: it may have no other split, or have moved.
+    """The known data set that a training record names. Paths are not accepted: they may lack a split, or have moved.
 
-    `what`: whose record it is, and `option`: by which a user names the data instead; both for the message. Raises
+    `what` (the owner of the record) and `option` (by which a user can name the data) are for the message. Raises
     ConfigurationError.
     """
     data = record.get("data")
@@ -46,7 +46,7 @@ def named_data(record: Mapping[str, Any], what: str, *, option: str = "--data") 
 
 
 def source_record(checkpoint: str, backbone: Backbone) -> dict[str, Any]:
-    """The origin of a backbone: the checkpoint's own record, with its name and the SHA-256 over its files."""
+    """The origin of a backbone: the record in its checkpoint, with the checkpoint's name and SHA-256."""
     path = bundled().get(checkpoint, Path(checkpoint))
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -119,10 +119,10 @@ def parsed_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def load_with_options(name: str | None, checkpoint: str, options: Mapping[str, Any]) -> Backbone:
-    """A backbone at whose loading options are given.
+    """A backbone loaded with `options` of its adapter.
 
-    Official files are read with those that the adapter names in `official_options`; the others change the architecture,
-    as `with_options` does. Raises what `load_backbone` does, and ConfigurationError.
+    Options that the adapter names in `official_options` are used in reading the official file; the others change the
+    architecture, as `with_options` does. Raises the errors of `load_backbone`, and ConfigurationError.
     """
     official = name is not None and checkpoint not in bundled() and Path(checkpoint).suffix != ".safetensors"
     known = adapter(str(name)).official_options if official else ()
@@ -132,7 +132,7 @@ def load_with_options(name: str | None, checkpoint: str, options: Mapping[str, A
 
 
 def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
-    """A network with the same weights, and `options` in place of those of its architecture.
+    """A network with the same weights, in which `options` replace entries of its architecture.
 
     Raises ConfigurationError for an option that the architecture does not have, or on which its weights depend.
     """
@@ -158,8 +158,8 @@ def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
 def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
     """An untrained network of adapter `name`.
 
-    `architecture`: a JSON file of its keyword arguments, or a bundled backbone whose architecture is taken; None gives
-    none. Raises UnknownBackboneError, ConfigurationError.
+    `architecture`: a JSON file of its keyword arguments, or the name of a bundled backbone with the same architecture;
+    None gives no arguments. Raises UnknownBackboneError, ConfigurationError.
     """
     kind = adapter(name)
     if architecture is None:
@@ -174,8 +174,8 @@ def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
         record = backbone_record(architecture)
         if record["adapter"] != name:
             raise ConfigurationError(
-                f"--architecture {architecture} is one of {record['adapter']!r}, not of {name!r}: use --backbone "
-                f"{record['adapter']}"
+                f"--architecture {architecture} belongs to the adapter {record['adapter']!r}, not to {name!r}: "
+                f"use --backbone {record['adapter']}"
             )
         return build(kind, record["architecture"], seed=seed)
     described = read_json(

@@ -1,7 +1,7 @@
-"""The images of a run, remembered in its folder: where they are, and the fingerprint by which they are known again.
+"""The record of a run's images in its folder: their place, and the fingerprint by which they are recognised.
 
-They have a file of their own, data.json, beside the prior: it says where this machine keeps its data, and the bytes of
-a prior must not depend on that.
+It is a file of its own, data.json, beside the prior, because it depends on where this machine keeps its data, and the
+bytes of a prior must not depend on that.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Remembered:
     def open(
         self, split: Split, *, data_root: str | os.PathLike[str] | None = None, download: bool = False
     ) -> ImageSource:
-        """A split of these images, wherever they are now.
+        """Open a split of the recorded images, in their recorded place or elsewhere (see `reopen`).
 
-        data_root: where a named data set is looked for first. Raises DataError where no images with the recorded
-        fingerprint are found.
+        data_root: the folder in which a named data set is looked for first. Raises DataError where no images with the
+        recorded fingerprint are found.
         """
         return reopen(
             self.origin,
@@ -61,7 +61,7 @@ class Remembered:
 
 
 def remember(folder: Path, images: ImageSource, digest: str) -> None:
-    """Write into a run's folder where its images came from; no file for images from memory, which have no place.
+    """Write the origin of a run's images into its folder. Images in memory have no origin, so no file is written.
 
     digest: the fingerprint of `images`. Raises OutputError.
     """
@@ -78,7 +78,7 @@ def remember(folder: Path, images: ImageSource, digest: str) -> None:
 
 
 def remembered(folder: Path) -> Remembered | None:
-    """What `remember` wrote into a folder; None where it wrote nothing. Raises CheckpointError for a damaged file."""
+    """The record that `remember` wrote into a folder, or None. Raises CheckpointError for a damaged file."""
     path = folder / FILE
     if not os.path.isfile(path):
         return None
@@ -95,7 +95,7 @@ def remembered(folder: Path) -> Remembered | None:
 
 
 def of_prior(prior: Path) -> Remembered | None:
-    """The images that a prior file was trained on, if the folder in which it lies remembers just these."""
+    """The images that a prior file was trained on, if the record in its folder has their fingerprint; else None."""
     found = remembered(prior.parent)
     data = prior_record(prior)["record"].get("data") if found else None
     return found if found and isinstance(data, dict) and data.get("fingerprint") == found.fingerprint else None
@@ -104,7 +104,7 @@ def of_prior(prior: Path) -> Remembered | None:
 def of_backbone(checkpoint: str, backbone: Backbone) -> Remembered | None:
     """The images on which a backbone was trained, or on which a prior for it was fitted under ./runs.
 
-    The first if the backbone lies in the folder of its run, else those of the fit that was begun last.
+    The images of the backbone's own run if it lies in the folder of that run, else those of the latest fit.
     """
     path = Path(checkpoint)
     if checkpoint not in bundled() and path.name == "backbone.safetensors" and (found := remembered(path.parent)):
@@ -115,9 +115,9 @@ def of_backbone(checkpoint: str, backbone: Backbone) -> Remembered | None:
 
 
 def with_kept_name(folder: Path, images: ImageSource, digest: str) -> ImageSource:
-    """The images under the name by which a run knows them, if it was begun on the same ones, perhaps in another place.
+    """The images under the name that the run has recorded, if the run began with the same images in another place.
 
-    So the prior of a run that goes on after its images were moved has the bytes of one that was never interrupted.
+    So a run that is resumed after its images were moved gives a prior with the same bytes as an uninterrupted run.
     digest: the fingerprint of `images`.
     """
     recorded = _inputs(folder)

@@ -31,14 +31,14 @@ MEASURED_PARTS = 4  # of an evaluation: reference, samples, distances, AUC
 
 
 def demo_config() -> FitConfig:
-    """The demo's fit: the default settings, with the steps that the bundled 6,000 images are good for."""
+    """The demo's fit: the default settings, with a number of steps that suits the bundled 6,000 images."""
     return replace(FitConfig(), iterations=800)
 
 
 def demo_eval_config(samples: int) -> EvalConfig:
-    """The demo's evaluation: `samples` draws, from a seed of its own.
+    """The demo's evaluation: `samples` draws, with a fixed seed.
 
-    So fits of different seeds are compared on the same noise, beside the same draws of the backbone.
+    So fits of different seeds are compared on the same noise and with the same draws of the backbone.
     """
     return EvalConfig(samples=samples)
 

@@ -21,7 +21,7 @@ from ebm_prior.training.fit_config import FitConfig, paper_preset
 def parameters(backbone: Backbone, energy: EnergyConfig, own: nn.Module | None = None) -> dict[str, float]:
     """Parameter counts of a backbone and of heads with this configuration on it, and their ratio (Table 9).
 
-    own: an energy of one's own in the place of the heads.
+    own: the user's own energy in place of the heads, or None.
     """
     with torch.device("meta"):  # counted, not made
         heads = count_parameters(JointEnergy(backbone.groups, energy) if own is None else own)

@@ -1,4 +1,4 @@
-"""A prior for somebody else: its file, a card that says what it is and how to use it, and on request its backbone."""
+"""Export of a prior to share: its file, a card that describes it and its use, and on request its backbone."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def export_prior(
     """Write a prior and its card into the folder `out`, or into a .zip; returns the names of the files.
 
     Args:
-        run: the folder of a fit, of whose eval.json the card has the figures, or a prior file.
-        out: a folder to make, or a file that ends in .zip.
-        with_backbone: add the backbone in our own form, with which the prior is used wherever both are.
-        checkpoint: where the backbone is now; None: where the prior says.
-        licence: of these files, as model hubs name it; None leaves a line to fill in.
-        overwrite: replace what an earlier export has written there.
+        run: a prior file, or the folder of a fit; the card then has the figures of its eval.json.
+        out: a folder to create, or a file that ends in .zip.
+        with_backbone: add the backbone in ebm-prior's own form, so that the export can be used anywhere.
+        checkpoint: the present place of the backbone; None takes the place recorded in the prior.
+        licence: the licence of the exported files, as model hubs name it; None leaves a line to fill in.
+        overwrite: replace an earlier export there.
 
     Raises:
         ConfigurationError: for a licence of several lines.
@@ -213,7 +213,7 @@ def _figures(results: Path, prior: Path) -> dict[str, str]:
 
 
 def _told(record: Mapping[str, Any], with_backbone: bool) -> dict[str, Any]:
-    """The record of a prior as others may read it: it names no folder of this machine."""
+    """The record of a prior for others to read, without the names of folders of this machine."""
     backbone = dict(record["backbone"])
     where = str(backbone["checkpoint"])
     backbone["checkpoint"] = BACKBONE if with_backbone else where if where in bundled() else Path(where).name
@@ -221,7 +221,7 @@ def _told(record: Mapping[str, Any], with_backbone: bool) -> dict[str, Any]:
 
 
 def _without_paths(trained: Mapping[str, Any]) -> dict[str, Any]:
-    """A training record whose data are named without the folder that they lie in."""
+    """A training record that names its data without their folder."""
     data = trained.get("data")
     if not isinstance(data, Mapping) or not Path(str(data.get("name"))).is_absolute():
         return dict(trained)

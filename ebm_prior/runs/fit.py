@@ -55,10 +55,10 @@ def fit_into(
 ) -> dict[str, Any]:
     """Fit a prior in a run directory: prior.safetensors, metrics, pictures, resume state.
 
-    `bn_readjust`: first re-adjust the batch norms of `backbone`, which is then another one: it is written to
-    backbone.safetensors, and this is the backbone of the prior. `energy`: the name of one to fit in place of the heads.
-    `passes`: how cells are computed. Where training diverges for good, the best prior so far is written before
-    DivergenceError goes on. The first of the `processes` writes and tells `progress`, and none of the others.
+    `bn_readjust`: first re-adjust the batch norms of `backbone`; the changed one is written to backbone.safetensors
+    and becomes the backbone of the prior. `energy`: the registered name of an energy to fit in place of the heads.
+    `passes`: how cells are computed. Where training diverges twice, the best prior so far is written before
+    DivergenceError is raised. Only the first of the `processes` writes files and reports to `progress`.
     """
     watch.require()
     check_foreign(backbone, images)
@@ -100,7 +100,7 @@ def fit_into(
 
 
 def _told(run: Run, config: FitConfig, progress: Progress, watch: Watch) -> dict[str, Any]:
-    """What the first process of a fit is told to write and to show, as arguments of `fit`."""
+    """The arguments of `fit` that only the first process gets: what to write and what to show."""
     board = watch.board(run)
     every = (1 if watch.preview else 5) * config.evaluate_every
     show = pictures(run.directory, partial(_draw, config.seed), progress, every=every, board=board)

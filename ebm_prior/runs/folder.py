@@ -1,8 +1,8 @@
 """A run directory: resolved configuration, metrics.jsonl, pictures, resume state. Kill it at any moment and resume.
 
-metrics.jsonl has the evaluations, which are a function of the run: equal runs write equal lines, whatever kills them on
-the way. progress.jsonl has numbers of single steps, by the clock, for whoever watches; these no two runs share, so they
-have a file of their own.
+metrics.jsonl has the evaluations. They depend only on the run, so equal runs write equal lines even if they are killed
+and resumed. progress.jsonl has numbers of single steps at intervals of time, for users who watch. These differ between
+equal runs, so they are in another file.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ BOARD = "tensorboard"  # the folder of a run that TensorBoard reads
 
 
 class Run:
-    """One run directory. `config` and `inputs` (JSON-able) make the run; a resume with other ones is refused.
+    """One run directory. `config` and `inputs` (plain values) define the run; a resume with other ones is refused.
 
-    The folder is this process's as long as there is this object: OutputError where another process has it.
+    The folder is locked as long as this object exists. Raises OutputError where another process has locked it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Run:
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        """What travels to the other processes of a run, of which the first alone writes: not the hold of the folder."""
+        """The state to pickle for the other processes of a run. They do not write, so the lock is left out."""
         return {"directory": self.directory}
 
     def _begin(self, normal: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -81,7 +81,8 @@ class Run:
                 raise OutputError(
                     f"{directory} holds a run: pass --resume to go on, --overwrite to start anew, or another --out"
                 )
-            # Only what would mix with the new run goes. A result stands until the new one replaces it.
+            # Only files that would mix with those of the new run are removed. A result stays until a new one replaces
+            # it.
             old = ("state.pt", METRICS, PROGRESS, "samples-*.png", f"{BOARD}/events.out.tfevents.*")
             for path in (path for name in old for path in directory.glob(name)):
                 path.unlink(missing_ok=True)
@@ -92,7 +93,7 @@ class Run:
     def _check_same(self, record: Path, now: Mapping[str, Any]) -> None:
         before = read_run_record(record)
         old, new = ({k: v for part in now for k, v in _flat(run[part]).items()} for run in (before, now))
-        if old.get("images", 0) == new.get("images"):  # the same pixels: what they are called, and where, is no matter
+        if old.get("images", 0) == new.get("images"):  # the same pixels; their name and place do not matter
             old, new = ({k: v for k, v in values.items() if k != "data"} for values in (old, new))
         differing = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         changed = [f"{k}: {shown(old.get(k))} before, {shown(new.get(k))} now" for k in differing]
@@ -165,7 +166,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_inputs(backbone: Backbone, images: ImageSource) -> dict[str, Any]:
-    """What makes a run beside its settings; a resume with another of these would give other bytes."""
+    """The inputs of a run other than its settings. A resume with other inputs would give other results."""
     return {
         "precision": backbone.precision,
         "data": images.name,

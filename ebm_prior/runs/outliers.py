@@ -27,7 +27,7 @@ _MOST_COLUMNS, _SIZE = 7, (400, 290)  # of histograms
 
 
 def write_scores(path: Path, forms: Sequence[Form], scored: Sequence[Scored]) -> None:
-    """Write an .npz: `scores`, names of columns; `sets`, names; of set i `values_i` (N, columns) and `rows_i` (N,)."""
+    """Write an .npz: `scores`, names of columns; `sets`, names; for set i `values_i` (N, columns) and `rows_i` (N,)."""
     arrays: dict[str, Any] = {"scores": np.array([form.name for form in forms])}
     arrays["sets"] = np.array([each.name for each in scored])
     for index, each in enumerate(scored):

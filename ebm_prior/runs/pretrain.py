@@ -38,9 +38,9 @@ def pretrain_into(
 ) -> dict[str, Any]:
     """Train a backbone in a run directory: backbone.safetensors, metrics, pictures, resume state.
 
-    `checkpoint`: where its weights come from, for the record; None: from the seed. The test ELBO is None where `test`
-    holds the training images, from a source without splits. Where training diverges for good, the last good backbone is
-    written before DivergenceError goes on.
+    `checkpoint`: the origin of its weights, for the record; None means from the seed. The test ELBO is None where
+    `test` holds the training images, from a source without splits. Where training diverges a second time, the last good
+    backbone is written before DivergenceError is raised.
     """
     watch.require()
     inputs, start = network_inputs(backbone, train), start_record(checkpoint, backbone)

@@ -39,8 +39,8 @@ def train_into(
 ) -> dict[str, Any]:
     """Train a whole model: backbone.safetensors and prior.safetensors, metrics, pictures, resume state.
 
-    `checkpoint`: where the backbone's weights come from, for the record; None: from the seed. Where training diverges
-    for good, the model of the last state is written before DivergenceError goes on.
+    `checkpoint`: the origin of the backbone's weights, for the record; None means from the seed. Where training
+    diverges a second time, the model of the last state is written before DivergenceError is raised.
     """
     watch.require()
     inputs, start = network_inputs(backbone, train), start_record(checkpoint, backbone)

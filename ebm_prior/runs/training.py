@@ -24,13 +24,13 @@ Product = TypeVar("Product", Backbone, EBMPrior)
 
 
 def network_inputs(backbone: Backbone, images: ImageSource) -> dict[str, Any]:
-    """The inputs of a run that trains `backbone` itself on `images`: its architecture and first weights among them."""
+    """The inputs of a run that trains `backbone` itself on `images`, including its architecture and initial weights."""
     architecture = json.loads(json.dumps(dict(backbone.architecture)))
     return {"architecture": architecture, "start": fingerprint(backbone), **run_inputs(backbone, images)}
 
 
 def start_record(checkpoint: str | None, backbone: Backbone) -> dict[str, Any]:
-    """{"start": where the weights of `backbone` come from}, for its record; nothing where they are of a seed."""
+    """{"start": origin of the weights of `backbone`}, for its record; empty where they come from the seed."""
     return {} if checkpoint is None else {"start": source_record(checkpoint, backbone)}
 
 
@@ -44,8 +44,8 @@ def pictures(
 ) -> Callback:
     """An `on_evaluate` that lets `draw` make samples-ITERATION.png in `directory`, at multiples of `every` iterations.
 
-    With a `board` they are shown there, too.
-    A picture whose chains diverge is left out with a remark: training watches chains of its own.
+    With a `board` the pictures are shown there too. If the chains of a picture diverge, it is left out with a remark,
+    because training checks its own chains for divergence.
     """
 
     def on_evaluate(shown: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ def pictures(
 def timed(
     train: Callable[[], Product], keep: Callable[[Product, str | None], object], path: Path
 ) -> tuple[Product, float]:
-    """Train, and `keep` the product in a file: also what is left where training diverges for good.
+    """Train, and write the product with `keep`, also the product that is left after a second divergence.
 
     Args:
         train: trains, and returns the product; it may raise DivergenceError.

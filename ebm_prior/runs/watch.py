@@ -1,4 +1,4 @@
-"""What somebody who watches a training can have beside its results: more pictures, and TensorBoard."""
+"""Options for watching a training: more pictures, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ebm_prior.runs.folder import BOARD, Run
 
 @dataclass(frozen=True)
 class Watch:
-    """Wishes of somebody who watches a training. No result depends on them."""
+    """What a user wants to watch during a training. No result depends on it."""
 
     preview: bool = False  # a picture at each evaluation of a fit, not at every fifth
     tensorboard: bool = False  # scalars and pictures for TensorBoard, in the run's folder
 
     def require(self) -> None:
-        """Refuse, before work is done, what needs a package that is not installed. Raises ConfigurationError."""
+        """Raise ConfigurationError, before any work, where a package that this needs is not installed."""
         if self.tensorboard:
             _writer_type()
 
     def board(self, run: Run) -> Board | None:
-        """The board on which this run is shown, if one is wanted."""
+        """The TensorBoard writer of this run, or None if it is not wanted."""
         return Board(run) if self.tensorboard else None
 
 
@@ -35,7 +35,7 @@ UNWATCHED = Watch()
 
 
 class Board:
-    """A Recorder that keeps all in its run, and writes scalars and pictures for TensorBoard beside it.
+    """A Recorder that stores everything in its run, and also writes scalars and pictures for TensorBoard.
 
     Scalars of evaluations have their own names, those of single steps begin with "step/". After a resume TensorBoard
     leaves out what an earlier process wrote beyond the state.
@@ -85,7 +85,7 @@ class Board:
 
 def _writer_type() -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter  # here: it is optional, and slow to import
+        from torch.utils.tensorboard import SummaryWriter  # imported here, because it is optional and slow to import
     except ImportError as error:
         raise ConfigurationError("--tensorboard needs tensorboard; pip install 'ebm-prior[logging]'") from error
     return SummaryWriter

@@ -1,4 +1,4 @@
-"""Files of our own: written beside, flushed and renamed, so that nothing written before is lost; JSON without NaN."""
+"""Atomic writing of files, by a temporary file that is renamed, so that no earlier file is lost; JSON without NaN."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ebm_prior.storage.owner import Owner, this_process
 PART = re.compile(
     r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,10})-(?P<start>\d{1,20})-[a-z0-9_]{8}\.part", re.DOTALL
 )
-ABANDONED = 3600.0  # seconds: no write takes so long, also not one on another machine
-_ADVICE: dict[str, str] = {}  # folder -> what to do where it cannot be written; else choose another place
+ABANDONED = 3600.0  # seconds after which another machine's temporary file counts as abandoned
+_ADVICE: dict[str, str] = {}  # folder -> advice for errors in writing there; the default is to choose another place
 
 
 def user_cache() -> Path:
@@ -32,7 +32,7 @@ def user_cache() -> Path:
 def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
     """Write `data` to a temporary file beside `path`, flush it to disk, and rename it to `path`.
 
-    Raises OutputError where the place cannot be written or the disk is full; what stood at `path` is then untouched.
+    Raises OutputError where the place cannot be written or the disk is full; an earlier file is then unchanged.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -57,17 +57,17 @@ def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
 
 
 def temporary_affixes(name: str) -> tuple[str, str]:
-    """Prefix and suffix of a temporary name, which says which process writes what: `remove_leftovers` knows it."""
+    """Prefix and suffix of a temporary file name, which tell `remove_leftovers` the process and the file written."""
     owner = this_process()
     short = os.fsencode(name)[:100].decode(errors="ignore")  # a name has at most 255 bytes
     return f".{short}.{owner.machine}-{owner.pid}-{owner.start}-", ".part"
 
 
 def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
-    """Remove temporary files (of the file called `of`, or all) of processes that were killed while they wrote.
+    """Remove temporary files that killed processes left behind: those of the file called `of`, or all.
 
-    What a living process writes, and what another machine has written within the last hour, stays. Nothing is raised:
-    what cannot be removed stays, too.
+    Files of living processes stay, and so do files that another machine has written within the last hour. Files that
+    cannot be removed are left without an error.
     """
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
@@ -82,7 +82,7 @@ def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
 
 
 def advise(folder: Path, advice: str | None) -> None:
-    """Say what to do where a file in `folder` cannot be written; None: what holds for any other folder."""
+    """Set the advice in error messages about writing into `folder`; None restores the default advice."""
     key = os.path.realpath(folder)
     if advice is None:
         _ADVICE.pop(key, None)
@@ -91,7 +91,7 @@ def advise(folder: Path, advice: str | None) -> None:
 
 
 def advice_for(path: Path, error: OSError) -> str:
-    """What to do where `path` cannot be written, as part of a message."""
+    """The advice, as part of an error message, for a `path` that cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     special = _ADVICE.get(os.path.realpath(path.parent))
     if special is not None:
@@ -100,7 +100,7 @@ def advice_for(path: Path, error: OSError) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """Plain values for JSON, which knows no NaN and no infinity: they become None."""
+    """Plain values with NaN and infinities replaced by None, since JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The two files of the project: a backbone in the own form, and a prior, which names its backbone by fingerprint."""
+"""The two kinds of files: a backbone in ebm-prior's own form, and a prior, which names its backbone by fingerprint."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def save_backbone(
     """Write a backbone in our own form: weights, architecture and adapter name, plus `record` (where it comes from).
 
     Args:
-        backbone: of an adapter that is registered, or the file cannot be read before it is.
+        backbone: the backbone; its adapter class must be registered before the file can be read.
         path: the .safetensors file to write.
-        dtype: of the weights in the file: torch.float16 halves it, and the fingerprint is that of the rounded weights.
-        record: plain values to keep with it.
+        dtype: type of the weights in the file. torch.float16 halves its size, and also changes the fingerprint.
+        record: plain values to store with the weights.
 
     Raises:
-        CheckpointError: where weights are not finite in this precision.
+        CheckpointError: where weights are not finite in `dtype`.
         OutputError: where the file cannot be written.
 
     >>> save_backbone(backbone, "mine.safetensors")
@@ -101,14 +101,14 @@ def load_backbone(
     Args:
         name: the registered adapter; None takes the one that an own-form file names.
         path: the file or folder, or the name of a bundled backbone (`bundled()` lists them).
-        device: where its weights are.
-        dtype: of weights and computation; torch.bfloat16: float32 with the cells in bfloat16.
-        options: what an official file leaves open, by the names in the adapter's `official_options`.
+        device: the device for the weights.
+        dtype: type of weights and computation; torch.bfloat16 means float32 with the cells in bfloat16.
+        options: values that an official file does not hold, under the names in the adapter's `official_options`.
 
     Raises:
         UnknownBackboneError: where no adapter has this name.
         CheckpointError: for files that are missing, damaged, or of another kind.
-        ConfigurationError: for arguments that make no sense, and where there are no such cells.
+        ConfigurationError: for arguments out of range, and where the adapter has no cells for bfloat16.
 
     >>> vae = load_backbone(None, "hvae_fashion_mnist")
     >>> vae.image_shape, len(vae.groups)
@@ -161,7 +161,7 @@ def _load_own(name: str | None, path: Path) -> Backbone:
     architecture = record.get("architecture")
     if not isinstance(architecture, dict):
         raise CheckpointError(
-            f"{path} says nothing of its architecture: expected options of the adapter {stored!r} by name, found "
+            f"{path} does not describe its architecture: expected options of the adapter {stored!r} by name, found "
             f"{shown(architecture)}. Copy or make it again"
         )
     backbone = build_described(kind, architecture, tensors, path)
@@ -198,13 +198,13 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str | Path | No
     Args:
         prior: from `fit` or `load_prior`.
         path: the .safetensors file to write.
-        checkpoint: where the backbone is (a path, or the name of a bundled one), for `load_prior`. A path without a
-            folder means that it lies beside the prior. None: where `load_backbone` has read it.
+        checkpoint: the place of the backbone, for `load_prior`: a path, or the name of a bundled backbone. A path
+            without a folder means beside the prior. None takes the place where `load_backbone` found it.
 
     Raises:
-        ConfigurationError: for a prior that `load_prior` could not read: its backbone is in no file, or its energy is
-            of a class that is not registered.
-        CheckpointError: for another prior that `load_prior` would refuse: nothing is then written.
+        ConfigurationError: where the backbone was not loaded from a file, or the class of the energy is not registered,
+            so that `load_prior` could not read the prior.
+        CheckpointError: for any other prior that `load_prior` would refuse; nothing is then written.
         OutputError: where the file cannot be written.
 
     >>> save_prior(prior, "prior.safetensors")
@@ -266,14 +266,14 @@ def load_prior(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> EBMPrior:
-    """A prior with its backbone: the given one, or the one at `checkpoint`, or the one that the file remembers.
+    """A prior with its backbone: the given one, or the one at `checkpoint`, or the one recorded in the file.
 
     Args:
-        path: the file, the folder of a run or of an export that it is in, or the name of a bundled prior.
-        backbone: the backbone, where it is loaded already.
-        checkpoint: where the backbone is, if it has moved.
+        path: the prior file, the folder of a run or of an export that holds it, or the name of a bundled prior.
+        backbone: the backbone, if it is loaded already.
+        checkpoint: the place of the backbone, if it has moved.
         force: allow a backbone with other weights (not with other latent groups).
-        device: of the backbone, where it is loaded here; dtype: as `load_backbone` has it.
+        device: the device for a backbone that is loaded here; dtype: as in `load_backbone`.
 
     Raises:
         CheckpointError: for a damaged file, or a backbone that is not there.
@@ -334,7 +334,7 @@ def _energy_of(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, A
 
 
 def _backbone_of(path: Path, trained_on: Mapping[str, Any], given: str | Path | None, passes: Passes) -> Backbone:
-    """The backbone of the prior at `path`, which says what it was `trained_on`: at `given`, or where the file says."""
+    """The backbone of the prior at `path`: read from `given`, or else from the place recorded in `trained_on`."""
     where = str(given) if given else _backbone_path(path, str(trained_on["checkpoint"]))
     if where not in bundled() and not os.path.exists(where):
         raise CheckpointError(
@@ -344,7 +344,7 @@ def _backbone_of(path: Path, trained_on: Mapping[str, Any], given: str | Path | 
 
 
 def prior_file(path: str | Path) -> Path:
-    """The file of a prior: the bundled one of that name, the path, or the file in the folder at the path."""
+    """The prior file that `path` means: a bundled prior's name, the file itself, or the folder that holds it."""
     _require_place("path", path)
     if str(path) in bundled_priors():
         return bundled_priors()[str(path)]
@@ -361,7 +361,7 @@ def _require_place(name: str, path: object) -> None:
 def _backbone_path(prior: Path, recorded: str) -> str:
     """Where the backbone of a prior file is: the path recorded in it, or beside the file.
 
-    Beside the file is looked at first if the record names no folder, and else where nothing is at the recorded path.
+    The folder of the prior is tried first if the record names no folder, and else if nothing is at the recorded path.
     """
     beside = prior.parent / Path(recorded).name
     moved = Path(recorded).name == recorded or not os.path.exists(recorded)
@@ -369,14 +369,14 @@ def _backbone_path(prior: Path, recorded: str) -> str:
 
 
 def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load weights that a new module, which is float32, would round: a float64 file must come back as it was."""
+    """Load weights into a new module without rounding: for a float64 file it is widened from float32 first."""
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         module.double()
     load_strictly(module, tensors, path)
 
 
 def _require_as_many(groups: Sequence[LatentGroup], config: EnergyConfig, tensors: int, path: Path) -> None:
-    """Refuse heads of far more parts than the file has tensors, before even their names are made."""
+    """Refuse a record of heads with far more parts than the file has tensors, before any part is made."""
     layers = config.vector_layers * sum(len(group.shape) < 3 for group in groups)
     if 4 * len(groups) + 2 * layers > tensors + 1_000:
         raise CheckpointError(
@@ -395,6 +395,6 @@ def _listed(groups: Any) -> str:
     return few([f"{group}" for group in groups]) if isinstance(groups, list) else shown(groups)
 
 
-# The prior's own way to its files: the mathematics knows none, so the methods are set here.
+# EBMPrior's methods for files are set here, because the package `model` must not depend on files.
 EBMPrior.save = save_prior  # type: ignore[method-assign,assignment]
 EBMPrior.load = staticmethod(load_prior)  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
 """One owner of a folder at a time, on one machine and on a shared disk.
 
-The owner is named in a hidden file of the folder, which is made in one step (a hard link to a complete file: either
-it is there as a whole or not at all, over NFS, too). A thread touches it every BEAT seconds. A lock of a process that
-has ended here is no obstacle; one of another machine is none when it was last touched more than STALE seconds ago.
+A hidden file in the folder names the owner. It is created in one step, as a hard link to a complete file, which also
+works over NFS. A thread touches it every BEAT seconds. The lock of a process that has ended on this machine is ignored;
+the lock of another machine is ignored when it was last touched more than STALE seconds ago.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _RECORD = fields(
 
 
 class _Found(NamedTuple):
-    """A lock that is there already."""
+    """A lock that already exists in the folder."""
 
-    token: str | None  # None: a file that is no lock of ours
+    token: str | None  # None: the file is not a lock of ebm-prior
     age: float  # seconds since it was touched, by the clock of its disk
     record: dict[str, Any]
 
@@ -51,7 +51,7 @@ class _Found(NamedTuple):
 
 
 class _Lock:
-    """A lock of this process on one folder; it may be taken several times, and goes with the last."""
+    """A lock of this process on one folder. It may be taken several times, and is removed when all have left."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path, self.pid = folder, folder / LOCK, os.getpid()
@@ -92,7 +92,7 @@ class _Lock:
         raise OutputError(f"{self.folder}: other processes take and leave it all the time; choose another --out")
 
     def _remove(self, found: _Found, aside: str) -> None:
-        """Remove the lock that was found, and none that another process has put in its place meanwhile."""
+        """Remove the lock that was found, unless another process has replaced it in the meantime."""
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, aside)
             moved = _read(Path(aside), now=0.0)
@@ -102,11 +102,11 @@ class _Lock:
             os.unlink(aside)
 
     def require(self) -> None:
-        """Touch the lock. Raises OutputError where another process, thinking this one dead, has taken the folder."""
+        """Touch the lock. Raises OutputError where another process has taken the folder, taking this one for dead."""
         found = _read(self.path, now=0.0)
         if found is None or found.token != self.token:
             held = "somebody has removed its lock" if found is None else _in_use(self.folder, found)
-            raise OutputError(f"{self.folder} is no longer this process's, which stops here: {held}")
+            raise OutputError(f"{self.folder} is no longer locked by this process, which therefore stops: {held}")
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
@@ -116,7 +116,7 @@ class _Lock:
                 os.utime(self.path)
 
     def leave(self) -> None:
-        """Give the folder back; one that was made for it and is empty goes."""
+        """Remove the lock, and also the folder if it was made for the lock and is empty."""
         self._ended.set()
         if self.pid != os.getpid():  # a child of the owner
             return
@@ -133,9 +133,9 @@ _GUARD = threading.RLock()
 
 
 class Hold:
-    """This process's hold of a folder, until `leave`, or until nobody has this object any more.
+    """This process's lock of a folder, until `leave`, or until this object is garbage-collected.
 
-    `advice`: what to do where a file in it cannot be written, e.g. "go on with --resume".
+    `advice`: advice for errors in writing into the folder, e.g. "go on with --resume".
     """
 
     def __init__(self, folder: Path, *, advice: str | None = None) -> None:
@@ -157,7 +157,7 @@ class Hold:
         self.leave = weakref.finalize(self, _leave, self._key, lock)
 
     def require(self) -> None:
-        """Say that this process lives. Raises OutputError where the folder has been taken over."""
+        """Renew the lock. Raises OutputError where another process has taken over the folder."""
         self._lock.require()
 
 
@@ -173,9 +173,9 @@ def _leave(key: str, lock: _Lock) -> None:
 
 @contextlib.contextmanager
 def owned(folder: Path, *, advice: str | None = None) -> Iterator[None]:
-    """Own `folder` inside the block; it is made where it is not there.
+    """Lock `folder` inside the block; the folder is created if it does not exist.
 
-    Raises OutputError, which names process, host and time, where another process does.
+    Raises OutputError, with process, host and time, where another process holds the lock.
     """
     hold = Hold(folder, advice=advice)
     try:
@@ -185,7 +185,7 @@ def owned(folder: Path, *, advice: str | None = None) -> Iterator[None]:
 
 
 def _link(whole_file: str, lock: Path) -> bool:
-    """Make the lock in one step. False: there is one."""
+    """Create the lock in one step. Returns False if a lock exists already."""
     try:
         os.link(whole_file, lock)
     except FileExistsError:
@@ -201,7 +201,7 @@ def _link(whole_file: str, lock: Path) -> bool:
 
 
 def _read(path: Path, *, now: float) -> _Found | None:
-    """What a lock says; None where there is none."""
+    """The content of a lock; None where there is no lock."""
     try:
         age = now - os.stat(path).st_mtime
         with open(path, "rb") as file:

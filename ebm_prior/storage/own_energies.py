@@ -1,4 +1,4 @@
-"""Energies of one's own in prior files: the entry point that names the class, and the arguments that build it again."""
+"""Users' own energies in prior files: the entry point that names the class, and the arguments that rebuild it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ebm_prior.storage.weights import check_state
 
 
 def own_energy_record(energy: JointEnergy) -> dict[str, Any]:
-    """What a prior file says of an energy of one's own, {"own_energy": {"name", "architecture"}}; {} for the heads.
+    """The record of a user's own energy in a prior file: {"own_energy": {"name", "architecture"}}; {} for the heads.
 
-    Raises ConfigurationError for a class that is not registered, or that does not build the same module again: the
-    file could not be read.
+    Raises ConfigurationError for a class that is not registered or does not rebuild the same module, because the file
+    could not be read.
     """
     if not isinstance(energy, OwnEnergy):
         return {}
@@ -43,7 +43,7 @@ def own_energy_record(energy: JointEnergy) -> dict[str, Any]:
 
 
 def stored_energy(groups: Sequence[LatentGroup], config: EnergyConfig, own: Mapping[str, Any] | None) -> JointEnergy:
-    """The untrained energy that a prior file describes. own: of `own_energy_record`; None: the built-in heads.
+    """The untrained energy that a prior file describes. own: from `own_energy_record`; None for the built-in heads.
 
     Raises ConfigurationError.
     """

@@ -1,4 +1,4 @@
-"""Which process something belongs to: named such that other processes can tell whether it still lives."""
+"""Identification of processes, by which another process can tell whether the owner of a file is still running."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Owner(NamedTuple):
-    """A process: of two with one number, the start time tells them apart."""
+    """A process. Its start time distinguishes it from a later process with the same number."""
 
     machine: str  # 8 hexadecimal digits of its host, the host's last start, and the name space of its processes
     pid: int
@@ -20,12 +20,12 @@ class Owner(NamedTuple):
 
     @property
     def local(self) -> bool:
-        """Whether it runs, or ran, where this process does, so that `alive` can tell."""
+        """Whether the process belongs to this machine, so that `alive` can find it."""
         return self.machine == _machine()
 
     @property
     def alive(self) -> bool:
-        """Whether this very process is there; of a local one alone."""
+        """Whether the process is running. Only for local processes."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -39,7 +39,7 @@ class Owner(NamedTuple):
 
 
 def this_process() -> Owner:
-    """The process that asks."""
+    """The Owner that describes this process."""
     pid = os.getpid()  # another one after a fork
     return Owner(_machine(), pid, _state_and_start(pid)[1])
 

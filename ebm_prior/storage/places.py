@@ -13,11 +13,13 @@ from ebm_prior.storage.checkpoint import bundled_priors, prior_record
 
 
 def run_directory(out: Path | None, command: str, *, resume: bool) -> Path:
-    """`out`, or the next free runs/<command>-NNN. Raises ConfigurationError for a resume without `out`."""
+    """The folder of a run: `out`, or else the next free runs/COMMAND-NNN. Raises ConfigurationError for a resume
+    without `out`.
+    """
     if out is not None:
         return out
     if resume:
-        raise ConfigurationError("--resume needs --out: which run is to go on?")
+        raise ConfigurationError("--resume needs --out: pass the folder of the run to continue")
     return next_free(Path("runs"), command)
 
 
@@ -33,7 +35,7 @@ def newest_prior() -> Path:
 
 
 def beside(prior: Path) -> Path:
-    """The folder for results of a prior: its own, or the current one for a bundled prior."""
+    """The folder for results of a prior: the folder of its file, or the current folder for a bundled prior."""
     return Path() if prior in bundled_priors().values() else prior.parent
 
 

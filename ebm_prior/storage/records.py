@@ -1,7 +1,7 @@
-"""Typed records: what a file says of itself, held to the types and ranges of what this version writes.
+"""Checks of the records in files against the types and ranges that this version writes.
 
-A check takes a value and the name of its place, and gives the value back or raises InvalidError. Checks are put
-together from smaller ones: `fields(required={"tau": number(0, 1000)})`.
+A check takes a value and the name of its place in the record; it returns the value or raises InvalidError. Larger
+checks are built from smaller ones: `fields(required={"tau": number(0, 1000)})`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, or_none: bool = Fa
 
 
 def measured(value: Any, where: str) -> Any:
-    """A number that was measured: NaN and infinities, too."""
+    """A measured number, which may be NaN or infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidError(where, "a number", value)
     return value
@@ -75,7 +75,7 @@ def text(pattern: str = r"[^\0]{1,4096}", expected: str = "a text of 1 to 4,096 
 
 
 def one_of(*options: str) -> Check:
-    """One of these texts."""
+    """A text that is one of `options`."""
 
     def check(value: Any, where: str) -> Any:
         if value not in options:
@@ -98,12 +98,12 @@ def anything(value: Any, where: str) -> Any:
 
 
 def optional(check: Check) -> Check:
-    """What `check` takes, or null."""
+    """A value that passes `check`, or null."""
     return lambda value, where: None if value is None else check(value, where)
 
 
 def either(first: Check, second: Check) -> Check:
-    """What one of two checks takes."""
+    """A value that passes at least one of two checks."""
 
     def check(value: Any, where: str) -> Any:
         try:
@@ -126,7 +126,7 @@ def listed(entry: Check, least: int = 0, most: int = 100_000) -> Check:
 
 
 def mapping(entry: Check) -> Check:
-    """An object whose values are all of one kind."""
+    """An object in which every value passes `entry`."""
 
     def check(value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
@@ -137,7 +137,7 @@ def mapping(entry: Check) -> Check:
 
 
 def fields(required: Mapping[str, Check], given: Mapping[str, Check] | None = None) -> Check:
-    """An object with the required entries, and those of `given` where they are there; others stay as they are."""
+    """An object with all `required` entries. Entries in `given` are checked if present; others are not checked."""
     rest = given or {}
 
     def check(value: Any, where: str) -> Any:
@@ -154,7 +154,7 @@ def fields(required: Mapping[str, Check], given: Mapping[str, Check] | None = No
 
 
 def config(kind: type[Any]) -> Check:
-    """The settings of a configuration dataclass, checked as it checks its own; what is not said has its default."""
+    """The settings of a configuration dataclass, checked by that class; missing settings have their defaults."""
 
     def check(value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
@@ -206,7 +206,7 @@ PRIOR_RECORD = fields(
         "own_energy": fields({"name": text(), "architecture": fields({})}),  # in files of an energy of one's own
     },
 )
-"""What a prior file says of itself; `record`, of its making, may be anything."""
+"""The record of a prior file. Its entry `record`, about the training, is not checked."""
 
 GAIN = fields({"nats": measured, "ess_fraction": measured, "tau": measured})
 READJUSTMENT = fields(
@@ -222,7 +222,7 @@ FIT_SUMMARY = fields(
     },
     {"bn_readjust": READJUSTMENT},
 )
-"""What `fit` has recorded of its making ever since, of which one line is shown."""
+"""The training record that `fit` of every version has written; commands show one line of it."""
 FIT_RECORD = fields(
     {
         "config": fields({"objective": text(), "ratios": text()}),
@@ -236,16 +236,16 @@ FIT_RECORD = fields(
     },
     {"narrow": flag, "bn_readjust": READJUSTMENT},
 )
-"""What `fit` records of its making today."""
+"""The training record that this version's `fit` writes."""
 
 BACKBONE_RECORD = fields(
     {"format": whole(1, 1), "adapter": text(), "architecture": fields({}), "record": fields({})}, {"library": text()}
 )
-"""What a backbone in the own form says of itself; `record`, of its making, may be anything."""
+"""The record of a backbone file in the own form. Its entry `record`, about the training, is not checked."""
 
 
 def keeps_to(check: Check, value: Any) -> bool:
-    """Whether `check` takes the value."""
+    """Whether the value passes `check`."""
     try:
         check(value, "")
     except InvalidError:
@@ -254,7 +254,7 @@ def keeps_to(check: Check, value: Any) -> bool:
 
 
 def checked(check: Check, value: Any, path: str | Path, advice: str) -> Any:
-    """What `check` makes of a record in the file at `path`. Raises CheckpointError, which ends in the advice."""
+    """A record of the file at `path` after `check`. Raises CheckpointError with the `advice` where it does not pass."""
     try:
         return check(value, "")
     except InvalidError as error:

@@ -1,6 +1,6 @@
-"""Adapters are found through the entry-point group `ebm_prior.backbones`; the built-in ones register like anybody's.
+"""The registry of adapters: the entry-point group `ebm_prior.backbones`, in which built-in adapters register too.
 
-Energies of one's own are found through `ebm_prior.energies`, under which nothing built-in is registered.
+Users' own energies are found through the entry-point group `ebm_prior.energies`, which has no built-in entries.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def registered() -> dict[str, EntryPoint]:
 
 
 def adapter(name: str) -> type[Backbone]:
-    """The adapter class registered as `name`, or the registered class that is called so (module:class).
+    """The adapter class registered as `name`; `name` may also be module:class of a registered class.
 
-    A file that was written before its class was registered names the class. Only what is registered is imported, never
-    what a file names. Raises UnknownBackboneError.
+    A file written before its class was registered names module:class. Only registered classes are imported, never other
+    names in a file. Raises UnknownBackboneError.
     """
     points = registered()
     if name in points:
@@ -83,7 +83,7 @@ def _qualified(kind: type[Any]) -> str:
 
 
 def build(kind: type[Backbone], architecture: Mapping[str, Any], *, seed: int = 0) -> Backbone:
-    """An untrained network of adapter class `kind`, whose initial weights depend on the seed alone."""
+    """An untrained network of the adapter class `kind`; its initial weights depend on `seed` alone."""
     with isolated(), seeded(torch.device("cpu"), seed, Purpose.INITIAL_WEIGHTS):
         try:
             backbone = kind(**architecture)
@@ -114,7 +114,7 @@ def energy_named(name: str, groups: Sequence[LatentGroup], architecture: Mapping
 
 
 def energy_name(module: nn.Module) -> str:
-    """The name under which the class of an energy is registered. Raises ConfigurationError: how to register it."""
+    """The name under which the class of an energy is registered. Raises ConfigurationError where it is not."""
     kind = type(module)
     for point in sorted(entry_points(group=ENERGIES)):
         if kind.__qualname__ in point.value:  # the others need not be imported

@@ -1,12 +1,12 @@
-"""Checksums of what a run reads back: the resume state, the lines of its metrics, and its record of settings.
+"""Checksums of the files that a run reads back: the resume state, the metrics, and the record of its settings.
 
-- state.pt: torch checks no checksum of its zip file. The SHA-256 of everything before stands in the zip's own comment,
-  which torch.load and every other reader pass over.
-- metrics.jsonl: each line ends in a CRC-32 of itself, `"crc32": "9ae0daaf"}`. To whoever reads JSON lines that is one
-  more column; it is written with the line, so that no kill separates them, as it could a second file.
-- config.json: SHA-256 of the rest, under "sha256".
+- state.pt: torch does not verify the checksums of its zip file. So the zip's comment, which torch.load and other
+  readers ignore, holds the SHA-256 of everything before it.
+- metrics.jsonl: each line ends in its own CRC-32, `"crc32": "9ae0daaf"}`, which is one more column for readers of JSON
+  lines. It is in the same line, so that a kill cannot separate the two.
+- config.json: the SHA-256 of all other entries, under "sha256".
 
-What version 0.1.0 wrote has none of these, and is read: its state by the zip's CRC-32.
+Files of version 0.1.0 have no such checksums and are still read; their state is verified by the zip's CRC-32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ADVICE = "copy it again where you have it, or start anew with --overwrite"
 
 
 def state_bytes(state: Mapping[str, Any]) -> memoryview:
-    """The content of a state.pt: what torch.save writes, with its checksum."""
+    """The bytes of a state.pt: the output of torch.save with the checksum."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     buffer.seek(-2, io.SEEK_END)
@@ -48,7 +48,7 @@ def state_bytes(state: Mapping[str, Any]) -> memoryview:
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], bool]:
-    """The state in a file of `state_bytes`, and whether it has a checksum: that of version 0.1.0 has none.
+    """The state in a file of `state_bytes`, and whether the file has a checksum (files of version 0.1.0 have none).
 
     Raises CheckpointError for a damaged file and for one of another kind.
     """
@@ -67,7 +67,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def _require_whole(path: Path) -> bool:
-    """Hold the file to its checksum; whether it has one."""
+    """Verify the checksum of the file; returns whether it has one."""
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(max(0, size - _SEAL_LENGTH - 22))
@@ -75,7 +75,7 @@ def _require_whole(path: Path) -> bool:
         if tail[-22:-18] == _END and tail[-2:] == b"\0\0":
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"its part {damaged} is not what its checksum says")
+                    raise zipfile.BadZipFile(f"its part {damaged} does not match its checksum")
             return False
         found = _SEAL.fullmatch(tail[-_SEAL_LENGTH:])
         if found is None:
@@ -91,7 +91,7 @@ def _require_whole(path: Path) -> bool:
             digest.update(piece)
             left -= len(piece)
         if digest.hexdigest().encode() != found[2]:
-            raise zipfile.BadZipFile("its content is not what its checksum says")
+            raise zipfile.BadZipFile("its content does not match its checksum")
     return True
 
 
@@ -122,7 +122,7 @@ def _line(line: str, seal: re.Match[str] | None, expected: bool, where: str) -> 
         if expected and seal is None:
             raise NotPlainError("it has no checksum, as others have")
         if seal is not None and f"{zlib.crc32(text.encode()):08x}" != seal[1]:
-            raise NotPlainError("it is not what its checksum says")
+            raise NotPlainError("it does not match its checksum")
         metrics: dict[str, Any] = _METRICS(parse_json(text), "")
     except (NotPlainError, InvalidError) as error:
         raise CheckpointError(f"{where} ({error}); remove the broken line and use --resume") from error
@@ -138,7 +138,7 @@ def opened_record(record: Mapping[str, Any], path: Path, advice: str) -> dict[st
     """The inverse of `sealed_record`; a record without a checksum is as it is. Raises CheckpointError."""
     plain = {key: value for key, value in record.items() if key != "sha256"}
     if "sha256" in record and record["sha256"] != _digest(plain):
-        raise CheckpointError(f"{path} cannot be read (its content is not what its checksum says); {advice}")
+        raise CheckpointError(f"{path} cannot be read (its content does not match its checksum); {advice}")
     return plain
 
 

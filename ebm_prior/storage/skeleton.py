@@ -1,7 +1,7 @@
-"""A network by names and shapes alone: what a file describes is compared with what it holds before memory is taken.
+"""Networks without memory, to compare the network that a file describes with the tensors that it holds.
 
-It is built on the device "meta". A record is a stranger's: it can ask for widths and depths that no memory holds, so
-that building stops as soon as it goes far beyond the file.
+The network is built on the device "meta", where tensors have names and shapes only. A record from an unknown source
+may describe an enormous network, so building stops as soon as it goes far beyond the file.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Kind = TypeVar("Kind", bound=Backbone)
 FILLS = {"normal_", "uniform_", "trunc_normal_", "fill_", "zero_", "copy_", "add_", "sub_", "mul_", "div_"} | {
     name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")
 }
-"""In-place operations that write numbers and change no shape: without numbers there is nothing to do."""
+"""In-place operations that write numbers and change no shape. On the device meta they can be skipped."""
 
 SPARE_TENSORS, SPARE_NUMBERS = 1_000, 1_000_000
-"""What a network may hold beyond four times its file: masks, constants, and what a layer registers twice."""
+"""What a network may hold beyond four times its file: masks, constants, and tensors registered twice."""
 
 
 class _Unfilled(TorchFunctionMode):
-    """Tensors on meta are not filled. torch would, and take seconds to import what it needs to do nothing."""
+    """Skips filling of tensors on meta, for which torch would import modules for seconds, to no effect."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -51,9 +51,9 @@ class _Unfilled(TorchFunctionMode):
 
 @contextlib.contextmanager
 def no_larger_than(tensors: Mapping[str, Tensor], path: Path, *, allocates: bool = True) -> Iterator[None]:
-    """Building a network inside raises CheckpointError where it goes far beyond the `tensors` of the file at `path`.
+    """Inside the block, building a network far larger than the `tensors` of the file at `path` raises CheckpointError.
 
-    `allocates`: whether the numbers count, too, and not the tensors alone, each of which takes time to make.
+    `allocates`: whether to limit the count of numbers too, and not only the count of tensors.
     """
     numbers = 4 * sum(tensor.numel() for tensor in tensors.values()) + SPARE_NUMBERS
     count = 4 * len(tensors) + SPARE_TENSORS
@@ -99,7 +99,7 @@ def reads_numbers(error: Exception) -> bool:
 
 
 def unbuildable(kind: type[Backbone], path: Path, error: Exception) -> CheckpointError:
-    """The error for a file whose architecture is none."""
+    """The error for a file with an architecture that cannot be built."""
     found = str(error) if isinstance(error, EbmPriorError) else f"{type(error).__name__}: {str(error)[:300]}"
     return CheckpointError(f"{path} describes an architecture that {kind.__name__} cannot build: {found}")
 
@@ -108,9 +108,9 @@ def unbuildable(kind: type[Backbone], path: Path, error: Exception) -> Checkpoin
 def build_described(
     kind: type[Kind], architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
 ) -> Kind:
-    """The network `kind(**architecture)` with initial weights, once names and shapes of `tensors` are those it has.
+    """The network `kind(**architecture)` with initial weights, after its names and shapes were compared with `tensors`.
 
-    Raises CheckpointError. A constructor that reads its own numbers is not compared beforehand.
+    Raises CheckpointError where they differ. A constructor that reads its own numbers cannot be compared beforehand.
     """
     try:
         check_state(tensors, skeleton(kind, architecture, tensors, path).state_dict(), path)

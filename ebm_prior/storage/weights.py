@@ -1,6 +1,7 @@
 """Weights on disk: safetensors with one metadata key of sorted JSON; checks and fingerprints of weights.
 
-One key, because several are written in random order and equal runs would give unequal bytes. Nothing here unpickles.
+There is only one key, because safetensors writes several in random order, so that equal runs would give different
+files. Nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ebm_prior.storage.atomic import write_atomically
 Module = TypeVar("Module", bound=nn.Module)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of the numbers in which weights can be stored."""
-KINDS = {  # of tensors that are written and read: as safetensors calls them
+KINDS = {  # safetensors' names of the types that are written and read
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -88,7 +89,7 @@ def read_tensors(path: str | Path, key: str, what: str) -> tuple[dict[str, Tenso
         raise CheckpointError(f"{path} is a safetensors file, but not {what}: its metadata has no key {key!r}")
     written = record.pop("sha256", None)
     if written is not None and written != _digest(tensors, record):
-        raise CheckpointError(f"{path} is damaged: its content is not what its checksum says. Copy or make it again")
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum. Copy or make it again")
     return tensors, record
 
 
@@ -160,11 +161,10 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
 
 
 def build_strictly(build: Callable[[], Module], tensors: Mapping[str, Tensor], path: Path) -> Module:
-    """The module that `build` makes, with these weights: no size is believed before the weights are there that have it.
+    """The module that `build` makes, with the weights `tensors`. No memory is allocated before the two are compared.
 
-    It is built without memory (torch's device meta), compared with the tensors, and given these themselves. Its numbers
-    are float64 where the file has such, else float32, as a new module's. Raises CheckpointError, also where `build`
-    fails.
+    The module is built on torch's device meta, compared with the tensors, and then holds these tensors. Its numbers are
+    float64 where the file has float64, else float32. Raises CheckpointError where they do not fit or `build` fails.
     """
     try:
         with torch.device("meta"):
@@ -182,7 +182,7 @@ def build_strictly(build: Callable[[], Module], tensors: Mapping[str, Tensor], p
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the sorted (name, shape, dtype, bytes) of the state dict: which weights these are.
+    """The identity of a module's weights: SHA-256 over the sorted (name, shape, dtype, bytes) of its state dict.
 
     Floating-point tensors are hashed as float32, so that a network run in float64 has the fingerprint of its file.
     """

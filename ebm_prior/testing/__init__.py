@@ -1,4 +1,4 @@
-"""The contract kit: proves that an adapter, built-in or your own, keeps the backbone contract."""
+"""The contract kit: checks that an adapter, built-in or your own, keeps the backbone contract."""
 
 from ebm_prior.testing.contract import ContractReport, check_backbone
 

@@ -1,4 +1,4 @@
-"""Shared by the checks of the contract kit: a situation to check, and the module's own state put aside meanwhile."""
+"""Code shared by the checks of the contract kit: test inputs, and the protection of the module's own state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Skipped(str):
 
 
 class Case(NamedTuple):
-    """A frozen backbone with a batch of everything that its passes take, B ≥ 2 of each."""
+    """A frozen backbone with a batch (B ≥ 2) of all inputs of its passes."""
 
     backbone: Backbone
     images: Tensor  # (B, *image_shape), what the likelihood models
@@ -74,7 +74,7 @@ def given_z(backbone: Backbone, z: Sequence[Tensor]) -> Pass:
 
 
 def outputs(case: Case, eps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Everything that the prior path leads to from ε: each group's z, and log p(x | z) of the case's images."""
+    """All outputs of the prior path for given ε: each group's z, and log p(x | z) of the case's images."""
     met = given_eps(case.backbone, eps)
     images = case.images[: len(eps[0])]
     return dict(zip(case.names, met.z, strict=True)) | {

@@ -1,9 +1,9 @@
 """`check_backbone`: does an adapter keep the backbone contract, and if not, which mistake does it make?
 
-A check is a generator that yields one sentence per mistake. They run on the frozen network in float64, where finite
-differences and densities leave no excuse, and the caller's module is put back as it was. No density is taken from the
-pass that is checked: log p is log N(ε) − Σ log σ with the conditionals that `top_down` showed us, and log q comes from
-the posterior's noise map, log q(z_i | x, z_<i) = log N(ξ_i) − log|det ∂z_i/∂ξ_i|.
+A check is a generator that yields one sentence per mistake. Checks run on the frozen network in float64, where finite
+differences and densities are accurate, and the caller's module is restored afterwards. No density is taken from the
+pass under test: log p is log N(ε) − Σ log σ with the conditionals that `top_down` passed to `draw`, and log q comes
+from the posterior's noise map, log q(z_i | x, z_<i) = log N(ξ_i) − log|det ∂z_i/∂ξ_i|.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ QUICK: Checks = {
 
 
 class ContractReport(NamedTuple):
-    """The checks that passed, and for each that could not be made a sentence that says why."""
+    """The names of the checks that passed, and for each check that could not be made a sentence with the reason."""
 
     checks: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -128,12 +128,12 @@ class _Inspection:
         self.mistakes: list[str] = []
 
     def run(self, name: str, check: Callable[P, Iterator[str]], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Run one check; an exception out of the adapter is a mistake too."""
+        """Run one check. An exception raised by the adapter counts as a mistake."""
         found: list[str] = []
         try:
             found.extend(check(*args, **kwargs))
         except Exception as error:
-            # Most checks run in float64, so this is where hard-coded dtypes surface.
+            # Most checks run in float64, which reveals hard-coded dtypes.
             hint = "; new tensors must take dtype and device from a parameter" if TYPES.search(str(error)) else ""
             found.append(f"while checking that {name}: {type(error).__name__}: {error}{hint}")
         self.skipped += [sentence for sentence in found if isinstance(sentence, Skipped)]
@@ -142,7 +142,7 @@ class _Inspection:
             self.proved.append(name)
 
     def demand(self, name: str, check: Callable[P, Iterator[str]], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Run one check that the later ones rest on: mistakes found so far end the inspection."""
+        """Run a check that later ones depend on, and end the inspection if any mistake has been found."""
         known = len(self.mistakes)
         self.run(name, check, *args, **kwargs)
         if len(self.mistakes) > known:

@@ -73,7 +73,7 @@ def unchanged(backbone: Backbone, before: dict[str, Tensor]) -> Iterator[str]:
 
 
 def rebuilding(case: Case) -> Iterator[str]:
-    """`type(backbone)(**architecture)` with the state dict is the same backbone: its own file format rests on it."""
+    """`type(backbone)(**architecture)` with the state dict is the same backbone, as its file format requires."""
     backbone = case.backbone
     kind = type(backbone).__name__
     architecture = getattr(backbone, "architecture", None)

@@ -53,7 +53,7 @@ def observation(case: Case) -> Iterator[str]:
 
 
 def _takes_blocks(what: str, draw: Callable[[Generator], Tensor], case: Case) -> Iterator[str]:
-    """Runs use one generator per block of samples, so that image i is the same for any batching."""
+    """Randomness works with one generator per block of samples, so that image i is the same for any batching."""
     try:
         draw(BlockGenerator(case.seed, 0, len(case.images), case.images.device))
     except (TypeError, AttributeError) as error:

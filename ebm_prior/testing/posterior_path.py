@@ -92,8 +92,8 @@ def log_p_of_draws(case: Case) -> Iterator[str]:
 def log_q_is_the_density(case: Case) -> Iterator[str]:
     """log q(z_i | x, z_<i) = log N(ξ_i) − log|det ∂z_i/∂ξ_i|, by autograd through the noise map; and the joint one.
 
-    Whichever way the encoder runs, z_i is a function of its own noise and of what was drawn before it, so each group's
-    density needs its own block of the Jacobian only; the joint determinant is formed too, where it is small enough.
+    In any encoder z_i is a function of its own noise and of earlier draws, so each group's density needs only its own
+    block of the Jacobian. The joint determinant is checked too, where it is small enough.
     """
     noise = [n.clone().requires_grad_() for n in case.noise]
     posterior = case.backbone.infer(case.images, noise=noise)

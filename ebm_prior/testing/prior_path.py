@@ -73,7 +73,7 @@ def _std(name: str, prior: Gaussian, eps: Tensor) -> Iterator[str]:
 
 
 class ContractBroken(Exception):
-    """Leaves `top_down` from inside a draw, with the mistake as its message."""
+    """Raised inside a draw to leave `top_down`; the message describes the mistake."""
 
 
 def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
@@ -81,7 +81,7 @@ def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def no_noise_of_its_own(case: Case) -> Iterator[str]:
-    """`top_down`, given its draws, is deterministic: no noise, no state that an earlier pass leaves behind."""
+    """`top_down` is deterministic given its draws: it draws no noise and keeps no state between passes."""
     before = random_state(case.images.device)
     first = given_eps(case.backbone, case.eps)
     if not torch.equal(before, random_state(case.images.device)):
@@ -95,7 +95,7 @@ def no_noise_of_its_own(case: Case) -> Iterator[str]:
 
 
 def derived_passes(case: Case) -> Iterator[str]:
-    """T_β, T_β⁻¹, log p_β and decode, as the backbone offers them, are what its `top_down` says they are."""
+    """The backbone's T_β, T_β⁻¹, log p_β and decode agree with its `top_down`."""
     backbone, eps = case.backbone, case.eps
     met = given_eps(backbone, eps)
     if not _same(backbone.reparameterize(eps), met.z):
@@ -137,7 +137,7 @@ def gradients(case: Case) -> Iterator[str]:
                 for sign in (+1, -1)
             ]
             finite.append({name: (ends[0][name] - ends[1][name]) / (2 * step) for name in values})
-    reported: set[int] = set()  # per ε_j the first output that is wrong: the later ones inherit it
+    reported: set[int] = set()  # for each ε_j only the first wrong output is reported, since later ones depend on it
     for (name, value), weight in zip(values.items(), weights, strict=True):
         grads: tuple[Tensor | None, ...] = (None,) * len(eps)
         if value.requires_grad:
@@ -162,7 +162,7 @@ def gradients(case: Case) -> Iterator[str]:
 
 
 def no_clamp(case: Case) -> Iterator[str]:
-    """Draws are used as they were drawn: the rest of the pass depends on a group at 0, and between 5 and 6 std."""
+    """Draws are not clamped: the rest of the pass changes with a group at 0, and between 5 and 6 std."""
     for j, name in enumerate(case.names):
         signs = case.normal_like(case.eps, purpose=3)[j].sign()
         drawn, other, at5, at6 = (
@@ -186,7 +186,7 @@ def _downstream(case: Case, eps: list[Tensor], index: int) -> list[Tensor]:
 def stops_after_the_last_draw(case: Case) -> Iterator[str]:
     """No convolution or matrix product after the last draw, and no call of `likelihood`: Langevin needs latents only.
 
-    Products are watched below autograd, not modules: a head may be functional, and an activation module may be shared.
+    Operations are watched and not modules, because a head may be functional, and an activation module may be shared.
     """
     backbone = case.backbone
     watch = _Products({p.untyped_storage().data_ptr(): name for name, p in backbone.named_parameters()})
@@ -197,7 +197,7 @@ def stops_after_the_last_draw(case: Case) -> Iterator[str]:
         return type(backbone).likelihood(backbone, features)
 
     def draw(index: int, prior: Gaussian, context: Any) -> Tensor:
-        watch.seen.clear()  # what ran before a draw is the prior path
+        watch.seen.clear()  # operations before a draw belong to the prior path
         return prior.mean + prior.std * case.eps[index]
 
     backbone.likelihood = spy  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
-"""What a fit asks of a course: negatives, a loss, and what counts as better. The courses are in `courses`.
+"""The interface between the loop of a fit (`fit`) and a course of training; the courses themselves are in `courses`.
 
-The loop (`fit`) steps and evaluates; it knows no course by name. A course may hand over to another one by returning it.
+A course provides the negatives, the loss, and the rule by which the best f is chosen. The loop takes the steps and
+calls the evaluations. A course hands over to another one by returning it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from ebm_prior.training.objectives import Gain, nce_loss
 
 @dataclass
 class Workbench:
-    """What all courses of a fit work with."""
+    """The objects that all courses of a fit share."""
 
     energy: JointEnergy  # the heads that learn
-    average: JointEnergy  # the moving average of their weights, which is measured and kept
+    average: JointEnergy  # the moving average of the weights, which is evaluated and saved
     draws: Draws
     training: Tensor  # (N,) int64: the images to learn from
     held_out: HeldOut
@@ -44,23 +45,23 @@ class Workbench:
         return self.draws.like.device
 
     def load(self, weights: Mapping[str, Any]) -> None:
-        """Let the heads and their average have these weights."""
+        """Load these weights into the heads and into their average."""
         self.energy.load_state_dict(weights)
         self.average.load_state_dict(weights)
 
     def squash(self, bound: float) -> None:
-        """Let the heads and their average see inputs within ± `bound`; 0: as they are."""
+        """Squash the inputs of the heads and of their average to ± `bound`; 0: leave the inputs as they are."""
         self.energy.squash(bound)
         self.average.squash(bound)
 
 
 class Pairs(NamedTuple):
-    """Latents of a part of the batch, as the heads see them, lists of (B, *shape)."""
+    """Positive and negative latents of a part of the batch, in the form that the heads take: lists of (B, *shape)."""
 
     positive: list[Tensor]
     negative: list[Tensor]
-    norm: Tensor  # mean ‖ε‖/√D of the negatives; 1 where it says nothing
-    kept: Any = None  # of drawing the negatives, for `Course.after`
+    norm: Tensor  # mean ‖ε‖/√D of the negatives; 1 where they are no chains
+    kept: Any = None  # what `Course.after` needs of the drawing of the negatives
 
 
 class Best(NamedTuple):
@@ -72,13 +73,13 @@ class Best(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The best f of a course, whose weights the average has then: gains, ceiling, and what its record says."""
+    """The result of a course: gains and ceiling of the best f, whose weights the average has by then, and a record."""
 
     plain: Gain  # of f
     tempered: Gain  # of τ f
     ceiling: float = math.inf  # nats, above which f is clipped
-    narrow: bool = False  # few held-out draws hold all the weight
-    clipped: Mapping[str, float] = {}  # what the clipping adds to gain and log Z
+    narrow: bool = False  # whether a few held-out draws hold nearly all importance weight
+    clipped: Mapping[str, float] = {}  # the change of gain and log Z by the clipping, in nats
     stages: list[dict[str, float]] | None = None
 
 
@@ -86,10 +87,10 @@ class Course(ABC):
     """A way to train the heads, and to say how good they are."""
 
     norm_limit = math.inf  # ‖ε‖/√D above which chains have left the typical set
-    saturated: dict[str, Any] | None = None  # iteration and ESS at which one ratio gave up, before this course
+    saturated: dict[str, Any] | None = None  # iteration and ESS at which an earlier single ratio saturated
 
     def __init__(self, bench: Workbench, config: FitConfig, iteration: int = 0) -> None:
-        """Begin at `iteration`, from where the heads of the `bench` are. `config`: the settings of this course."""
+        """Begin at `iteration` with the present weights of the heads of `bench`, under the settings `config`."""
         self.bench, self.config = bench, config
         self.best = Best(-math.inf, iteration, bench.untrained)
 
@@ -100,7 +101,7 @@ class Course(ABC):
 
     @property
     def rate(self) -> float:
-        """Factor on the learning rate: stages that were rejected go on more slowly."""
+        """Factor on the learning rate, which rejected stages lower."""
         return 1.0
 
     @property
@@ -109,49 +110,49 @@ class Course(ABC):
         return self.config.recorded_sampler
 
     def pairs(self, indices: Tensor, part: int, generator: torch.Generator) -> Pairs:
-        """Posterior latents of the images at `indices`, part `part` of the batch, and negatives beside them."""
+        """Posterior latents of the images at `indices`, which are part `part` of the batch, with as many negatives."""
         positive = self.bench.draws.posterior(indices, generator)
         eps, kept = self.negatives(len(indices), part, generator)
         return Pairs(positive, self.bench.draws.of_prior(eps), norm(eps).mean(), kept)
 
     @abstractmethod
     def negatives(self, n: int, part: int, generator: torch.Generator) -> tuple[list[Tensor], Any]:
-        """At most n negatives in ε-space for part `part` of the batch, and what `after` needs to know of them."""
+        """At most n negatives in ε-space for part `part` of the batch, and the value that `after` gets of this part."""
 
     def logits(self, inputs: list[Tensor]) -> Tensor:
-        """The logits that the loss compares, from latents as the heads see them: f, (B,), or f relative to another."""
+        """The logits in the loss, (B,), from the heads' inputs: f, or the difference of f and a reference."""
         return self.bench.energy(inputs)  # type: ignore[no-any-return]
 
     def loss(self, f_q: Tensor, f_p: Tensor) -> Tensor:
-        """The loss of logits of positives and of negatives."""
+        """The loss, a scalar, from the logits of positives f_q and of negatives f_p."""
         return nce_loss(f_q, f_p)
 
     def after(self, kept: Sequence[Any], iteration: int) -> Course:
-        """Take note of a step, after which there have been `iteration`; returns the course of the next one.
+        """Called after each step, when `iteration` steps are done; returns the course that takes the next step.
 
-        `kept`: what each part's `Pairs` kept.
+        `kept`: the field `kept` of the `Pairs` of each part.
         """
         return self
 
     @abstractmethod
     def evaluate(self, iteration: int) -> tuple[dict[str, Any], Course]:
-        """Held-out metrics after `iteration` steps, and the course of the next step. Raises DivergenceError."""
+        """Held-out metrics after `iteration` steps, and the course that takes the next step. Raises DivergenceError."""
 
     @abstractmethod
     def finish(self) -> Finished:
-        """Give the average the weights of the best f, and say how good it is."""
+        """Load the weights of the best f into the average, and return its gains."""
 
     def out_of_patience(self, iteration: int) -> bool:
-        """Whether the held-out gain has not risen for `patience` evaluations. A refiner is no density, and goes on."""
+        """Whether the held-out gain has not risen for `patience` evaluations. A refiner has no gain: False."""
         waited = iteration - self.waiting_since()
         return self.config.regime == "calibrated" and waited >= self.config.patience * self.config.evaluate_every
 
     def waiting_since(self) -> int:
-        """The iteration of the last progress."""
+        """The iteration at which the held-out gain last rose."""
         return self.best.iteration
 
     def state(self) -> dict[str, Any]:
-        """Everything that changes beside the weights: tensors and plain values, not copied."""
+        """Everything that changes apart from the weights: tensors and plain values, not copied."""
         return {"chains": [], "best": self.best._asdict(), "saturated": self.saturated, "stages": None}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""The courses that a fit can take: where negatives come from, what the heads learn, and which f is the best.
+"""The courses that a fit can take; each defines the negatives, what the heads learn, and which f is the best.
 
-    OneRatio            one density ratio of posterior and prior latents       -> GroupRatios, where it saturates
-    GroupRatios         the own ratio of each latent group                     -> StagedRatios, when its time is over
-    StagedRatios        ratios of the posterior and the prior so far, in stages
+    OneRatio            one density ratio of posterior to prior latents        -> GroupRatios, if it saturates
+    GroupRatios         a density ratio for each latent group alone            -> StagedRatios, after a fixed time
+    StagedRatios        ratios of the posterior to the prior fitted so far, in stages
     MaximumLikelihood   Langevin chains of the current prior (Eqs. 10, 17)
 
-`begun` chooses the first course by the settings, `resumed` the one that a saved state belongs to.
+`begun` makes the first course from the settings, `resumed` the course of a saved state.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ebm_prior.training.stages import BOUND_PER_SPREAD, MovedDraws, Stages, draw
 from ebm_prior.training.steps import FIT_NORM_LIMIT
 
 GAIN_STEP = 1e-3  # nats by which a held-out gain must be better to count as better
-GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, where tempering does not mend it
-PROBATION = 0.25  # share of the iterations within which a ratio that saturates is replaced by stages
-SATURATED_SHARE = 0.1  # of the ESS floor: below it a few draws hold all the weight, and tempering gives most of f away
+GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, if tempering does not help either
+PROBATION = 0.25  # share of the iterations within which stages may replace a ratio that saturates
+SATURATED_SHARE = 0.1  # an ESS below this share of the ESS floor counts as saturated: tempering would lose most of f
 SATURATED_DRAWS = 4.0  # an ESS below 4 draws counts as saturated, however small the held-out set
-ANNEALING_GAIN = 1.0  # nats that a stage along a known f must bring; learning brings as many, and sees where f is wrong
+ANNEALING_GAIN = 1.0  # least gain, in nats, of a stage along a known f; a smaller one is left to the learned stages
 
 
 class _OneEnergy(Course):
-    """Courses that learn one f from the beginning to the end, and temper it."""
+    """Base of the courses that learn one f throughout and temper it at the end."""
 
     def __init__(self, bench: Workbench, config: FitConfig, iteration: int = 0) -> None:
         super().__init__(bench, config, iteration)
@@ -58,7 +58,7 @@ class _OneEnergy(Course):
         return Finished(plain, tempered, narrow=self._narrow(plain))
 
     def _gains(self, iteration: int) -> tuple[Gain, Gain]:
-        """The held-out gain of f, and that of τ f. Raises DivergenceError where they have fallen."""
+        """The held-out gains of f and of τ f. Raises DivergenceError where both have fallen far below the best."""
         plain, tempered = self.bench.held_out.gains(self.bench.average, self.config.ess_floor)
         best = self.best.gain
         fell = plain.nats < best - GAIN_DROP_LIMIT and tempered.nats < 0.5 * best
@@ -72,13 +72,13 @@ class _OneEnergy(Course):
             self.best = Best(tempered.nats, iteration, copy.deepcopy(self.bench.average.state_dict()))
 
     def _narrow(self, plain: Gain) -> bool:
-        """Whether few held-out draws hold all the weight."""
+        """Whether a few held-out draws hold nearly all importance weight."""
         draws = len(self.bench.held_out.prior[0])
         return plain.ess_fraction * draws < max(SATURATED_SHARE * self.config.ess_floor * draws, SATURATED_DRAWS)
 
 
 class OneRatio(_OneEnergy):
-    """Noise-contrastive estimation against ancestral draws of the backbone; hands over to stages where it saturates."""
+    """Noise-contrastive estimation against ancestral draws of the backbone; hands over to stages if it saturates."""
 
     def negatives(self, n: int, part: int, generator: torch.Generator) -> tuple[list[Tensor], None]:
         return self.bench.draws.backbone.standard_normal(n, generator=generator), None
@@ -92,7 +92,7 @@ class OneRatio(_OneEnergy):
         return _shown(plain, tempered), self
 
     def hand_over(self, plain: Gain, iteration: int) -> Course:
-        """Begin again in stages, with untrained heads. `plain`: the gain that has saturated."""
+        """The course that begins again in stages, with untrained heads. `plain`: the held-out gain that saturated."""
         saturated = {"iteration": iteration, "ess_fraction": plain.ess_fraction}
         self.bench.load(self.bench.untrained)
         return staged(self.bench, self.config.staging(iteration), iteration, saturated)
@@ -101,7 +101,7 @@ class OneRatio(_OneEnergy):
         return super().finish()._replace(stages=[])
 
     def _saturates(self, plain: Gain, iteration: int) -> bool:
-        """Whether one ratio cannot bridge the hole: seen early on, while there is time for what takes over."""
+        """Whether one ratio has saturated. Only decided early in a fit, while there is time left for stages."""
         config = self.config
         early = iteration <= max(PROBATION * config.iterations, config.evaluate_every)
         left = iteration < config.iterations and config.iterations // 3 >= config.warmup
@@ -113,8 +113,8 @@ class MaximumLikelihood(_OneEnergy):
 
     def __init__(self, bench: Workbench, config: FitConfig, iteration: int = 0) -> None:
         super().__init__(bench, config, iteration)
-        self.chains: list[Tensor] = []  # where persistent ones are
-        self._sampled = copy.deepcopy(bench.average)  # f of the chains, whose weights change in place
+        self.chains: list[Tensor] = []  # ε at the ends of persistent chains
+        self._sampled = copy.deepcopy(bench.average)  # f that chains sample; its weights are replaced in place
         current = EBMPrior(bench.draws.backbone, self._sampled, regime=config.regime, target=config.target)
         self._potential = graphed(current.potential, bench.device)
         self.norm_limit = self._norm_limit()
@@ -130,7 +130,7 @@ class MaximumLikelihood(_OneEnergy):
         if config.chains == "fresh":
             return draw(self._potential, propose, config.chain, generator).eps, []
         initial = propose()
-        if self.chains:  # go on from the last step, but for a share of them
+        if self.chains:  # continue from the last step, except for a share that starts again
             restart = torch.rand(n, generator=generator, device=self.bench.device) < config.refresh
             initial = where(restart, initial, [chains.chunk(config.parts)[part] for chains in self.chains])
         ends = draw(self._potential, lambda: initial, config.chain, generator).eps
@@ -154,7 +154,7 @@ class MaximumLikelihood(_OneEnergy):
         self.chains = [chains.to(self.bench.device) for chains in state["chains"]]
 
     def _norm_limit(self) -> float:
-        """The largest mean ‖ε‖/√D of a batch: a multiple of the posterior's, and 4 standard deviations of the mean."""
+        """The largest mean ‖ε‖/√D allowed in a batch: a multiple of the posterior's plus 4 standard errors."""
         config, draws = self.config, self.bench.draws
         dimensions = sum(math.prod(group.shape) for group in draws.backbone.groups)
         generator = derived_generator(config.seed, Purpose.TYPICAL_NORM, device=self.bench.device)
@@ -165,7 +165,7 @@ class MaximumLikelihood(_OneEnergy):
 
 
 class StagedRatios(Course):
-    """Density ratios in stages, against draws of the prior so far (`ebm_prior.training.stages`)."""
+    """Density ratios in stages, against draws of the prior fitted so far (`ebm_prior.training.stages`)."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class StagedRatios(Course):
 
     @property
     def together(self) -> int:
-        """The iteration from which on all groups learn together: before it, each group's own ratio, if f is a sum."""
+        """The iteration at which the groups begin to learn together. Before it, each learns its own ratio."""
         groupwise = self.config.stage.groupwise if self.bench.energy.per_group else 0.0
         return self.since + int(groupwise * (self.config.iterations - self.since))
 
@@ -197,13 +197,13 @@ class StagedRatios(Course):
         return moved.eps, moved
 
     def logits(self, inputs: list[Tensor]) -> Tensor:
-        """f − f_k, (B,), of latents as the heads see them."""
+        """f − f_k, (B,), from the heads' inputs."""
         with torch.no_grad():
             known: Tensor = self.stages.reference(inputs)
         return super().logits(inputs) - known
 
     def after(self, kept: Sequence[MovedDraws], iteration: int) -> Course:
-        """Keep the draws where they have moved to, and end the stage if its weights have become uneven."""
+        """Store the moved draws, and end the stage if its effective sample size has fallen far enough."""
         self.stages.put_back(kept)
         config = self.config.stage
         if iteration % config.every == 0 and self.stages.ess_fraction(self.bench.average) < config.ess:
@@ -221,7 +221,7 @@ class StagedRatios(Course):
         }, self
 
     def finish(self) -> Finished:
-        """Clip f and let its log Z be 0. Each stage was accepted by its own gain: nothing is left to temper."""
+        """Clip f and set its log Z to 0. There is no tempering, since each stage was accepted by its own gain."""
         stages, average = self.stages, self.bench.average
         average.load_state_dict(self.best.energy)
         ess = min((stage["ess_fraction"] for stage in stages.done), default=1.0)
@@ -239,7 +239,7 @@ class StagedRatios(Course):
         return max(self.best.iteration, self.together)
 
     def anneal(self, iteration: int) -> None:
-        """From p_β to the product of the groups' own ratios in stages along τ f, as far as the held-out gain rises."""
+        """Go from p_β towards the product of the groups' ratios, in stages along τ f, while the held-out gain rises."""
         stages, bench = self.stages, self.bench
         goal, tau, number = copy.deepcopy(bench.average), 0.0, 0
         while tau < 1:
@@ -263,7 +263,7 @@ class StagedRatios(Course):
         self.stages.restore(state["stages"])
 
     def _end_stage(self, iteration: int) -> None:
-        """Accept what a stage has learned if the held-out gain rises; else begin it again, at a lower rate."""
+        """End a stage: accept what it learned if the held-out gain rises, else repeat the stage at a lower rate."""
         average = self.bench.average
         self.stages.temper(average)
         found, error = self._gain_of(average, iteration)
@@ -271,35 +271,38 @@ class StagedRatios(Course):
             self._accept(average, found, iteration, self.bench.draws.generators(Purpose.STAGE_SETTLING, iteration))
         else:
             self.stages.reject()
-        # After an accepted stage, too: the live heads run ahead of what was measured.
+        # Also after an accepted stage: the average was measured, and the live heads are ahead of it.
         self.bench.load(self.stages.reference.state_dict())
 
     def _gain_of(self, energy: JointEnergy, iteration: int) -> tuple[Gain, float]:
         """The held-out gain of a stage that ends with f = `energy`, and its standard error. Raises DivergenceError."""
         found, error = self.stages.gain_of(energy, self.bench.held_out.posterior)
         if not math.isfinite(found.nats):
-            raise DivergenceError(f"the held-out gain of a stage is {found.nats} at iteration {iteration}")
+            raise DivergenceError(f"the held-out gain of a stage is not finite at iteration {iteration}: {found.nats}")
         return found, error
 
     def _accept(self, energy: JointEnergy, found: Gain, iteration: int, generators: Sequence[torch.Generator]) -> None:
-        """End a stage with f = `energy`, of which `found` is the gain."""
+        """End a stage with f = `energy`, which has the gain `found`."""
         self.stages.advance(energy, found, iteration, generators, self.bench.draws.processes)
         self.best = Best(self.stages.gain, iteration, copy.deepcopy(energy.state_dict()))
 
 
 class GroupRatios(StagedRatios):
-    """The own ratio of each group, z_i of an image against z_i' ~ p_β(z_i | z_<i): the goal of the first stages."""
+    """One density ratio per latent group: z_i of an image against z_i' ~ p_β(z_i | z_<i) under the same z_<i.
+
+    The sum of these ratios is the f towards which the stages begin.
+    """
 
     def pairs(self, indices: Tensor, part: int, generator: torch.Generator) -> Pairs:
         positive, negative = self.bench.draws.own_conditionals(indices, generator)
         return Pairs(positive, negative, torch.ones_like(positive[0][0].flatten()[0]))
 
     def logits(self, inputs: list[Tensor]) -> Tensor:
-        """f_i of each group, (B, L): without the joint head, for which the negatives are no draw."""
+        """f_i of each group, (B, L), without the joint head: the negatives of all groups together are no joint draw."""
         return self.bench.energy.terms(inputs)[:, : len(self.bench.draws.backbone.groups)]
 
     def after(self, kept: Sequence[Any], iteration: int) -> Course:
-        """Hand over to stages of all groups together when it is time, after stages towards what has been learned."""
+        """When the time of single groups is over, anneal towards what they learned, and hand over to `StagedRatios`."""
         if iteration < self.together:
             return self
         together = StagedRatios(self.bench, self.config, self.best.iteration, self.stages, self.saturated)
@@ -308,14 +311,14 @@ class GroupRatios(StagedRatios):
 
 
 def begun(bench: Workbench, config: FitConfig, iteration: int = 0) -> Course:
-    """The course of these settings, as it is after `iteration` steps but for what it has learned."""
+    """The course that these settings have after `iteration` steps, with untrained heads."""
     if config.objective == "mle":
         return MaximumLikelihood(bench, config, iteration)
     return staged(bench, config, iteration) if config.ratios == "staged" else OneRatio(bench, config, iteration)
 
 
 def resumed(bench: Workbench, config: FitConfig, state: Mapping[str, Any]) -> Course:
-    """The course that a saved `state` belongs to, as it was. `config`: the settings with which the fit began."""
+    """The course of a saved `state`, restored. `config`: the settings with which the fit began."""
     saturated = state["saturated"]
     if bool(state["stages"]) != bool(saturated or config.ratios == "staged"):
         raise ValueError(f"stages: expected {'some' if saturated else 'none'} at iteration {state['iteration']}")
@@ -332,9 +335,9 @@ def resumed(bench: Workbench, config: FitConfig, state: Mapping[str, Any]) -> Co
 def staged(
     bench: Workbench, config: FitConfig, iteration: int, saturated: dict[str, Any] | None = None
 ) -> StagedRatios:
-    """Stages as they are after `iteration` steps, but for what they have learned: of each group, or of all together.
+    """The staged course after `iteration` steps, with untrained heads: single groups at first, later all together.
 
-    `saturated`: iteration and ESS at which one ratio gave up, where one did.
+    `saturated`: iteration and ESS at which a single ratio saturated before; None where there was none.
     """
     draws = bench.draws
     generator = derived_generator(config.seed, Purpose.STAGE_START, device=bench.device)

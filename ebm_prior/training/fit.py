@@ -1,8 +1,8 @@
 """Fitting: train the heads of a joint energy on a frozen backbone (Eqs. 10, 17; §5.2).
 
-Positives are fresh posterior draws of training images. Where negatives come from, and which f is the best on held-out
-latents, is what a course knows (`courses`); this loop steps, evaluates, watches for divergence, and makes a prior of
-the best. A run is a function of its seed: kill it and resume.
+Positives are fresh posterior draws of training images. A course (`courses`) provides the negatives and decides which f
+is the best on held-out latents. The loop here takes steps, evaluates, watches for divergence, and makes a prior of the
+best f. A run depends on its seed alone, so it can be killed and resumed.
 """
 
 from __future__ import annotations
@@ -54,15 +54,16 @@ def fit(
     on_evaluate: Callback | None = None,
     processes: Processes = ALONE,
 ) -> EBMPrior:
-    """Train an energy-based prior for a frozen `backbone` on `images`; its f is the heads', or a copy of `energy`.
+    """Train an energy-based prior for a frozen `backbone` on `images`; f is built-in heads, or a copy of `energy`.
 
-    With a `run`, metrics are written every `evaluate_every` iterations, the state then and by the clock, and the run
-    goes on from its last state. `on_evaluate` gets {"iteration", "prior"}: the moving average as a prior. When a loss
-    or chain is not finite, chains leave the typical set, or the held-out gain collapses, training returns to the last
-    good state at half the rate; the second time it raises DivergenceError, whose `kept` is the best one so far.
+    With a `run`, metrics are written every `evaluate_every` iterations and the state is saved then and by the clock;
+    the fit continues from the run's last state. `on_evaluate` gets {"iteration", "prior"}, the moving average as a
+    prior. When a loss or chain is not finite, chains leave the typical set, or the held-out gain collapses, training
+    returns to the last good state at half the learning rate. The second time it raises DivergenceError, and the error's
+    `kept` is the best prior so far.
 
-    A batch is drawn and differentiated in `config.parts`, which the `processes` share: the result depends on the parts
-    and not on how many processes there are. Only the first one is given a `run`, `progress` and `on_evaluate`.
+    A batch is computed in `config.parts` parts, which the `processes` share. The result depends on the number of parts,
+    not on the number of processes. Only the first process is given `run`, `progress` and `on_evaluate`.
     """
     config = config or FitConfig()
     require_usable(backbone)
@@ -79,12 +80,12 @@ def fit(
 class Part(NamedTuple):
     """The contribution of a part of the batch to a step."""
 
-    row: Tensor  # the gradient, flat, then the loss, the gap E_q[f] − E_p[f] and the mean ‖ε‖/√D of the negatives
-    kept: Any  # of the negatives, for the course
+    row: Tensor  # the flat gradient, then the loss, the gap E_q[f] − E_p[f] and the mean ‖ε‖/√D of the negatives
+    kept: Any  # `Pairs.kept`, for `Course.after`
 
 
 class Fitting(Training):
-    """A fit under way."""
+    """The training loop of a fit: its course, its draws, and the state that a resume needs."""
 
     title = "fit"
     learns = "energy"
@@ -108,7 +109,7 @@ class Fitting(Training):
         if backbone.training:
             raise ConfigurationError("expected a backbone in eval mode, found it in train mode: call .eval() first")
         if config.may_stage:
-            config.stage.suited(backbone, config.parts)  # refused now, not when stages take over
+            config.stage.suited(backbone, config.parts)  # an error must show now, not when stages take over
         with seeded(like.device, config.seed, Purpose.HEADS):
             heads = energy_of(backbone.groups, config.energy, energy).to(like.device, like.dtype)
         draws = Draws(self.backbone, images, heads, config, processes, progress)
@@ -159,7 +160,7 @@ class Fitting(Training):
         return {"iteration": self.iteration, "loss": loss, "f_gap": gap, "chain_norm": chain_norm}
 
     def part(self, indices: Tensor, part: int, generator: torch.Generator) -> Part:
-        """Draw part `part` of the batch, of the images at `indices`, and differentiate its loss."""
+        """Draw latents for part `part` of the batch, the images at `indices`, and differentiate the loss."""
         config, pairs = self.course.config, self.course.pairs(indices, part, generator)
         self.network.train()
         dropout = (config.seed, Purpose.FIT_DROPOUT, self.iteration, *((part + 1,) if config.parts > 1 else ()))
@@ -180,7 +181,7 @@ class Fitting(Training):
 
     def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
         metrics, course = self.course.evaluate(self.iteration)
-        if course is not self.course:  # it begins anew: at the full rate, with no memory of gradients
+        if course is not self.course:  # a new course begins: full learning rate, fresh optimizer
             self.course, self.rate, self.rollbacks = course, 1.0, 0
             self.optimizer.state.clear()
         return {**shown, **metrics}

@@ -16,54 +16,74 @@ from ebm_prior.training.stages import StageConfig
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a fit. The defaults are what measured best (ebm_prior/training/README.md).
+    """Settings of a fit. The defaults are the best that were measured (ebm_prior/training/README.md).
 
-    Numbers are of gradient steps, images, or draws; gains in nats. Raises ConfigurationError for values that make no
-    sense, or of another kind. The published settings are `ebm_prior.training.fit_config.paper_preset()`.
+    Numbers count gradient steps, images, or draws; gains are in nats. Raises ConfigurationError for a value out of its
+    range or of the wrong type. `ebm_prior.training.fit_config.paper_preset()` gives the published settings.
 
     >>> config = FitConfig(iterations=500, seed=1)
     >>> config.objective, config.energy.channels
     ('nce', 48)
     """
 
-    objective: Literal["nce", "mle"] = setting("nce", "how the heads are trained")
-    iterations: int = setting(2_400, "gradient steps")
+    objective: Literal["nce", "mle"] = setting(
+        "nce", "Training objective of the heads: noise-contrastive (nce) or maximum likelihood (mle)"
+    )
+    iterations: int = setting(2_400, "Number of gradient steps")
     ratios: Literal["auto", "one", "staged"] = setting(
-        "auto", "nce: one density ratio, or stages of them; auto: one, and stages where it saturates"
+        "auto", "Density ratios that nce learns: one, staged, or auto, which turns to stages if one saturates"
     )
     stage: StageConfig = field(default_factory=StageConfig)
-    batch_size: int = setting(256, "posterior draws, and as many prior draws, per step")
-    parts: int = setting(1, "parts of a batch, each with noise of its own, one at a time: less memory")
-    learning_rate: float = setting(4e-3, "peak rate")
-    warmup: int = setting(50, "iterations over which the rate rises linearly")
-    decay: bool = setting(True, "let the rate fall to 0 along a cosine")
-    optimizer: Literal["adamw", "adam"] = setting("adamw", "decoupled or L2 weight decay")
-    betas: tuple[float, float] = setting((0.9, 0.999), "moment decays of the optimizer")
-    weight_decay: float = setting(1e-2, "weight decay")
-    ema: float = setting(0.99, "decay of the weights' moving average; 0: none")
+    batch_size: int = setting(256, "Posterior draws per gradient step, matched by as many prior draws")
+    parts: int = setting(
+        1, "Parts of a batch, computed one at a time with noise of their own; more parts need less memory"
+    )
+    learning_rate: float = setting(4e-3, "Peak learning rate")
+    warmup: int = setting(50, "Iterations over which the learning rate rises linearly to its peak")
+    decay: bool = setting(True, "Let the learning rate fall to 0 along a cosine")
+    optimizer: Literal["adamw", "adam"] = setting(
+        "adamw", "Optimizer: AdamW with decoupled weight decay, or Adam with L2 weight decay"
+    )
+    betas: tuple[float, float] = setting((0.9, 0.999), "Decay rates of the optimizer's two moment estimates")
+    weight_decay: float = setting(1e-2, "Weight decay of the optimizer")
+    ema: float = setting(0.99, "Decay of the moving average of the weights; 0 turns averaging off")
     energy: EnergyConfig = field(default_factory=EnergyConfig)
-    chains: Literal["fresh", "persistent"] = setting("fresh", "mle: where chains start")
+    chains: Literal["fresh", "persistent"] = setting(
+        "fresh", "Start of the chains: new draws, or the last ends of persistent ones (only with --objective mle)"
+    )
     chain: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=0.01)
     )
-    refresh: float = setting(0.05, "mle: share of persistent chains restarted each step")
-    penalty: float = setting(1e-4, "mle: weight of E[f_q² + f_p²]")
-    sampler: SamplerChanges = field(default_factory=SamplerChanges)  # of the one recorded: `recorded_sampler`
-    target: Target = setting("exact", "ε-target; published: to replicate only")
-    regime: Regime = setting("calibrated", "calibrated: f is a log density ratio; refiner: f only guides short chains")
-    held_out: int = setting(5_000, "images kept for held-out latents, at most a tenth")
-    ess_floor: float = setting(0.05, "tempering keeps at least this ESS / number of draws")
-    evaluate_every: int = setting(100, "iterations between held-out gains and resume states")
-    patience: int = setting(10, "stop after so many held-out gains without a better one")
-    seed: int = setting(0, "seed of everything random")
+    refresh: float = setting(
+        0.05, "Share of the persistent chains that start again at each step (only with --objective mle)"
+    )
+    penalty: float = setting(
+        1e-4, "Weight of the penalty E[f_q² + f_p²] on the energy's size (only with --objective mle)"
+    )
+    sampler: SamplerChanges = field(default_factory=SamplerChanges)  # changes of `recorded_sampler`
+    target: Target = setting(
+        "exact", "Density that chains in ε-space sample: exact (Appendix A.3), or as published, to replicate only"
+    )
+    regime: Regime = setting(
+        "calibrated", "Meaning of f: a calibrated log density ratio, or a refiner that only guides short chains"
+    )
+    held_out: int = setting(
+        5_000, "Images held out to measure the gain on their latents, at most a tenth of all images"
+    )
+    ess_floor: float = setting(0.05, "Lowest effective sample size, as a share of the draws, that tempering accepts")
+    evaluate_every: int = setting(
+        100, "Iterations between two measurements of the held-out gain, each with a saved state"
+    )
+    patience: int = setting(10, "Evaluations without a better held-out gain after which the fit stops")
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_kinds(self)
         require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")
         if not 1 <= self.parts <= min(self.batch_size, self.stage.particles) or self.batch_size % self.parts:
             raise ConfigurationError(
-                f"expected parts that divide the batch, and no more than stages have draws; found {self.parts} of "
-                f"batch_size {self.batch_size} and {self.stage.particles} draws"
+                f"expected parts that divide the batch_size and are at most stage particles; found parts {self.parts}, "
+                f"batch_size {self.batch_size}, stage particles {self.stage.particles}"
             )
         for name, value in (("ema", self.ema), ("ess_floor", self.ess_floor), *(("betas", b) for b in self.betas)):
             if not 0 <= value < 1:
@@ -72,15 +92,22 @@ class FitConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigurationError(f"{name} must not be negative, found {getattr(self, name)}")
         if self.chains == "persistent" and self.chain.proposals > 1:
-            raise ConfigurationError("persistent chains go on from their last step: chain proposals must be 1")
+            raise ConfigurationError(
+                f"chain proposals must be 1 for persistent chains, which start from their last ends; "
+                f"found {self.chain.proposals}"
+            )
         if self.ratios == "staged" and (self.objective != "nce" or self.regime != "calibrated"):
-            raise ConfigurationError("stages are of density ratios: objective nce and regime calibrated")
+            raise ConfigurationError(
+                f"ratios staged needs objective nce and regime calibrated, found {self.objective} and {self.regime}"
+            )
         if not 0 <= self.refresh <= 1:
             raise ConfigurationError(f"refresh must be in [0, 1], found {self.refresh}")
         require_seed(self)
-        _ = self.recorded_sampler  # refuses what does not fit together
+        _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together
         if self.target == "published" and self.regime == "calibrated":
-            raise ConfigurationError("the published target is not the density that f describes: regime must be refiner")
+            raise ConfigurationError(
+                "target published is not the density that f describes, so regime must be refiner; found calibrated"
+            )
 
     @property
     def may_stage(self) -> bool:
@@ -88,10 +115,10 @@ class FitConfig:
         return self.objective == "nce" and self.ratios == "auto" and self.regime == "calibrated"
 
     def staging(self, after: int) -> FitConfig:
-        """The settings that go on in stages where one ratio has saturated after `after` iterations.
+        """The settings with which a fit continues in stages, after one ratio has saturated at iteration `after`.
 
-        The draws that are their negatives move at each iteration, which takes longer than all else in it: so half the
-        batch, and what follows a third of the iterations.
+        The negatives of stages move at each iteration, which takes most of its time. So the batch is halved, and only a
+        third of the iterations follow.
         """
         batch = max(1, self.batch_size // 2 // self.parts) * self.parts
         iterations = min(self.iterations, after + max(1, self.iterations // 3))
@@ -99,8 +126,10 @@ class FitConfig:
 
     @property
     def recorded_sampler(self) -> SamplerConfig:
-        """The sampler of the prior file: the exact default for a density; for a refiner, as published, the chain of
-        training with twice its steps. What is asked for is put in.
+        """The sampler that the prior file records, with the changes of `sampler`.
+
+        For a calibrated prior it starts from the exact default; for a refiner, as published, from the training chain
+        with twice its steps.
         """
         longer = replace(self.chain, steps=2 * self.chain.steps)
         return self.sampler.of(SamplerConfig() if self.regime == "calibrated" else longer)
@@ -110,9 +139,9 @@ def paper_preset() -> FitConfig:
     """The published fit (NVAE on CIFAR-10, Gaussian decoder; references in README): a short-run refiner.
 
     Adam(0.99, 0.999) at 1e-4 with weight decay 3e-5, batch 32, 5,000 iterations; K = 20 steps in training and 40 in
-    sampling with s = 2e-5 in the units of Eq. 12 (the published code's 4e-5 is 2s), on the published ε-target. What is
-    not as published: the heads' last layer starts at zero, some images are held out to measure the gain (no result
-    depends on it), and divergence is noticed earlier than at |mean f| > 1e9.
+    sampling with s = 2e-5 in the units of Eq. 12 (the published code's 4e-5 is 2s), on the published ε-target.
+    There are three differences: the heads' last layer starts at zero, some images are held out to measure the gain (no
+    result depends on it), and divergence is noticed earlier than at |mean f| > 1e9.
     """
     return FitConfig(
         objective="mle",

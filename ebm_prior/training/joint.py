@@ -1,7 +1,7 @@
 """Learning the whole model: generator, Gaussian conditionals, inference network and energy together (§3.2, §3.3).
 
-An iteration draws z⁻ and, with the posterior "langevin", z⁺ by chains, takes the gradients of `joint_loss`, and moves
-all weights at once. On a GPU chains and gradients replay CUDA graphs.
+An iteration draws z⁻ from the prior and z⁺ from the posterior (by chains, with the posterior "langevin"), computes the
+gradients of `joint_loss`, and updates all weights at once. On a GPU chains and gradients replay CUDA graphs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from ebm_prior.training.steps import (
     update_average,
 )
 
-EVALUATED = 1_000  # validation images for the metrics, at most; log Z takes PRIOR_DRAWS times as many draws of p_β
+EVALUATED = 1_000  # largest number of validation images; log Z is estimated from PRIOR_DRAWS times as many draws of p_β
 
 
 @isolated(grad=True)
@@ -60,12 +60,13 @@ def train_jointly(
     progress: Progress = SILENT,
     on_evaluate: Callback | None = None,
 ) -> EBMPrior:
-    """Train `backbone` in place with a joint energy on `images`; returns the moving averages of both as a prior.
+    """Train `backbone` in place together with an energy on `images`; returns the moving averages of both as a prior.
 
-    With a `run`, state and metrics are written every `evaluate_every` iterations, and the run goes on from its last
-    state. `on_evaluate` gets {"iteration", "prior"} then. The metrics are on `validation` images (default: `images`).
-    Where a loss or gradient is not finite, chains leave, or the energy explodes, training returns to the last state at
-    half the rate; the second time it raises DivergenceError, which has `kept` the prior of the last state.
+    With a `run`, state and metrics are written every `evaluate_every` iterations, and training continues from the run's
+    last state. `on_evaluate` then gets {"iteration", "prior"}. Metrics use the `validation` images (default: `images`).
+    Where a loss or gradient is not finite, chains leave the typical set, or the energy explodes, training returns to
+    the last state at half the learning rate. The second time it raises DivergenceError, and the error's `kept` is the
+    prior of the last state.
     """
     training = JointTraining(backbone, images, config or JointConfig(), validation or images, progress, on_evaluate)
     training.run(run)
@@ -73,7 +74,7 @@ def train_jointly(
 
 
 class WholeModel(nn.Module):
-    """Everything that is learned."""
+    """Backbone and energy as one module: everything that joint training learns."""
 
     def __init__(self, backbone: Backbone, energy: JointEnergy) -> None:
         super().__init__()
@@ -81,16 +82,16 @@ class WholeModel(nn.Module):
 
 
 class BatchGradients(NamedTuple):
-    """The loss of one batch and its gradients, by the numbers of the model's parameters."""
+    """The loss of one batch, and its gradients by the index of the parameter in `WholeModel.parameters()`."""
 
     terms: Terms
     loss: Tensor
-    gradients: dict[int, Tensor]  # of parameters that the loss depends on
-    omega: dict[int, Tensor]  # of the inference network, where it learns beside the chains
+    gradients: dict[int, Tensor]  # gradients of the loss
+    omega: dict[int, Tensor]  # gradients of the inference network, where chains draw z⁺
 
 
 class JointTraining(Training):
-    """A joint training under way."""
+    """The loop of joint training: model, average, optimizer, chains, and the state that a resume needs."""
 
     title = "train"
     learns = "model"
@@ -133,7 +134,7 @@ class JointTraining(Training):
 
     @property
     def energy(self) -> JointEnergy | None:
-        """The energy once it has joined; None before, when f = 0."""
+        """The energy, or None as long as training goes on with f = 0."""
         joined = self.config.prior == "ebm" and self.iteration >= self.config.energy_from * self.config.iterations
         return self.network.energy if joined else None
 
@@ -158,9 +159,9 @@ class JointTraining(Training):
         return {"iteration": self.iteration, **self._watch(found.terms, of_prior=bool(negative))}
 
     def _differentiate(self, inputs: tuple[Tensor, list[Tensor], list[Tensor]], generator: Generator) -> BatchGradients:
-        """Loss and gradients for images, z⁺ that chains drew (empty: the network's own draws) and z⁻ (empty: f = 0).
+        """Loss and gradients for images, z⁺ of chains (empty: the inference network draws) and z⁻ (empty: f = 0).
 
-        CUDA graphs are recorded of it: it changes nothing but the statistics that a network in training keeps.
+        CUDA graphs are recorded of this function, so it changes nothing but the running statistics of batch norms.
         """
         x, drawn, negative = inputs
         energy, parameters = self.energy, list(self.network.parameters())
@@ -171,14 +172,14 @@ class JointTraining(Training):
             loss = loss + self.config.penalty * self._penalty(drawn or inferred.z, negative)
         gradients, omega = _gradients(loss, dict(enumerate(parameters))), dict[int, Tensor]()
         if drawn:
-            # ω is what the generative side has no gradient for; it alone learns from the network's own draws.
+            # The inference network's parameters ω get no gradient at the chains' draws: they learn from its own draws.
             own = range(len(list(self.backbone.parameters())))
             if unmet := {index: parameters[index] for index in own if index not in gradients}:
                 omega = _gradients(terms(self.backbone, energy, x, inferred, negative or None).loss(), unmet)
         return BatchGradients(Terms(*(term.detach() for term in found)), loss.detach(), gradients, omega)
 
     def _penalty(self, *latents: Sequence[Tensor]) -> Tensor:
-        """E[f_q² + f_p²] of z⁺ and z⁻, without a gradient for them: it keeps the energy small, and moves no latents."""
+        """E[f_q² + f_p²] at z⁺ and z⁻, which keeps the energy small. No gradient flows to the latents."""
         squares = []
         for z in latents:
             seen = [group.detach() for group in z]
@@ -188,14 +189,14 @@ class JointTraining(Training):
         return torch.stack(squares).sum()
 
     def _update(self, found: BatchGradients) -> None:
-        """One step along these gradients, clipped, if all of them are finite."""
+        """Take one optimizer step along the clipped gradients. Raises DivergenceError where one is not finite."""
         config, t = self.config, self.iteration
         parameters = list(self.network.parameters())
         for index, parameter in enumerate(parameters):
             parameter.grad = found.gradients.get(index, found.omega.get(index))
         own = len(list(self.backbone.parameters()))
         generator, energy = ([i for i in found.gradients if (i < own) == of_backbone] for of_backbone in (True, False))
-        # Beside chains ω is clipped by itself: nothing that generates depends on it.
+        # With chains, the inference network ω is clipped by itself, because the generator does not depend on it.
         steepness = [
             nn.utils.clip_grad_norm_([parameters[i] for i in part], limit)
             for part, limit in (
@@ -212,7 +213,7 @@ class JointTraining(Training):
         update_average(self.average, self.network, config.ema, t)
 
     def _watch(self, found: Terms, *, of_prior: bool) -> dict[str, float]:
-        """Numbers to show; DivergenceError where the energy explodes or chains have left."""
+        """The numbers to show. Raises DivergenceError where the energy explodes or chains have left the typical set."""
         gap = float((found.f_q - found.f_p).mean())
         shown = {"log_likelihood": float(found.log_likelihood.mean()), "f_gap": gap}
         require_gap(gap, JOINT_GAP_LIMIT)
@@ -223,10 +224,12 @@ class JointTraining(Training):
         return shown
 
     def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
-        """On validation images, by the inference network: ELBO with f and log Z, its parts, and the gain of f."""
+        """Validation metrics by the inference network: the ELBO with f and log Z, its parts, and the gain of f."""
         metrics = {**shown, **validate(self.prior(), self.validation, seed=self.config.seed), "rate": self.rate}
         if not math.isfinite(metrics["elbo"]):
-            raise DivergenceError(f"the validation ELBO is {metrics['elbo']} at iteration {self.iteration}")
+            raise DivergenceError(
+                f"the validation ELBO is {metrics['elbo']}, not finite, at iteration {self.iteration}"
+            )
         return metrics
 
     def product(self) -> dict[str, Any]:
@@ -253,10 +256,11 @@ class JointTraining(Training):
         return EBMPrior(kept.backbone, kept.energy, sampler=self._sampler(), record=record)
 
     def _sampler(self) -> SamplerConfig:
-        """How to draw: f that learned against short chains from the Gaussian prior is right for just those (§3.2).
+        """The sampler that the prior records.
 
-        Persistent chains have come to where long ones go: there the exact default. There, too, after short chains in z,
-        which a prior, whose chains are in ε, cannot repeat. Without an energy the Gaussian prior is all there is.
+        An f learned from short fresh chains in ε fits just these chains (§3.2), so they are recorded. After persistent
+        chains, which have reached their target, and after chains in z, which a prior cannot repeat in ε, the sampler is
+        the exact default. Without an energy it is ancestral sampling.
         """
         config = self.config
         if config.prior == "gaussian":
@@ -325,7 +329,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _gradients(loss: Tensor, parameters: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Gradients of the parameters that the loss depends on, with their memory layout: a fused optimizer wants it so."""
+    """Gradients of the parameters that the loss depends on, in the parameters' layout, as fused optimizers need."""
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         index: g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)

@@ -13,15 +13,15 @@ from ebm_prior.training.joint_loss import potential
 
 
 class JointChains:
-    """Draws latents z of `backbone` by the chains of `config`. Where they are persistent, it keeps their ends.
+    """Draws latents z of `backbone` with the chains of `config`; it stores the ends of persistent chains.
 
-    The methods take the `energy` of the prior, always the same one; None as long as f = 0.
+    The methods take the `energy` of the prior, which must always be the same object; None as long as f = 0.
     """
 
     def __init__(self, backbone: Backbone, config: JointConfig, device: torch.device) -> None:
         self.backbone, self.config, self.device = backbone, config, device
-        self.persistent: list[Tensor] = []  # the ends of the prior's chains, as they move: ε or z
-        self._observed: Tensor | None = None  # images of the iteration, in memory that graphs can read again
+        self.persistent: list[Tensor] = []  # the ends of the prior's persistent chains, in ε or z
+        self._observed: Tensor | None = None  # images of the iteration, at a fixed address, as CUDA graphs need
         self._potentials: dict[tuple[bool, bool], Potential] = {}
 
     def of_images(self, x: Tensor, energy: JointEnergy | None, generator: torch.Generator) -> list[Tensor]:
@@ -46,7 +46,7 @@ class JointChains:
         return self._potentials[key]
 
     def _run(self, n: int, energy: JointEnergy | None, generator: torch.Generator, *, of_prior: bool) -> list[Tensor]:
-        """z at the ends of n chains, which start from the Gaussian prior or, persistent ones, from their last ends."""
+        """z at the ends of n chains. They start from the Gaussian prior; persistent ones start from their last ends."""
         config = self.config
         persistent = of_prior and config.chains == "persistent"
 

@@ -1,4 +1,4 @@
-"""Settings of joint training: the default and the published one."""
+"""Settings of joint training: the default and the published ones."""
 
 from __future__ import annotations
 
@@ -19,36 +19,44 @@ class JointConfig:
     """Settings of joint training. The published ones of the paper's Table 1 are `paper_joint()`."""
 
     posterior: Literal["langevin", "inference"] = setting(
-        "inference", "z of an image: chains through the generator, or the inference network"
+        "inference", "Source of posterior latents: Langevin chains through the generator, or the inference network"
     )
-    prior: Literal["ebm", "gaussian"] = setting("ebm", "gaussian: f = 0, a VAE")
-    iterations: int = setting(5_000, "gradient steps")
-    batch_size: int = setting(100, "images, and as many prior chains, per step")
-    learning_rate: float = setting(1e-3, "peak rate of generator and inference network")
-    energy_learning_rate: float = setting(1e-4, "peak rate of the energy")
-    energy_from: float = setting(0.2, "share of the run before the energy joins, with f = 0")
-    warmup: int = setting(100, "iterations over which the rates rise linearly")
-    decay: bool = setting(True, "let the rates fall to 0 along a cosine")
-    betas: tuple[float, float] = setting((0.9, 0.999), "moment decays of Adam")
-    gradient_clip: float = setting(200.0, "largest gradient norm of the generator's side")
-    ema: float = setting(0.999, "decay of the weights' moving average; 0: none")
+    prior: Literal["ebm", "gaussian"] = setting(
+        "ebm", "Prior of the latents: energy-based (ebm), or Gaussian with f = 0 as in a VAE"
+    )
+    iterations: int = setting(5_000, "Number of gradient steps")
+    batch_size: int = setting(100, "Images per gradient step, matched by as many prior chains")
+    learning_rate: float = setting(1e-3, "Peak learning rate of the generator and the inference network")
+    energy_learning_rate: float = setting(1e-4, "Peak learning rate of the energy")
+    energy_from: float = setting(0.2, "Share of the run that trains with f = 0, before the energy joins")
+    warmup: int = setting(100, "Iterations over which the learning rates rise linearly to their peaks")
+    decay: bool = setting(True, "Let the learning rates fall to 0 along a cosine")
+    betas: tuple[float, float] = setting((0.9, 0.999), "Decay rates of Adam's two moment estimates")
+    gradient_clip: float = setting(200.0, "Largest gradient norm of the generator and the inference network")
+    ema: float = setting(0.999, "Decay of the moving average of the weights; 0 turns averaging off")
     energy: EnergyConfig = field(
         default_factory=lambda: EnergyConfig(hidden=200, vector_layers=4, joint=0, standardize=False)
     )
-    penalty: float = setting(0.0, "weight of E[f_q² + f_p²]")
-    space: Space = setting("eps", "where chains move: ε of appendix A.3, or z itself")
-    chains: Literal["fresh", "persistent"] = setting("fresh", "where prior chains start")
-    refresh: float = setting(0.05, "share of persistent chains restarted each step")
+    penalty: float = setting(0.0, "Weight of the penalty E[f_q² + f_p²] on the energy's size")
+    space: Space = setting("eps", "Space in which chains move: ε (Appendix A.3), or the latents z themselves")
+    chains: Literal["fresh", "persistent"] = setting(
+        "fresh", "Start of the prior chains: new draws, or the last ends of persistent chains"
+    )
+    refresh: float = setting(0.05, "Share of the persistent chains that start again at each step")
     prior_chain: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=40, step_size=0.08)
     )
     posterior_chain: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(proposals=1, kernel="langevin", steps=40, step_size=0.005)
     )
-    bfloat16: bool = setting(False, "the image head in bfloat16 in posterior chains, for about twice the speed")
-    channels_last: bool = setting(False, "memory layout, for many networks faster on a CPU")
-    evaluate_every: int = setting(500, "iterations between metrics, states and pictures")
-    seed: int = setting(0, "seed of everything random")
+    bfloat16: bool = setting(
+        False, "Compute the image head in bfloat16 in posterior chains, which is about twice as fast"
+    )
+    channels_last: bool = setting(False, "Store tensors with channels last, which makes many networks faster on a CPU")
+    evaluate_every: int = setting(
+        500, "Iterations between two evaluations, each with metrics, a saved state and pictures"
+    )
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -64,7 +72,9 @@ class JointConfig:
                 f"{self.refresh}"
             )
         if self.energy.standardize:
-            raise ConfigurationError("energy standardize must be off: the latents move while they are learned")
+            raise ConfigurationError(
+                "energy standardize must be off in joint training, because latents change during it"
+            )
         own_start = self.space == "z" or self.chains == "persistent"
         if max(self.prior_chain.proposals if own_start else 1, self.posterior_chain.proposals) > 1:
             raise ConfigurationError(
@@ -77,10 +87,10 @@ def paper_joint() -> JointConfig:
     """The published joint training (references in README): langevin + ebm, z-space chains, batch 100.
 
     K = 60 steps of 0.4 for the prior (the paper's text says 40), 40 of 0.1 for the posterior, in the convention
-    z + ½s²∇ + sξ: s²/2 = 0.08 and 0.005 in the units of Eq. 12. Rates 1e-4 and, for the energy, 2e-5. Not as published:
-    chains start from the model's own Gaussian prior, both heads have four layers of 200 (Table 12 gives z_2 two of
-    100), gradients are clipped, and what is kept is the weights' moving average. Its prior is drawn from by the exact
-    default sampler in ε, not by these short chains in z.
+    z + ½s²∇ + sξ: s²/2 = 0.08 and 0.005 in the units of Eq. 12. The learning rates are 1e-4 and, for the energy, 2e-5.
+    Differences: chains start from the model's own Gaussian prior, both heads have four layers of 200 (Table 12 gives
+    z_2 two of 100), gradients are clipped, the moving average of the weights is kept, and the prior records the exact
+    default sampler in ε instead of the short chains in z.
     """
     heads = EnergyConfig(hidden=200, vector_layers=4, joint=0, activation="leaky_relu", standardize=False)
     return JointConfig(

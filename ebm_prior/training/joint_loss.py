@@ -1,15 +1,17 @@
-"""What joint training of generator, Gaussian conditionals, inference network and energy follows (§3.2, §3.3).
+"""The loss of joint training of generator, Gaussian conditionals, inference network and energy (§3.2, §3.3).
 
-One loss, whose gradient is that of every equation. With z⁺ from the posterior and z⁻ from the prior p_α,β (Eq. 6),
+The gradient of this one loss gives all learning rules of the paper. With z⁺ from the posterior and z⁻ from the prior
+p_α,β (Eq. 6),
 
     loss = −E[log p_β0(x | z⁺) + log p_β>0(z⁺) + f_α(z⁺)] + E[log p_β>0(z⁻) + f_α(z⁻)]  (+ E[log q_ω(z⁺ | x)])
 
     posterior "langevin":   z⁺ from chains (Eq. 14), no gradient through them         Eqs. 9, 10, 11
     posterior "inference":  z⁺ = z_ω(x, noise), with its gradient, and the last term  Eqs. 16, 17, 18, 19
 
-The prior samples enter α and β>0 with the opposite sign: theirs is the gradient of log Z (Eqs. 24, 25). With the prior
-"gaussian", f = 0 and Z = 1: no z⁻. VAE = inference + gaussian; ABP, SRI = langevin + gaussian; LEBM = langevin + ebm on
-one layer. Beside "langevin", the inference network learns by Eq. 19 and nothing learns from it: scores need one.
+The terms at z⁻ have the opposite sign, because they give the gradient of log Z for α and β>0 (Eqs. 24, 25). With the
+prior "gaussian", f = 0, Z = 1, and there is no z⁻. Special cases: VAE = inference + gaussian; ABP and SRI = langevin +
+gaussian; LEBM = langevin + ebm with one layer. With "langevin", the inference network still learns by Eq. 19, for the
+scores of images, and nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ def potential(
     *,
     bfloat16: bool = False,
 ) -> Potential:
-    """g with log p(u) = g(u) − ½‖u‖² + const: the prior (Eq. 13), or with `images` (B, C, H, W) the posterior (Eq. 14).
+    """The function g in the chains' log density log p(u) = g(u) − ½‖u‖² + const.
 
-    u is ε, where g = f(T_β(ε)) + log p(x|z) (A.3), or z, where g = f + log p(x|z) + log p_β(z) + ½‖z‖²: one Langevin
-    kernel then moves either by its Eq. 12. `energy` None: f = 0. `bfloat16`: of the image head, where the time goes.
+    Without `images` the density is the prior (Eq. 13), with `images` (B, C, H, W) the posterior (Eq. 14). In the space
+    "eps", u is ε and g = f(T_β(ε)) + log p(x|z) (A.3); in "z", u is z and g = f + log p(x|z) + log p_β(z) + ½‖z‖². So
+    one Langevin kernel (Eq. 12) serves both. `energy` None means f = 0. `bfloat16`: compute the image head in bfloat16,
+    since it takes most of the time.
     """
 
     def g(u: Sequence[Tensor]) -> Tensor:
@@ -57,7 +61,7 @@ def potential(
 
 
 class Terms(NamedTuple):
-    """What the loss is made of, per image or per prior draw, (B,), nats; and how far out the draws lie."""
+    """The terms of the loss per image or prior draw, (B,) in nats, and ‖ε‖/√D of the draws."""
 
     log_likelihood: Tensor
     log_p: Tensor  # log p_β>0(z⁺)
@@ -69,7 +73,7 @@ class Terms(NamedTuple):
     norm_p: Tensor  # of z⁻
 
     def loss(self) -> Tensor:
-        """Eqs. 9-11, 16-19, of which the expectations are means over the batch."""
+        """The loss of Eqs. 9-11 and 16-19 as a scalar; expectations are means over the batch."""
         positive = self.log_likelihood + self.log_p + self.f_q - self.log_q
         return (self.prior + self.f_p).mean() - positive.mean()
 
@@ -83,8 +87,8 @@ def terms(
 ) -> Terms:
     """The terms of the loss for images (B, C, H, W).
 
-    `posterior`: of `Backbone.infer`, or latents z⁺ that chains have drawn. `prior`: latents z⁻ of p_α,β, or None with
-    f = 0, where log Z is 0 whatever β. Batch norms meet z⁻ as chains do, with the statistics that they have.
+    `posterior`: the result of `Backbone.infer`, or latents z⁺ that chains have drawn. `prior`: latents z⁻ of p_α,β, or
+    None with f = 0, where log Z is 0 for any β. At z⁻ batch norms use their running statistics, as they do in chains.
     """
     if isinstance(posterior, Posterior):
         z, eps, features, log_p, log_q = (

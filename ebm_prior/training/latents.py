@@ -1,7 +1,7 @@
-"""Latents to train the heads on and to measure them by: of images and of p_β, as the heads see them.
+"""Latents for training and for evaluating the heads: posterior draws of images, and draws of p_β, as heads' inputs.
 
-Every list of latents here is one of (B, *shape), in generation order: z, or z and ε (`JointEnergy.inputs`). Draws are
-functions of the seed, whichever of the processes makes them.
+A list of latents here has entries (B, *shape) in generation order: z, or z and ε (`JointEnergy.inputs`). A draw depends
+on the seed alone, not on the process that makes it.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from ebm_prior.model.energy import JointEnergy, values
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.objectives import Gain, gain, temper
 
-PRIOR_DRAWS = 4  # held-out prior latents per posterior one: log Z is the noisier half of the gain
-HELD_OUT_BYTES = 2**31  # of memory for held-out latents, on the CPU
+PRIOR_DRAWS = 4  # held-out prior latents per posterior latent: log Z is the noisier part of the gain
+HELD_OUT_BYTES = 2**31  # largest CPU memory for held-out latents
 
 
 class HeldOut(NamedTuple):
-    """Latents that training never sees, as the heads see them: posterior draws of held-out images, and more of p_β."""
+    """Heads' inputs that training never sees: posterior draws of held-out images, and draws of p_β."""
 
     posterior: list[Tensor]
     prior: list[Tensor]
 
     def gains(self, energy: JointEnergy, ess_floor: float) -> tuple[Gain, Gain]:
-        """The held-out gain of f as it stands, and of τf with the best τ that keeps the ESS above the floor."""
+        """The held-out gain of f itself, and that of τf with the best τ that keeps the ESS above the floor."""
         device = next(energy.parameters()).device
         f_q, f_p = values(energy, self.posterior, device), values(energy, self.prior, device)
         return gain(f_q, f_p), temper(f_q, f_p, ess_floor=ess_floor)
 
 
 class Draws:
-    """Draws the latents of a fit: posterior ones of its images, and ancestral ones of its backbone's prior."""
+    """Draws the latents of a fit: posterior latents of its images, and ancestral draws of its backbone's prior."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class Draws:
         self.like = next(backbone.parameters())
 
     def generators(self, *words: int) -> list[torch.Generator]:
-        """A generator for each part of a batch, derived from the seed and these words."""
+        """One random generator for each part of a batch, derived from the seed and these integers."""
         parts = self.config.parts
         own = [()] if parts == 1 else [(part + 1,) for part in range(parts)]
         return [derived_generator(self.config.seed, *words, *word, device=self.like.device) for word in own]
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """Indices of training and held-out images, fixed by the seed; no more held out than `HELD_OUT_BYTES` hold."""
+        """Indices of the training and the held-out images, chosen by the seed, within `HELD_OUT_BYTES` of latents."""
         dimensions = sum(math.prod(group.shape) for group in self.backbone.groups)
         bytes_each = dimensions * (1 + self.energy.config.conditional) * self.like.dtype.itemsize
         most = max(1, HELD_OUT_BYTES // (bytes_each * (1 + PRIOR_DRAWS)))
@@ -79,7 +79,7 @@ class Draws:
         return self.backbone.observe(images, generator=generator)
 
     def posterior(self, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Posterior draws of images, as the heads see them; fresh each time, since heads overfit to cached ones."""
+        """Posterior draws of images, as heads' inputs. They are fresh each time, as heads overfit to cached draws."""
         with torch.no_grad():
             observed = self.observed(indices, generator)
             if not self.energy.config.conditional:  # where the encoder can, no top-down pass
@@ -88,7 +88,7 @@ class Draws:
             return self.energy.inputs(posterior.z, posterior.eps)
 
     def own_conditionals(self, indices: Tensor, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """Posterior draws z, and for each group a z_i' ~ p_β(z_i | z_<i) beside z_i, both as the heads see them."""
+        """Heads' inputs for posterior draws z, and the same with each z_i replaced by z_i' ~ p_β(z_i | z_<i)."""
         with torch.no_grad():
             observed = self.observed(indices, generator)
             noise, eps = (self.backbone.standard_normal(len(observed), generator=generator) for _ in range(2))
@@ -97,12 +97,12 @@ class Draws:
             return self.energy.inputs(trace.z, trace.eps), self.energy.inputs(redrawn, eps)
 
     def of_prior(self, eps: list[Tensor]) -> list[Tensor]:
-        """The latents T_β(ε) of ε, lists of (B, *group.shape), as the heads see them."""
+        """Heads' inputs at the latents T_β(ε), for ε a list of (B, *group.shape)."""
         with torch.no_grad():
             return self.energy.inputs(self.backbone.reparameterize(eps), eps)
 
     def held_out(self, indices: Tensor) -> HeldOut:
-        """Posterior draws of held-out images, and `PRIOR_DRAWS` as many of p_β."""
+        """Posterior draws of the images at `indices`, and `PRIOR_DRAWS` times as many draws of p_β."""
 
         def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
             generator = derived_generator(self.config.seed, Purpose.HELD_OUT_PRIOR, batch[0], device=self.like.device)
@@ -129,9 +129,9 @@ class Draws:
     def _of_images(
         self, indices: Tensor, purpose: Purpose, read: Callable[[list[Tensor]], list[Tensor]]
     ) -> list[list[Tensor]]:
-        """For each batch of the images at `indices`: what `read` returns for posterior draws, as the heads see them.
+        """The results of `read` on the heads' inputs for posterior draws of the images at `indices`, batch by batch.
 
-        `purpose`: the stream of random numbers that draws them.
+        `purpose`: the stream of random numbers for the draws.
         """
 
         def drawn(batch: tuple[int, Tensor]) -> list[Tensor]:

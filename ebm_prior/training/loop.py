@@ -1,7 +1,7 @@
 """The training loop shared by pretraining, fitting and joint training: evaluation, resume, roll-back after divergence.
 
-Randomness of iteration t comes from (seed, t) alone, so a resume state holds no generators, and a resumed run repeats
-the very numbers of an uninterrupted one.
+All randomness of iteration t comes from (seed, t). So a resume state holds no random generators, and a resumed run
+gives exactly the numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ebm_prior.errors import DivergenceError, Stopped
 from ebm_prior.interfaces import SILENT, Callback, Progress, Recorder
 from ebm_prior.training.resume import resume
 
-STATE_SECONDS = 60.0  # between two states that are saved by the clock, at least
-STATE_SHARE = 0.05  # of the time, at most, in which such states are written
-NOTE_SECONDS = 5.0  # between two lines of numbers for somebody who watches
+STATE_SECONDS = 60.0  # least time between two states saved by the clock
+STATE_SHARE = 0.05  # largest share of the time spent on writing such states
+NOTE_SECONDS = 5.0  # time between two lines of numbers for a user who watches
 
 
 class Training(ABC):
-    """A training under way, which can be killed, resumed, and rolled back: whatever changes is in its state.
+    """Base class of the trainings. All that changes is in `state()`, so that a training can resume and roll back.
 
-    A training sets `network` (what learns), `average` (the moving average of its weights) and `optimizer`.
+    A subclass sets `network` (the module that learns), `average` (the moving average of its weights) and `optimizer`.
     """
 
-    title: ClassVar[str]  # the name of the work, for whoever watches
+    title: ClassVar[str]  # the name of the work, for the display of progress
     learns: ClassVar[str]  # the name of the network's weights in the state
     network: nn.Module
     average: nn.Module
@@ -41,7 +41,7 @@ class Training(ABC):
     def __init__(
         self, progress: Progress = SILENT, on_evaluate: Callback | None = None, processes: Processes = ALONE
     ) -> None:
-        """`on_evaluate` gets "iteration" and the `product` of every evaluation. The `processes` share one state."""
+        """`on_evaluate` gets "iteration" and the `product` at every evaluation. The `processes` keep equal states."""
         self.progress, self.on_evaluate, self.processes = progress, on_evaluate, processes
         self.iteration = 0
         self.rate = 1.0  # factor on every learning rate; halved by a roll-back
@@ -55,7 +55,7 @@ class Training(ABC):
     @property
     @abstractmethod
     def every(self) -> int:
-        """The number of iterations from one evaluation to the next. A state that has been evaluated is good."""
+        """The number of iterations between evaluations. A state evaluated without divergence counts as good."""
 
     @abstractmethod
     def step(self) -> dict[str, Any]:
@@ -63,18 +63,18 @@ class Training(ABC):
 
     @abstractmethod
     def evaluate(self, shown: Mapping[str, Any]) -> dict[str, Any]:
-        """The metrics of the state reached, `shown` among them. Raises DivergenceError."""
+        """The metrics of the present state, including the numbers `shown` of the last step. Raises DivergenceError."""
 
     @abstractmethod
     def product(self) -> dict[str, Any]:
-        """What `on_evaluate` gets beside the iteration: the current prior or backbone."""
+        """The current prior or backbone, which `on_evaluate` gets together with the iteration."""
 
     @abstractmethod
     def given_up(self, reason: DivergenceError) -> DivergenceError:
-        """The error of a second divergence, with advice and the result to keep. The last good state is restored."""
+        """The error of a second divergence, with advice and the result to keep. Called in the last good state."""
 
     def finished(self) -> bool:
-        """Whether training ends here."""
+        """Whether training is complete."""
         return self.iteration >= self.iterations
 
     def state(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Training(ABC):
         )
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned; `state` itself is left as it is."""
+        """Continue from a value that `state()` returned; it is not modified."""
         state = copy.deepcopy(dict(state))
         self.iteration, self.rate, self.rollbacks = state["iteration"], state["rate"], state["rollbacks"]
         self.network.load_state_dict(state[self.learns])
@@ -101,24 +101,24 @@ class Training(ABC):
         self.restore_own(state)
 
     def translated(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A saved state with the names of this version; an earlier one may have had others."""
+        """A saved state with the key names of this version; states of earlier versions may have other names."""
         return state
 
     def own_state(self) -> dict[str, Any]:
-        """What changes in this kind of training beside weights, optimizer and counters."""
+        """The part of the state that is special to this kind of training: all but weights, optimizer and counters."""
         return {}
 
     def restore_own(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (some have nothing)
-        """Take over what `own_state` returned, from the whole state."""
+        """Restore from the whole state the entries that `own_state` returned."""
 
     def run(self, recorder: Recorder | None) -> None:
-        """Step until `finished`, from the recorder's last state on. Every evaluation is recorded, and the state then.
+        """Train from the recorder's last state until `finished`. Metrics and state are recorded at every evaluation.
 
-        Between evaluations the state is saved by the clock, together with the last good one, to which a roll-back
-        returns: so it replaces nothing, and a resume from it repeats no step. At a DivergenceError training returns to
-        the last good state at half the rate; the second one ends it with the error of `given_up`. The `progress` sees
-        "iterations" and the numbers of each step and evaluation. A wish to stop is granted at the end of a step, whose
-        state is saved: raises Stopped.
+        Between evaluations the state is also saved by the clock, together with the last good state, so that a resumed
+        training can still roll back. At a DivergenceError training returns to the last good state at half the learning
+        rate; at the second one it raises the error of `given_up`. The `progress` gets "iterations" and the numbers of
+        each step and evaluation. When the user stops the work, the step at hand is finished, its state is saved, and
+        Stopped is raised.
         """
         good = self._resumed(recorder)
         clock = Clock(recorder, lambda: self.state() | {"good": good})
@@ -143,11 +143,11 @@ class Training(ABC):
                     raise Stopped(stopped, self.iteration if saved else good["iteration"])
 
     def _resumed(self, recorder: Recorder | None) -> dict[str, Any]:
-        """Go on from the recorder's last state; returns the last good one."""
+        """Continue from the recorder's last state; returns the last good state."""
         saved = self.processes.of_first(lambda: recorder.load_state() if recorder else None)
         good: dict[str, Any] | None = None
         if saved is not None:
-            good = saved.pop("good", None)  # beside a state that was saved by the clock: where a roll-back returns to
+            good = saved.pop("good", None)  # stored with states that the clock saved: the target of a roll-back
             if good is not None:
                 fresh = self.state()
                 resume(self, good)
@@ -156,7 +156,7 @@ class Training(ABC):
         return good or self.state()
 
     def _rolled_back(self, reason: DivergenceError, good: dict[str, Any], recorder: Recorder | None) -> dict[str, Any]:
-        """Return to the last good state at half the rate, which is then the good one. Raises the second time."""
+        """Return to the last good state at half the learning rate. Raises the error of `given_up` the second time."""
         if self.rollbacks:
             self.restore(good)
             raise self.given_up(reason) from reason
@@ -168,7 +168,7 @@ class Training(ABC):
         return good
 
     def _stopped_by(self, wish: Wish) -> int | None:
-        """The signal by which any of the processes was asked to stop: all of them stop after the same step."""
+        """The signal that asked any of the processes to stop, or None, so that all stop after the same step."""
         if self.processes.count == 1:
             return wish.signal
         wishes = self.processes.map(lambda _: wish.signal, range(self.processes.count))
@@ -177,23 +177,23 @@ class Training(ABC):
     def _record(self, recorder: Recorder | None, shown: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         if recorder:
             recorder.log(shown)
-        if self.on_evaluate:  # before the state, which once written is not evaluated again
+        if self.on_evaluate:  # before the state is saved: a resume from it would not evaluate again
             self.on_evaluate({"iteration": self.iteration, **self.product()})
         if recorder:
             recorder.save_state(state)
 
 
 class Clock:
-    """Saves and notes by the clock, between evaluations, what would be lost if the process were killed."""
+    """Saves the state and notes numbers at intervals of time, so that a killed process loses little work."""
 
     def __init__(self, recorder: Recorder | None, state: Callable[[], Mapping[str, Any]]) -> None:
-        """`state`: the state at the time, from which training can go on."""
+        """`state`: returns the present state, from which training can be resumed."""
         self._recorder, self._state = recorder, state
         self._began = self._saved = self._noted = time.monotonic()
         self._pause = STATE_SECONDS
 
     def tick(self, shown: Mapping[str, Any], *, evaluated: bool) -> None:
-        """A step is done, with these numbers to show. `evaluated`: it has been recorded already."""
+        """Called after each step with its numbers. `evaluated`: whether this step has been recorded already."""
         now = time.monotonic()
         if evaluated:
             self._saved = now
@@ -204,13 +204,13 @@ class Clock:
             self._noted = now
 
     def save(self) -> bool:
-        """Save the state; whether there is one that can be saved. Large ones are saved less often."""
+        """Save the state, and return whether that was possible. States that take long to write are saved less often."""
         if self._recorder is None:
             return False
         began = time.monotonic()
         try:
             state = self._state()
-        except DivergenceError:  # which the next evaluation finds, whenever the clock has looked
+        except DivergenceError:  # left to the next evaluation, so that results do not depend on the clock
             return False
         self._recorder.save_state(state)
         self._saved = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the heads are trained on, and how good the result is on held-out latents.
+"""The losses of the heads, and the gain of the result on held-out latents.
 
 f_q: f at posterior latents (B,); f_p: f at prior latents (B,); both in nats. With f* = log q(z) − log p_β(z), the
 log density ratio of the aggregate posterior and the backbone's prior, exp(f*) p_β is the aggregate posterior itself.
@@ -43,7 +43,7 @@ class Gain(NamedTuple):
 def gain(f_q: Tensor, f_p: Tensor, tau: float = 1.0) -> Gain:
     """The gain of τf, from held-out f_q (N,) and f_p (M,): τ E_q[f] − log E_p[e^{τf}], at most KL(q ‖ p_β).
 
-    log Z is estimated forward, from p_β; where the ESS is small it is underestimated and the gain is optimistic.
+    log Z is estimated from draws of p_β. Where the ESS is small, log Z is underestimated and the gain is optimistic.
     """
     f_q, f_p = f_q.double(), f_p.double()
     log_z = (tau * f_p).logsumexp(0) - math.log(len(f_p))
@@ -52,10 +52,10 @@ def gain(f_q: Tensor, f_p: Tensor, tau: float = 1.0) -> Gain:
 
 
 def temper(f_q: Tensor, f_p: Tensor, *, ess_floor: float = 0.05, largest: float = 2.0) -> Gain:
-    """The best τ in [0, largest] on held-out latents, as far as the ESS stays above the floor.
+    """The τ in [0, largest] with the best gain on held-out latents, as long as the ESS stays above `ess_floor`.
 
-    The gain is concave in τ and 0 at τ = 0, with slope E_q[f] − E_{p,τ}[f]: bisection on the slope. So tempering never
-    harms: where f has learned nothing, τ = 0 gives the backbone back.
+    The gain is concave in τ and 0 at τ = 0, with slope E_q[f] − E_{p,τ}[f], so τ is found by bisection on the slope.
+    Tempering never harms: if f has learned nothing, τ = 0 gives the backbone's own prior.
     """
     f_q, f_p = f_q.double(), f_p.double()
 

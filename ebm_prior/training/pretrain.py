@@ -2,10 +2,10 @@
 
     ELBO = E_q[log p(x|z)] − β Σ_i γ_i max(KL_i, free nats),   KL_i = E_q[log q(z_i|x, z_<i) − log p_β(z_i|z_<i)]
 
-with one posterior draw per image, KL warm-up (β from 0 to 1) and meanwhile, on request, KL balancing (γ; else 1), what
-the adapter regularises, Adam or Adamax, gradient clipping, a learning rate that decays to zero along a cosine or stays,
-and an exponential moving average of the weights, which is what is kept. It begins after the first batch has initialised
-the network, where the data do that.
+with one posterior draw per image and KL warm-up (β rises from 0 to 1). On request the KL terms are balanced meanwhile
+(γ; else 1), and the adapter's regularisation is added. The optimizer is Adam or Adamax with gradient clipping and a
+learning rate that is constant or decays along a cosine. The result is an exponential moving average of the weights.
+Networks with data-dependent initialisation are first initialised on one batch.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def pretrain(
 ) -> Backbone:
     """Train `backbone` in place on `images`; returns the moving average of its weights, frozen and in eval mode.
 
-    With a `run`, state and metrics are written every `checkpoint_every` iterations and the run goes on from its last
-    state. `on_evaluate` gets {"iteration", "backbone", "elbo"} then: the average and, for `validation` images, its
-    Elbo (else None). When the loss is not finite, training returns to the last state at half the rate; the second time
-    it raises DivergenceError.
+    With a `run`, state and metrics are written every `checkpoint_every` iterations, and training continues from the
+    run's last state. `on_evaluate` then gets {"iteration", "backbone", "elbo"}: the average, and its Elbo on the
+    `validation` images (None without any). When the loss is not finite, training returns to the last state at half the
+    learning rate; the second time it raises DivergenceError.
     """
     pretraining = Pretraining(
         backbone, images, config, validation if run or on_evaluate else None, progress, on_evaluate
@@ -74,7 +74,7 @@ def pretrain(
 
 
 class Pretraining(Training):
-    """A pretraining under way."""
+    """The loop of pretraining: network, average, optimizer, and the state that a resume needs."""
 
     title = "pretrain"
     learns = "backbone"
@@ -149,7 +149,9 @@ class Pretraining(Training):
         require_finite("the ELBO or its gradient", t, loss, norm)
         self.optimizer.step()
         self.iteration += 1
-        settled = self.iteration > max(1, config.iterations * config.kl_warmup)  # the objective: averaging begins
+        settled = self.iteration > max(
+            1, config.iterations * config.kl_warmup
+        )  # once β is 1 the objective no longer changes, and averaging begins
         update_average_with_buffers(self.average, self.backbone, config.ema, begun=settled)
         return {
             "iteration": self.iteration,
@@ -158,7 +160,7 @@ class Pretraining(Training):
         }
 
     def _loss(self, log_likelihood: Tensor, kl: Tensor, beta: float) -> Tensor:
-        """The negative ELBO from log p(x|z) (B,) and KL (B, L), as the settings weigh and regularise it."""
+        """The loss: the negative ELBO from log p(x|z) (B,) and KL (B, L), weighted and regularised by the settings."""
         config = self.config
         charged = kl if config.free_nats_per == "image" else kl.mean(0, keepdim=True)
         per_group = charged.clamp(min=config.free_nats).mean(0)
@@ -170,7 +172,7 @@ class Pretraining(Training):
         return loss
 
     def _batch(self, iteration: int) -> tuple[Tensor, Generator]:
-        """The observations of an iteration, and the generator that goes on to draw their latents."""
+        """The observations of an iteration, and the generator that then draws their latents."""
         config = self.config
         generator = derived_generator(config.seed, Purpose.PRETRAIN_BATCH, iteration, device=self.device)
         indices = batch_indices(len(self.images), config.batch_size, iteration, config.seed)
@@ -214,8 +216,8 @@ def training_record(config: PretrainConfig, images: Images, elbo: Elbo | None) -
 def balance(kl: Tensor, groups: Sequence[LatentGroup]) -> Tensor:
     """γ (L,), without gradient, from the KL (B, L) of a batch: KL balancing (Vahdat & Kautz, 2020, appendix A).
 
-    γ_i = c_i/a_i over its mean, with c_i = 0.01 + mean |KL_i| and a_i = H_i·W_i / the number of groups of that size: a
-    group that carries more is charged more, and what a scale may carry grows with its area.
+    γ_i = (c_i/a_i) / mean_j (c_j/a_j), with c_i = 0.01 + mean |KL_i| and a_i = H_i·W_i / the number of groups of that
+    size. A group with a larger KL gets a larger weight, and the KL that is allowed grows with the area of a scale.
     """
     positions = [math.prod(group.shape[1:]) for group in groups]
     share = kl.new_tensor([size / positions.count(size) for size in positions])
@@ -231,9 +233,9 @@ def _optimizer(backbone: Backbone, config: PretrainConfig) -> torch.optim.Optimi
 def _observed(
     backbone: Backbone, images: Images, indices: Tensor, generator: Generator, *, flip: bool = False
 ) -> Tensor:
-    """Observations of the images at `indices`, (B, C, H, W), where the network is and in its precision.
+    """Observations of the images at `indices`, (B, C, H, W), on the network's device and in its precision.
 
-    `flip`: of a random half of them, left and right exchanged.
+    `flip`: whether to mirror a random half of them.
     """
     like = next(backbone.parameters())
     x = images.batch(indices).to(like.device, like.dtype)

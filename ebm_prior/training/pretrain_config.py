@@ -14,27 +14,31 @@ from ebm_prior.settings import require_kinds, require_positive, require_seed, se
 class PretrainConfig:
     """Settings of pretraining; the defaults train the bundled HVAE."""
 
-    iterations: int = setting(12_000, "gradient steps")
-    batch_size: int = setting(128, "images per step")
-    optimizer: Literal["adam", "adamax"] = setting("adam", "NVAE's and BIVA's is adamax")
-    epsilon: float = setting(1e-8, "added to the optimizer's denominator; NVAE's is 1e-3")
-    learning_rate: float = setting(2e-3, "peak rate of the optimizer")
-    rate_warmup: float = setting(0.0, "share of the run over which the rate rises from 0")
-    decay: bool = setting(True, "let the rate fall to 0 along a cosine")
-    weight_decay: float = setting(0.0, "weight decay of the optimizer, in the gradient (L2)")
-    kl_warmup: float = setting(0.1, "share of the run over which β rises from 0 to 1")
-    kl_balance: bool = setting(False, "weigh the groups' KL evenly while β < 1")
-    free_nats: float = setting(0.0, "KL per group (nats) that costs nothing")
-    free_nats_per: Literal["batch", "image"] = setting(
-        "batch", "free nats are compared with the batch's mean KL, or with each image's (BIVA)"
+    iterations: int = setting(12_000, "Number of gradient steps")
+    batch_size: int = setting(128, "Images per gradient step")
+    optimizer: Literal["adam", "adamax"] = setting(
+        "adam", "Optimizer of the weights; NVAE and BIVA were trained with adamax"
     )
-    regularization: float = setting(0.0, "weight of the adapter's own regularisation, e.g. NVAE's")
-    flip: bool = setting(False, "mirror half of the images, as suits natural ones")
-    channels_last: bool = setting(False, "memory layout, for many networks faster on a CPU")
-    ema: float = setting(0.999, "decay of the weights' moving average")
-    gradient_clip: float = setting(200.0, "largest gradient norm")
-    checkpoint_every: int = setting(1_000, "iterations between states, metrics and pictures")
-    seed: int = setting(0, "seed of everything random")
+    epsilon: float = setting(1e-8, "Constant added to the optimizer's denominator; NVAE uses 1e-3")
+    learning_rate: float = setting(2e-3, "Peak learning rate")
+    rate_warmup: float = setting(0.0, "Share of the run over which the learning rate rises from 0")
+    decay: bool = setting(True, "Let the learning rate fall to 0 along a cosine")
+    weight_decay: float = setting(0.0, "L2 weight decay of the optimizer, added to the gradient")
+    kl_warmup: float = setting(0.1, "Share of the run over which the KL weight β rises from 0 to 1")
+    kl_balance: bool = setting(False, "Balance the KL terms of the latent groups while the KL weight β is below 1")
+    free_nats: float = setting(0.0, "KL per latent group, in nats, that the loss does not penalise")
+    free_nats_per: Literal["batch", "image"] = setting(
+        "batch", "Compare the free nats with the batch's mean KL, or with the KL of each image as BIVA does"
+    )
+    regularization: float = setting(0.0, "Weight of the adapter's own regularisation term, e.g. NVAE's")
+    flip: bool = setting(False, "Mirror a random half of the images, which suits natural images")
+    channels_last: bool = setting(False, "Store tensors with channels last, which makes many networks faster on a CPU")
+    ema: float = setting(0.999, "Decay of the moving average of the weights")
+    gradient_clip: float = setting(200.0, "Largest gradient norm; larger gradients are scaled down to it")
+    checkpoint_every: int = setting(
+        1_000, "Iterations between two evaluations, each with metrics, a saved state and pictures"
+    )
+    seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
         require_kinds(self)

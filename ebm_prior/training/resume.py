@@ -1,4 +1,4 @@
-"""Going on from a resume state: it must be one of this very training, or one error says what is wrong with it."""
+"""Resuming from a saved state, after checking that it fits the training; one error names everything that does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ebm_prior.errors import CheckpointError, few, shown
 
 
 class Resumable(Protocol):
-    """What of a training is asked for here."""
+    """The methods of a training that a resume needs."""
 
     optimizer: Optimizer
 
@@ -32,10 +32,10 @@ class Resumable(Protocol):
 
 
 def resume(training: Resumable, state: Mapping[str, Any]) -> None:
-    """Let `training` take over a saved `state`.
+    """Restore a saved `state` in `training`.
 
-    Raises CheckpointError where the state has other parts or shapes than the training's own, a step that it has not, or
-    numbers that make no sense, as a state of another version may.
+    Raises CheckpointError where the state has other entries or shapes than the training's own state, an iteration
+    beyond its end, or numbers out of range, as a state of another version may.
     """
     state = training.translated(state)
     wrong = [*_unlike(state, training.state(), ""), *_beyond(training, state)]
@@ -49,13 +49,13 @@ def resume(training: Resumable, state: Mapping[str, Any]) -> None:
             failure, wrong = error, [f"{type(error).__name__}: {error}".splitlines()[0][:300]]
     if wrong:
         raise CheckpointError(
-            f"the resume state (state.pt) is none of this run, or of another version of ebm-prior: {few(wrong)}; "
+            f"the resume state (state.pt) is of another run or of another version of ebm-prior: {few(wrong)}; "
             "copy it again, go on with the version that wrote it, or start anew with --overwrite"
         ) from failure
 
 
 def _unlike(found: Any, own: Any, where: str) -> Iterator[str]:
-    """Where the parts of a state are not of the kind that the training's own are; what is empty yet may be anything."""
+    """Entries of `found` that differ in kind from the training's `own` state; empty entries match any kind."""
     if own is None or (isinstance(own, (dict, list)) and not own):
         return
     if isinstance(own, Tensor):
@@ -89,7 +89,7 @@ def _unlike(found: Any, own: Any, where: str) -> Iterator[str]:
 
 
 def _beyond(training: Resumable, state: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers out of their range."""
+    """Descriptions of the numbers in a state that are out of their range."""
     for key, most in (("iteration", training.iterations), ("rollbacks", 10**6)):
         value = state.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
@@ -100,7 +100,7 @@ def _beyond(training: Resumable, state: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unfit_moments(training: Resumable, state: Mapping[str, Any]) -> Iterator[str]:
-    """Moments of the optimizer of another shape than their parameter: torch notices them only at the next step."""
+    """Optimizer moments with another shape than their parameter, which torch would notice only at the next step."""
     saved = state.get("optimizer")
     if not isinstance(saved, Mapping):
         return

@@ -1,24 +1,26 @@
-"""Staged density ratios: for a hole that one ratio cannot bridge.
+"""Staged density ratios, for a prior hole that is too wide for a single ratio.
 
-With tens of groups a classifier tells posterior from prior latents at sight: its ratio saturates, and no importance
-weight is left to calibrate it. Here the ratio is learned in stages. The negatives of stage k are draws of the prior so
-far, p_k ∝ exp(f_k) p_β with f_0 = 0, and the logit is f − f_k, whose optimum is log q − log p_k (Rhodes et al. 2020);
-the heads go on learning. When the weights exp(f − f_k) of the draws have fallen to half their effective sample size,
-f becomes f_{k+1}: the draws are resampled by these weights and go on moving by Hamiltonian Monte Carlo, which keeps
-p_{k+1} and takes them far enough to find where f is too high (a single leapfrog at a time does not). That
-is a sequential Monte Carlo sampler (Del Moral et al. 2006) whose target is learned on the way, and the gain of the
-whole is the sum of the stages', Σ_k E_q[f_{k+1} − f_k] − log E_{p_k}[exp(f_{k+1} − f_k)], each estimated at a large
-effective sample size.
+With tens of latent groups a classifier separates posterior from prior latents almost perfectly. Its density ratio then
+saturates: a few draws hold all importance weight, and the ratio cannot be calibrated. Here the ratio is learned in
+stages instead. The negatives of stage k are draws of the prior fitted so far, p_k ∝ exp(f_k) p_β with f_0 = 0. The
+logit is f − f_k, and its optimum is log q − log p_k (Rhodes et al. 2020). The heads keep their weights from stage to
+stage.
 
-The first stages are not learned one by one. What a classifier learns fast, because nothing in it saturates, is each
-group's own ratio, of a posterior z_i against a draw of p_β(z_i | z_<i) below the same z_<i; no chains are needed for
-it. The sum f of these ratios is the goal of the first stages, which go along τ f from τ = 0 as far as each brings
-enough; then learning goes on with all groups together.
+A stage ends when the effective sample size (ESS) of the weights exp(f − f_k) has fallen to half the number of draws.
+Then f becomes f_{k+1}, the draws are resampled by these weights, and Hamiltonian Monte Carlo, which leaves p_{k+1}
+invariant, moves them on. Single leapfrog steps would not carry the draws to the regions where f is too high. This is a
+sequential Monte Carlo sampler (Del Moral et al. 2006) with a target that is learned on the way. The total gain is the
+sum of the stages' gains, Σ_k E_q[f_{k+1} − f_k] − log E_{p_k}[exp(f_{k+1} − f_k)], each estimated at a large ESS.
 
-f is known where latents have been. Beyond, heads extrapolate, and chains that go on for longer than these draws have
-find where that is too high, and stay. Two things keep them: heads see their inputs within bounds, and f is clipped at
-its 99th percentile over held-out posterior latents. The estimates share what the held-out draws have not yet
-forgotten: the sum is optimistic by a few per cent where stages are many.
+Stages do not begin from nothing. First each group learns its own ratio, of a posterior z_i against a draw of
+p_β(z_i | z_<i) under the same z_<i. This needs no chains and is fast, because such a ratio does not saturate. With the
+sum f of these ratios, stages go along τ f from τ = 0 as long as each brings enough gain. Then all groups learn
+together.
+
+f is accurate only near latents seen in training. Elsewhere heads extrapolate, and chains that run longer than those in
+training find the places where f is too high, and stay there. Two things prevent it: the heads' inputs are bounded, and
+f is clipped at its 99th percentile over held-out posterior latents. The gains of successive stages are measured on the
+same held-out draws, which do not forget fully in between, so their sum is optimistic by a few per cent for many stages.
 """
 
 from __future__ import annotations
@@ -53,29 +55,29 @@ from ebm_prior.training.objectives import Gain, gain
 from ebm_prior.training.resume import require_shapes
 
 COLD_STEPS = 16  # pCN-Langevin steps from p_β to p_k, each of `leapfrogs`
-HALVINGS = 10  # of a stage's step, at most
-DRAW_BYTES = 2**31  # of device memory for the draws; where they need more there are fewer, in the same proportion
-ADAPTATION = 0.1  # change of the log step size per call and unit of acceptance: slow beside the chains
-CEILING_QUANTILE = 0.99  # quantile of f over held-out posterior latents: f of the finished prior is no higher anywhere
-BOUND_PER_SPREAD = 2.0  # least bound of the heads' inputs, in RMS of p_β's draws: f needs a slope where these lie
+HALVINGS = 10  # largest number of halvings of a stage's step
+DRAW_BYTES = 2**31  # largest device memory for the draws; if it is too small, both kinds of draws are reduced alike
+ADAPTATION = 0.1  # change of the log step size per call and unit of acceptance; slow compared with the chains
+CEILING_QUANTILE = 0.99  # quantile of f over held-out posterior latents at which the finished f is clipped
+BOUND_PER_SPREAD = 2.0  # least bound of the heads' inputs, in RMS of p_β's draws, so that f still distinguishes these
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """Settings of the stages: the draws of the prior so far, how they move, and when a stage ends."""
 
-    particles: int = setting(512, "draws of the prior so far, which are the negatives")
+    particles: int = setting(512, "Draws of the prior fitted so far, which serve as the negatives of a stage")
     held_out: int = setting(
-        256, "extra draws that are never trained on; their effective sample size decides when a stage ends"
+        256, "Extra draws that are never trained on; their effective sample size decides when a stage ends"
     )
-    moves: int = setting(1, "pCN-Langevin moves of a draw before it serves as a negative")
-    leapfrogs: int = setting(5, "leapfrog steps in each move of a draw")
-    settle: int = setting(2, "moves of all draws between two stages, so that they forget the stage before")
-    step_size: float = setting(0.06, "step size δ of the moves at the start; it follows their acceptance")
-    ess: float = setting(0.5, "a stage ends when ESS / number of held-out draws falls to this")
-    every: int = setting(2, "iterations between looks at the ESS")
-    bound: float = setting(3.0, "heads see latents within ± so many posterior stds (tanh), or more; 0: as they are")
-    groupwise: float = setting(0.4, "share of the iterations for each group's own ratio first")
+    moves: int = setting(1, "pCN-Langevin moves that a draw makes before it serves as a negative")
+    leapfrogs: int = setting(5, "Leapfrog steps in each pCN-Langevin move of a draw")
+    settle: int = setting(2, "Moves of every draw between two stages, so that the draws forget the earlier stage")
+    step_size: float = setting(0.06, "Initial step size δ of the moves, which later follows their acceptance rate")
+    ess: float = setting(0.5, "Effective sample size, as a share of the held-out draws, at which a stage ends")
+    every: int = setting(2, "Iterations between two checks of the effective sample size")
+    bound: float = setting(3.0, "Least bound of the heads' inputs, in posterior standard deviations; 0: no bound")
+    groupwise: float = setting(0.4, "Share of the iterations in which each latent group first learns its own ratio")
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -95,31 +97,32 @@ class StageConfig:
         suited = self.within(DRAW_BYTES // (dimensions * next(backbone.parameters()).dtype.itemsize))
         if suited.particles < parts:
             raise ConfigurationError(
-                f"stages have {suited.particles} draws of so large latents: expected no more parts, found {parts}"
+                f"for latents of this size only {suited.particles} draws of a stage fit in memory: "
+                f"expected at most as many parts, found {parts}"
             )
         return suited
 
     def within(self, draws: int) -> StageConfig:
-        """These settings with at most `draws` draws in all: fewer of both kinds if need be, at least one of each."""
+        """These settings with at most `draws` draws in all, reduced in proportion, but at least one of each kind."""
         share = min(1.0, draws / (self.particles + self.held_out))
         return replace(self, particles=max(1, int(share * self.particles)), held_out=max(1, int(share * self.held_out)))
 
 
 def draws_at_once(rows: int, device: torch.device) -> int:
-    """The number of draws that move together, for parts of a batch of `rows`: all on a GPU, else at most a block."""
+    """The number of draws that move together, for parts of `rows` draws: all of them on a GPU, else at most a block."""
     return rows if device.type == "cuda" else min(rows, BLOCK)
 
 
 class MovedDraws(NamedTuple):
-    """Draws after their moves, not yet put back among the others."""
+    """Draws that have moved and are not yet stored (`Stages.put_back`)."""
 
-    rows: Tensor  # (n,) int64: their places among the draws
+    rows: Tensor  # (n,) int64: their indices among all draws
     eps: list[Tensor]  # (n, *group.shape)
     acceptance: Tensor  # (n,), the mean over their moves
 
 
 class Clipping(NamedTuple):
-    """The effect of clipping f_k to min(f_k, ceiling), one more ratio: what it adds to the sums over the stages."""
+    """The effect of clipping f_k to min(f_k, ceiling). Clipping acts like one more stage: it changes gain and log Z."""
 
     ceiling: float  # nats
     gain: Gain
@@ -138,15 +141,15 @@ class Stages:
         *,
         at_once: int,
     ) -> None:
-        """Draw from p_β. `energy`: f_0 = 0, so that p_0 is p_β. `at_once`: the number of draws that move together."""
+        """Draw from p_0 = p_β. `energy`: heads with f_0 = 0. `at_once`: the number of draws that move together."""
         self.backbone, self.config = backbone, config
         self.eps = backbone.standard_normal(self.config.particles + self.config.held_out, generator=generator)
-        self.reference = copy.deepcopy(energy).eval().requires_grad_(False)  # f_k, whose weights change in place
+        self.reference = copy.deepcopy(energy).eval().requires_grad_(False)  # f_k; its weights are replaced in place
         self.at_once = at_once
         self._potential = graphed(EBMPrior(backbone, self.reference).potential, self.eps[0].device)
         self.step_size = config.step_size
         self.rate = 1.0  # factor on the learning rate: halved by a rejected stage, doubled, up to 1, by an accepted one
-        self.done: list[dict[str, float]] = []  # of each accepted stage: last iteration, gain and log Z in nats, ESS
+        self.done: list[dict[str, float]] = []  # for each accepted stage: last iteration, gain and log Z in nats, ESS
         self._show_held_out()
 
     @property
@@ -161,21 +164,24 @@ class Stages:
 
     @property
     def sampler(self) -> SamplerConfig:
-        """A sampler of p_k from p_β: chains alone, with the step size found. Importance weights do not reach so far."""
+        """A sampler of p_k: chains that start from p_β, with the adapted step size, and no resampling of proposals.
+
+        The importance weights from p_β to p_k would be too uneven for resampling.
+        """
         return SamplerConfig(proposals=1, steps=COLD_STEPS, step_size=self.step_size, leapfrogs=self.config.leapfrogs)
 
     def moved(self, n: int, generator: torch.Generator, *, part: int = 0, parts: int = 1) -> MovedDraws:
-        """Move at most n draws of p_k, from part `part` of `parts` of them, and return them; `put_back` keeps them."""
+        """Move at most n draws of p_k, chosen from part `part` of `parts`, and return them; `put_back` stores them."""
         own = torch.arange(self.config.particles, device=self.eps[0].device)[part::parts]
         rows = own[torch.randperm(len(own), generator=generator, device=own.device)[:n]]
         return self._move(rows, self.config.moves, generator)
 
     def put_back(self, moved: Sequence[MovedDraws]) -> None:
-        """Keep moved draws in their places. From call to call the step size follows the acceptance."""
+        """Store moved draws in their places, and adapt the step size to their acceptance."""
         for rows, eps, _ in moved:
             for group, new in zip(self.eps, eps, strict=True):
                 group[rows] = new
-        if self.done:  # under p_β every step is accepted, which says nothing
+        if self.done:  # under p_0 = p_β every step is accepted, so there is nothing to adapt to
             acceptance = float(torch.cat([part.acceptance for part in moved]).mean())
             self.step_size = min(2.0, self.step_size * math.exp(ADAPTATION * (acceptance - TARGET_ACCEPTANCE)))
 
@@ -186,9 +192,9 @@ class Stages:
 
     @torch.no_grad()
     def temper(self, energy: JointEnergy) -> None:
-        """Move `energy` in place towards f_k until its ESS is at least half of the one at which stages end.
+        """Move the weights of `energy` halfway towards those of f_k, repeatedly, until its ESS is large enough.
 
-        Each time its weights go half of the way.
+        Large enough is half of the ESS at which stages end. `energy` is changed in place.
         """
         for _ in range(HALVINGS):
             if self.ess_fraction(energy) >= 0.5 * self.config.ess:
@@ -197,7 +203,7 @@ class Stages:
                 new.lerp_(old, 0.5)
 
     def next_tau(self, goal: JointEnergy, tau: float) -> float:
-        """The next τ of stages along τ · `goal`, from f_k = `tau` · `goal`: the largest whose ESS still is enough."""
+        """The next τ of stages along τ · `goal`, from f_k = `tau` · `goal`: the largest with a sufficient ESS."""
         f, target = values(goal, self._held_out, self.eps[0].device), self.config.ess * self.config.held_out
         low, high = 0.0, 1.0 - tau
         if float(effective_sample_size(high * f)) >= target:
@@ -214,7 +220,7 @@ class Stages:
         """
         r_q, r_p = log_ratio(energy, self.reference, positive), self._log_weights(energy)
         found = gain(r_q, r_p)
-        # Variance of the mean weight / its square; equal weights can have an ESS that is rounded above their number.
+        # Relative variance of the mean weight, (1/ESS share − 1)/n; clamped, since rounding can put the share above 1.
         relative = max(0.0, 1 / found.ess_fraction - 1) / len(r_p)
         return found, math.sqrt(float(r_q.var(correction=0)) / len(r_q) + relative)
 
@@ -259,7 +265,7 @@ class Stages:
         self._show_held_out()
 
     def reject(self) -> None:
-        """Begin the stage again at half the rate. The optimizer keeps its moments: fresh ones begin with a leap."""
+        """Repeat the stage at half the learning rate. The optimizer keeps its moments: fresh ones cause a leap."""
         self.rate *= 0.5
 
     def state(self) -> dict[str, Any]:

@@ -14,16 +14,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.errors import DivergenceError
 
-# Nats of E_q[f] − E_p[f], beyond which the energy explodes: of a fit, where it is KL(q‖p) + KL(p‖q) of the latents; of
-# joint training, whose chains no longer follow a decade earlier.
+# Largest E_q[f] − E_p[f] in nats; beyond it the energy explodes. In a fit the gap is KL(q‖p) + KL(p‖q) of the latents.
+# In joint training the limit is ten times smaller, because chains lose track of the energy that much earlier.
 FIT_GAP_LIMIT, JOINT_GAP_LIMIT = 1e4, 1e3
-# Times the posterior's ‖ε‖/√D, at least 1 (1 ± 1/√(2D) under p_β): chains beyond it have left where data lies. The
-# backbone of a fit is trained and frozen, that of joint training is neither.
+# Largest ‖ε‖/√D of chains, as a multiple of the posterior's (or of 1, if that is larger; it is 1 ± 1/√(2D) under p_β).
+# Chains beyond it have left the region of the data. Joint training needs a wider limit, since its backbone still
+# changes.
 FIT_NORM_LIMIT, JOINT_NORM_LIMIT = 1.2, 3.0
 
 
 def batch_indices(n: int, batch_size: int, iteration: int, seed: int) -> Tensor:
-    """The images of iteration t: entries [t·B, (t+1)·B) of an endless row of shuffled epochs, (batch_size,) int64."""
+    """Indices of the images of iteration t, (B,) int64: entries [t·B, (t+1)·B) of the sequence of shuffled epochs."""
     first, last = iteration * batch_size, (iteration + 1) * batch_size
     epochs = range(first // n, -(-last // n))
     order = torch.cat([_order(n, seed, epoch) for epoch in epochs])
@@ -36,7 +37,7 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def scheduled_rate(peak: float, iteration: int, iterations: int, *, warmup: float, decay: bool) -> float:
-    """The rate of an iteration, counted from 0: a linear warm-up to `peak` and, with `decay`, a cosine down to 0.
+    """The learning rate of an iteration (counted from 0): a linear warm-up to `peak` and, with `decay`, a cosine to 0.
 
     `warmup`: the number of iterations over which the rate rises. Warm-up and cosine multiply.
     """
@@ -47,7 +48,7 @@ def scheduled_rate(peak: float, iteration: int, iterations: int, *, warmup: floa
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of parameters this rate, times its "peak" where it has one."""
+    """Set the learning rate of every parameter group, multiplied by the group's "peak" where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("peak", 1.0)
 
@@ -55,7 +56,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average of the parameters after step `step`, counted from 0. Buffers are copied.
 
-    A young average forgets faster than `decay`, so as not to remember its start.
+    In early steps the decay is smaller than `decay`, so that the initial weights are forgotten soon.
     """
     _average(average.parameters(), network.parameters(), min(decay, (1 + step) / (10 + step)))
     _copy(average.buffers(), network.buffers())
@@ -95,7 +96,9 @@ def require_finite(what: str, iteration: int, *values: Tensor) -> None:
 def require_gap(gap: float, limit: float) -> None:
     """Raise DivergenceError where E_q[f] − E_p[f] exceeds `limit` nats: the energy explodes."""
     if abs(gap) > limit:
-        raise DivergenceError(f"the energy's gap between posterior and prior latents is {gap:.3g} nats")
+        raise DivergenceError(
+            f"the energy's gap between posterior and prior latents is {gap:.3g} nats, above {limit:g}"
+        )
 
 
 def require_typical(chain_norm: float, limit: float, iteration: int, beside: str) -> None:

@@ -183,15 +183,64 @@ def test_the_help_says_for_what_an_option_is_and_where_its_default_comes_from() 
     options = {match[1]: match[2] for match in re.finditer(r"^  --([\w-]+)((?:.|\n(?!  -))*)", text, re.MULTILINE)}
     for name, said in options.items():
         mle = name in ("chains", "refresh", "penalty") or name.startswith("chain-")
-        assert ("mle: " in said) is mle, name
+        assert ("only with --objective mle" in said) is mle, name
         assert (" ".join(said.split()).endswith("[default: as the preset has it]")) is name.startswith("sampler-"), name
 
 
-def test_every_option_has_a_help() -> None:
+RIDDLES = ("so many", "of these", "what it is of", "whose", "thereof", "as it is", "the rest of the world")
+DANGLING = {"a", "an", "and", "as", "at", "by", "else", "for", "in", "is", "of", "on", "or", "than", "the", "to", "too"}
+LONGEST_HELP = 200
+
+
+def flaws(text: str | None) -> list[str]:
+    """What keeps the help of an option from being a phrase that makes sense alone, without its "[default: …]"."""
+    said = re.sub(r"\s*\[default: [^\]]*\]$", "", text or "")
+    words = re.findall(r"[\w'-]+", said.lower())
+    found = {
+        "fewer than three words": len(words) < 3,
+        f"longer than {LONGEST_HELP} characters": len(said) > LONGEST_HELP,
+        "begins with neither a capital nor a name": not re.match(r"[A-ZΑ-Ω]|pCN-", said),
+        "ends with a dangling word": bool(words) and words[-1] in DANGLING,
+        "ends with punctuation": said.endswith((".", ",", ":", ";", "-")),
+        "has space to spare": said != " ".join(said.split()),
+        "an unclosed parenthesis": said.count("(") != said.count(")") and "[0, 1)" not in said,
+    }
+    riddles = [riddle for riddle in RIDDLES if riddle in said.lower()]
+    return [flaw for flaw, is_so in found.items() if is_so] + riddles
+
+
+def test_the_help_of_every_option_makes_sense_alone() -> None:
     context = click.Context(main)
-    for name in main.list_commands(context):
-        for parameter in main.get_command(context, name).params:  # type: ignore[union-attr]
-            assert isinstance(parameter, click.Argument) or parameter.help, f"{name} {parameter.name}"  # type: ignore[attr-defined]
+    names = main.list_commands(context)
+    options = [
+        (name, option)
+        for name in names
+        for option in main.get_command(context, name).params  # type: ignore[union-attr]
+        if isinstance(option, click.Option) and option.name != "help_all"  # a sentence, as click's own --help
+    ]
+    assert len(options) > 10 * len(names)
+    wrong = {f"{name} {option.name}": found for name, option in options if (found := flaws(option.help))}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "Peak rate",
+        "of each of these steps",
+        "Moves of each of these draws",
+        "Stop after so many evaluations",
+        "Seed that the run is made of  [default: 0]",
+        "Print the result as JSON.",
+        "gradient steps of the optimizer",
+        "Number of draws (at most all",
+        "Word " * 60,
+    ],
+)
+def test_a_riddle_is_no_help(text: str | None) -> None:
+    assert flaws(text)
 
 
 def test_one_name_for_the_samples_at_a_time_and_a_yardstick_that_stands_fast() -> None:

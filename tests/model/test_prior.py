@@ -136,7 +136,7 @@ def test_untrained_priors_are_the_backbone_under_every_exact_sampler(name: str) 
 
 def test_a_density_has_the_exact_target() -> None:
     backbone = LinearGaussian().eval()
-    with pytest.raises(RegimeError, match="only a refiner has it"):
+    with pytest.raises(RegimeError, match="target published needs regime refiner"):
         EBMPrior(backbone, trained(backbone), target="published")
 
 

@@ -454,14 +454,14 @@ def test_a_chain_that_ends_where_g_is_not_finite_is_an_error(kernel: Any) -> Non
         ({"steps": 5, "adapt_steps": 6}, "adapt_steps <= steps"),
         ({"kernel": "hmc"}, "langevin or pcn-langevin, found 'hmc'"),
         ({"leapfrogs": 0}, "1 leapfrog or more"),
-        ({"leapfrogs": 2, "kernel": "langevin"}, "more with pcn-langevin alone"),
+        ({"leapfrogs": 2, "kernel": "langevin"}, "more only with the kernel pcn-langevin"),
         ({"step_size": 0.0}, "step size"),
         ({"step_size": 2.1}, "step size"),
         ({"step_size": math.nan}, "step size"),
         ({"temperature": 0.7}, "temperature"),
         ({"temperature": math.nan, "kernel": "langevin"}, "temperature of 0 or more"),
         ({"temperature": -1.0, "kernel": "langevin"}, "temperature of 0 or more"),
-        ({"kernel": "langevin", "steps": 5, "adapt_steps": 2}, "no acceptance"),
+        ({"kernel": "langevin", "steps": 5, "adapt_steps": 2}, "it cannot adapt"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings_: dict[str, Any], message: str) -> None:

@@ -44,7 +44,7 @@ def test_a_backbone_that_yields_nan_leaves_no_prior(
     message = workshop.error(*words, code=3)
     assert "It was not written: " in message
     assert "was written to" not in message
-    assert ("is of an earlier run" in message) == earlier
+    assert ("is from an earlier run" in message) == earlier
     assert (out / "prior.safetensors").exists() == earlier
     assert before is None or (out / "prior.safetensors").read_bytes() == before
 

@@ -144,7 +144,7 @@ def test_one_that_was_thought_dead_stops(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", {}, {})
     lock = tmp_path / "run" / LOCK
     lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "other", "machine": "00000000"}))
-    with pytest.raises(OutputError, match="no longer this process's"):
+    with pytest.raises(OutputError, match="no longer locked by this process"):
         run.save_state({"iteration": 1})
     assert not (tmp_path / "run" / "state.pt").exists()
 

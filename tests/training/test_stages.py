@@ -54,7 +54,9 @@ def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypa
     few = Stages(backbone, energy, suited, derived_generator(1), at_once=64)
     assert [len(e) for e in few.eps] == [60, 60]
     assert few.config.particles == 2 * few.config.held_out == 40
-    with pytest.raises(ConfigurationError, match="40 draws of so large latents: expected no more parts, found 41"):
+    with pytest.raises(
+        ConfigurationError, match="only 40 draws of a stage fit in memory: expected at most as many parts, found 41"
+    ):
         StageConfig(particles=400, held_out=200).suited(backbone, 41)
 
 

@@ -1,6 +1,6 @@
 """By hand: is anything lost, changed or left lying when runs are killed (kill -9) at random moments?
 
-    python tests/kills.py [--kills 40] [--seed 0] [--kinds fit,staged] [--folder FOLDER]
+    python tests/kills.py [--kills 40] [--interrupts 0] [--seed 0] [--kinds fit,staged] [--folder FOLDER]
 
 Small runs of five kinds, each a process of its own. A run is killed at a moment drawn uniformly from its whole life,
 from the start of its interpreter to its last writes; where it has ended by then, it is begun anew with another moment.
@@ -10,6 +10,9 @@ whether or not something was written. Half of the runs save their state at every
 Printed is one row per kind: kills; runs of which every file has the bytes of an uninterrupted run; files that should
 not be there (temporaries, a lock, also in the folder for temporary files); the first and last moment, as shares of the
 life. Exit code 1 where anything differs or is stale. Forty kills take some five minutes of one core.
+
+With --interrupts, a second table: Ctrl-C and SIGTERM at such moments, one half of them in the first second. Each must
+end the command in one line that says so, with exit code 130 or 143, or come after all is done, with 0; no traceback.
 """
 
 from __future__ import annotations
@@ -66,17 +69,21 @@ class Bench(NamedTuple):
     folder: Path
     temporary: Path  # the folder for temporary files of every run
 
-    def started(self, words: Sequence[object], every: float) -> subprocess.Popen[bytes]:
+    def started(
+        self, words: Sequence[object], every: float = NEVER, program: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """A run in a process of its own: by `program`, or with a state every so many seconds."""
         path = os.pathsep.join([str(self.workshop.folder), str(HELPERS), str(HELPERS.parents[1])])
         places = {"PYTHONPATH": path, "TMPDIR": str(self.temporary), "XDG_CACHE_HOME": str(self.folder / "cache")}
-        command = [sys.executable, str(HELPERS / "stopped_commands.py"), str(every), *map(str, words)]
+        program = program or (str(HELPERS / "stopped_commands.py"), str(every))
+        command = [sys.executable, *program, *map(str, words)]
         nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env={**os.environ, **places, "OMP_NUM_THREADS": "1"}, **nowhere)
 
-    def ended(self, words: Sequence[object], every: float = NEVER) -> float:
+    def ended(self, words: Sequence[object], every: float = NEVER, program: Sequence[str] = ()) -> float:
         """Run to the end; seconds from start to end."""
         began = time.monotonic()
-        with self.started(words, every) as process:
+        with self.started(words, every, program) as process:
             said = process.communicate()[1]
         if process.returncode:
             raise SystemExit(f"exit code {process.returncode}: {' '.join(map(str, words))}\n{said.decode()}")
@@ -135,6 +142,30 @@ def tried(bench: Bench, kind: str, words: list[object], kills: int, chance: rand
     return Row(len(moments), runs, unequal, stale, moments)
 
 
+def interrupted(bench: Bench, words: list[object], count: int, chance: random.Random) -> bool:
+    """So many signals at random moments of one kind of run, and a row of what came of each; whether all is well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background processes ignore
+    life = bench.ended([*words, "--out", bench.folder / "signals"], program=("-m", "ebm_prior"))
+    well = True
+    print(f"{'signal':8}{'second':>8}{'code':>6}  last line")
+    for index in range(count):
+        number = (signal.SIGINT, signal.SIGTERM)[index % 4 == 3]
+        moment = chance.random() * (1.0 if index % 2 else life)
+        out = bench.folder / f"signal-{index}"
+        with bench.started([*words, "--out", out], program=("-m", "ebm_prior")) as process:
+            time.sleep(moment)
+            process.send_signal(number)
+            said = process.communicate()[1].decode()
+        last = (said.splitlines() or [""])[-1]
+        right = "ebm-prior: stopped" in last if process.returncode == 128 + number else process.returncode == 0
+        right = right and "Traceback" not in said and "ignored" not in said
+        print(f"{number.name:8}{moment:8.2f}{process.returncode:6}  {last[:80]}", flush=True)
+        if not right:
+            print(said)
+        well = well and right
+    return well
+
+
 def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name not in NOT_COMPARED}
 
@@ -160,6 +191,7 @@ def alike(first: object, second: object) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40, help="of all kinds together")
+    parser.add_argument("--interrupts", type=int, default=0, help="Ctrl-C and SIGTERM, of a fit")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--kinds", default="fit,staged,mle,pretrain,train")
     parser.add_argument("--folder", type=Path, help="a new folder to keep the runs in; else they are removed")
@@ -170,10 +202,14 @@ def main() -> None:
         (folder / "temporary").mkdir()
         bench = Bench(build(folder / "workshop"), folder, folder / "temporary")
         kinds, chance = given.kinds.split(","), random.Random(given.seed)
-        print(f"{'kind':10}{'kills':>7}{'runs':>6}{'equal':>7}{'stale':>7}  moments of its life", flush=True)
         clean = True
+        if given.interrupts:
+            clean = interrupted(bench, commands(bench.workshop)["fit"], given.interrupts, chance)
+        print(f"{'kind':10}{'kills':>7}{'runs':>6}{'equal':>7}{'stale':>7}  moments of its life", flush=True)
         for number, kind in enumerate(kinds):
             share = given.kills // len(kinds) + (number < given.kills % len(kinds))
+            if not share:
+                continue
             row = tried(bench, kind, commands(bench.workshop)[kind], share, chance)
             equal = row.runs - len({name.split("/")[0] for name in row.unequal})
             span = f"{min(row.moments):.2f} to {max(row.moments):.2f}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from ebm_prior.compute.stopping import stoppable
+from ebm_prior.compute.stopping import begun, ignore_signals_at_exit, stoppable
 from ebm_prior.errors import DivergenceError, EbmPriorError, Stopped
 from ebm_prior.plain import printable
 
@@ -49,6 +49,14 @@ class Group(click.Group):
         command: click.Command = getattr(import_module(f"ebm_prior.cli.{module}"), function)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that was typed, imported; from here on there is something to put in order at a signal."""
+        found = super().resolve_command(ctx, args)
+        begun()
+        return found
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The sections of commands, one line each."""
         for title, commands in self.sections.items():
@@ -71,6 +79,7 @@ class Group(click.Group):
             with stoppable(_say_that_it_will_stop):
                 return super().invoke(ctx)
         except Stopped as stopped:
+            ignore_signals_at_exit()
             if getattr(ctx.obj, "first", True):  # of several processes, all of which have stopped after the same step
                 complain(_way_on(ctx, stopped))
             ctx.exit(128 + stopped.signal)

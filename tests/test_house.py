@@ -35,8 +35,12 @@ MAY_KNOW = {
 """Of the library, what a backbone may import: the contract and how it is kept, and no energies."""
 MATHEMATICS = ("compute", "model", "training")
 FILES = {"pathlib", "os", "io", "shutil", "tempfile", "sys", "json"}
-OF_FILES = {"backbone": {"pathlib"}, "prior": {"pathlib"}, "parallel": {"io"}, "memory": {"os", "pathlib"}}
-"""What the mathematics knows of files: signatures, bytes to send, and where Linux says how much memory is free."""
+OF_FILES = {
+    **{"backbone": {"pathlib"}, "prior": {"pathlib"}, "parallel": {"io"}, "memory": {"os", "pathlib"}},
+    "stopping": {"os", "sys"},
+}
+"""What the mathematics knows of files: signatures, bytes to send, where Linux says how much memory is free, and how a
+process ends."""
 
 
 def modules(folder: Path) -> list[Path]:

@@ -66,7 +66,7 @@ def run_all(
 
 @contextlib.contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes that begin inside do not hear Ctrl-C, which a terminal sends to all: this one hears it and ends them."""
+    """Processes that begin inside do not hear Ctrl-C, which a terminal sends to all: this one does, and ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

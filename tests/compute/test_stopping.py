@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,15 +74,20 @@ def test_what_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def stopped_after(work: Callable[[], object]) -> None:
+    with stoppable():
+        work()
+        time.sleep(10)
+
+
 def test_one_that_comes_during_an_import_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a library in C would, the module takes whatever is raised in it for its own failure."""
     text = "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept BaseException: raise ImportError('broken')"
     (tmp_path / "slow_import.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     alarm = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(Stopped) as caught, stoppable():
-        importlib.import_module("slow_import")
-        time.sleep(10)
+    with pytest.raises(Stopped) as caught:
+        stopped_after(lambda: importlib.import_module("slow_import"))
     assert caught.value.signal == signal.SIGINT
     assert "slow_import" in sys.modules
     assert signal.getsignal(signal.SIGALRM) is alarm
@@ -94,9 +99,8 @@ def test_one_that_comes_while_an_object_ends_is_not_lost() -> None:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Stopped), stoppable():
-        Ending()
-        time.sleep(10)
+    with pytest.raises(Stopped):
+        stopped_after(Ending)
 
 
 PROGRAM = """

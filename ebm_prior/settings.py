@@ -79,7 +79,7 @@ def read_parts(file: Path | None, **kinds: type[Any]) -> dict[str, dict[str, Any
         else:
             unknown.append(printable(key)[:80])
     if unknown:
-        raise ConfigurationError(f"--config {file}: unknown settings {few(unknown)}; known are {', '.join(owners)}")
+        raise ConfigurationError(f"--config {file}: unknown settings {few(unknown)}; known are {few(owners)}")
     return parts
 
 

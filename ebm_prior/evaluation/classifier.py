@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed
 from ebm_prior.data.images import plain_name
-from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.errors import ConfigurationError, DataError, few
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
 from ebm_prior.storage.records import checked, fields, listed, one_of, text, whole
@@ -265,7 +265,7 @@ def bundled_classifier(shape: Shape, data: str = "") -> FeatureClassifier:
     found = [load_classifier(path) for path in sorted(folder.glob("*_classifier.safetensors"))]
     fit = [classifier for classifier in found if classifier.shape == tuple(shape)]
     if not fit:
-        made_for = ", ".join(f"{c.record.get('data')} {c.shape}" for c in found)
+        made_for = few(f"{c.record.get('data')} {c.shape}" for c in found)
         raise DataError(
             f"no bundled classifier was made for images {tuple(shape)}, only for {made_for}. Pass --classifier with "
             "one trained on such images (ebm-prior classifier makes it), --features with your own, or --fid"

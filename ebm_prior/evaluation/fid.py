@@ -22,7 +22,7 @@ from torch import Tensor
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import CheckpointError, ConfigurationError, shown
+from ebm_prior.errors import CheckpointError, ConfigurationError, few, shown
 from ebm_prior.evaluation.inception import Inception
 from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
 from ebm_prior.interfaces import SILENT, Progress
@@ -139,7 +139,7 @@ def _read(path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
     compared = ("format", "images", "images_sha256", "mode", "weights_sha256")
     wrong = [key for key in compared if recorded.get(key) != provenance[key]]
     if wrong:
-        what = ", ".join(f"{key} {provenance[key]!r}, found {shown(recorded.get(key))}" for key in wrong)
+        what = few(f"{key} {provenance[key]!r}, found {shown(recorded.get(key))}" for key in wrong)
         raise CheckpointError(f"{path}: expected {what}: delete it, and it will be computed again")
     return ReferenceStatistics(moments, features, provenance, path)
 
@@ -148,7 +148,7 @@ def _require_statistics(mean: Any, covariance: Any, features: Any) -> None:
     """Moments (D,), (D, D) and rows (N, D) of floating-point numbers, all finite, or ValueError."""
     shapes, size = [each.shape for each in (mean, covariance, features)], mean.shape[-1:]
     if shapes[:2] != [size, size * 2] or len(shapes[2]) != 2 or shapes[2][1:] != size:
-        raise ValueError(f"expected shapes (D,), (D, D) and (N, D), found {', '.join(map(str, shapes))}")
+        raise ValueError(f"expected shapes (D,), (D, D) and (N, D), found {few(map(str, shapes))}")
     for name, each in (("mean", mean), ("covariance", covariance), ("features", features)):
         if each.dtype.kind != "f" or not np.isfinite(each).all():
             raise ValueError(f"expected finite numbers in {name}")

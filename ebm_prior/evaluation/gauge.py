@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed, seeded
-from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.errors import ConfigurationError, DataError, few
 from ebm_prior.evaluation.metrics import auroc
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import LatentGroup
@@ -236,4 +236,4 @@ def _check(
         if shapes[0][0] < config.least:
             raise DataError(f"{what}: expected at least {config.least} latents, found {shapes[0][0]}")
         if broken := [g.name for g, t in zip(groups, z, strict=True) if not bool(t.isfinite().all())]:
-            raise DataError(f"{what}: latents of {', '.join(broken)} hold NaN or infinity")
+            raise DataError(f"{what}: latents of {few(broken)} hold NaN or infinity")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.compute.isolation import require_numbers
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.model.backbone import Backbone, LatentGroup
 
 
@@ -77,7 +77,7 @@ def require_images(images: object, shape: Sequence[int]) -> None:
 
     shape: (C, H, W) of the backbone's images.
     """
-    expected = f"images: expected a float tensor (B, {', '.join(map(str, shape))}) in [0, 1], found {described(images)}"
+    expected = f"images: expected a float tensor (B, {few(map(str, shape))}) in [0, 1], found {described(images)}"
     if not isinstance(images, Tensor):
         advice = "torch.from_numpy makes a tensor of it" if isinstance(images, np.ndarray) else "stack them in a tensor"
         raise ConfigurationError(f"{expected}: {advice}")
@@ -121,7 +121,7 @@ def require_latents(name: str, latents: object, groups: Sequence[LatentGroup], l
 
 
 def _latent_problem(latents: object, groups: Sequence[LatentGroup], like: Tensor) -> str:
-    wanted = ", ".join(f"{group.name} {('B', *group.shape)}".replace("'", "") for group in groups)
+    wanted = few(f"{group.name} {('B', *group.shape)}".replace("'", "") for group in groups)
     expected = f"expected a list of one tensor per latent group, the top one first: {wanted}"
     if not isinstance(latents, Sequence) or isinstance(latents, str):
         return f"{expected}; found {described(latents)}"
@@ -143,7 +143,7 @@ def _latent_problem(latents: object, groups: Sequence[LatentGroup], like: Tensor
             ": they are in reverse order, list(reversed(z)) turns them" if turned else ""
         )
     if len({shape[0] for shape in found}) > 1:
-        return f"{expected} with one B; found B = {', '.join(str(shape[0]) for shape in found)}"
+        return f"{expected} with one B; found B = {few(str(shape[0]) for shape in found)}"
     other = next(z for z in latents if z.dtype != like.dtype or z.device != like.device)
     return (
         f"expected {like.dtype} on {like.device} as the backbone is, found {other.dtype} on {other.device}: convert "

@@ -21,7 +21,14 @@ from ebm_prior.compute.randomness import Purpose, derived_generator, derived_see
 from ebm_prior.data.images import plain_name
 from ebm_prior.errors import ConfigurationError, DataError, few
 from ebm_prior.interfaces import SILENT, Progress
-from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
+from ebm_prior.settings import (
+    require_kinds,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_shares,
+    setting,
+)
 from ebm_prior.storage.records import checked, fields, listed, one_of, text, whole
 from ebm_prior.storage.weights import build_strictly, fingerprint, read_tensors, require_finite, write_tensors
 from ebm_prior.training.steps import batch_indices
@@ -84,8 +91,8 @@ class ClassifierConfig:
         require_kinds(self)
         require_positive(self, "epochs", "batch_size", "learning_rate", "width")
         require_seed(self)
-        if not (0 <= self.dropout < 1 and self.weight_decay >= 0 and self.shift >= 0):
-            raise ConfigurationError(f"expected dropout in [0, 1), weight_decay and shift ≥ 0, found {self}")
+        require_shares(self, "dropout", open=True)
+        require_not_negative(self, "weight_decay", "shift")
 
     @classmethod
     def suited(cls, shape: Shape, data: str = "images") -> ClassifierConfig:

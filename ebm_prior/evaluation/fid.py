@@ -22,7 +22,7 @@ from torch import Tensor
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import CheckpointError, ConfigurationError, few, shown
+from ebm_prior.errors import CheckpointError, few, shown
 from ebm_prior.evaluation.inception import Inception
 from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
 from ebm_prior.interfaces import SILENT, Progress
@@ -30,7 +30,7 @@ from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.plain import parse_json
-from ebm_prior.settings import require_kinds, setting
+from ebm_prior.settings import require, require_kinds, setting
 from ebm_prior.storage.atomic import remove_leftovers, user_cache, write_atomically
 from ebm_prior.storage.records import fields, whole
 
@@ -52,11 +52,8 @@ class FidConfig:
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        if self.samples < 2 * SPLITS:
-            raise ConfigurationError(
-                f"FID: expected at least {2 * SPLITS} samples (the Inception Score splits them in {SPLITS}), found "
-                f"{self.samples}"
-            )
+        least = f"must be at least {2 * SPLITS} (the Inception Score splits them in {SPLITS})"
+        require(self, "samples", self.samples >= 2 * SPLITS, least)
 
 
 class ReferenceStatistics(NamedTuple):

@@ -21,7 +21,15 @@ from ebm_prior.evaluation.metrics import auroc
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
-from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
+from ebm_prior.settings import (
+    require,
+    require_kinds,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_shares,
+    setting,
+)
 from ebm_prior.training.objectives import nce_loss
 from ebm_prior.training.steps import batch_indices, update_average
 
@@ -58,10 +66,10 @@ class GaugeConfig:
         require_seed(self)
         if self.energy.conditional:
             raise ConfigurationError("the gauge is shown z alone: its network cannot be conditional")
-        if self.folds < 2 or not (0 < self.inner < 1 and 0 <= self.ema < 1 and self.weight_decay >= 0):
-            raise ConfigurationError(
-                f"expected folds ≥ 2, inner in (0, 1), ema in [0, 1), weight_decay ≥ 0; found {self}"
-            )
+        require(self, "folds", self.folds >= 2, "must be 2 or more")
+        require(self, "inner", 0 < self.inner < 1, "must be in (0, 1)")
+        require_shares(self, "ema", open=True)
+        require_not_negative(self, "weight_decay")
 
     @property
     def least(self) -> int:

@@ -37,6 +37,7 @@ from ebm_prior.storage.records import fields, whole
 SPLITS = 10  # of the Inception Score
 KERNEL_ROWS = 10_000  # images whose features are kept for KID, at most: its subsets have 1,000
 FORMAT = 1
+_ARRAYS = ("mean", "covariance", "features")
 _PROVENANCE = fields({"images": whole(2)})
 
 
@@ -121,8 +122,10 @@ def _read(path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
     """The statistics in a file, whose images, mode and weights must be those of `provenance`; names may differ."""
     try:
         with np.load(path) as file:
+            if strange := set(file.files) - {*_ARRAYS, "provenance", "sha256"}:  # the checksum's name can break, too
+                raise ValueError(f"it holds {few(sorted(map(shown, strange)))}")
             text = str(file["provenance"])
-            arrays = {name: file[name] for name in ("mean", "covariance", "features")}
+            arrays = {name: file[name] for name in _ARRAYS}
             if "sha256" in file and str(file["sha256"]) != _digest(
                 arrays, text
             ):  # older files have the zip's CRC alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from tiny_nvae import tiny as tiny_nvae
 from toys import LinearGaussian
 from workshop import Workshop
 
+import ebm_prior
 from ebm_prior.data.images import from_dataset
 from ebm_prior.errors import ConfigurationError, ContractError
+from ebm_prior.evaluation.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.model.backbone import Backbone, LatentGroup
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import EBMPrior
@@ -245,6 +248,32 @@ def test_a_fit_is_the_same_under_any_setting(setting: str) -> None:
         found = fit(backbone, images, config)
     for a, b in zip(expected.energy.state_dict().values(), found.energy.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_library_fits_and_evaluates_the_same_under_any_setting(tmp_path: Path) -> None:
+    """From tensors, as a caller has them, by the functions of the front door."""
+    pixels, backbone = torch.rand(64, 1, 8, 8, generator=generator()), build(ShallowGenerator, SHAPE).eval()
+    network = tmp_path / "network.safetensors"
+    source = from_dataset([(image, index % 2) for index, image in enumerate(pixels)])
+    save_classifier(train_classifier(source, source, ClassifierConfig(epochs=1, width=4))[0], network)
+    small = {
+        "iterations": 2,
+        "batch_size": 8,
+        "evaluate_every": 2,
+        "held_out": 16,
+        "warmup": 0,
+        "energy": {"hidden": 8},
+    }
+
+    def computed() -> str:
+        prior = ebm_prior.fit(backbone, pixels, small)
+        found = ebm_prior.evaluate(prior, pixels, config={"samples": 32, "auc": False}, classifier=network)
+        return json.dumps(found, sort_keys=True)
+
+    expected = computed()
+    for setting in ("default device", "no grad", "autocast", "seed"):
+        with SETTINGS[setting]():
+            assert computed() == expected, setting
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.int64, torch.complex64])

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.data.forms import as_images
 from ebm_prior.data.source import ImageSource
@@ -25,6 +26,7 @@ from ebm_prior.training import fit as trainer
 from ebm_prior.training.fit_config import FitConfig
 
 
+@isolated(grad=True)
 def fit(
     backbone: Backbone,
     images: Any,
@@ -74,6 +76,7 @@ def fit(
     return prior
 
 
+@isolated(grad=True)
 def evaluate(
     prior: EBMPrior,
     test_images: Any,

@@ -20,6 +20,17 @@ class ConfigurationError(EbmPriorError, ValueError):
     """An option or argument has a value that makes no sense."""
 
 
+class SettingError(ConfigurationError):
+    """A setting has a value out of its range; the message names it alone, and the command line its option.
+
+    `name`: its name, after those of the configurations that hold its own, energy_channels.  `says`: the rest.
+    """
+
+    def __init__(self, name: str, says: str) -> None:
+        super().__init__(f"{name} {says}")
+        self.name, self.says = name, says
+
+
 class CheckpointError(EbmPriorError):
     """A weights file is missing, damaged, unsafe, or not of the format asked for."""
 

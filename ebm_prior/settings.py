@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ebm_prior.errors import ConfigurationError, few, shown
+from ebm_prior.errors import ConfigurationError, SettingError, few, shown
 from ebm_prior.plain import printable, read_json
 
 Config = TypeVar("Config")
@@ -85,7 +86,7 @@ def read_parts(file: Path | None, **kinds: type[Any]) -> dict[str, dict[str, Any
         else:
             unknown.append(printable(key)[:80])
     if unknown:
-        raise ConfigurationError(f"--config {file}: unknown settings {few(unknown)}; known are {', '.join(owners)}")
+        raise ConfigurationError(f"--config {file}: unknown settings {few(unknown)}; known are {few(owners)}")
     return parts
 
 
@@ -193,7 +194,8 @@ def _replaced(base: Any, values: Mapping[str, Any]) -> Any:
         hint = _not_none(hints[name])
         if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
             current = getattr(base, name)
-            new[name] = _replaced(hint() if current is None else current, value)
+            with within(name):
+                new[name] = _replaced(hint() if current is None else current, value)
         elif not (_fits(value, hint) or (value is None and hint is not hints[name])):
             raise ConfigurationError(f"{type(base).__name__}: {name} must be {_described(hint)}, found {shown(value)}")
         else:
@@ -228,17 +230,57 @@ def _described(hint: Any) -> str:
     return names.get(hint, "an object of settings")
 
 
+def require(config: Any, name: str, right: bool, expected: str, *, found: Any = None) -> None:
+    """Raise SettingError unless the field `name` of `config` is `right`; `found`: its value, or the part that is wrong.
+
+    expected: in words that follow the name, "must be positive".
+    """
+    if not right:
+        raise SettingError(name, f"{expected}, found {getattr(config, name) if found is None else found}")
+
+
 def require_positive(config: Any, *names: str) -> None:
-    """Raise ConfigurationError unless all fields of `config` with these names are positive finite numbers."""
+    """Raise SettingError unless all fields of `config` with these names are positive finite numbers."""
     for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ConfigurationError(f"{name} must be positive, found {getattr(config, name)}")
+        require(config, name, 0 < getattr(config, name) < math.inf, "must be positive")
+
+
+def require_not_negative(config: Any, *names: str) -> None:
+    """Raise SettingError unless all fields of `config` with these names are finite numbers of 0 or more."""
+    for name in names:
+        require(config, name, 0 <= getattr(config, name) < math.inf, "must be finite and not negative")
+
+
+def require_counts(config: Any, *names: str, most: int) -> None:
+    """Raise SettingError unless all fields of `config` with these names are from 1 to `most`."""
+    for name in names:
+        require(config, name, 1 <= getattr(config, name) <= most, f"must be from 1 to {most:,}")
+
+
+def require_shares(config: Any, *names: str, open: bool = False) -> None:
+    """Raise SettingError unless all fields of `config` with these names, or their parts, are in [0, 1].
+
+    open: 1 itself is none of them.
+    """
+    for name in names:
+        value = getattr(config, name)
+        for part in value if isinstance(value, tuple) else (value,):
+            right = 0 <= part < 1 if open else 0 <= part <= 1
+            require(config, name, right, f"must be in [0, 1{')' if open else ']'}", found=part)
 
 
 def require_seed(config: Any) -> None:
-    """Raise ConfigurationError where the seed of a configuration is negative, which `derived_seed` does not accept."""
-    if config.seed < 0:
-        raise ConfigurationError(f"seed must not be negative, found {config.seed}")
+    """Raise SettingError where the seed of a configuration is negative, which `derived_seed` does not accept."""
+    require(config, "seed", config.seed >= 0, "must not be negative")
+
+
+@contextlib.contextmanager
+def within(name: str) -> Iterator[None]:
+    """Inside, a SettingError is of a part of the field `name`, whose name comes first: energy_channels."""
+    try:
+        yield
+    except SettingError as error:
+        raise SettingError(f"{name}_{error.name}", error.says) from error
 
 
 def require_kinds(config: Any) -> None:

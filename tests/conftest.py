@@ -6,17 +6,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from played_graphs import Played
-from toys import LinearGaussian, ToyConv
-from workshop import SMALL_FIT, THIRD_PARTY, Workshop
+from workshop import SMALL_FIT, Workshop, build
 
 from ebm_prior.compute import cuda_graphs
 from ebm_prior.data.images import ImageSource, open_images
 from ebm_prior.model.backbone import Backbone
-from ebm_prior.storage.checkpoint import load_backbone, save_backbone
+from ebm_prior.storage.checkpoint import load_backbone
 
 torch.set_num_threads(1)  # equal bytes are promised for equal numbers of threads, and children run with one
 pytest.register_assert_rewrite("run_folders", "web_pages")  # so that their assertions show what differs
@@ -24,30 +22,9 @@ pytest.register_assert_rewrite("run_folders", "web_pages")  # so that their asse
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    folder = tmp_path_factory.mktemp("workshop")
-    info = folder / "toys-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
-    points = "[ebm_prior.backbones]\ntoy = toys:ToyConv\nlinear = toys:LinearGaussian\nbroken = toys_nowhere:Nothing\n"
-    points += "".join(f"{name} = third_party:{kind}\n" for name, kind in THIRD_PARTY.items())
-    (info / "entry_points.txt").write_text(points)
-    sys.path.insert(0, str(folder))
-    random = np.random.default_rng(0)
-
-    def images(n: int) -> np.ndarray:
-        ramp = np.linspace(0, 255, 8)[:, None] * random.random((n, 1, 1)) + np.zeros(8)
-        return np.clip(ramp + random.normal(0, 20, (n, 8, 8)), 0, 255).astype(np.uint8)
-
-    pixels = images(120)
-    np.save(folder / "images.npy", pixels)
-    data_root = folder / "data"
-    data_root.mkdir()
-    np.savez(data_root / "mnist.npz", x_train=pixels, x_test=images(60))
-    backbone = folder / "toy.safetensors"
-    save_backbone(ToyConv(), backbone, record={"data": {"name": "mnist/train", "images": 120}})
-    save_backbone(LinearGaussian(), folder / "linear.safetensors")
-    yield Workshop(folder, backbone, folder / "images.npy", data_root)
-    sys.path.remove(str(folder))
+    built = build(tmp_path_factory.mktemp("workshop"))
+    yield built
+    sys.path.remove(str(built.folder))
 
 
 @pytest.fixture(scope="module")

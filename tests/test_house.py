@@ -36,8 +36,12 @@ MAY_KNOW = {
 """Of the library, what a backbone may import: the contract and how it is kept, and no energies."""
 MATHEMATICS = ("compute", "model", "training")
 FILES = {"pathlib", "os", "io", "shutil", "tempfile", "sys", "json"}
-OF_FILES = {"backbone": {"pathlib"}, "prior": {"pathlib"}, "parallel": {"io"}, "memory": {"os", "pathlib"}}
-"""What the mathematics knows of files: signatures, bytes to send, and where Linux says how much memory is free."""
+OF_FILES = {
+    **{"backbone": {"pathlib"}, "prior": {"pathlib"}, "parallel": {"io"}, "memory": {"os", "pathlib"}},
+    "stopping": {"os", "sys"},
+}
+"""What the mathematics knows of files: signatures, bytes to send, where Linux says how much memory is free, and how a
+process ends."""
 
 
 def modules(folder: Path) -> list[Path]:
@@ -186,3 +190,43 @@ def test_tests_mirror_the_folders() -> None:
     }
     adapters = {path.name for path in BACKBONES.iterdir() if (path / "__init__.py").exists()}
     assert {path.name for path in (tests / "backbones").iterdir() if any(path.glob("*.py"))} <= adapters
+
+
+# What the library says.
+
+SPOKEN = {", ", " and ", " or "}  # separators of a list of names
+RESULTS = {"reports", "experiments"}  # rooms that write whole tables and pages
+WHOLE = {f"ebm_prior/{name}.py" for name in ("errors", "runs/export", "cli/progress", "cli/help")}
+"""Modules that list all there is: `few` itself, a prior's card, the numbers of a step, a mistake of our own."""
+
+
+def unbounded_lists(path: Path) -> Iterator[str]:
+    """Places where names are joined for a reader, however many there are: `errors.few` lists ten of them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "join"):
+            continue
+        separator = node.func.value
+        if isinstance(separator, ast.Constant) and separator.value in SPOKEN and not bounded(node.args[0]):
+            yield f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def bounded(names: ast.expr) -> bool:
+    """Whether names are as few as the code says: a slice, a display, a constant of the module, or these mapped."""
+    match names:
+        case ast.Subscript(slice=ast.Slice(upper=ast.Constant() | ast.Name())) | ast.Tuple() | ast.List():
+            return True
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Subscript(value=ast.Name(id=name)):
+            return name.isupper()
+        case ast.Call(func=ast.Name(id="sorted" | "get_args"), args=[inner, *_]):
+            return bounded(inner) or names.func.id == "get_args"  # type: ignore[attr-defined]
+        case ast.Call(func=ast.Name(id="map"), args=[_, inner]):
+            return bounded(inner)
+        case ast.GeneratorExp(generators=[ast.comprehension(iter=inner)]):
+            return bounded(inner)
+    return False
+
+
+def test_no_message_lists_more_than_ten_names() -> None:
+    paths = [path for path in modules(PACKAGE) + modules(BACKBONES) if path.parent.name not in RESULTS]
+    paths = [path for path in paths if path.relative_to(ROOT).as_posix() not in WHOLE]
+    assert [place for path in paths for place in unbounded_lists(path)] == []

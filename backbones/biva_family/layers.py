@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebm_prior.errors import CheckpointError, ConfigurationError
+from ebm_prior.errors import CheckpointError, ConfigurationError, few
 
 Activation = Callable[[Tensor], Tensor]
 Shape = tuple[int, int, int]
@@ -121,7 +121,7 @@ def require_initialized(network: nn.Module, path: Path) -> None:
     ]
     if raw:
         raise CheckpointError(
-            f"{path} holds layers that were never initialised from data ({', '.join(raw)}): expected the weights "
+            f"{path} holds layers that were never initialised from data ({few(raw)}): expected the weights "
             "of a model that has been trained; save them again after the first training step"
         )
 

@@ -52,7 +52,7 @@ class Signature(NamedTuple):
         return cls(len(a.encoder), len(a.decoder), a.width, a.zdim, a.num_mixtures)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self._asdict().items())
+        return few(f"{name} {value}" for name, value in self._asdict().items())
 
 
 class Described(NamedTuple):
@@ -81,9 +81,9 @@ def describe(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any]) 
         settings = {"data_set": name, **PUBLISHED[name], **settings}
         sources.append(f"the published configuration {name}")
     elif "data_set" not in settings:
-        raise CheckpointError(f"expected the setting data_set for {path}, found only {', '.join(settings)}; {_ADVICE}")
+        raise CheckpointError(f"expected the setting data_set for {path}, found only {few(settings)}; {_ADVICE}")
     told = {key: getattr(found, key) for key in ("width", "zdim", "num_mixtures")}
-    source = " and ".join(sources)
+    source = few(sources, separator=" and ")
     try:
         architecture = record(Architecture, {**COMMON, **told, **settings})
     except ConfigurationError as error:
@@ -117,7 +117,7 @@ def _published(path: Path, found: Signature, settings: Mapping[str, Any]) -> str
     if match is None:
         missing = [key for key in ("enc_blocks", "dec_blocks", "data_set") if key not in settings]
         raise CheckpointError(
-            f"expected the settings {', '.join(missing)} of {path}, which its weights do not tell; found no log beside "
+            f"expected the settings {few(missing)} of {path}, which its weights do not tell; found no log beside "
             f"it that has them, and no published configuration with its {found}: {_ADVICE}"
         )
     return match

@@ -14,7 +14,7 @@ import torch
 from ebm_prior.cli.preflight import Need, for_fit, for_step, require
 from ebm_prior.cli.shared import launched_processes, show_result
 from ebm_prior.data.source import ImageSource
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.passes import Passes
 from ebm_prior.storage import places
@@ -61,8 +61,8 @@ def pretrain(backbone: Backbone, images: ImageSource, config: PretrainConfig, ou
 
 def train(backbone: Backbone, images: ImageSource, config: JointConfig, out: Path | None, as_json: bool) -> None:
     """Say what `ebm-prior train` would do."""
-    few = _few(images, config.batch_size)
-    training = JointTraining(backbone, few, config, few)
+    some = _few(images, config.batch_size)
+    training = JointTraining(backbone, some, config, some)
     training.iteration = max(0, config.iterations - STEPS - 2)  # when the energy has joined
     files = [*IN_RUN, "backbone.safetensors", "prior.safetensors"]
     _show_learning(training, images, _folder(out, "train"), files, as_json)
@@ -109,7 +109,7 @@ def _show(
         f"time: {seconds:.3g} s per step (median of {STEPS}), {in_all} in all without evaluations and pictures",
         memory,
         f"folder: {folder}",
-        f"files: {', '.join(files)}",
+        f"files: {few(files)}",
         *remarks,
     ]
     show_result(plan, as_json, lambda _: "\n".join(lines))

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import click
 
-from ebm_prior.compute.stopping import ignore_signals_at_exit, stoppable
-from ebm_prior.errors import DivergenceError, EbmPriorError, Stopped
+from ebm_prior.compute.stopping import begun, ignore_signals_at_exit, stoppable
+from ebm_prior.errors import DivergenceError, EbmPriorError, SettingError, Stopped
 from ebm_prior.plain import printable
 
 WORDS = "ebm_prior.words"  # key in click's context: the words of the command line
@@ -49,6 +49,20 @@ class Group(click.Group):
         command: click.Command = getattr(import_module(f"ebm_prior.cli.{module}"), function)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that was typed, imported; from here on there is something to put in order at a signal."""
+        found = super().resolve_command(ctx, args)
+        begun()
+        return found
+
+    def _option(self, ctx: click.Context, setting: str) -> str:
+        """The option of the command at work that gives a setting; its name where there is none."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        options = [each for each in command.params if each.name == setting] if command else []
+        return max(options[0].opts, key=len) if options else setting
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The sections of commands, one line each."""
         for title, commands in self.sections.items():
@@ -78,6 +92,9 @@ class Group(click.Group):
         except DivergenceError as error:
             complain(f"diverged: {error}")
             ctx.exit(3)
+        except SettingError as error:
+            complain(f"error: {self._option(ctx, error.name)} {error.says}")
+            ctx.exit(1)
         except EbmPriorError as error:
             complain(f"error: {error}")
             ctx.exit(1)

@@ -16,7 +16,7 @@ from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import BACKBONE, CONFIG, JSON, OWN_DATA, PLACE, RUN_SEED, SEED, show_result
 from ebm_prior.cli.types import PATH, PRIOR_FILE
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.evaluation.doctor import DoctorConfig, examine, parts
 from ebm_prior.model.passes import Passes
 from ebm_prior.reports import findings, summaries
@@ -183,7 +183,7 @@ def export(
     written = export_prior(
         run, out, with_backbone=with_backbone, checkpoint=checkpoint, licence=licence, overwrite=overwrite
     )
-    click.echo(f"wrote {out}: {', '.join(written)}")
+    click.echo(f"wrote {out}: {few(written)}")
 
 
 @click.command()

@@ -27,7 +27,7 @@ from ebm_prior.cli.shared import (
 )
 from ebm_prior.cli.types import PATH
 from ebm_prior.data import outlier_sets
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.evaluation.outliers import OutlierConfig, every_form, find_anomalies, find_outliers, set_size
 from ebm_prior.interfaces import Images
 from ebm_prior.model.passes import Passes
@@ -134,7 +134,7 @@ def ood(
     forms = every_form(numbers, modes or MODES, lowers or LOWERS)
     with Bar("ood", len(sets) * set_size(sets[0], sets[1:], config)) as bar:
         result, columns, scored = find_outliers(loaded, sets[0], sets[1:], forms, config, progress=bar)
-    title = f"{scored[0].name} (in) and {', '.join(each.name for each in scored[1:])} (out)"
+    title = f"{scored[0].name} (in) and {few(each.name for each in scored[1:])} (out)"
     result |= {"prior": str(prior), "command": typed_command()}
     result["files"] = write_results(folder, result, columns, scored, title)
     show_result(result, as_json, findings.outlier_tables)
@@ -154,7 +154,7 @@ def sets_and_folder(
         click.echo(f"remark: --out with sets of outliers is an old spelling: {new}", err=True)
         return out, old_out
     if len(out) > 1 or "" in out:
-        raise click.UsageError(f"--out takes one folder for the results, found {', '.join(map(repr, out))}")
+        raise click.UsageError(f"--out takes one folder for the results, found {few(map(repr, out))}")
     return outliers, folder_of(Path(out[0]) if out else None, old_out)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ebm_prior.compute.memory import free_bytes, peak_bytes
 from ebm_prior.compute.randomness import BLOCK, derived_generator
-from ebm_prior.errors import MemoryLimitError
+from ebm_prior.errors import MemoryLimitError, few
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.own_energy import energy_of
 from ebm_prior.model.passes import PLAIN, Passes
@@ -140,7 +140,7 @@ def _cells(backbone: Backbone) -> list[str]:
 
 
 def _one_of(*remedies: str) -> str:
-    return " or ".join(remedies)
+    return few(remedies, separator=" or ")
 
 
 def _size(number: int) -> str:

@@ -23,7 +23,7 @@ from ebm_prior.compute.isolation import require_numbers
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
 from ebm_prior.data import images
 from ebm_prior.data.source import ImageSource, Mode
-from ebm_prior.errors import AssumptionWarning, ConfigurationError
+from ebm_prior.errors import AssumptionWarning, ConfigurationError, few
 from ebm_prior.model.passes import Passes
 from ebm_prior.plain import all_printable
 from ebm_prior.runs.watch import Watch
@@ -236,7 +236,7 @@ def refuse_unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool,
     """
     names = [f"--{key.replace('_', '-')}" for key, v in given.items() if key.startswith(starts) and v is not None]
     if names and not used:
-        raise click.UsageError(f"{why}: leave out {', '.join(names)}")
+        raise click.UsageError(f"{why}: leave out {few(names)}")
 
 
 def run_directory(out: Path | None, command: str, resume: bool) -> Path:

@@ -34,7 +34,7 @@ from ebm_prior.cli.shared import (
 )
 from ebm_prior.cli.types import PATH, PRIOR_FILE
 from ebm_prior.data.source import ImageSource, Shape, Split
-from ebm_prior.errors import DataError
+from ebm_prior.errors import DataError, few
 from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, feature_classifier, parts
 from ebm_prior.evaluation.features import own_features
 from ebm_prior.evaluation.fid import amount, published
@@ -276,7 +276,7 @@ def _require_one_network(named: Sequence[object], modes: Sequence[str], given: M
         )
     lacking = [key for key in ("fid_samples", "fid_split") if given[key] is not None] + ["fid_mode"] * bool(modes)
     if lacking and not (inception or fid):
-        names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
+        names = few(f"--{key.replace('_', '-')}" for key in lacking)
         raise click.UsageError(f"{names}: only for Inception's features; pass --fid or --inception too")
 
 

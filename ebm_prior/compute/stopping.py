@@ -1,21 +1,26 @@
 """Orderly stopping: after Ctrl-C (SIGINT) or SIGTERM the present step is finished and saved; a second stops at once.
 
-A program asks for this by `stoppable`, as the command line does. Elsewhere (in a notebook, say) signals work as usual,
-because a library must not change how its caller is stopped.
+A program asks for this by `stoppable`, as the command line does, and by `program`, which covers what lies before and
+after: the imports, and the interpreter's own end. Elsewhere (in a notebook, say) signals work as usual, because a
+library must not change how its caller is stopped.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from ebm_prior.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = 0.02  # seconds after which a signal that came during an import comes again
 
 
 class Wish:
@@ -25,26 +30,70 @@ class Wish:
 
 
 _granted: list[Wish] = []  # requests that running work will check, the innermost last
+_starting = False  # whether this is a `program` whose work has not begun
+
+
+@contextlib.contextmanager
+def program() -> Iterator[None]:
+    """The whole of a program, in which SIGINT and SIGTERM never end in a traceback.
+
+    Until its work has `begun` there is nothing to put in order, and the process ends there and then with one line:
+    an exception would land in the midst of an import, of torch most often, which may take it for a failure of its own.
+    Afterwards `stoppable` says what happens. Signals that come after it, when all is done, change nothing.
+    """
+    global _starting
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    _starting = True
+    for number in heard:
+        signal.signal(number, _outside)
+    try:
+        yield
+    finally:
+        _starting = False
+        for number in heard:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def begun() -> None:
+    """Say that the program has something to put in order when it is stopped."""
+    global _starting
+    _starting = False
+
+
+def _outside(number: int, _: FrameType | None) -> None:
+    if _starting:
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+            with contextlib.suppress(OSError):
+                os.write(2, b"ebm-prior: stopped\n")
+        os._exit(128 + number)
 
 
 @contextlib.contextmanager
 def stoppable(on_wish: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Inside the block, SIGINT and SIGTERM raise Stopped: at once, or after the present step inside `wish_granted`.
 
-    `on_wish` is called in the signal handler if the work will stop later. Signals that were ignored stay ignored. This
-    works only in the main thread; in another one the block changes nothing.
+    `on_wish` is called in the signal handler if the work will stop later. Signals that were ignored stay ignored. One
+    that comes while a module is imported waits for the import's end: modules written in C turn what is raised there
+    into an error of their own, or lose it. This works in the main thread; in another one the block changes nothing.
     """
-
-    def handle(number: int, _: Any) -> None:
-        if _granted and _granted[-1].signal is None:
-            _granted[-1].signal = number
-            on_wish()
-        else:
-            raise Stopped(number)
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    imports, alarm = _imports(sys._getframe()), list[Any]()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if _starting:
+            _outside(number, frame)
+        elif _granted and _granted[-1].signal is None:
+            _granted[-1].signal = number
+            on_wish()
+        elif _imports(frame) > imports:
+            before = signal.signal(signal.SIGALRM, lambda _, frame: handle(number, frame))
+            alarm[:] = alarm or [before]
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            raise Stopped(number)
+
     before = {number: signal.getsignal(number) for number in SIGNALS}
     changed = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in changed:
@@ -54,6 +103,19 @@ def stoppable(on_wish: Callable[[], object] = lambda: None) -> Iterator[None]:
     finally:
         for number, handler in changed.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's
+        if alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, alarm[0] or signal.SIG_DFL)
+
+
+def _imports(frame: FrameType | None) -> int:
+    """How many calls of the import system, and of `__del__`, in which nothing can be raised, are under way."""
+    count = 0
+    while frame is not None:
+        code = frame.f_code
+        count += code.co_filename.startswith("<frozen importlib") or code.co_name == "__del__"
+        frame = frame.f_back
+    return count
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ebm_prior.compute.memory import free_bytes
 from ebm_prior.data.source import Arrays, ImageSource, Shape
-from ebm_prior.errors import DataError, MemoryLimitError
+from ebm_prior.errors import DataError, MemoryLimitError, few
 from ebm_prior.model.checked_images import require_unit_interval
 
 
@@ -99,7 +99,7 @@ def _channels_first(array: NDArray[Any], name: str, image_shape: Shape | None) -
     if len(readings) == 2 and image_shape is not None:
         readings = [reading for reading in readings if reading.shape[1:] == tuple(image_shape)] or readings
     if len(readings) != 1:
-        channels = " or ".join(map(str, sorted(usual)))
+        channels = few(map(str, sorted(usual)), separator=" or ")
         other = " (image_shape= allows other numbers of channels)" * (image_shape is None and array.ndim == 4)
         raise DataError(
             f"{name}: expected an array (N, H, W), (N, C, H, W) or (N, H, W, C) with C = {channels}, found"

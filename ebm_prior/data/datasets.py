@@ -17,7 +17,7 @@ from torch import Tensor
 from ebm_prior.data.arrays import as_pixels, from_array, labels_of, loaded_bytes, require_memory
 from ebm_prior.data.pictures import decode, read_pixels, scaled
 from ebm_prior.data.source import ImageSource, Shape
-from ebm_prior.errors import DataError
+from ebm_prior.errors import DataError, few
 from ebm_prior.model.arguments import described
 from ebm_prior.model.checked_images import require_unit_interval
 
@@ -176,6 +176,6 @@ def _of_mapping(item: Mapping[Any, Any], name: str) -> tuple[Any, Any]:
     if len(possible) != 1:
         raise DataError(
             f"{name}: expected a dictionary with the image at {', '.join(map(repr, _IMAGE_KEYS))}, found the keys"
-            f" {', '.join(map(repr, item))}; rename the one of the image"
+            f" {few(map(repr, item))}; rename the one of the image"
         )
     return possible[0], label

@@ -17,7 +17,7 @@ from torch import Tensor
 from ebm_prior.data.image_files import open_regular, reading, special_kind
 from ebm_prior.data.pictures import decode_as, survey
 from ebm_prior.data.source import ImageSource, Mode, Shape, Split
-from ebm_prior.errors import DataError
+from ebm_prior.errors import DataError, few
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
@@ -57,7 +57,7 @@ def open_folder(root: Path, split: Split, image_shape: Shape | None, mode: Mode 
     if not names:
         raise DataError(
             f"{folder}: no images in this folder (looked for {', '.join(sorted(_SUFFIXES))})"
-            + f"; left out: {'; '.join(found.left_out)}" * bool(found.left_out)
+            + f"; left out: {few(found.left_out, separator='; ')}" * bool(found.left_out)
         )
     shape, remarks = survey(str(folder), names, lambda index: open_regular(found.paths[index]), image_shape, mode)
     train = root / "train"
@@ -68,13 +68,13 @@ def open_folder(root: Path, split: Split, image_shape: Shape | None, mode: Mode 
         known = classes if training is None else picture_classes(train, training.paths) or classes
         if strange := sorted(set(classes) - set(known)):
             raise DataError(
-                f"{folder}: holds classes that {train} lacks: {', '.join(strange)}. Add images of them there, or take "
+                f"{folder}: holds classes that {train} lacks: {few(strange)}. Add images of them there, or take "
                 "these away"
             )
         number = {name: index for index, name in enumerate(sorted(set(known)))}
         labels = torch.tensor([number[name] for name in classes])
     left_out = [*found.left_out, *beside]
-    remarks = [f"left out: {'; '.join(left_out)}"] * bool(left_out) + remarks
+    remarks = [f"left out: {few(left_out, separator='; ')}"] * bool(left_out) + remarks
     if training is not None and (shared := len(training.files & found.files)):
         remarks.append(f"not held out: {shared} of {len(names)} images are the same files as in {train}")
     return ImageSource(str(folder), Pictures(found.paths, shape, mode), labels, remarks=remarks)
@@ -132,9 +132,9 @@ class _Walk:
         """What was not read, with its numbers."""
         said = [f"{count} {what}" for what, count in sorted(self.counts.items()) if count]
         if self.special:
-            said.append(f"{self.special.total()} that are no regular files ({', '.join(sorted(self.special))})")
+            said.append(f"{self.special.total()} that are no regular files ({few(sorted(self.special))})")
         if self.endings:
-            common = ", ".join(ending or "without one" for ending, _ in self.endings.most_common(3))
+            common = few(ending or "without one" for ending, _ in self.endings.most_common(3))
             said.append(f"{self.endings.total()} files of other endings ({common})")
         return said
 
@@ -218,9 +218,8 @@ def split_folder(folder: Path, split: Split) -> tuple[Path, list[str]]:
             except OSError:  # one may enter it, but not list it
                 entries = []
             beside = sorted(n for n in entries if n not in names and not n.startswith("."))
-            few = ", ".join(beside[:3]) + ", …" * (len(beside) > 3)
-            return folder / name, [f"{len(beside)} beside {name}/ ({few})"] * bool(beside)
+            return folder / name, [f"{len(beside)} beside {name}/ ({few(beside, most=3)})"] * bool(beside)
     raise DataError(
-        f"{folder}: has {', '.join(present)} but no folder for the {split} split"
+        f"{folder}: has {few(present)} but no folder for the {split} split"
         f" ({' or '.join(_SPLIT_FOLDERS[split])}); add it, or pass the folder of images itself"
     )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ebm_prior.data.arrays import loaded_bytes, require_memory
 from ebm_prior.data.source import Split
-from ebm_prior.errors import DataError, EbmPriorError
+from ebm_prior.errors import DataError, EbmPriorError, few
 
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _BOMB_BYTES, _BOMB_RATIO = 2**32, 250  # size and compression ratio of archives made to fill the memory, not of images
@@ -206,18 +206,18 @@ def _npz_keys(path: Path, keys: list[str], split: Split, array: str | None) -> t
     """Which arrays of an archive are the images and the labels of the split."""
     if array is not None:
         if array not in keys:
-            raise DataError(f"{path}: expected the array {array!r}, found the keys {', '.join(keys) or '(none)'}")
+            raise DataError(f"{path}: expected the array {array!r}, found the keys {few(keys) or '(none)'}")
         return array, "labels" if array == "images" else f"y_{array[2:]}" if array.startswith("x_") else ""
     pairs = [pair for pair in ((f"x_{split}", f"y_{split}"), ("images", "labels")) if pair[0] in keys]
     if len(pairs) == 1:
         return pairs[0]
     if not pairs and {"x_train", "x_test"} & set(keys):
-        raise DataError(f"{path}: expected x_{split} for the {split} split, found the keys {', '.join(keys)}")
+        raise DataError(f"{path}: expected x_{split} for the {split} split, found the keys {few(keys)}")
     if len(keys) == 1:
         return keys[0], ""
     raise DataError(
         f"{path}: which array holds the images? Expected x_{split} (and y_{split}), or images (and labels), or a single"
-        f" array; found the keys {', '.join(keys) or '(none)'}; choose one with --array KEY (array=)"
+        f" array; found the keys {few(keys) or '(none)'}; choose one with --array KEY (array=)"
     )
 
 
@@ -235,7 +235,7 @@ def read_mat(path: Path) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
         found = {name: (shape, kind) for name, shape, kind in whosmat(file)}
         shape, kind = found.get("X", ((), ""))
         if kind != "uint8" or len(shape) != 4:
-            held = ", ".join(f"{name} ({kind} {shape})" for name, (shape, kind) in found.items()) or "no variables"
+            held = few(f"{name} ({kind} {shape})" for name, (shape, kind) in found.items()) or "no variables"
             raise DataError(f"{path}: expected X (height, width, channels, N) of uint8, as SVHN has it, found {held}")
         promised = math.prod(shape)
         _refuse_bomb(str(path), os.fstat(file.fileno()).st_size, promised)

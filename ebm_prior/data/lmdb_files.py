@@ -23,7 +23,7 @@ from ebm_prior.data.arrays import require_shape
 from ebm_prior.data.image_files import open_regular, reading
 from ebm_prior.data.pictures import decode_as, scaled, survey
 from ebm_prior.data.source import CHANNELS, ImageSource, Mode, Shape, Split, recolour
-from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.errors import ConfigurationError, DataError, few
 
 _SPLIT_NAMES = {"train": ("train.lmdb",), "test": ("test.lmdb", "validation.lmdb", "valid.lmdb", "val.lmdb")}
 _ENCODED = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
@@ -43,7 +43,7 @@ def find_lmdb(path: Path, split: Split) -> Path | None:
         if name in present:
             return path / name
     raise DataError(
-        f"{path}: has {', '.join(present)} but no LMDB of the {split} split ({' or '.join(_SPLIT_NAMES[split])});"
+        f"{path}: has {few(present)} but no LMDB of the {split} split ({' or '.join(_SPLIT_NAMES[split])});"
         " add it, or pass the LMDB itself"
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.data.images import ImageSource, from_array, open_images
-from ebm_prior.errors import DataError
+from ebm_prior.errors import DataError, few
 from ebm_prior.interfaces import Images
 
 SYNTHETIC = ("noise", "constant")
@@ -54,7 +54,7 @@ class Adapted:
             )
         colours = "as RGB" if wanted == 3 else f"in {wanted} channels"
         done = [colours] * (channels != wanted) + [f"padded to {sides[0]}×{sides[1]}"] * (max(self._frame) > 0)
-        self.name = f"{source.name} ({', '.join(done)})"
+        self.name = f"{source.name} ({few(done)})"
 
     def __len__(self) -> int:
         return len(self._source)
@@ -78,7 +78,7 @@ def labelled(source: ImageSource, labels: Sequence[int], *, among: bool) -> Imag
         raise DataError(f"{source.name} has no labels to choose images by: give labelled images")
     chosen = torch.isin(source.labels, torch.tensor(labels)) == among
     if not chosen.any():
-        found = ", ".join(map(str, sorted(set(source.labels.tolist()))))
+        found = few(map(str, sorted(set(source.labels.tolist()))))
         which = "among" if among else "other than"
         raise DataError(f"{source.name} has no image with a label {which} {list(labels)}; its labels are {found}")
     return source.subset(chosen.nonzero()[:, 0])

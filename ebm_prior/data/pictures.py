@@ -17,7 +17,7 @@ from torch import Tensor
 from ebm_prior.data.arrays import shape_problem
 from ebm_prior.data.image_files import Refusal, reading
 from ebm_prior.data.source import CHANNELS, Mode, Shape, recolour
-from ebm_prior.errors import DataError
+from ebm_prior.errors import DataError, few
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -210,7 +210,7 @@ def _mixed(shapes: Mapping[Shape, Sequence[str]]) -> str:
     first = next(iter(shapes))
     other = next(shape for shape in shapes if shape != first)
     counts = Counter({shape: len(names) for shape, names in shapes.items()}).most_common(_SHOWN_REASONS)
-    listed = ", ".join(f"{count} are {shape}" for shape, count in counts)
+    listed = few(f"{count} are {shape}" for shape, count in counts)
     rest = f", and there are {len(shapes) - len(counts)} more shapes" * (len(shapes) > len(counts))
     colours = len({shape[1:] for shape in shapes}) == 1
     what = "convert them with --data-mode rgb or grey (mode=)" if colours else "make them equal first"

@@ -19,9 +19,16 @@ from torch.nn import functional as F
 
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed
 from ebm_prior.data.images import plain_name
-from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.errors import ConfigurationError, DataError, few
 from ebm_prior.interfaces import SILENT, Progress
-from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
+from ebm_prior.settings import (
+    require_kinds,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_shares,
+    setting,
+)
 from ebm_prior.storage.records import checked, fields, listed, one_of, text, whole
 from ebm_prior.storage.weights import build_strictly, fingerprint, read_tensors, require_finite, write_tensors
 from ebm_prior.training.steps import batch_indices
@@ -84,8 +91,8 @@ class ClassifierConfig:
         require_kinds(self)
         require_positive(self, "epochs", "batch_size", "learning_rate", "width")
         require_seed(self)
-        if not (0 <= self.dropout < 1 and self.weight_decay >= 0 and self.shift >= 0):
-            raise ConfigurationError(f"expected dropout in [0, 1), weight_decay and shift ≥ 0, found {self}")
+        require_shares(self, "dropout", open=True)
+        require_not_negative(self, "weight_decay", "shift")
 
     @classmethod
     def suited(cls, shape: Shape, data: str = "images") -> ClassifierConfig:
@@ -265,7 +272,7 @@ def bundled_classifier(shape: Shape, data: str = "") -> FeatureClassifier:
     found = [load_classifier(path) for path in sorted(folder.glob("*_classifier.safetensors"))]
     fit = [classifier for classifier in found if classifier.shape == tuple(shape)]
     if not fit:
-        made_for = ", ".join(f"{c.record.get('data')} {c.shape}" for c in found)
+        made_for = few(f"{c.record.get('data')} {c.shape}" for c in found)
         raise DataError(
             f"no bundled classifier was made for images {tuple(shape)}, only for {made_for}. Pass --classifier with "
             "one trained on such images (ebm-prior classifier makes it), --features with your own, or --fid"

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ebm_prior.compute.randomness import BlockGenerator, Purpose, chunks, derived_generator, derived_seed
-from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.errors import ConfigurationError, DataError, few
 from ebm_prior.evaluation.gauge import GaugeConfig, GaugeResult, gauge_auc, networks
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone
@@ -163,7 +163,7 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
     """The verdict on an examination in words, and the names of the groups whose head is worth its parameters."""
     broken = result["not_finite"]
     if broken:
-        what = ", ".join(f"{count:,} in {name}" for name, count in broken.items())
+        what = few(f"{count:,} in {name}" for name, count in broken.items())
         return {
             "verdict": f"Broken: numbers that are not finite ({what}). No prior can mend this: look at the checkpoint, "
             "at its batch norms, and at --precision float64.",
@@ -197,9 +197,9 @@ def verdict(result: dict[str, Any]) -> dict[str, Any]:
         text += " No group shows it alone: it lies in relations between groups, which the joint head sees."
     elif worth:
         best = max(row["auc"] for row in result["groups"])
-        text += f" Worth a head: {', '.join(worth)} (AUC up to {best:.3f} alone)."
+        text += f" Worth a head: {few(worth)} (AUC up to {best:.3f} alone)."
     if silent:
-        text += f" Nearly silent (KL below {INACTIVE_KL} nats): {', '.join(silent)}."
+        text += f" Nearly silent (KL below {INACTIVE_KL} nats): {few(silent)}."
     if result["training_mode"]:
         text += " Some layers are in training mode: call eval() before anything is measured."
     return {"verdict": text, "worth_a_head": worth}

@@ -33,7 +33,7 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.settings import require_kinds, require_seed, setting
+from ebm_prior.settings import require, require_kinds, require_positive, require_seed, setting
 from ebm_prior.storage.records import FIT_RECORD, keeps_to
 from ebm_prior.training.objectives import Gain, gain
 
@@ -51,8 +51,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        if self.samples < 2 or self.chunk < 1:
-            raise ConfigurationError(f"expected samples >= 2 and chunk >= 1, found {self.samples}, {self.chunk}")
+        require(self, "samples", self.samples >= 2, "must be 2 or more")
+        require_positive(self, "chunk")
         require_seed(self)
 
 

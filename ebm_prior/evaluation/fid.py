@@ -22,7 +22,7 @@ from torch import Tensor
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
-from ebm_prior.errors import CheckpointError, ConfigurationError, shown
+from ebm_prior.errors import CheckpointError, few, shown
 from ebm_prior.evaluation.inception import Inception
 from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
 from ebm_prior.interfaces import SILENT, Progress
@@ -30,13 +30,14 @@ from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.plain import parse_json
-from ebm_prior.settings import require_kinds, setting
+from ebm_prior.settings import require, require_kinds, setting
 from ebm_prior.storage.atomic import remove_leftovers, user_cache, write_atomically
 from ebm_prior.storage.records import fields, whole
 
 SPLITS = 10  # of the Inception Score
 KERNEL_ROWS = 10_000  # largest number of images with features kept for KID, which uses subsets of 1,000
 FORMAT = 1
+_ARRAYS = ("mean", "covariance", "features")
 _PROVENANCE = fields({"images": whole(2)})
 
 
@@ -54,11 +55,8 @@ class FidConfig:
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        if self.samples < 2 * SPLITS:
-            raise ConfigurationError(
-                f"FID: expected at least {2 * SPLITS} samples (the Inception Score splits them in {SPLITS}), found "
-                f"{self.samples}"
-            )
+        least = f"must be at least {2 * SPLITS} (the Inception Score splits them in {SPLITS})"
+        require(self, "samples", self.samples >= 2 * SPLITS, least)
 
 
 class ReferenceStatistics(NamedTuple):
@@ -126,8 +124,10 @@ def _read(path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
     """The statistics in a file, whose images, mode and weights must be those of `provenance`; names may differ."""
     try:
         with np.load(path) as file:
+            if strange := set(file.files) - {*_ARRAYS, "provenance", "sha256"}:  # the checksum's name can break, too
+                raise ValueError(f"it holds {few(sorted(map(shown, strange)))}")
             text = str(file["provenance"])
-            arrays = {name: file[name] for name in ("mean", "covariance", "features")}
+            arrays = {name: file[name] for name in _ARRAYS}
             if "sha256" in file and str(file["sha256"]) != _digest(
                 arrays, text
             ):  # older files have the zip's CRC alone
@@ -141,7 +141,7 @@ def _read(path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
     compared = ("format", "images", "images_sha256", "mode", "weights_sha256")
     wrong = [key for key in compared if recorded.get(key) != provenance[key]]
     if wrong:
-        what = ", ".join(f"{key} {provenance[key]!r}, found {shown(recorded.get(key))}" for key in wrong)
+        what = few(f"{key} {provenance[key]!r}, found {shown(recorded.get(key))}" for key in wrong)
         raise CheckpointError(f"{path}: expected {what}: delete it, and it will be computed again")
     return ReferenceStatistics(moments, features, provenance, path)
 
@@ -150,7 +150,7 @@ def _require_statistics(mean: Any, covariance: Any, features: Any) -> None:
     """Moments (D,), (D, D) and rows (N, D) of floating-point numbers, all finite, or ValueError."""
     shapes, size = [each.shape for each in (mean, covariance, features)], mean.shape[-1:]
     if shapes[:2] != [size, size * 2] or len(shapes[2]) != 2 or shapes[2][1:] != size:
-        raise ValueError(f"expected shapes (D,), (D, D) and (N, D), found {', '.join(map(str, shapes))}")
+        raise ValueError(f"expected shapes (D,), (D, D) and (N, D), found {few(map(str, shapes))}")
     for name, each in (("mean", mean), ("covariance", covariance), ("features", features)):
         if each.dtype.kind != "f" or not np.isfinite(each).all():
             raise ValueError(f"expected finite numbers in {name}")

@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed, seeded
-from ebm_prior.errors import ConfigurationError, DataError
+from ebm_prior.errors import ConfigurationError, DataError, few
 from ebm_prior.evaluation.metrics import auroc
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
-from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
+from ebm_prior.settings import (
+    require,
+    require_kinds,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_shares,
+    setting,
+)
 from ebm_prior.training.objectives import nce_loss
 from ebm_prior.training.steps import batch_indices, update_average
 
@@ -62,10 +70,10 @@ class GaugeConfig:
             raise ConfigurationError(
                 "expected energy conditional off in the gauge, because its classifiers see z alone"
             )
-        if self.folds < 2 or not (0 < self.inner < 1 and 0 <= self.ema < 1 and self.weight_decay >= 0):
-            raise ConfigurationError(
-                f"expected folds ≥ 2, inner in (0, 1), ema in [0, 1), weight_decay ≥ 0; found {self}"
-            )
+        require(self, "folds", self.folds >= 2, "must be 2 or more")
+        require(self, "inner", 0 < self.inner < 1, "must be in (0, 1)")
+        require_shares(self, "ema", open=True)
+        require_not_negative(self, "weight_decay")
 
     @property
     def least(self) -> int:
@@ -240,4 +248,4 @@ def _check(
         if shapes[0][0] < config.least:
             raise DataError(f"{what}: expected at least {config.least} latents, found {shapes[0][0]}")
         if broken := [g.name for g, t in zip(groups, z, strict=True) if not bool(t.isfinite().all())]:
-            raise DataError(f"{what}: latents of {', '.join(broken)} hold NaN or infinity")
+            raise DataError(f"{what}: latents of {few(broken)} hold NaN or infinity")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -46,7 +47,8 @@ def run_all(
         jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     )
     try:
-        running = {pool.submit(function, **call): index for index, call in enumerate(calls)}
+        with _deaf_children():
+            running = {pool.submit(function, **call): index for index, call in enumerate(calls)}
         for future in as_completed(running):
             keep(running[future], future.result())
     except BaseException as error:
@@ -60,6 +62,16 @@ def run_all(
         raise
     pool.shutdown()
     return [found[index] for index in range(len(calls))]
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that begin inside do not hear Ctrl-C, which a terminal sends to all: this one does, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # one that came meanwhile is heard now
 
 
 @contextlib.contextmanager

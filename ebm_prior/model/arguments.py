@@ -10,24 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.compute.isolation import require_numbers
-from ebm_prior.errors import ConfigurationError
-from ebm_prior.model.backbone import Backbone, LatentGroup
-
-
-def described(value: object) -> str:
-    """A value as words for an error message: its type, for arrays also dtype and shape, never its whole content."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return str(value)
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, np.ndarray):
-        return f"a {value.dtype} array of shape {value.shape}"
-    if isinstance(value, str):
-        return f"the text {value[:80]!r}"
-    article = "an" if type(value).__name__[0] in "AEIOUaeiou" else "a"
-    return f"{article} {type(value).__name__}"
+from ebm_prior.errors import ConfigurationError, few
+from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.latents import described as described
+from ebm_prior.model.latents import require_latents as require_latents
 
 
 def require_backbone(backbone: object) -> None:
@@ -77,7 +63,7 @@ def require_images(images: object, shape: Sequence[int]) -> None:
 
     shape: (C, H, W) of the backbone's images.
     """
-    expected = f"images: expected a float tensor (B, {', '.join(map(str, shape))}) in [0, 1], found {described(images)}"
+    expected = f"images: expected a float tensor (B, {few(map(str, shape))}) in [0, 1], found {described(images)}"
     if not isinstance(images, Tensor):
         advice = "torch.from_numpy makes a tensor of it" if isinstance(images, np.ndarray) else "stack them in a tensor"
         raise ConfigurationError(f"{expected}: {advice}")
@@ -102,50 +88,3 @@ def require_images(images: object, shape: Sequence[int]) -> None:
         elif low[first] >= -1 and high[first] <= 1:
             advice = "(images + 1) / 2 scales those in [-1, 1]"
         raise ConfigurationError(f"{expected} with {problem} in image {first}: {advice}")
-
-
-def require_latents(name: str, latents: object, groups: Sequence[LatentGroup], like: Tensor) -> None:
-    """Raise ConfigurationError unless `latents` is a list of (B, *group.shape), one per group, of `like`'s type.
-
-    Only shapes, types and devices are read, no values: this runs in every step of a chain.
-    """
-    if isinstance(latents, Sequence) and len(latents) == len(groups):
-        shapes = [tuple(z.shape) if isinstance(z, Tensor) else () for z in latents]
-        if (
-            all(shape[1:] == tuple(group.shape) and shape for shape, group in zip(shapes, groups, strict=True))
-            and len({shape[0] for shape in shapes}) == 1
-            and all(z.dtype == like.dtype and z.device == like.device for z in latents)
-        ):
-            return
-    raise ConfigurationError(f"{name}: {_latent_problem(latents, groups, like)}")
-
-
-def _latent_problem(latents: object, groups: Sequence[LatentGroup], like: Tensor) -> str:
-    wanted = ", ".join(f"{group.name} {('B', *group.shape)}".replace("'", "") for group in groups)
-    expected = f"expected a list of one tensor per latent group, the top one first: {wanted}"
-    if not isinstance(latents, Sequence) or isinstance(latents, str):
-        return f"{expected}; found {described(latents)}"
-    strange = [f"number {index} is {described(z)}" for index, z in enumerate(latents) if not isinstance(z, Tensor)]
-    if strange:
-        return f"{expected}; {strange[0]}"
-    found = [tuple(z.shape) for z in latents]
-    if len(found) != len(groups):
-        return f"{expected}; found {len(found)} tensors, {found[:10]}"
-    shapes = [tuple(group.shape) for group in groups]
-    wrong = [
-        f"{group.name} has {shape}"
-        for group, shape in zip(groups, found, strict=True)
-        if shape[1:] != tuple(group.shape)
-    ]
-    if wrong:
-        turned = [shape[1:] for shape in reversed(found)] == shapes
-        return f"{expected}; found that {', '.join(wrong[:5])}" + (
-            ": they are in reverse order, list(reversed(z)) turns them" if turned else ""
-        )
-    if len({shape[0] for shape in found}) > 1:
-        return f"{expected} with one B; found B = {', '.join(str(shape[0]) for shape in found)}"
-    other = next(z for z in latents if z.dtype != like.dtype or z.device != like.device)
-    return (
-        f"expected {like.dtype} on {like.device} as the backbone is, found {other.dtype} on {other.device}: convert "
-        "the latents, or move the prior with .to(device)"
-    )

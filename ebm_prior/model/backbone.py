@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ebm_prior.compute.isolation import require_numbers, require_precision
 from ebm_prior.compute.randomness import Generator, standard_normal
 from ebm_prior.errors import CheckpointError, ConfigurationError, ContractError, few
+from ebm_prior.model.latents import described, require_latents
 
 BUILT_IN = "ebm_prior.backbones."  # the package whose modules have the adapters that come with ebm-prior
 
@@ -265,7 +266,7 @@ class Backbone(nn.Module, ABC):
 
         eps: list of (B, *group.shape). The trace also holds the conditional priors and the features.
         """
-        self._check("eps", eps)
+        require_latents("eps", eps, self.groups)
         return self.trace(lambda i, p, _: torch.addcmul(p.mean, p.std, eps[i], value=temperature), len(eps[0]))
 
     def reparameterize(self, eps: Sequence[Tensor], *, temperature: float = 1.0) -> list[Tensor]:
@@ -289,18 +290,23 @@ class Backbone(nn.Module, ABC):
 
         `noise`: one standard normal (B, *group.shape) per group, in generation order; drawn from `generator` if None.
         """
-        if images.shape[1:] != self.image_shape:
-            raise ConfigurationError(f"expected images of shape (B, {self.image_shape}), found {tuple(images.shape)}")
+        self._require_shape(images)
         noise = self.standard_normal(len(images), generator=generator) if noise is None else noise
-        self._check("noise", noise)
+        require_latents("noise", noise, self.groups)
         draw = self.encode(images, noise)
         trace = self.trace(draw, len(images))
         return Posterior(trace.z, trace.eps, torch.stack(draw.log_q, dim=1), trace.log_prior, trace.features)
 
     def draw_posterior(self, images: Tensor, *, generator: Generator = None) -> list[Tensor]:
         """A draw z ~ q(z | x) as `infer` makes it, a list of (B, *group.shape), without a top-down pass if possible."""
+        self._require_shape(images)
         draw = self.encode(images, self.standard_normal(len(images), generator=generator))
         return self.trace(draw, len(images)).z if draw.z is None else draw.z
+
+    def _require_shape(self, images: object) -> None:
+        if not isinstance(images, Tensor) or images.ndim == 0 or images.shape[1:] != self.image_shape:
+            found = tuple(images.shape) if isinstance(images, Tensor) else described(images)
+            raise ConfigurationError(f"expected images of shape (B, {self.image_shape}), found {found}")
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: Generator = None) -> list[Tensor]:
         """n ancestral draws z ~ p_β(z), a list of (n, *group.shape)."""
@@ -313,17 +319,8 @@ class Backbone(nn.Module, ABC):
 
     def given(self, z: Sequence[Tensor]) -> Trace:
         """The traversal in which every group takes its value in z, a list of (B, *group.shape)."""
-        self._check("z", z)
+        require_latents("z", z, self.groups)
         return self.trace(lambda i, prior, _: z[i], len(z[0]))
-
-    def _check(self, what: str, tensors: Sequence[Tensor]) -> None:
-        expected = [(g.name, tuple(g.shape)) for g in self.groups]
-        found = [tuple(t.shape[1:]) for t in tensors]
-        if found != [shape for _, shape in expected] or len({len(t) for t in tensors}) > 1:
-            raise ConfigurationError(
-                f"{what}: expected one tensor per latent group with a common batch axis, {expected}; "
-                f"found {[tuple(t.shape) for t in tensors]}"
-            )
 
 
 def require_groups(backbone: Backbone) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import LatentGroup
-from ebm_prior.settings import require_kinds, setting
+from ebm_prior.settings import require, require_counts, require_kinds, require_shares, setting
 
 WIDEST, DEEPEST = 2**20, 1_000  # largest width and number of layers; more is a mistake or a damaged file
 LARGEST_BOUND = 1e9  # in units of posterior standard deviations
@@ -51,17 +51,11 @@ class EnergyConfig:
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        if min(self.channels, self.hidden, self.vector_layers) < 1 or self.joint < 0 or not 0 <= self.dropout < 1:
-            raise ConfigurationError(
-                f"expected positive channels, hidden, vector_layers; joint >= 0; dropout in [0, 1); found {self}"
-            )
-        if max(self.channels, self.hidden, self.joint) > WIDEST or self.vector_layers > DEEPEST:
-            raise ConfigurationError(
-                f"expected channels, hidden and joint of at most {WIDEST:,}, and at most {DEEPEST:,} vector_layers; "
-                f"found {self}"
-            )
-        if not 0 <= self.bound <= LARGEST_BOUND:
-            raise ConfigurationError(f"expected a bound from 0 (none) to {LARGEST_BOUND:g}, found {self.bound}")
+        require_counts(self, "channels", "hidden", most=WIDEST)
+        require_counts(self, "vector_layers", most=DEEPEST)
+        require(self, "joint", 0 <= self.joint <= WIDEST, f"must be from 0 to {WIDEST:,}")
+        require_shares(self, "dropout", open=True)
+        require(self, "bound", 0 <= self.bound <= LARGEST_BOUND, f"must be from 0 (none) to {LARGEST_BOUND:g}")
         if self.activation not in ACTIVATIONS:
             raise ConfigurationError(f"expected activation {' or '.join(ACTIVATIONS)}, found {self.activation!r}")
 

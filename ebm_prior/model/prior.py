@@ -143,33 +143,29 @@ class EBMPrior(_Kept):
 
         eps: T_β⁻¹(z), of z's shapes, if the caller has it; else it is computed where the heads need it.
         """
-        like, groups = next(self.backbone.parameters()), self.backbone.groups
-        require_latents("z", z, groups, like)
-        if eps is None:
-            eps = self.backbone.standardize(z) if self.energy.config.conditional else z
-        else:
-            require_latents("eps", eps, groups, like)
-        value: Tensor = self.tau * self.energy(self.energy.inputs(z, eps))
-        return value if self.ceiling == math.inf else value.clamp(max=self.ceiling)
+        return _f(self, z, eps)
 
+    @isolated()
     def potential(self, eps: Sequence[Tensor]) -> Tensor:
         """The potential g(ε) in nats, (B,): the chains' log density is g(ε) − ½‖ε‖² + const (Appendix A.3)."""
         trace = self.backbone.transform(eps)
         if self.target == "exact":
-            return self.f(trace.z, eps)
+            return _f(self, trace.z, eps)
         squares = torch.stack([e.square().flatten(1).sum(1) for e in eps], dim=1)
-        return self.f(trace.z, eps) + (trace.log_prior + 0.5 * squares).sum(1)
+        return _f(self, trace.z, eps) + (trace.log_prior + 0.5 * squares).sum(1)
 
+    @isolated()
     def log_density(self, eps: Sequence[Tensor]) -> Tensor:
         """log p_α(ε) + log Z in nats, (B,): τ f(T_β(ε)) + log N(ε; 0, I)."""
         _require_calibrated(self.regime, "log_density")
-        return self.f(self.backbone.reparameterize(eps), eps) + _log_standard_normal(eps)
+        return _f(self, self.backbone.reparameterize(eps), eps) + _log_standard_normal(eps)
 
+    @isolated()
     def log_prior(self, z: Sequence[Tensor]) -> Tensor:
         """log p_α(z) + log Z in nats, (B,): τ f(z) + log p_β(z) (Eq. 6)."""
         _require_calibrated(self.regime, "log_prior")
         trace = self.backbone.given(z)
-        return self.f(z, trace.eps) + trace.log_prior.sum(1)
+        return _f(self, z, trace.eps) + trace.log_prior.sum(1)
 
     @isolated()
     def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 128) -> tuple[float, float]:
@@ -184,7 +180,7 @@ class EBMPrior(_Kept):
         with torch.no_grad():
             for first, count in chunks(n, chunk):
                 eps = self.backbone.standard_normal(count, generator=BlockGenerator(seed, first, count, device))
-                parts.append(self.f(self.backbone.reparameterize(eps), eps).double())
+                parts.append(_f(self, self.backbone.reparameterize(eps), eps).double())
         f = torch.cat(parts)
         return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
@@ -299,6 +295,17 @@ class EBMPrior(_Kept):
         if not parts:  # no images
             return {form: images.new_empty(0) for form in forms}
         return {form: torch.cat([part[form] for part in parts]) for form in forms}
+
+
+def _f(prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None) -> Tensor:
+    like, groups = next(prior.backbone.parameters()), prior.backbone.groups
+    require_latents("z", z, groups, like)
+    if eps is None:
+        eps = prior.backbone.standardize(z) if prior.energy.config.conditional else z
+    else:
+        require_latents("eps", eps, groups, like)
+    value: Tensor = prior.tau * prior.energy(prior.energy.inputs(z, eps))
+    return value if prior.ceiling == math.inf else value.clamp(max=prior.ceiling)
 
 
 def _require_consistent(energy: object, regime: Regime, target: Target) -> None:

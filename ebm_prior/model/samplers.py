@@ -21,7 +21,7 @@ from torch import Tensor
 from ebm_prior.compute.cuda_graphs import Graphs
 from ebm_prior.compute.randomness import Generator, standard_normal, uniform
 from ebm_prior.errors import ConfigurationError, DivergenceError
-from ebm_prior.settings import require_kinds, setting
+from ebm_prior.settings import require, require_counts, require_kinds, require_not_negative, setting
 
 MOST_STEPS, MOST_PROPOSALS, MOST_LEAPFROGS = 100_000, 100_000, 1_000  # more would not end in reasonable time
 JITTER = 0.3  # largest relative change of a trajectory's step size
@@ -78,27 +78,20 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        if self.proposals < 1 or self.steps < 0 or not 0 <= self.adapt_steps <= self.steps:
-            raise ConfigurationError(f"expected proposals >= 1, 0 <= adapt_steps <= steps, found {self}")
-        if self.proposals > MOST_PROPOSALS or self.steps > MOST_STEPS or self.leapfrogs > MOST_LEAPFROGS:
-            raise ConfigurationError(
-                f"expected at most {MOST_PROPOSALS:,} proposals, {MOST_STEPS:,} steps, {MOST_LEAPFROGS:,} leapfrogs; "
-                f"found {self}"
-            )
+        require_counts(self, "proposals", most=MOST_PROPOSALS)
+        require(self, "steps", 0 <= self.steps <= MOST_STEPS, f"must be from 0 to {MOST_STEPS:,}")
+        require(self, "adapt_steps", 0 <= self.adapt_steps <= self.steps, f"must be from 0 to the {self.steps} steps")
+        require_counts(self, "leapfrogs", most=MOST_LEAPFROGS)
         if self.kernel not in KERNELS:
             raise ConfigurationError(f"expected kernel {' or '.join(KERNELS)}, found {self.kernel!r}")
-        if not 0 < self.step_size <= 2:
-            raise ConfigurationError(f"expected a step size in (0, 2], found {self.step_size}")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigurationError(f"expected a temperature of 0 or more, found {self.temperature}")
+        require(self, "step_size", 0 < self.step_size <= 2, "must be in (0, 2]")
+        require_not_negative(self, "temperature")
         if self.temperature != 1 and (self.kernel != "langevin" or not self.steps):
             raise ConfigurationError(
                 f"expected temperature 1 unless the kernel is langevin with at least one step, found {self.temperature}"
             )
-        if self.leapfrogs < 1 or (self.leapfrogs > 1 and self.kernel != "pcn-langevin"):
-            raise ConfigurationError(
-                f"expected 1 leapfrog or more, and more only with the kernel pcn-langevin, found {self}"
-            )
+        several = "must be 1 unless the kernel is pcn-langevin"
+        require(self, "leapfrogs", self.leapfrogs == 1 or self.kernel == "pcn-langevin", several)
         if self.kernel == "langevin" and self.adapt_steps:
             raise ConfigurationError(
                 "adapt_steps needs the kernel pcn-langevin: langevin (Eq. 12) accepts every step, so it cannot adapt"

@@ -138,9 +138,9 @@ def with_options(backbone: Backbone, options: Mapping[str, Any]) -> Backbone:
     """
     kind, architecture = type(backbone), dict(backbone.architecture)
     if unknown := sorted(set(options) - set(architecture)):
-        known = ", ".join(architecture)
-        raise ConfigurationError(f"--set {', '.join(unknown)}: {kind.__name__} has only the options {known}")
-    named = f"--set {', '.join(options)}"
+        known = few(architecture)
+        raise ConfigurationError(f"--set {few(unknown)}: {kind.__name__} has only the options {known}")
+    named = f"--set {few(options)}"
     try:
         changed = build(kind, architecture | dict(options))
     except ConfigurationError as error:
@@ -168,7 +168,7 @@ def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
         except ConfigurationError as error:
             raise ConfigurationError(
                 f"{error}. Pass --architecture with a JSON file of its keyword arguments or a bundled backbone: "
-                f"{', '.join(bundled())}"
+                f"{few(bundled())}"
             ) from error
     if architecture in bundled():
         record = backbone_record(architecture)
@@ -182,7 +182,7 @@ def new_backbone(name: str, architecture: str | None, seed: int) -> Backbone:
         architecture,
         "the adapter's arguments for --architecture, as JSON or as the name of a bundled backbone",
         error=ConfigurationError,
-        advice=f"give a JSON object, or one of {', '.join(bundled())}",
+        advice=f"give a JSON object, or one of {few(bundled())}",
     )
     if not isinstance(described, dict):
         raise ConfigurationError(f"--architecture {architecture}: expected a JSON object of keyword arguments")

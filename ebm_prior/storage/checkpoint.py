@@ -125,9 +125,7 @@ def load_backbone(
     where = str(path) if str(path) in bundled() else os.path.abspath(path)
     path = bundled().get(str(path), Path(path))
     if not os.path.exists(path):  # Path's own raises where a name is too long for the system
-        raise CheckpointError(
-            f"no backbone at {path}; expected a file or folder, or a bundled one: {', '.join(bundled())}"
-        )
+        raise CheckpointError(f"no backbone at {path}; expected a file or folder, or a bundled one: {few(bundled())}")
     if path.suffix == ".safetensors":
         backbone = _load_own(name, path)
     elif name is None:
@@ -144,7 +142,7 @@ def load_backbone(
 
 def _load_official(kind: type[Backbone], path: Path, options: Mapping[str, Any]) -> Backbone:
     if unknown := sorted(options.keys() - set(kind.official_options)):
-        known = ", ".join(kind.official_options) or "none"
+        known = few(kind.official_options) or "none"
         raise ConfigurationError(f"{few(unknown)}: {kind.__name__} reads official files with the options {known}")
     load: Callable[..., Backbone] = kind.load_official  # an adapter's own takes what it names
     return load(path, **options)

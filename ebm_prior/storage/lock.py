@@ -28,6 +28,7 @@ from ebm_prior.storage.records import InvalidError, fields, text, whole
 
 LOCK = ".ebm-prior.lock"
 BEAT, STALE = 30.0, 600.0  # seconds
+_ONE_RUN = "expected one run in a folder at a time; wait until it has ended, or choose another --out"
 _RECORD = fields(
     {"machine": text(), "pid": whole(1), "start": whole(), "host": text(), "since": text(), "token": text()}
 )
@@ -51,10 +52,11 @@ class _Found(NamedTuple):
 
 
 class _Lock:
-    """A lock of this process on one folder. It may be taken several times, and is removed when all have left."""
+    """A lock of this thread on one folder. It may be taken several times, and is removed when all have left."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path, self.pid = folder, folder / LOCK, os.getpid()
+        self.thread, self.since = threading.current_thread(), _now()
         self.token, self.count = secrets.token_hex(8), 0
         self._ended = threading.Event()
         self.made = not folder.exists()
@@ -72,7 +74,7 @@ class _Lock:
 
     def _take(self) -> None:
         owner = this_process()
-        record = {"host": socket.gethostname(), "since": _now(), "token": self.token, **owner._asdict()}
+        record = {"host": socket.gethostname(), "since": self.since, "token": self.token, **owner._asdict()}
         prefix, suffix = temporary_affixes("lock")
         descriptor, whole_file = tempfile.mkstemp(dir=self.folder, prefix=prefix, suffix=suffix)
         try:
@@ -133,8 +135,9 @@ _GUARD = threading.RLock()
 
 
 class Hold:
-    """This process's lock of a folder, until `leave`, or until this object is garbage-collected.
+    """This thread's lock of a folder, until `leave`, or until this object is garbage-collected.
 
+    The thread may hold it several times over; to another one it is in use, as it is to another process.
     `advice`: advice for errors in writing into the folder, e.g. "go on with --resume".
     """
 
@@ -146,6 +149,11 @@ class Hold:
             if lock is None or fresh:
                 lock = _HELD[self._key] = _Lock(Path(folder))
                 remove_leftovers(Path(folder))
+            elif lock.thread is not threading.current_thread() and lock.thread.is_alive():
+                raise OutputError(
+                    f"{folder} is in use by another thread of this process ({lock.pid}, {lock.thread.name}) since "
+                    f"{lock.since}: {_ONE_RUN}"
+                )
             lock.count += 1
         # Whoever holds the guard must not wait for a thread to start: the garbage collector may run in the new thread,
         # and let go of a Hold that nobody has any more, for which the guard is needed.
@@ -175,7 +183,7 @@ def _leave(key: str, lock: _Lock) -> None:
 def owned(folder: Path, *, advice: str | None = None) -> Iterator[None]:
     """Lock `folder` inside the block; the folder is created if it does not exist.
 
-    Raises OutputError, with process, host and time, where another process holds the lock.
+    Raises OutputError, with process, host and time, where another process or thread holds the lock.
     """
     hold = Hold(folder, advice=advice)
     try:
@@ -224,7 +232,7 @@ def _in_use(folder: Path, found: _Found) -> str:
     sure = "" if owner.local else f"; if it has ended, wait {STALE / 60:.0f} minutes or remove {folder / LOCK}"
     return (
         f"{folder} is in use by process {record['pid']} on {record['host']} since {record['since']}{elsewhere}: "
-        f"expected one run in a folder at a time; wait until it has ended, or choose another --out{sure}"
+        f"{_ONE_RUN}{sure}"
     )
 
 

@@ -79,7 +79,7 @@ def one_of(*options: str) -> Check:
 
     def check(value: Any, where: str) -> Any:
         if value not in options:
-            raise InvalidError(where, " or ".join(options), value)
+            raise InvalidError(where, few(options, separator=" or "), value)
         return value
 
     return check

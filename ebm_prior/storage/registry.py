@@ -15,7 +15,7 @@ from torch import nn
 
 from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import Purpose, seeded
-from ebm_prior.errors import ConfigurationError, UnknownBackboneError, shown
+from ebm_prior.errors import ConfigurationError, UnknownBackboneError, few, shown
 from ebm_prior.model.arguments import described
 from ebm_prior.model.backbone import BUILT_IN, Backbone, LatentGroup, require_groups
 
@@ -42,7 +42,7 @@ def adapter(name: str) -> type[Backbone]:
             if _qualified(kind := _load(point)) == name:
                 return kind
     raise UnknownBackboneError(
-        f"no backbone adapter is registered as {name!r}; found: {', '.join(points) or 'none'}. Install the package "
+        f"no backbone adapter is registered as {name!r}; found: {few(points) or 'none'}. Install the package "
         f"that provides it, or register your class under the entry-point group {GROUP!r} (backbones/README.md)"
     )
 
@@ -98,7 +98,7 @@ def energy_named(name: str, groups: Sequence[LatentGroup], architecture: Mapping
     points = {point.name: point for point in sorted(entry_points(group=ENERGIES))}
     if name not in points:
         raise ConfigurationError(
-            f"no energy is registered as {name!r}; found: {', '.join(points) or 'none'}. Install the package that "
+            f"no energy is registered as {name!r}; found: {few(points) or 'none'}. Install the package that "
             f"provides it, or register your class under the entry-point group {ENERGIES!r}"
         )
     try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ebm_prior.errors import few
 from ebm_prior.model.backbone import Gaussian
 from ebm_prior.testing.case import Case, close, given_eps, given_z, outputs, random_state, run
 
@@ -54,7 +55,7 @@ def order_of_draws(case: Case) -> Iterator[str]:
         return
     yield from mistakes
     if missing := names[len(met) :]:
-        yield f"top_down ended without drawing {', '.join(map(repr, missing))}: draw must be called once per group"
+        yield f"top_down ended without drawing {few(map(repr, missing))}: draw must be called once per group"
 
 
 def _std(name: str, prior: Gaussian, eps: Tensor) -> Iterator[str]:
@@ -251,7 +252,7 @@ def batch_independence(case: Case) -> Iterator[str]:
         }
     if wrong:
         yield (
-            f"one sample's result depends on the rest of the batch ({', '.join(wrong)}): something mixes samples, "
+            f"one sample's result depends on the rest of the batch ({few(wrong)}): something mixes samples, "
             "such as batch statistics or a mean over the batch axis"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,7 +9,16 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import Regime, Target
 from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
+from ebm_prior.settings import (
+    require,
+    require_kinds,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_shares,
+    setting,
+    within,
+)
 from ebm_prior.training.stages import StageConfig
 
 
@@ -80,17 +88,12 @@ class FitConfig:
     def __post_init__(self) -> None:
         require_kinds(self)
         require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")
-        if not 1 <= self.parts <= min(self.batch_size, self.stage.particles) or self.batch_size % self.parts:
-            raise ConfigurationError(
-                f"expected parts that divide the batch_size and are at most stage particles; found parts {self.parts}, "
-                f"batch_size {self.batch_size}, stage particles {self.stage.particles}"
-            )
-        for name, value in (("ema", self.ema), ("ess_floor", self.ess_floor), *(("betas", b) for b in self.betas)):
-            if not 0 <= value < 1:
-                raise ConfigurationError(f"{name} must be in [0, 1), found {value}")
-        for name in ("warmup", "weight_decay", "penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{name} must not be negative, found {getattr(self, name)}")
+        most, draws = min(self.batch_size, self.stage.particles), self.stage.particles
+        parts = f"must divide the batch_size of {self.batch_size} and be at most the {draws} stage particles"
+        require(self, "parts", 1 <= self.parts <= most and self.batch_size % self.parts == 0, parts)
+        require_shares(self, "ema", "ess_floor", "betas", open=True)
+        require_not_negative(self, "warmup", "weight_decay", "penalty")
+        require_shares(self, "refresh")
         if self.chains == "persistent" and self.chain.proposals > 1:
             raise ConfigurationError(
                 f"chain proposals must be 1 for persistent chains, which start from their last ends; "
@@ -100,8 +103,6 @@ class FitConfig:
             raise ConfigurationError(
                 f"ratios staged needs objective nce and regime calibrated, found {self.objective} and {self.regime}"
             )
-        if not 0 <= self.refresh <= 1:
-            raise ConfigurationError(f"refresh must be in [0, 1], found {self.refresh}")
         require_seed(self)
         _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together
         if self.target == "published" and self.regime == "calibrated":
@@ -132,7 +133,8 @@ class FitConfig:
         with twice its steps.
         """
         longer = replace(self.chain, steps=2 * self.chain.steps)
-        return self.sampler.of(SamplerConfig() if self.regime == "calibrated" else longer)
+        with within("sampler"):
+            return self.sampler.of(SamplerConfig() if self.regime == "calibrated" else longer)
 
 
 def paper_preset() -> FitConfig:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
+from ebm_prior.settings import (
+    require_kinds,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_shares,
+    setting,
+)
 
 Space = Literal["eps", "z"]
 
@@ -63,14 +69,9 @@ class JointConfig:
         positive = ("iterations", "batch_size", "learning_rate", "energy_learning_rate", "gradient_clip")
         require_positive(self, *positive, "evaluate_every")
         require_seed(self)
-        for name, value in (("ema", self.ema), ("energy_from", self.energy_from), *(("betas", b) for b in self.betas)):
-            if not 0 <= value < 1:
-                raise ConfigurationError(f"{name} must be in [0, 1), found {value}")
-        if self.warmup < 0 or not 0 <= self.penalty < math.inf or not 0 <= self.refresh <= 1:
-            raise ConfigurationError(
-                f"expected warmup >= 0, penalty >= 0, refresh in [0, 1]; found {self.warmup}, {self.penalty}, "
-                f"{self.refresh}"
-            )
+        require_shares(self, "ema", "energy_from", "betas", open=True)
+        require_not_negative(self, "warmup", "penalty")
+        require_shares(self, "refresh")
         if self.energy.standardize:
             raise ConfigurationError(
                 "energy standardize must be off in joint training, because latents change during it"

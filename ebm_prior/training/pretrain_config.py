@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ebm_prior.errors import ConfigurationError
-from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
+from ebm_prior.settings import (
+    require_kinds,
+    require_not_negative,
+    require_positive,
+    require_seed,
+    require_shares,
+    setting,
+)
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,6 @@ class PretrainConfig:
             self, "iterations", "batch_size", "learning_rate", "epsilon", "gradient_clip", "checkpoint_every"
         )
         require_seed(self)
-        if not (0 <= self.kl_warmup <= 1 and 0 <= self.rate_warmup <= 1 and 0 <= self.ema < 1):
-            raise ConfigurationError(
-                f"expected kl_warmup and rate_warmup in [0, 1], ema in [0, 1); found {self.kl_warmup}, "
-                f"{self.rate_warmup}, {self.ema}"
-            )
-        for name in ("free_nats", "weight_decay", "regularization"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{name} must be finite and not negative, found {getattr(self, name)}")
+        require_shares(self, "kl_warmup", "rate_warmup")
+        require_shares(self, "ema", open=True)
+        require_not_negative(self, "free_nats", "weight_decay", "regularization")

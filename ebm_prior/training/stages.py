@@ -50,7 +50,7 @@ from ebm_prior.model.samplers import (
     run_chain,
     start,
 )
-from ebm_prior.settings import require_kinds, setting
+from ebm_prior.settings import require, require_kinds, require_not_negative, require_positive, require_shares, setting
 from ebm_prior.training.objectives import Gain, gain
 from ebm_prior.training.resume import require_shapes
 
@@ -81,12 +81,11 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         require_kinds(self)
-        if min(self.particles, self.held_out, self.moves, self.leapfrogs, self.settle, self.every) < 1:
-            raise ConfigurationError(f"expected positive numbers of draws, steps and iterations, found {self}")
-        if not (0 < self.step_size <= 2 and 0 < self.ess < 1 and 0 <= self.groupwise <= 1):
-            raise ConfigurationError(f"expected step_size in (0, 2], ess in (0, 1), groupwise in [0, 1], found {self}")
-        if not 0 <= self.bound < math.inf:
-            raise ConfigurationError(f"expected a bound of 0 (none) or more, found {self.bound}")
+        require_positive(self, "particles", "held_out", "moves", "leapfrogs", "settle", "every")
+        require(self, "step_size", 0 < self.step_size <= 2, "must be in (0, 2]")
+        require(self, "ess", 0 < self.ess < 1, "must be in (0, 1)")
+        require_shares(self, "groupwise")
+        require_not_negative(self, "bound")
 
     def suited(self, backbone: Backbone, parts: int) -> StageConfig:
         """These settings with no more draws than `DRAW_BYTES` hold.

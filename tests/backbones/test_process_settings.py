@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from tiny_nvae import tiny as tiny_nvae
 from toys import LinearGaussian
 from workshop import Workshop
 
+import ebm_prior
 from ebm_prior.data.images import from_dataset
 from ebm_prior.errors import ConfigurationError, ContractError
+from ebm_prior.evaluation.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.model.backbone import Backbone, LatentGroup
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import EBMPrior
@@ -127,9 +130,9 @@ def test_a_file_is_the_same_network_under_any_setting(tmp_path: Path, name: str,
     assert not any(p.is_inference() for p in found.parameters())
 
 
-def small_prior() -> EBMPrior:
+def small_prior(backbone: Backbone | None = None) -> EBMPrior:
     torch.manual_seed(0)
-    backbone = build(ShallowGenerator, SHAPE).eval().requires_grad_(False)
+    backbone = backbone or build(ShallowGenerator, SHAPE).eval().requires_grad_(False)
     energy = JointEnergy(backbone.groups, EnergyConfig(channels=4, hidden=8, joint=8))
     with torch.no_grad():
         for parameter in energy.parameters():
@@ -157,6 +160,72 @@ def test_a_prior_samples_and_scores_the_same_under_any_setting(tmp_path: Path, s
     assert not again.images.is_inference()
 
 
+# What a prior and a backbone compute for callers, of latents z and ε, and images.
+OF_PRIORS: dict[str, Callable[[EBMPrior, Any, Any, Any], Any]] = {
+    "f": lambda p, z, eps, _: p.f(z),
+    "f at eps": lambda p, z, eps, _: p.f(z, eps),
+    "potential": lambda p, z, eps, _: p.potential(eps),
+    "log_density": lambda p, z, eps, _: p.log_density(eps),
+    "log_prior": lambda p, z, eps, _: p.log_prior(z),
+    "log_normalizer": lambda p, *_: torch.tensor(p.log_normalizer(n=8, seed=1), dtype=torch.float64, device="cpu"),
+    "map_chunks": lambda p, *_: p.map_chunks(lambda part: part.images, 3, seed=1),
+    "sample": lambda p, *_: p.sample(3, seed=1),
+    "scores": lambda p, z, eps, images: [*p.scores(images, [Form(k=0), Form(k=1)], draws=2).values()],
+}
+OF_BACKBONES: dict[str, Callable[[Backbone, Any, Any, Any], Any]] = {
+    "transform": lambda b, z, eps, _: b.transform(eps).z,
+    "reparameterize": lambda b, z, eps, _: b.reparameterize(eps),
+    "standardize": lambda b, z, eps, _: b.standardize(z),
+    "log_prior": lambda b, z, eps, _: b.log_prior(z),
+    "given": lambda b, z, eps, _: b.given(z).log_prior,
+    "decode": lambda b, z, eps, _: b.decode(z).mean,
+    "infer": lambda b, z, eps, images: [*b.infer(images, noise=eps)[:4]],
+    "draw_posterior": lambda b, z, eps, images: b.draw_posterior(images, generator=generator()),
+    "sample": lambda b, *_: b.sample(3, generator=generator()),
+    "standard_normal": lambda b, *_: b.standard_normal(3, generator=generator()),
+}
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(2)
+
+
+def flat(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [tensor for part in value for tensor in flat(part)]
+
+
+def public(kind: type[Any], but: set[str]) -> set[str]:
+    return {name for name, member in vars(kind).items() if callable(member) and name[0] != "_"} - but
+
+
+def test_every_public_method_is_in_the_test_of_settings() -> None:
+    assert public(EBMPrior, {"to", "save", "load"}) == set(OF_PRIORS) - {"f at eps"}
+    contract = {"top_down", "encode", "likelihood", "observe", "for_inference", "checkpointing", "compiled", "trace"}
+    assert public(Backbone, contract | {"regularization"}) == set(OF_BACKBONES)
+
+
+@pytest.mark.parametrize("name", ["shallow", "nvae"])
+def test_every_number_is_the_same_under_any_setting(name: str) -> None:
+    """But for a backbone's single passes under autocast, which is a caller's way to say that they may be coarse."""
+    torch.manual_seed(0)
+    prior = small_prior(BACKBONES[name]().eval().requires_grad_(False))
+    images, drawn = torch.rand(3, *prior.backbone.image_shape, generator=generator()), prior.sample(3, seed=1)
+
+    def computed(setting: str) -> dict[str, list[torch.Tensor]]:
+        found = {f"prior.{of}": work(prior, drawn.z, drawn.eps, images) for of, work in OF_PRIORS.items()}
+        if setting != "autocast":
+            passes = OF_BACKBONES.items()
+            found |= {f"backbone.{of}": work(prior.backbone, drawn.z, drawn.eps, images) for of, work in passes}
+        return {of: flat(value) for of, value in found.items()}
+
+    expected, unequal = computed("none"), set[str]()
+    for setting in (each for each in SETTINGS if each != "threads"):
+        with SETTINGS[setting]():
+            found = computed(setting)
+        unequal |= {f"{of}, {setting}" for of in found if not all(map(torch.equal, expected[of], found[of]))}
+    assert unequal == set()
+
+
 def test_f_is_differentiated_where_the_caller_asks_for_it() -> None:
     prior = small_prior()
     z = [t.requires_grad_() for t in prior.sample(2).z]
@@ -179,6 +248,32 @@ def test_a_fit_is_the_same_under_any_setting(setting: str) -> None:
         found = fit(backbone, images, config)
     for a, b in zip(expected.energy.state_dict().values(), found.energy.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_library_fits_and_evaluates_the_same_under_any_setting(tmp_path: Path) -> None:
+    """From tensors, as a caller has them, by the functions of the front door."""
+    pixels, backbone = torch.rand(64, 1, 8, 8, generator=generator()), build(ShallowGenerator, SHAPE).eval()
+    network = tmp_path / "network.safetensors"
+    source = from_dataset([(image, index % 2) for index, image in enumerate(pixels)])
+    save_classifier(train_classifier(source, source, ClassifierConfig(epochs=1, width=4))[0], network)
+    small = {
+        "iterations": 2,
+        "batch_size": 8,
+        "evaluate_every": 2,
+        "held_out": 16,
+        "warmup": 0,
+        "energy": {"hidden": 8},
+    }
+
+    def computed() -> str:
+        prior = ebm_prior.fit(backbone, pixels, small)
+        found = ebm_prior.evaluate(prior, pixels, config={"samples": 32, "auc": False}, classifier=network)
+        return json.dumps(found, sort_keys=True)
+
+    expected = computed()
+    for setting in ("default device", "no grad", "autocast", "seed"):
+        with SETTINGS[setting]():
+            assert computed() == expected, setting
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.int64, torch.complex64])

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 import pytest
 from click.testing import CliRunner
+from workshop import Workshop
 
 from ebm_prior.cli.main import main
 from ebm_prior.cli.options import config_options
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, SettingError
+from ebm_prior.evaluation.classifier import ClassifierConfig
+from ebm_prior.evaluation.doctor import DoctorConfig
 from ebm_prior.evaluation.evaluate import EvalConfig
+from ebm_prior.evaluation.fid import FidConfig
+from ebm_prior.evaluation.gauge import GaugeConfig
+from ebm_prior.evaluation.outliers import OutlierConfig
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.settings import as_words, resolve, setting
+from ebm_prior.settings import as_words, every_setting, resolve, setting
 from ebm_prior.settings import settings as named
 from ebm_prior.training.fit_config import FitConfig, paper_preset
+from ebm_prior.training.joint_config import JointConfig
 from ebm_prior.training.pretrain_config import PretrainConfig
 from ebm_prior.training.stages import StageConfig
 
@@ -300,3 +308,50 @@ def test_settings_have_the_names_of_options() -> None:
         "hidden": 7,
         "seed": 0,
     }
+
+
+# Values out of their range.
+
+
+def numbers(kind: type[Any]) -> list[tuple[str, Any]]:
+    """Every setting that is a number, or has several, with values that make no sense."""
+    found: list[tuple[str, Any]] = []
+    for name, hint, *_ in every_setting(kind, ()):
+        parts = get_args(hint) if get_origin(hint) is tuple else (hint,)
+        for wrong in {int: (-7,), float: (-7.0, -0.5, math.nan, math.inf)}.get(parts[0], ()):
+            found.append((name, (wrong,) * len(parts) if get_origin(hint) is tuple else wrong))
+    return found
+
+
+CONFIGURATIONS = (
+    *(FitConfig, PretrainConfig, JointConfig, GaugeConfig, ClassifierConfig),
+    *(EvalConfig, FidConfig, DoctorConfig, OutlierConfig),
+)
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_a_value_out_of_range_names_its_setting_alone(kind: type[Any]) -> None:
+    assert numbers(kind)
+    for name, wrong in numbers(kind):
+        with pytest.raises(SettingError) as caught:
+            resolve(kind(), {name: wrong})
+        assert caught.value.name == name
+        assert re.fullmatch(rf"{name} must [^_]*, found (-7|-7\.0|-0\.5|nan|inf)", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["fit", "--stage-ess", 7], "--stage-ess"),
+        (["fit", "--energy-dropout", 7], "--energy-dropout"),
+        (["fit", "--sampler-steps", -7], "--sampler-steps"),
+        (["fit", "--objective", "mle", "--chain-step-size", 7], "--chain-step-size"),
+        (["fit", "--held-out", -7], "--held-out"),
+        (["train", "--prior-chain-step-size", 7], "--prior-chain-step-size"),
+        (["pretrain", "--kl-warmup", 7], "--kl-warmup"),
+    ],
+)
+def test_the_command_line_names_the_option(workshop: Workshop, tmp_path: Path, words: list[Any], option: str) -> None:
+    data = ["--data", workshop.images, "--ckpt", workshop.backbone, "--out", tmp_path / "out"]
+    assert workshop.error(*words, *data).startswith(f"ebm-prior: error: {option} must be ")
+    assert not (tmp_path / "out").exists()

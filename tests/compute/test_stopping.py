@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +72,75 @@ def test_what_is_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def stopped_after(work: Callable[[], object]) -> None:
+    with stoppable():
+        work()
+        time.sleep(10)
+
+
+def test_one_that_comes_during_an_import_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a library in C would, the module takes whatever is raised in it for its own failure."""
+    text = "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept BaseException: raise ImportError('broken')"
+    (tmp_path / "slow_import.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    alarm = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Stopped) as caught:
+        stopped_after(lambda: importlib.import_module("slow_import"))
+    assert caught.value.signal == signal.SIGINT
+    assert "slow_import" in sys.modules
+    assert signal.getsignal(signal.SIGALRM) is alarm
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_one_that_comes_while_an_object_ends_is_not_lost() -> None:
+    class Ending:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        stopped_after(Ending)
+
+
+PROGRAM = """
+import atexit, signal, sys
+from ebm_prior.compute.stopping import begun, program, stoppable
+from ebm_prior.errors import Stopped
+moment, number = sys.argv[1], int(sys.argv[2])
+def now(name):
+    if moment == name:
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+atexit.register(now, "the end")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with program():
+        now("the imports")
+        with stoppable():
+            now("the command's imports")
+            begun()
+            now("the work")
+        now("the result")
+except Stopped as stopped:
+    sys.exit(f"stopped by {stopped.signal}")
+now("the rest")
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("moments", "said"),
+    [
+        (("the imports", "the command's imports"), b"ebm-prior: stopped\n"),
+        (("the work",), b"stopped by %d\n"),
+        (("the result", "the rest", "the end"), b""),
+    ],
+)
+def test_a_program_is_stopped_at_any_moment(moments: tuple[str, ...], said: bytes, number: signal.Signals) -> None:
+    """Before its work has begun, within it, and when all is done, where nothing can be stopped any more."""
+    for moment in moments:
+        command = [sys.executable, "-c", PROGRAM, moment, str(int(number))]
+        done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[2], check=False)
+        assert done.stderr == (said % number if b"%" in said else said), moment
+        assert done.returncode == (128 + number if said.startswith(b"ebm") else int(bool(said)))

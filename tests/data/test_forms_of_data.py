@@ -163,6 +163,9 @@ def test_one_of_several_arrays(tmp_path: Path) -> None:
     unclear = write_npz(tmp_path / "b.npz", day=GREY, night=GREY)
     with pytest.raises(DataError, match=r"found the keys day, night; choose one with --array KEY"):
         open_images(unclear)
+    many = write_npz(tmp_path / "c.npz", **{f"day{number}": GREY for number in range(50)})
+    with pytest.raises(DataError, match=r"found the keys day0, .*, day9 and 40 more; choose one with --array KEY"):
+        open_images(many)
 
 
 def test_an_array_of_what_has_none(tmp_path: Path) -> None:

@@ -110,6 +110,27 @@ def test_damaged_statistics_are_refused(source: ImageSource, tmp_path: Path) -> 
         reference_statistics(source, "train", stand_in(), cache_dir=tmp_path)
 
 
+def test_no_flipped_bit_of_cached_statistics_changes_a_number(source: ImageSource, tmp_path: Path) -> None:
+    """Of 300, half of them in the zip's own directory: each is noticed, or is of something that is not read."""
+    whole = reference_statistics(source, "train", stand_in(), cache_dir=tmp_path)
+    content, random, noticed = whole.path.read_bytes(), np.random.default_rng(0), 0
+    directory = content.index(b"PK\1\2")
+    places = [*random.integers(0, directory, 150), *random.integers(directory, len(content), 150)]
+    for place, bit in zip(places, random.integers(0, 8, 300), strict=True):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << bit
+        whole.path.write_bytes(flipped)
+        try:
+            found = reference_statistics(source, "train", stand_in(), cache_dir=tmp_path)
+        except CheckpointError as error:
+            assert "delete it, and it will be computed again" in str(error)  # noqa: PT017 (it need not be raised)
+            noticed += 1
+        else:
+            assert found.moments.digest == whole.moments.digest
+            assert torch.equal(found.features, whole.features)
+    assert noticed > 150
+
+
 def test_the_figures_are_those_of_the_samples(
     workshop: Workshop, fitted: Path, images: ImageSource, tmp_path: Path
 ) -> None:

@@ -233,6 +233,17 @@ def test_download_is_verified_and_cached(torchscript, tmp_path, monkeypatch):
         load_inception()
 
 
+def test_every_flipped_bit_of_downloaded_weights_is_noticed(torchscript, tmp_path, monkeypatch):
+    content, random = torchscript.read_bytes(), np.random.default_rng(0)
+    monkeypatch.setitem(OFFICIAL, "clean", Weights("stand-in.pt", 1, hashlib.sha256(content).hexdigest()))
+    for place, bit in zip(random.integers(0, len(content), 100), random.integers(0, 8, 100), strict=True):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << bit
+        (tmp_path / "stand-in.pt").write_bytes(flipped)
+        with pytest.raises(CheckpointError, match=r"damaged: expected SHA-256 .*Delete it"):
+            load_inception(cache_dir=tmp_path)
+
+
 def test_offline_download_says_what_to_do(tmp_path, monkeypatch):
     def urlopen(url, timeout):
         raise urllib.error.URLError("no route to host")

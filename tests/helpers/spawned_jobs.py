@@ -16,4 +16,6 @@ def fail_or_leave_a_mark(path: Path, fails: bool) -> None:
 
 
 def kill() -> None:
+    if signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        raise AssertionError("a job hears Ctrl-C, which is its parent's to hear")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from ebm_prior.cli.main import main
+from ebm_prior.__main__ import main
 from ebm_prior.training import loop
 
 if __name__ == "__main__":

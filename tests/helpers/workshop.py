@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click.testing
+import numpy as np
+from toys import LinearGaussian, ToyConv
 
 from ebm_prior.cli.main import main
+from ebm_prior.storage.checkpoint import save_backbone
 
 HELPERS = Path(__file__).resolve().parent
 
@@ -59,3 +62,29 @@ class Workshop(NamedTuple):
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *(str(a) for a in arguments)]
         return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.PIPE)
+
+
+def build(folder: Path) -> Workshop:
+    """A workshop in the empty `folder`, which is put into the path of imports."""
+    info = folder / "toys-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
+    points = "[ebm_prior.backbones]\ntoy = toys:ToyConv\nlinear = toys:LinearGaussian\nbroken = toys_nowhere:Nothing\n"
+    points += "".join(f"{name} = third_party:{kind}\n" for name, kind in THIRD_PARTY.items())
+    (info / "entry_points.txt").write_text(points)
+    sys.path.insert(0, str(folder))
+    random = np.random.default_rng(0)
+
+    def images(n: int) -> np.ndarray:
+        ramp = np.linspace(0, 255, 8)[:, None] * random.random((n, 1, 1)) + np.zeros(8)
+        return np.clip(ramp + random.normal(0, 20, (n, 8, 8)), 0, 255).astype(np.uint8)
+
+    pixels = images(120)
+    np.save(folder / "images.npy", pixels)
+    data_root = folder / "data"
+    data_root.mkdir()
+    np.savez(data_root / "mnist.npz", x_train=pixels, x_test=images(60))
+    backbone = folder / "toy.safetensors"
+    save_backbone(ToyConv(), backbone, record={"data": {"name": "mnist/train", "images": 120}})
+    save_backbone(LinearGaussian(), folder / "linear.safetensors")
+    return Workshop(folder, backbone, folder / "images.npy", data_root)

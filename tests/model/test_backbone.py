@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from toys import LinearGaussian, ToyConv
 from ebm_prior.compute.randomness import BlockGenerator, derived_generator
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.model.backbone import Backbone, Gaussian
+from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.prior import EBMPrior
+from ebm_prior.model.samplers import draw, start
 
 TOYS = [LinearGaussian, ToyConv]
 
@@ -147,25 +152,56 @@ def test_a_gaussian_is_the_product_of_its_entries(broadcast: bool) -> None:
     torch.testing.assert_close(Gaussian(mean, std).standardize(z), (z - mean) / std)
 
 
-def test_latents_of_the_wrong_shape_are_named() -> None:
+# Latents of the wrong shape, made of right ones, and what is said of them.
+WRONG: dict[str, tuple[Callable[[list[Tensor]], Any], str]] = {
+    "a group is missing": (lambda e: e[:2], r"found 2 tensors: \(6, 4\), \(6, 2, 1, 1\)$"),
+    "a group too many": (lambda e: [*e, e[0]], r"found 4 tensors: \(6, 4\), "),
+    "bottom first": (lambda e: e[::-1], r"dense has \(6, 3, 4, 4\).*they are in reverse order"),
+    "another batch": (lambda e: [e[0], e[1], e[2][:3]], "with one B; found B = 6, 6, 3$"),
+    "an axis more": (lambda e: [e[0][:, :, None], *e[1:]], r"found that dense has \(6, 4, 1\)$"),
+    "an axis less": (lambda e: [e[0], e[1][:, 0], e[2]], r"found that point has \(6, 1, 1\)$"),
+    "one draw": (lambda e: [each[0] for each in e], r"dense has \(4,\), point has \(2, 1, 1\), conv has \(3, 4, 4\)$"),
+    "two of them": (lambda e: [e[0][:, :3], e[1], e[2][..., :2]], r"dense has \(6, 3\), conv has \(6, 3, 4, 2\)$"),
+    "no axis": (lambda e: [e[0].sum(), *e[1:]], r"found that dense has \(\)$"),
+    "one tensor": (lambda e: e[0], r"found a float64 tensor of shape \(6, 4\)$"),
+    "lists": (lambda e: [e[0].tolist(), *e[1:]], "number 0 is a list$"),
+    "nothing": (lambda _: None, "found None$"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_latents_of_the_wrong_shape_are_named(mistake: str) -> None:
+    """By every pass of a backbone, every function of a prior, and the chains on it."""
     backbone = toy(ToyConv)
-    eps = eps_of(backbone)
-    wrong = [
-        eps[:2],  # a group is missing
-        eps[::-1],  # bottom first
-        [eps[0], eps[1], eps[2][:3]],  # other batch
-        [eps[0][:, :, None], eps[1], eps[2]],
+    prior = EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig(channels=4, hidden=8, joint=8)))
+    make, said = WRONG[mistake]
+    wrong = make(eps_of(backbone))
+    calls: list[Callable[[Any], object]] = [
+        *(backbone.transform, backbone.reparameterize, backbone.standardize, backbone.log_prior, backbone.decode),
+        *(backbone.given, prior.f, prior.potential, prior.log_density, prior.log_prior),
     ]
-    for z in wrong:
-        for call in (backbone.reparameterize, backbone.standardize, backbone.log_prior, backbone.decode):
-            with pytest.raises(
-                ConfigurationError, match=r"expected one tensor per latent group.*'dense', \(4,\).*found"
-            ):
-                call(z)
-    with pytest.raises(ConfigurationError, match="noise: expected one tensor per latent group"):
-        backbone.infer(pictures(backbone), noise=eps[:2])
-    with pytest.raises(ConfigurationError, match=r"expected images of shape \(B, \(1, 8, 8\)\), found \(6, 1, 8, 9\)"):
-        backbone.infer(torch.rand(6, 1, 8, 9, dtype=torch.float64))
+    if wrong is not None:  # which these take for what is not known yet
+        calls.append(lambda eps: prior.f(eps_of(backbone), eps))
+        calls.append(lambda noise: backbone.infer(pictures(backbone), noise=noise))
+    if isinstance(wrong, list) and all(isinstance(each, Tensor) for each in wrong):
+        calls += [
+            lambda eps: start(prior.potential, eps),
+            lambda eps: draw(prior.potential, lambda: eps, prior.sampler),
+        ]
+    for call in calls:
+        with pytest.raises(
+            ConfigurationError, match="^(z|eps|noise): expected a list of one tensor per .*" + said
+        ) as caught:
+            call(wrong)
+        assert "dense (B, 4), point (B, 2, 1, 1), conv (B, 3, 4, 4)" in str(caught.value)
+
+
+@pytest.mark.parametrize("of", ["infer", "draw_posterior"])
+def test_images_of_the_wrong_shape_are_named(of: str) -> None:
+    use = getattr(toy(ToyConv), of)
+    for wrong, said in ((torch.rand(6, 1, 8, 9), r"\(6, 1, 8, 9\)"), (torch.tensor(1.0), r"\(\)"), (None, "None")):
+        with pytest.raises(ConfigurationError, match=rf"expected images of shape \(B, \(1, 8, 8\)\), found {said}$"):
+            use(wrong)
 
 
 def test_an_adapter_without_an_official_format_says_so() -> None:

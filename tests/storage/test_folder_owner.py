@@ -76,6 +76,47 @@ def test_a_lock_lives_as_long_as_its_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / LOCK).exists()
 
 
+def test_another_thread_is_refused_as_another_process_is(tmp_path: Path) -> None:
+    """Of many that come at once one wins; the winner's own thread may come again, and others when it has ended."""
+    start, finish = threading.Barrier(8), threading.Event()
+    said: list[str] = []
+
+    def work() -> None:
+        start.wait()
+        try:
+            with owned(tmp_path), owned(tmp_path):
+                finish.wait(20)
+            said.append("done")
+        except OutputError as error:
+            said.append(str(error))
+            if len(said) == 7:
+                finish.set()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said[-1] == "done"
+    assert len(said) == 8
+    assert all(f"in use by another thread of this process ({os.getpid()}, Thread-" in each for each in said[:7])
+    assert all("since 20" in each for each in said[:7])
+    with owned(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_thread_that_has_ended_is_no_obstacle(tmp_path: Path) -> None:
+    holds: list[Hold] = []
+    thread = threading.Thread(target=lambda: holds.append(Hold(tmp_path)))
+    thread.start()
+    thread.join()
+    holds.append(Hold(tmp_path))
+    for hold in holds:
+        hold.leave()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_made_for_nothing_goes(tmp_path: Path) -> None:
     with owned(tmp_path / "new"):
         assert (tmp_path / "new").is_dir()

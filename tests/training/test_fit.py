@@ -147,7 +147,7 @@ def test_patience_ends_a_run_without_progress(
         ({"learning_rate": math.inf}, "learning_rate must be positive, found inf"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), found 1.0"),
         ({"betas": (0.9, 1.5)}, r"betas must be in \[0, 1\), found 1.5"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and not negative"),
         ({"refresh": 2.0}, "refresh must be in"),
         ({"objective": "nec"}, "objective must be nce or mle, found 'nec'"),
         ({"optimizer": "sgd"}, "optimizer must be adamw or adam"),

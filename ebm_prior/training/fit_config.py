@@ -89,7 +89,7 @@ class FitConfig:
         require_kinds(self)
         require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")
         most, draws = min(self.batch_size, self.stage.particles), self.stage.particles
-        parts = f"must divide the batch_size of {self.batch_size} and be at most the {draws} stage particles"
+        parts = f"must divide the batch of {self.batch_size} and be at most the {draws} draws of stages"
         require(self, "parts", 1 <= self.parts <= most and self.batch_size % self.parts == 0, parts)
         require_shares(self, "ema", "ess_floor", "betas", open=True)
         require_not_negative(self, "warmup", "weight_decay", "penalty")

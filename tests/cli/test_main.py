@@ -232,7 +232,7 @@ def test_an_architecture_is_a_file_or_that_of_a_bundled_backbone(workshop: Works
 def test_pretraining_goes_on_from_trained_weights(workshop: Workshop, tmp_path: Path) -> None:
     words = ("pretrain", "--data", workshop.images, "--iterations", 1, "--batch-size", 8, "--out", tmp_path / "run")
     both = workshop.run(*words, "--ckpt", workshop.backbone, "--architecture", "hvae_fashion_mnist", code=2).stderr
-    assert "leave --architecture out" in both
+    assert "leave out --architecture" in both
     assert "--backbone, or --ckpt" in workshop.run(*words, code=2).stderr
     workshop.run(*words, "--ckpt", workshop.backbone, "--learning-rate", 1e-12)
     trained = tmp_path / "run" / "backbone.safetensors"

@@ -114,7 +114,7 @@ def test_one_process_is_the_identity() -> None:
 
 @pytest.mark.parametrize("change", [{"parts": 3}, {"parts": 16}, {"parts": 0}])
 def test_parts_divide_the_batch(change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="parts that divide the batch_size"):
+    with pytest.raises(ConfigurationError, match="parts must divide the batch of"):
         small(**change)
 
 

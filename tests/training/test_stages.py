@@ -197,5 +197,6 @@ def test_a_refiner_is_not_staged(backbone: Backbone, images: ImageSource) -> Non
 
 @pytest.mark.parametrize("change", [{"particles": 0}, {"moves": 0}, {"ess": 1.0}, {"step_size": 3.0}, {"bound": -1.0}])
 def test_impossible_stages(change: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="expected"):
+    (name,) = change
+    with pytest.raises(ConfigurationError, match=f"{name} must be .*, found {change[name]}"):
         StageConfig(**change)

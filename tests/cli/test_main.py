@@ -233,7 +233,7 @@ def test_pretraining_goes_on_from_trained_weights(workshop: Workshop, tmp_path: 
     words = ("pretrain", "--data", workshop.images, "--iterations", 1, "--batch-size", 8, "--out", tmp_path / "run")
     both = workshop.run(*words, "--ckpt", workshop.backbone, "--architecture", "hvae_fashion_mnist", code=2).stderr
     assert "leave out --architecture" in both
-    assert "--backbone, or --ckpt" in workshop.run(*words, code=2).stderr
+    assert "pass --backbone to train a new one, or --ckpt" in workshop.run(*words, code=2).stderr
     workshop.run(*words, "--ckpt", workshop.backbone, "--learning-rate", 1e-12)
     trained = tmp_path / "run" / "backbone.safetensors"
     before, after = (load_backbone(None, str(path)).state_dict() for path in (workshop.backbone, trained))

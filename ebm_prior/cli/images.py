@@ -55,6 +55,7 @@ class Opener:
         """
         if self.memory is None:
             spec = otherwise()
+            click.echo(f"images: {spec}, which its record names (--data takes others)", err=True)
             return [self.typed(spec, split=split, image_shape=shape) for split in splits]
         found = [self.memory.open(split, data_root=self.data_root, download=self.download) for split in splits]
         origin = found[0].origin
@@ -63,6 +64,12 @@ class Opener:
         for source in found:
             say_remarks(source)
         return found
+
+    def training(self, spec: str | None, *, otherwise: Callable[[], str], shape: Shape) -> ImageSource:
+        """Open the training images `spec` of the command line, or those of `own` where it names none."""
+        if spec is not None:
+            return self.typed(spec, split="train", image_shape=shape)
+        return self.own("train", otherwise=otherwise, shape=shape)[0]
 
     def held_out(self, *, otherwise: Callable[[], str], shape: Shape, option: str = "--data") -> list[ImageSource]:
         """The test and the training images of `own`; `option` is the option by which a user names other images.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from click.core import ParameterSource
 
 from ebm_prior.cli import dry_run as dry
 from ebm_prior.cli.help import Command
+from ebm_prior.cli.images import Opener
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.preflight import for_fit
 from ebm_prior.cli.progress import Bar
@@ -41,6 +43,7 @@ from ebm_prior.evaluation.classifier import ClassifierConfig, save_classifier, t
 from ebm_prior.model.passes import Passes
 from ebm_prior.reports import summaries
 from ebm_prior.runs.backbones import new_backbone, new_network, own_data
+from ebm_prior.runs.data import of_backbone, remembered
 from ebm_prior.runs.fit import fit_into, named_energy
 from ebm_prior.runs.pretrain import pretrain_into
 from ebm_prior.runs.train import train_into
@@ -140,10 +143,10 @@ def fit(
     if bn_readjust and passes.dtype == torch.bfloat16:
         raise click.UsageError("--bn-readjust computes in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
-    if data is None:
-        data = own_data(checkpoint, backbone)
-        click.echo(f"images: {data}, on which {checkpoint} was trained (--data takes others)", err=True)
-    images = open_images(data, data_root=data_root, download=download, image_shape=backbone.image_shape)
+    memory = (remembered(out) if resume and out is not None else None) or of_backbone(checkpoint, backbone)
+    images = Opener(data_root, download, memory).training(
+        data, otherwise=partial(own_data, checkpoint, backbone), shape=backbone.image_shape
+    )
     if dry_run:
         return dry.fit(backbone, images, config, passes, out, as_json)
     own = None if energy is None else named_energy(energy, backbone, config.seed)

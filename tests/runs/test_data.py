@@ -65,6 +65,9 @@ def test_the_data_root_is_typed_once(
         ]
 
     assert measured() == ["mnist/test", "mnist/test", "mnist/test", "kmnist/test"]
+    again = workshop.run("fit", "--ckpt", workshop.backbone, *small_options, "--out", "runs/again")
+    assert "as runs/mine remembers them" in again.stderr
+    assert Path("runs/again/prior.safetensors").read_bytes() == Path(prior).read_bytes()
     assert "report.html" in workshop.run("report", "runs/mine").stdout
     # With the root elsewhere, the folder that moved along with the run tells where; alone, it is told once more.
     shutil.move(home.parent, tmp_path / "other")

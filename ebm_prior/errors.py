@@ -30,6 +30,10 @@ class SettingError(ConfigurationError):
         super().__init__(f"{name} {says}")
         self.name, self.says = name, says
 
+    def __reduce__(self) -> tuple[type[SettingError], tuple[str, str]]:
+        """For another process: an exception is otherwise made anew from its message alone."""
+        return type(self), (self.name, self.says)
+
 
 class CheckpointError(EbmPriorError):
     """A weights file is missing, damaged, unsafe, or not of the format asked for."""
@@ -92,6 +96,10 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal: int, saved: int | None = None) -> None:
         super().__init__(f"stopped by signal {signal}")
         self.signal, self.saved = signal, saved
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int, int | None]]:
+        """For another process, as in SettingError."""
+        return type(self), (self.signal, self.saved)
 
 
 # Words of the messages.

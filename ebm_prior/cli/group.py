@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from ebm_prior.compute.stopping import begun, ignore_signals_at_exit, stoppable
+from ebm_prior.compute.stopping import begun, stoppable
 from ebm_prior.errors import DivergenceError, EbmPriorError, SettingError, Stopped
 from ebm_prior.plain import printable
 
@@ -85,7 +85,6 @@ class Group(click.Group):
             with stoppable(_say_that_it_will_stop):
                 return super().invoke(ctx)
         except Stopped as stopped:
-            ignore_signals_at_exit()
             if getattr(ctx.obj, "first", True):  # of several processes, all of which have stopped after the same step
                 complain(_way_on(ctx, stopped))
             ctx.exit(128 + stopped.signal)

@@ -23,7 +23,8 @@ def isolated(*, grad: bool | None = None) -> Iterator[None]:
 
     Default dtype float32, default device cpu, neither inference mode nor autocast; deterministic mode only warns where
     an operation has no such implementation; torch's global random state is restored. `grad`: whether gradients are
-    recorded; None keeps the caller's choice, with inference mode counted as no. Can be used as a decorator too.
+    recorded; None keeps the caller's choice, with inference mode counted as no. Can be used as a decorator too. These
+    settings belong to the process: one thread at a time may be inside, or the results of both are in doubt.
     """
     with contextlib.ExitStack() as stack:
         _modes(stack, grad)

@@ -7,12 +7,12 @@ library must not change how its caller is stopped.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -30,6 +30,7 @@ class Wish:
 
 
 _granted: list[Wish] = []  # requests that running work will check, the innermost last
+_heard_at_the_end = False  # whether a signal has come since the work of a `program` was done
 _starting = False  # whether this is a `program` whose work has not begun
 
 
@@ -39,7 +40,8 @@ def program() -> Iterator[None]:
 
     Until its work has `begun` there is nothing to put in order, and the process ends there and then with one line:
     an exception would land in the midst of an import, of torch most often, which may take it for a failure of its own.
-    Afterwards `stoppable` says what happens. Signals that come after it, when all is done, change nothing.
+    Afterwards `stoppable` says what happens. When all is done, a first signal changes nothing, and a second one ends a
+    process that does not come to its end.
     """
     global _starting
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -50,8 +52,6 @@ def program() -> Iterator[None]:
         yield
     finally:
         _starting = False
-        for number in heard:
-            signal.signal(number, signal.SIG_IGN)
 
 
 def begun() -> None:
@@ -61,11 +61,13 @@ def begun() -> None:
 
 
 def _outside(number: int, _: FrameType | None) -> None:
-    if _starting:
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
-            with contextlib.suppress(OSError):
-                os.write(2, b"ebm-prior: stopped\n")
+    global _heard_at_the_end
+    if _starting and os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        with contextlib.suppress(OSError):
+            os.write(2, b"ebm-prior: stopped\n")
+    if _starting or _heard_at_the_end:
         os._exit(128 + number)
+    _heard_at_the_end = True
 
 
 @contextlib.contextmanager
@@ -79,7 +81,7 @@ def stoppable(on_wish: Callable[[], object] = lambda: None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    imports, alarm = _imports(sys._getframe()), list[Any]()
+    deaf, alarm = _deaf_calls(sys._getframe()), list[Any]()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if _starting:
@@ -87,7 +89,7 @@ def stoppable(on_wish: Callable[[], object] = lambda: None) -> Iterator[None]:
         elif _granted and _granted[-1].signal is None:
             _granted[-1].signal = number
             on_wish()
-        elif _imports(frame) > imports:
+        elif _deaf_calls(frame) > deaf and hasattr(signal, "SIGALRM"):  # which Windows lacks
             before = signal.signal(signal.SIGALRM, lambda _, frame: handle(number, frame))
             alarm[:] = alarm or [before]
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
@@ -108,12 +110,13 @@ def stoppable(on_wish: Callable[[], object] = lambda: None) -> Iterator[None]:
             signal.signal(signal.SIGALRM, alarm[0] or signal.SIG_DFL)
 
 
-def _imports(frame: FrameType | None) -> int:
-    """How many calls of the import system, and of `__del__`, in which nothing can be raised, are under way."""
+def _deaf_calls(frame: FrameType | None) -> int:
+    """The number of calls under way in which nothing should be raised: imports, `__del__` and weakref's finalizers."""
     count = 0
     while frame is not None:
         code = frame.f_code
-        count += code.co_filename.startswith("<frozen importlib") or code.co_name == "__del__"
+        importing, finalizing = code.co_filename.startswith("<frozen importlib"), code.co_filename == weakref.__file__
+        count += importing or finalizing or code.co_name == "__del__"
         frame = frame.f_back
     return count
 
@@ -133,8 +136,3 @@ def wish_granted(able: bool = True) -> Iterator[Wish]:
         yield wish
     finally:
         _granted.remove(wish)
-
-
-def ignore_signals_at_exit() -> None:
-    """For a program that has stopped: a further signal does not end the interpreter with a traceback."""
-    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])

@@ -57,7 +57,7 @@ class _Lock:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path, self.pid = folder, folder / LOCK, os.getpid()
         self.thread, self.since = threading.current_thread(), _now()
-        self.token, self.count = secrets.token_hex(8), 0
+        self.token, self.count = secrets.token_hex(8), 1
         self._ended = threading.Event()
         self.made = not folder.exists()
         try:
@@ -80,6 +80,7 @@ class _Lock:
         try:
             with os.fdopen(descriptor, "w") as file:
                 file.write(json.dumps(record, sort_keys=True) + "\n")
+            os.chmod(whole_file, 0o644)  # other users of the folder are told whose lock it is
             for _ in range(100):  # each time another process was quicker to take or to leave it
                 if _link(whole_file, self.path):
                     return
@@ -105,7 +106,10 @@ class _Lock:
 
     def require(self) -> None:
         """Touch the lock. Raises OutputError where another process has taken the folder, taking this one for dead."""
-        found = _read(self.path, now=0.0)
+        try:
+            found = _read(self.path, now=0.0)
+        except OSError as error:
+            raise OutputError(f"the lock of {self.folder} cannot be read: {error.strerror or error}") from error
         if found is None or found.token != self.token:
             held = "somebody has removed its lock" if found is None else _in_use(self.folder, found)
             raise OutputError(f"{self.folder} is no longer locked by this process, which therefore stops: {held}")
@@ -122,8 +126,8 @@ class _Lock:
         self._ended.set()
         if self.pid != os.getpid():  # a child of the owner
             return
-        found = _read(self.path, now=0.0)
         with contextlib.suppress(OSError):
+            found = _read(self.path, now=0.0)
             if found is not None and found.token == self.token:
                 os.unlink(self.path)
             if self.made:
@@ -144,29 +148,46 @@ class Hold:
     def __init__(self, folder: Path, *, advice: str | None = None) -> None:
         self._key = os.path.realpath(folder)
         with _GUARD:
-            lock = _HELD.get(self._key)
-            fresh = lock is None or lock.pid != os.getpid()
-            if lock is None or fresh:
-                lock = _HELD[self._key] = _Lock(Path(folder))
-                remove_leftovers(Path(folder))
-            elif lock.thread is not threading.current_thread() and lock.thread.is_alive():
-                raise OutputError(
-                    f"{folder} is in use by another thread of this process ({lock.pid}, {lock.thread.name}) since "
-                    f"{lock.since}: {_ONE_RUN}"
-                )
-            lock.count += 1
-        # Whoever holds the guard must not wait for a thread to start: the garbage collector may run in the new thread,
-        # and let go of a Hold that nobody has any more, for which the guard is needed.
-        if fresh:
-            lock.keep_touched()
-        self._lock = lock
-        if advice is not None:
-            advise(Path(folder), advice)
-        self.leave = weakref.finalize(self, _leave, self._key, lock)
+            self._lock, fresh = _locked(self._key, Path(folder))
+        self.leave = weakref.finalize(self, _leave, self._key, self._lock)
+        try:
+            # Whoever holds the guard must not wait for a thread to start: the garbage collector may run in the new
+            # thread, and let go of a Hold that nobody has any more, for which the guard is needed.
+            if fresh:
+                self._lock.keep_touched()
+            if advice is not None:
+                advise(Path(folder), advice)
+        except BaseException:
+            self.leave()
+            raise
 
     def require(self) -> None:
         """Renew the lock. Raises OutputError where another process has taken over the folder."""
         self._lock.require()
+
+
+def _locked(key: str, folder: Path) -> tuple[_Lock, bool]:
+    """The lock of a folder, held once more by this thread, and whether it is a new one. Raises OutputError."""
+    lock = _HELD.get(key)
+    if lock is not None and lock.pid == os.getpid():
+        lock.count += 1  # now the garbage collector, which may let go of an abandoned Hold at any line, leaves it
+        if _HELD.get(key) is lock:  # it did not happen on the line before
+            if lock.thread is not threading.current_thread():
+                if lock.thread.is_alive():
+                    _leave(key, lock)
+                    raise OutputError(
+                        f"{folder} is in use by another thread of this process ({lock.pid}, {lock.thread.name}) since "
+                        f"{lock.since}: {_ONE_RUN}"
+                    )
+                lock.thread, lock.since = threading.current_thread(), _now()
+            return lock, False
+    lock = _HELD[key] = _Lock(folder)
+    try:
+        remove_leftovers(folder)
+    except BaseException:
+        _leave(key, lock)
+        raise
+    return lock, True
 
 
 def _leave(key: str, lock: _Lock) -> None:

@@ -132,6 +132,8 @@ class _Inspection:
         found: list[str] = []
         try:
             found.extend(check(*args, **kwargs))
+        except (MemoryError, torch.OutOfMemoryError):  # says nothing of the adapter
+            raise
         except Exception as error:
             # Most checks run in float64, which reveals hard-coded dtypes.
             hint = "; new tensors must take dtype and device from a parameter" if TYPES.search(str(error)) else ""

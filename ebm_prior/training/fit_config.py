@@ -8,7 +8,7 @@ from typing import Literal
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import Regime, Target
-from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
+from ebm_prior.model.samplers import MOST_STEPS, SamplerChanges, SamplerConfig
 from ebm_prior.settings import (
     require,
     require_kinds,
@@ -132,9 +132,11 @@ class FitConfig:
         For a calibrated prior it starts from the exact default; for a refiner, as published, from the training chain
         with twice its steps.
         """
-        longer = replace(self.chain, steps=2 * self.chain.steps)
+        start = SamplerConfig()
+        if self.regime != "calibrated":
+            start = replace(self.chain, steps=min(MOST_STEPS, 2 * self.chain.steps))
         with within("sampler"):
-            return self.sampler.of(SamplerConfig() if self.regime == "calibrated" else longer)
+            return self.sampler.of(start)
 
 
 def paper_preset() -> FitConfig:

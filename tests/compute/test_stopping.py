@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,24 +95,31 @@ def test_one_that_comes_during_an_import_waits_for_its_end(tmp_path: Path, monke
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-def test_one_that_comes_while_an_object_ends_is_not_lost() -> None:
-    class Ending:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
+class Ending:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
 
+
+class Finalized:
+    def __init__(self) -> None:
+        weakref.finalize(self, signal.raise_signal, signal.SIGINT)
+
+
+@pytest.mark.parametrize("kind", [Ending, Finalized])
+def test_one_that_comes_while_an_object_ends_is_not_lost(kind: type[object]) -> None:
     with pytest.raises(Stopped):
-        stopped_after(Ending)
+        stopped_after(kind)
 
 
 PROGRAM = """
 import atexit, signal, sys
 from ebm_prior.compute.stopping import begun, program, stoppable
 from ebm_prior.errors import Stopped
-moment, number = sys.argv[1], int(sys.argv[2])
+moment, number, times = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 def now(name):
     if moment == name:
-        signal.raise_signal(number)
-        signal.raise_signal(number)
+        for _ in range(times):
+            signal.raise_signal(number)
 atexit.register(now, "the end")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
@@ -130,17 +138,20 @@ now("the rest")
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
-    ("moments", "said"),
+    ("moments", "times", "said", "code"),
     [
-        (("the imports", "the command's imports"), b"ebm-prior: stopped\n"),
-        (("the work",), b"stopped by %d\n"),
-        (("the result", "the rest", "the end"), b""),
+        (("the imports", "the command's imports"), 2, b"ebm-prior: stopped\n", None),
+        (("the work",), 2, b"stopped by %d\n", 1),
+        (("the result", "the rest", "the end"), 1, b"", 0),
+        (("the end",), 2, b"", None),
     ],
 )
-def test_a_program_is_stopped_at_any_moment(moments: tuple[str, ...], said: bytes, number: signal.Signals) -> None:
-    """Before its work has begun, within it, and when all is done, where nothing can be stopped any more."""
+def test_a_program_is_stopped_at_any_moment(
+    moments: tuple[str, ...], times: int, said: bytes, code: int | None, number: signal.Signals
+) -> None:
+    """Before its work has begun, within it, and when all is done, where a second signal ends what hangs."""
     for moment in moments:
-        command = [sys.executable, "-c", PROGRAM, moment, str(int(number))]
+        command = [sys.executable, "-c", PROGRAM, moment, str(int(number)), str(times)]
         done = subprocess.run(command, capture_output=True, cwd=Path(__file__).parents[2], check=False)
         assert done.stderr == (said % number if b"%" in said else said), moment
-        assert done.returncode == (128 + number if said.startswith(b"ebm") else int(bool(said)))
+        assert done.returncode == (128 + number if code is None else code)

@@ -112,8 +112,51 @@ def test_a_thread_that_has_ended_is_no_obstacle(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     holds.append(Hold(tmp_path))
+    refused: list[OutputError] = []
+
+    def another() -> None:
+        try:
+            holds.append(Hold(tmp_path))
+        except OutputError as error:
+            refused.append(error)
+
+    late = threading.Thread(target=another)
+    late.start()
+    late.join()
+    assert len(refused) == 1
     for hold in holds:
         hold.leave()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_the_garbage_collector_gives_back_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned, getpid = [Hold(tmp_path)], os.getpid
+
+    def collecting() -> int:
+        if abandoned:
+            abandoned.pop().leave()
+        return getpid()
+
+    monkeypatch.setattr("ebm_prior.storage.lock.os.getpid", collecting)
+    hold = Hold(tmp_path)
+    hold.require()
+    hold.leave()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_held_where_the_thread_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        with pytest.raises(RuntimeError):
+            Hold(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with owned(tmp_path):
+        assert (tmp_path / LOCK).stat().st_mode & 0o777 == 0o644
     assert not list(tmp_path.iterdir())
 
 

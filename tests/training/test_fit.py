@@ -210,3 +210,10 @@ def test_a_prior_is_saved_by_a_library_user(
     again = load_prior(tmp_path / "p.safetensors")
     assert torch.equal(again.sample(3).images, prior.sample(3).images)
     assert again.record["config"]["energy"]["channels"] == 4
+
+
+def test_a_long_chain_of_a_refiner_is_not_doubled_beyond_the_most_steps() -> None:
+    chain = replace(CHAIN, steps=60_000)
+    plain = replace(OBJECTIVES["mle"], chain=chain, sampler=SamplerChanges())
+    assert plain.recorded_sampler == SamplerConfig()
+    assert replace(plain, regime="refiner").recorded_sampler.steps == 100_000

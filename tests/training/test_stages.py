@@ -55,7 +55,8 @@ def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypa
     assert [len(e) for e in few.eps] == [60, 60]
     assert few.config.particles == 2 * few.config.held_out == 40
     with pytest.raises(
-        ConfigurationError, match="only 40 draws of a stage fit in memory: expected at most as many parts, found 41"
+        ConfigurationError,
+        match="parts must be at most 40, as no more draws of a stage fit in memory for such latents, found 41",
     ):
         StageConfig(particles=400, held_out=200).suited(backbone, 41)
 

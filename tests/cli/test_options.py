@@ -364,7 +364,7 @@ def test_values_that_mean_the_same_are_kept_as_the_settings_own_kind() -> None:
             *[float] * 3,
         ]
     assert type(SamplerChanges(steps=np.int64(3)).steps) is int  # type: ignore[arg-type]
-    with pytest.raises(SettingError, match="^learning_rate must be positive and finite, found inf"):
+    with pytest.raises(SettingError, match=r"^learning_rate must be positive and finite, found inf"):
         FitConfig(learning_rate=10**400)
 
 

@@ -229,13 +229,15 @@ def _of_kind(value: Any, hint: Any) -> Any:
         return str(value)
     if get_origin(hint) is tuple and isinstance(value, (list, tuple)) and len(value) == len(get_args(hint)):
         return tuple(map(_of_kind, value, get_args(hint)))
-    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    if isinstance(value, bool) and hint is not bool:  # which Python counts as a number
+        raise TypeError
+    if hint is int and isinstance(value, numbers.Integral):
         return int(value)
-    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if hint is float and isinstance(value, numbers.Real):
         try:
             return float(value)
         except OverflowError:  # a whole number of hundreds of digits
-            return math.inf if value > 0 else -math.inf
+            return -math.inf if value < 0 else math.inf
     if type(value) is not hint:
         raise TypeError
     return value

@@ -78,7 +78,7 @@ def require_unit_interval(name: str, pixels: Tensor, indices: Sequence[int] | Te
     if bad is not None:
         number = bad.number if indices is None else int(indices[bad.number])
         raise DataError(
-            f"{name}: expected float images in [0, 1], found {bad.values} in image {number} (the first of {bad.count}"
+            f"{name}: expected float images in [0, 1], found {bad.values} in image {number} (the first of {bad.such}"
             f" such); {'rescale them, or store uint8 in 0..255' if bad.finite else 'repair or remove them'}"
         )
 
@@ -87,7 +87,7 @@ class Unfit(NamedTuple):
     """The first of some images that are not finite or not in [0, 1]."""
 
     number: int  # its row
-    count: int  # of such images
+    such: int  # the number of such images
     finite: bool
     low: float  # its smallest value
     high: float

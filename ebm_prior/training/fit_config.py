@@ -97,7 +97,7 @@ class FitConfig:
             single = "must be 1 for persistent chains, which start from their last ends"
             require(self.chain, "proposals", self.chains == "fresh" or self.chain.proposals == 1, single)
         suited = self.objective == "nce" and self.regime == "calibrated"
-        unsuited = f"must be one or auto with objective {self.objective} and regime {self.regime}"
+        unsuited = "must be one or auto unless the objective is nce and the regime calibrated"
         require(self, "ratios", self.ratios != "staged" or suited, unsuited)
         require_seed(self)
         _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together

@@ -46,7 +46,7 @@ def test_the_first_draws_are_the_backbones(stages: Stages) -> None:
 
 
 def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert StageConfig().within(10_000) == StageConfig()
+    assert StageConfig().at_most(10_000) == StageConfig()
     backbone = LinearGaussian(2, 3).eval().requires_grad_(False)
     monkeypatch.setattr("ebm_prior.training.stages.DRAW_BYTES", 60 * sum(g.shape[0] for g in backbone.groups) * 4)
     energy = JointEnergy(backbone.groups, EnergyConfig(hidden=8, joint=0)).requires_grad_(False)
@@ -192,7 +192,7 @@ def test_stages_begin_with_the_groups_own_ratios(backbone: Backbone, images: Ima
 
 
 def test_a_refiner_is_not_staged(backbone: Backbone, images: ImageSource) -> None:
-    with pytest.raises(ConfigurationError, match="regime calibrated"):
+    with pytest.raises(ConfigurationError, match="the regime calibrated, found staged"):
         small(ratios="staged", regime="refiner")
 
 

@@ -232,6 +232,33 @@ def test_the_help_of_every_option_makes_sense_alone() -> None:
     assert wrong == {}
 
 
+def test_the_list_of_commands_says_what_each_says_itself() -> None:
+    """The line of a command is its first sentence, as far as that fits."""
+    context = click.Context(main)
+    for name, entry in main.entries.items():  # type: ignore[attr-defined]
+        said = " ".join((main.get_command(context, name).help or "").split())  # type: ignore[union-attr]
+        assert re.match(re.escape(entry.help.removesuffix(".")) + r"(?!\w)", said), (
+            f"{name}: {entry.help!r} and {said!r}"
+        )
+        assert entry.help.endswith("."), name
+
+
+def test_the_short_help_refers_to_nothing_that_it_hides() -> None:
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        first = getattr(command, "first", ())
+        shown = [parameter for parameter in command.params if not first or parameter.name in (*first, "help_all")]
+        options = {option for parameter in shown for option in parameter.opts} | {"--help"}
+        texts = [
+            re.sub("`[^`]*`", "", command.help or ""),
+            *(getattr(parameter, "help", None) or "" for parameter in shown),
+        ]
+        named = {option for text in texts for option in re.findall(r"--[a-z][a-z0-9-]*", text)}
+        assert named <= options, name
+
+
 @pytest.mark.parametrize(
     "text",
     [

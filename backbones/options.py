@@ -60,7 +60,7 @@ def require_list(where: str, value: object, *, of: str) -> None:
         )
 
 
-def require_counts(options: Any, *names: str, least: int = 1) -> None:
+def require_option_counts(options: Any, *names: str, least: int = 1) -> None:
     """`require_count` of the named fields of a record."""
     for name in names:
         require_count(f"{type(options).__name__}.{name}", getattr(options, name), least=least)

@@ -12,12 +12,12 @@ from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.data.forms import as_images
 from ebm_prior.data.source import ImageSource
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, described
 from ebm_prior.evaluation.classifier import bundled_classifier, load_classifier
 from ebm_prior.evaluation.evaluate import EvalConfig, Reference
 from ebm_prior.evaluation.evaluate import evaluate as measured
 from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
-from ebm_prior.model.arguments import described, require_backbone
+from ebm_prior.model.arguments import require_backbone
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.settings import configured

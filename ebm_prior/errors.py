@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 
@@ -119,3 +120,20 @@ def shown(value: object) -> str:
     except (RecursionError, ValueError):  # nested too deep, or an integer too long to print
         text = f"a {type(value).__name__} too large to print"
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def described(value: object) -> str:
+    """A value as words for a message: its type, for arrays also dtype and shape, never its whole content."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return str(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")  # imported by whoever made the value
+    if torch is not None and isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return f"a {value.dtype} array of shape {value.shape}"
+    if isinstance(value, str):
+        return f"the text {value[:80]!r}"
+    article = "an" if type(value).__name__[0] in "AEIOUaeiou" else "a"
+    return f"{article} {type(value).__name__}"

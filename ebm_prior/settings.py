@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -196,10 +197,8 @@ def _replaced(base: Any, values: Mapping[str, Any]) -> Any:
             current = getattr(base, name)
             with within(name):
                 new[name] = _replaced(hint() if current is None else current, value)
-        elif not (_fits(value, hint) or (value is None and hint is not hints[name])):
-            raise ConfigurationError(f"{type(base).__name__}: {name} must be {_described(hint)}, found {shown(value)}")
         else:
-            new[name] = tuple(value) if get_origin(hint) is tuple else value
+            new[name] = _require_kind(name, value, hints[name])
     return replace(base, **new)
 
 
@@ -210,15 +209,38 @@ def _near(unknown: Sequence[str], known: Iterable[str], base: Any) -> str:
     return f"{type(base).__name__} has {few(dict.fromkeys([*like, *known]))}{meant}"
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        parts = get_args(hint)
-        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_fits, value, parts))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is hint
+def _require_kind(name: str, value: Any, hint: Any) -> Any:
+    """The value of the setting `name` as an instance of its type `hint`. Raises SettingError where it is of another.
+
+    A list becomes a tuple, and a number of NumPy one of Python.
+    """
+    wanted = _not_none(hint)
+    if value is None and wanted is not hint:
+        return None
+    try:
+        return _of_kind(value, wanted)
+    except TypeError:
+        raise SettingError(name, f"must be {_described(wanted)}, found {shown(value)}") from None
+
+
+def _of_kind(value: Any, hint: Any) -> Any:
+    """See `_require_kind`; raises TypeError."""
+    if get_origin(hint) is Literal and isinstance(value, str) and value in get_args(hint):
+        return str(value)
+    if get_origin(hint) is tuple and isinstance(value, (list, tuple)) and len(value) == len(get_args(hint)):
+        return tuple(map(_of_kind, value, get_args(hint)))
+    if isinstance(value, bool) and hint is not bool:  # which Python counts as a number
+        raise TypeError
+    if hint is int and isinstance(value, numbers.Integral):
+        return int(value)
+    if hint is float and isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            return -math.inf if value < 0 else math.inf
+    if type(value) is not hint:
+        raise TypeError
+    return value
 
 
 def _described(hint: Any) -> str:
@@ -242,7 +264,9 @@ def require(config: Any, name: str, right: bool, expected: str, *, found: Any = 
 def require_positive(config: Any, *names: str) -> None:
     """Raise SettingError unless all fields of `config` with these names are positive finite numbers."""
     for name in names:
-        require(config, name, 0 < getattr(config, name) < math.inf, "must be positive")
+        value = getattr(config, name)
+        expected = "must be positive and finite" if isinstance(value, float) else "must be positive"
+        require(config, name, 0 < value < math.inf, expected)
 
 
 def require_not_negative(config: Any, *names: str) -> None:
@@ -284,9 +308,13 @@ def within(name: str) -> Iterator[None]:
 
 
 def require_kinds(config: Any) -> None:
-    """Raise ConfigurationError where a field of a configuration dataclass has a value of another kind: "64" for 64."""
+    """Raise SettingError where a field of a configuration dataclass has a value of another kind: "64" for 64.
+
+    Values that mean the same are stored as the field's own type: (0.9, 0.99) for [0.9, 0.99], 5 for np.int64(5).
+    """
     hints = get_type_hints(type(config))
-    for name in (entry.name for entry in fields(config)):
-        value, hint = getattr(config, name), _not_none(hints[name])
-        if not (_fits(value, hint) or (value is None and hint is not hints[name])):
-            raise ConfigurationError(f"{name} must be {_described(hint)}, found {value!r}")
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        kept = _require_kind(entry.name, value, hints[entry.name])
+        if kept is not value:
+            object.__setattr__(config, entry.name, kept)  # the dataclass is frozen

@@ -70,6 +70,13 @@ def test_every_command_that_it_names_is_there(line: str, tmp_path: Path) -> None
     assert line in main.entries or line == "demo"  # type: ignore[attr-defined]
 
 
+def test_every_section_that_a_message_names_is_there() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "ebm_prior").rglob("*.py")]
+    named = [section for text in texts for section in re.findall(r"\(README: ([^)]+)\)", text)]
+    assert named
+    assert [section for section in named if f"## {section}\n" not in README] == []
+
+
 def test_every_page_that_it_links_to_is_there() -> None:
     pages = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
     assert pages

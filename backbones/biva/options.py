@@ -13,10 +13,10 @@ from ebm_prior.backbones.options import (
     record,
     require_choice,
     require_count,
-    require_counts,
     require_flag,
     require_list,
     require_number,
+    require_option_counts,
 )
 
 KINDS = ("biva", "lvae", "vae")
@@ -32,7 +32,7 @@ class Block:
     stride: int = 1
 
     def __post_init__(self) -> None:
-        require_counts(self, "filters", "kernel", "stride")
+        require_option_counts(self, "filters", "kernel", "stride")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Latent:
     kernel: int | None = None
 
     def __post_init__(self) -> None:
-        require_counts(self, "features", *(["kernel"] if self.kernel is not None else []))
+        require_option_counts(self, "features", *(["kernel"] if self.kernel is not None else []))
 
 
 @dataclass(frozen=True)

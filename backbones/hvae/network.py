@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ebm_prior.backbones.biva_family.layers import Activation, Dense, ResidualBlock, SameConv2d, Shape
 from ebm_prior.backbones.biva_family.paths import GenerativePath, InferencePath, Skips, chain, require_meeting_shapes
 from ebm_prior.backbones.likelihoods import Bernoulli, LogisticMixture
-from ebm_prior.backbones.options import record, require_counts, require_flag, require_list
+from ebm_prior.backbones.options import record, require_flag, require_list, require_option_counts
 from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError, shown
@@ -38,7 +38,7 @@ class Block:
     weight_norm: bool = True
 
     def __post_init__(self) -> None:
-        require_counts(self, "filters", "kernel", "stride")
+        require_option_counts(self, "filters", "kernel", "stride")
         require_flag("Block.gated", self.gated)
         require_flag("Block.weight_norm", self.weight_norm)
 
@@ -53,7 +53,7 @@ class Latent:
     learned_prior: bool = False  # at the top: mean and spread of p(zL) are parameters
 
     def __post_init__(self) -> None:
-        require_counts(self, "features", *(["kernel"] if self.kernel is not None else []))
+        require_option_counts(self, "features", *(["kernel"] if self.kernel is not None else []))
         require_flag("Latent.weight_norm", self.weight_norm)
         require_flag("Latent.learned_prior", self.learned_prior)
 

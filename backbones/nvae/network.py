@@ -19,10 +19,10 @@ from ebm_prior.backbones.options import (
     LARGEST_COUNT,
     require_choice,
     require_count,
-    require_counts,
     require_flag,
     require_list,
     require_number,
+    require_option_counts,
 )
 from torch import Tensor, nn
 
@@ -68,9 +68,9 @@ class Architecture:
     def __post_init__(self) -> None:
         for name in ("image_shape", "groups_per_scale"):
             object.__setattr__(self, name, _counts(name, getattr(self, name)))
-        require_counts(self, "latent_channels", "encoder_channels", "decoder_channels", "components", "bits")
-        require_counts(self, "preprocess_cells", "postprocess_cells")  # one of which halves or doubles the side
-        require_counts(self, "blocks", "encoder_cells", "decoder_cells", "flows", "padding", least=0)
+        require_option_counts(self, "latent_channels", "encoder_channels", "decoder_channels", "components", "bits")
+        require_option_counts(self, "preprocess_cells", "postprocess_cells")  # one of which halves or doubles the side
+        require_option_counts(self, "blocks", "encoder_cells", "decoder_cells", "flows", "padding", least=0)
         for name in ("squeeze_excite", "residual_posterior"):
             require_flag(name, getattr(self, name))
         if len(self.image_shape) != 3 or self.image_shape[1] != self.image_shape[2]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from ebm_prior.backbones.options import LARGEST_COUNT, require_count, require_counts
+from ebm_prior.backbones.options import LARGEST_COUNT, require_count, require_option_counts
 from ebm_prior.backbones.vdvae.pixels import DATA_SETS, Pixels, data_set_name
 
 from ebm_prior.errors import ConfigurationError
@@ -59,7 +59,7 @@ class Architecture:
         for name in ("enc_blocks", "dec_blocks", "data_set", "custom_width_str"):
             if type(getattr(self, name)) is not str:
                 raise ConfigurationError(f"{name}: expected text, found {getattr(self, name)!r}")
-        require_counts(self, "width", "zdim", "no_bias_above", "num_mixtures")
+        require_option_counts(self, "width", "zdim", "no_bias_above", "num_mixtures")
         if not _is_number(self.bottleneck_multiple) or not 0 < self.bottleneck_multiple <= LARGEST_COUNT:
             raise ConfigurationError(
                 f"bottleneck_multiple: expected a positive number, found {self.bottleneck_multiple!r}"

@@ -1,1 +1,1 @@
-"""The command line. The only room that knows click."""
+"""The command line. The only package that imports click."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import torch
 
-from ebm_prior.cli.preflight import Need, for_fit, for_step, require
+from ebm_prior.cli.preflight import Need, for_fit, for_step, require_memory
 from ebm_prior.cli.shared import launched_processes, show_result
 from ebm_prior.data.source import ImageSource
 from ebm_prior.errors import ConfigurationError, few
@@ -41,7 +41,7 @@ def fit(
 ) -> None:
     """Say what `ebm-prior fit` would do."""
     need = for_fit(backbone, config, passes)
-    memory = require(need, passes.device)
+    memory = require_memory(need, passes.device)
     # No step depends on the held-out latents, so a few are enough. With groupwise 0 a staged fit is measured in its
     # stages: the ratios of single groups, which come before them, take less time.
     measured = replace(config, held_out=16, stage=replace(config.stage, groupwise=0.0))
@@ -72,7 +72,7 @@ def _show_learning(training: Training, images: ImageSource, folder: Path, files:
     """Say what the training of a whole network does."""
     device = next(training.network.parameters()).device
     need = for_step(training.step, device, "a step and its optimizer", "--batch-size")
-    _show(training, images, need, require(need, device), folder, files, as_json)
+    _show(training, images, need, require_memory(need, device), folder, files, as_json)
 
 
 def _show(

@@ -13,7 +13,7 @@ import torch
 
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import DATA, DATA_ROOT, DEVICE_NAME, SEED, open_images, together, torch_device
-from ebm_prior.cli.types import PATH
+from ebm_prior.cli.types import PATH, require_suffix
 from ebm_prior.data.outlier_sets import labelled
 from ebm_prior.evaluation import evaluate
 from ebm_prior.experiments import ablations, anomaly_table, jobs, latents_2d
@@ -47,11 +47,6 @@ REPEATED = together(
 
 def _write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     write_atomically(out, json.dumps(without_nan(rows), indent=2).encode())
-
-
-def _require_suffix(out: Path, suffix: str) -> None:
-    if out.suffix != suffix:
-        raise click.UsageError(f"--out must end in {suffix}, found {out}")
 
 
 def _flat(parts: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -112,11 +107,11 @@ def anomalies(
     device: str,
     **settings: Any,
 ) -> None:
-    """Remake the paper's Table 4: train with one digit held out, and find it again by the un-normalised posterior.
+    """Remake Table 4: one digit held out of the training, and found again by the un-normalised posterior.
 
     Each row is written as soon as it is measured, so that a failure loses no finished row.
     """
-    _require_suffix(out, ".json")
+    require_suffix(out, ".json")
     places.require_free(out, overwrite)
     torch_device(device)
     pool = anomaly_table.pooled(
@@ -179,11 +174,12 @@ def ablation(
     device: str,
     **settings: Any,
 ) -> None:
-    """Remake an ablation of the paper by joint training: FD, seconds and parameters beside the paper's numbers.
+    """Remake Tables 1 and 5 to 8: an ablation of joint training.
 
-    A plot with the same name and the suffix .png is written beside --out.
+    The table has FD, seconds and parameters beside the paper's numbers. A plot with the same name and the suffix .png
+    is written beside --out.
     """
-    _require_suffix(out, ".json")
+    require_suffix(out, ".json")
     picture = out.with_suffix(".png")
     for path in (out, picture):
         places.require_free(path, overwrite)
@@ -232,8 +228,8 @@ def two_dimensions(
     overwrite: bool,
     seed: int,
 ) -> None:
-    """Remake the paper's Fig. 2: two latents in each of two layers, posterior codes and the prior's chain."""
-    _require_suffix(out, ".png")
+    """Remake Figure 2: two latents in each of two layers, posterior codes and the prior's chain."""
+    require_suffix(out, ".png")
     places.require_free(out, overwrite)
     images = labelled(open_images(data, data_root=data_root, download=download), digits, among=True)
     config = latents_2d.config_2d(iterations=iterations, seed=seed)

@@ -25,7 +25,7 @@ RUN_FOLDER = "ebm_prior.run"  # key in click's context: the folder of the run th
 class Entry(NamedTuple):
     """A command before it is imported."""
 
-    place: str  # "module:function" in this room
+    place: str  # "module:function" in ebm_prior.cli
     help: str  # one line for the list of commands
 
 

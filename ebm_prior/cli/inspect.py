@@ -14,7 +14,7 @@ from ebm_prior.cli.help import Command
 from ebm_prior.cli.images import Opener
 from ebm_prior.cli.options import config_options
 from ebm_prior.cli.progress import Bar
-from ebm_prior.cli.shared import BACKBONE, CONFIG, JSON, OWN_DATA, PLACE, RUN_SEED, SEED, show_result
+from ebm_prior.cli.shared import BACKBONE, CONFIG, JSON, PLACE, RUN_SEED, SEED, data_or, show_result
 from ebm_prior.cli.types import PATH, PRIOR_FILE
 from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.evaluation.doctor import DoctorConfig, examine, parts
@@ -70,7 +70,7 @@ def report(
     cls=Command, first=("adapter_name", "checkpoint", "data", "data_root", "samples", "seed", "device", "as_json")
 )
 @BACKBONE
-@OWN_DATA
+@data_or("held-out images of the data that the backbone was trained on")
 @CONFIG
 @config_options(DoctorConfig, skip=("seed", "energy"))
 @RUN_SEED
@@ -172,7 +172,7 @@ def convert(
 def export(
     run: Path, out: Path, with_backbone: bool, checkpoint: str | None, licence: str | None, overwrite: bool
 ) -> None:
-    """Write a prior to share: the prior file, a model card that describes it, and on request its backbone.
+    """Write a prior with a model card, to share or to publish, and on request with its backbone.
 
     RUN is the folder of a fit, or a prior file. The folder can be moved, and pushed to a model hub as it is.
     """
@@ -202,5 +202,5 @@ def demo(out: Path, overwrite: bool, seed: int, as_json: bool) -> None:
 @click.command()
 @JSON
 def backbones(as_json: bool) -> None:
-    """List the adapters that are installed, and the trained backbones that come with the package."""
+    """List adapters, bundled backbones and bundled priors."""
     show_result(describe.list_backbones(), as_json, summaries.backbone_list)

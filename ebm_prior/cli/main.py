@@ -16,31 +16,31 @@ from ebm_prior.errors import ConfigurationError
 
 SECTIONS = {
     "Use a prior": {
-        "demo": Entry("inspect:demo", "Fit a prior to a bundled VAE and show samples before and after."),
+        "demo": Entry("inspect:demo", "Fit a prior to the bundled BIVA and show samples before and after."),
         "fit": Entry("train:fit", "Train an energy-based prior on a frozen, pretrained VAE."),
         "sample": Entry("use:sample", "Draw images from a prior."),
-        "eval": Entry("use:evaluate", "Measure priors against held-out images."),
+        "eval": Entry("use:evaluate", "Measure priors of one backbone against held-out images."),
         "report": Entry("inspect:report", "Make one HTML page of a fit."),
         "export": Entry("inspect:export", "Write a prior with a model card, to share or to publish."),
-        "doctor": Entry("inspect:doctor", "Find out whether a VAE has a prior hole that an energy can fill."),
+        "doctor": Entry("inspect:doctor", "Say whether a VAE has a prior hole that an energy can fill."),
         "info": Entry("inspect:info", "Describe a prior file or a backbone."),
         "backbones": Entry("inspect:backbones", "List adapters, bundled backbones and bundled priors."),
     },
     "Read images": {
-        "ood": Entry("outliers:ood", "Score images as outliers, against images of the known kind."),
-        "anomaly": Entry("outliers:anomaly", "Score images as anomalies by their log posterior."),
-        "show": Entry("use:show", "Draw pictures of a prior at work: levels, chains, energies."),
+        "ood": Entry("outliers:ood", "Tell outliers from images of the known kind by L^{>k} and LLR^{>k}."),
+        "anomaly": Entry("outliers:anomaly", "Tell anomalies from normal images by L^{>0}."),
+        "show": Entry("use:show", "Draw pictures of a prior at work."),
     },
     "Train": {
-        "pretrain": Entry("train:pretrain", "Train a VAE by its ELBO."),
+        "pretrain": Entry("train:pretrain", "Train a hierarchical VAE by its ELBO."),
         "train": Entry("train:train", "Train a generator and its energy-based prior together."),
         "classifier": Entry("train:classifier", "Train the classifier that gives the features of FD."),
         "convert": Entry("inspect:convert", "Write a backbone in ebm-prior's own form."),
     },
     "Remake the paper": {
-        "anomaly-table": Entry("experiments:anomalies", "Table 4: one digit held out."),
-        "ablation": Entry("experiments:ablation", "Tables 1 and 5 to 8: layers, capacity, steps, posterior."),
-        "latents-2d": Entry("experiments:two_dimensions", "Figure 2: latents of two dimensions."),
+        "anomaly-table": Entry("experiments:anomalies", "Remake Table 4: one digit held out."),
+        "ablation": Entry("experiments:ablation", "Remake Tables 1 and 5 to 8: an ablation of joint training."),
+        "latents-2d": Entry("experiments:two_dimensions", "Remake Figure 2: two latents in each of two layers."),
     },
 }
 SHARED = ("fit", "sample", "eval")  # commands that several processes of torchrun can share

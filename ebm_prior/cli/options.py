@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import click
 
 from ebm_prior.cli.help import Option
-from ebm_prior.settings import every_setting, require_seed, setting, spelled
+from ebm_prior.settings import every_setting, require_kinds, require_seed, setting, spelled
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 WORDING = "{help}  [default: {default}]"
@@ -36,6 +36,7 @@ class Drawing:
     seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require_seed(self)
 
 

@@ -87,7 +87,7 @@ def for_step(step: Callable[[], object], device: torch.device, of: str, remedy: 
     return Need(int(OVERHEAD.get(device.type, 1.2) * peak_bytes(step)), of, remedy)
 
 
-def require(need: Need, device: torch.device) -> str:
+def require_memory(need: Need, device: torch.device) -> str:
     """One line that says how much is needed and how much is free. Raises MemoryLimitError where it does not fit."""
     free = free_bytes(device)
     there = "" if free is None else f", {_size(free)} free"

@@ -17,7 +17,7 @@ import torch
 
 from ebm_prior.cli.group import RUN_FOLDER, WORDS
 from ebm_prior.cli.help import Option
-from ebm_prior.cli.preflight import Need, require
+from ebm_prior.cli.preflight import Need, require_memory
 from ebm_prior.cli.types import BACKBONE_FILE, PATH, PRIOR_FILE
 from ebm_prior.compute.isolation import require_numbers
 from ebm_prior.compute.parallel import ALONE, Processes, own_device
@@ -114,7 +114,7 @@ PLACE = passes_options(*DTYPES)  # commands that read a prior or a backbone
 TRAINING_PLACE = passes_options("float32", "float64")  # commands that train a network
 SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all random numbers")
 RUN_SEED = click.option(
-    "--seed", type=click.IntRange(0), help="Seed of all random numbers  [default: 0, or --config's]"
+    "--seed", type=click.IntRange(0), help="Seed of all random numbers  [default: 0, or what a file of settings says]"
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
 BACKBONE = together(
@@ -162,10 +162,13 @@ DATA_ROOT = together(
 )
 DATA_FORMS = "a folder of images, an .npz, .npy, .mat or idx file, an LMDB, or a data set's name"
 DATA = together(click.option("--data", required=True, help=f"Images to use: {DATA_FORMS}"), DATA_ROOT)
-OWN_DATA = together(
-    click.option("--data", help=f"Images to use: {DATA_FORMS}  [default: what the backbone or prior was trained on]"),
-    DATA_ROOT,
-)
+
+
+def data_or(default: str) -> Callable[[Command], Command]:
+    """The options of `DATA` for a command that finds images itself where --data is not given: `default` in words."""
+    return together(click.option("--data", help=f"Images to use: {DATA_FORMS}  [default: {default}]"), DATA_ROOT)
+
+
 CONFIG = click.option(
     "--config", "config_file", type=PATH, help="JSON file of settings; options of the command line override it"
 )
@@ -293,7 +296,7 @@ def torch_device(name: str) -> torch.device:
 
 def preflight(need: Need, device: torch.device) -> None:
     """Say how much memory will be taken. Raises MemoryLimitError where it does not fit."""
-    click.echo(require(need, device), err=True)
+    click.echo(require_memory(need, device), err=True)
 
 
 def typed_command() -> str:

@@ -23,11 +23,11 @@ from ebm_prior.cli.shared import (
     CONFIG,
     DATA,
     JSON,
-    OWN_DATA,
     PASSES,
     RUN,
     RUN_SEED,
     TRAINING_PLACE,
+    data_or,
     launched_processes,
     new_or_resumed,
     open_images,
@@ -89,7 +89,7 @@ START = click.option(
     ),
 )
 @BACKBONE
-@OWN_DATA
+@data_or("what the backbone was trained on")
 @RUN
 @click.option(
     "--bn-readjust",
@@ -134,7 +134,7 @@ def fit(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Train an energy-based prior on a frozen backbone."""
+    """Train an energy-based prior on a frozen, pretrained VAE."""
     new_or_resumed(resume, overwrite)
     config, processes = resolve(PRESETS[preset](), given | {"seed": seed}, config_file), launched_processes()
     if given["parts"] is None and config.parts == 1:
@@ -330,7 +330,7 @@ def train(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Train a whole model, generator and energy-based prior together (maximum likelihood or variational)."""
+    """Train a generator and its energy-based prior together, by maximum likelihood or variationally."""
     new_or_resumed(resume, overwrite)
     if bool(architecture) + bool(changes) + bool(checkpoint) > 1:
         raise click.UsageError("--architecture, --set and --ckpt each name the network: give one")

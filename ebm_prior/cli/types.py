@@ -1,4 +1,7 @@
-"""Types of command-line arguments: non-empty paths, and priors and backbones by path or bundled name."""
+"""Types of command-line arguments: non-empty paths, and priors and backbones by path or bundled name.
+
+`require_suffix` refuses paths of results that end otherwise than a command writes them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from ebm_prior.errors import few
 from ebm_prior.storage.checkpoint import bundled, bundled_priors, prior_file
 
 
@@ -43,6 +47,17 @@ class _Backbone(click.types.StringParamType):
         """Names of bundled backbones, and files."""
         names = [CompletionItem(name) for name in bundled() if name.startswith(incomplete)]
         return [*names, CompletionItem(incomplete, type="file")]
+
+
+def require_suffix(out: Path, *suffixes: str, why: str = "") -> None:
+    """Refuse an --out that ends in none of the `suffixes`, "" for a folder. Raises click.UsageError.
+
+    why: the reason, for the message.
+    """
+    if out.suffix not in suffixes:
+        named = few([suffix for suffix in suffixes if suffix], separator=" or ")
+        reason = f" ({why})" if why else ""
+        raise click.UsageError(f"--out must end in {named}{reason}, found {out}")
 
 
 PATH = _Path(exists=False, path_type=Path)

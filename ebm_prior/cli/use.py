@@ -21,18 +21,18 @@ from ebm_prior.cli.shared import (
     DATA_FORMS,
     DATA_ROOT,
     JSON,
-    OWN_DATA,
     PASSES,
     PLACE,
     PRIOR,
     RECORDED,
     RUN_SEED,
+    data_or,
     launched_processes,
     own,
     preflight,
     show_result,
 )
-from ebm_prior.cli.types import PATH, PRIOR_FILE
+from ebm_prior.cli.types import PATH, PRIOR_FILE, require_suffix
 from ebm_prior.data.source import ImageSource, Shape, Split
 from ebm_prior.errors import DataError, few
 from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, feature_classifier, parts
@@ -102,7 +102,7 @@ def sample(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Draw images from a prior file, by the sampler recorded in it unless options say otherwise.
+    """Draw images from a prior, by the sampler recorded in it unless options say otherwise.
 
     Without PRIOR it is the newest one under ./runs.
     """
@@ -112,8 +112,7 @@ def sample(
         prior = places.newest_prior()
         click.echo(f"prior: {prior}, the newest under ./runs", err=True)
     out = out or places.next_drawing(prior)
-    if out.suffix not in (".png", ".npz", ""):
-        raise click.UsageError(f"--out must be a .png, an .npz or a folder (without suffix), found {out}")
+    require_suffix(out, ".png", ".npz", "", why="without a suffix it is a folder")
     if compare and out.suffix != ".png":
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
     samples.require_place(out, overwrite)
@@ -135,10 +134,10 @@ def sample(
 @click.command(
     "eval",
     cls=Command,
-    first=("data", "data_root", "samples", "fid", "classifier", "checkpoint", "seed", "device", "as_json"),
+    first=("data", "data_root", "download", "samples", "fid", "classifier", "checkpoint", "seed", "device", "as_json"),
 )
 @click.argument("priors", type=PRIOR_FILE, nargs=-1, required=True)
-@OWN_DATA
+@data_or("held-out images of the data that the prior was trained on")
 @click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted")
 @click.option(
     "--force", is_flag=True, help="Use the backbone even if its weights differ from those recorded in the prior"
@@ -161,7 +160,10 @@ def sample(
     help="Inception weights that give the features of FD, and FID: a file, or a folder of both files",
 )
 @click.option(
-    "--fid", is_flag=True, help="Like --inception, with the weights in the user's cache (--download fetches them)"
+    "--fid",
+    is_flag=True,
+    help="Add FID, KID and Inception Score as published, on Inception weights from the user's cache (--download "
+    "fetches them)",
 )
 @click.option(
     "--fid-mode",
@@ -197,10 +199,10 @@ def evaluate(
 ) -> None:
     """Measure priors of one backbone against held-out images: FD, KID, gap closed, held-out gain, AUC, pixels.
 
-    FD and KID use the features of the bundled classifier for such images, or those of --classifier, --features or
-    --fid. For several PRIORS (of several training seeds, say) mean and standard deviation are printed too. With
-    --fid or --inception the published figures are added: FID, KID and Inception Score of --fid-samples draws against
-    all images of --fid-split, with everything that they depend on.
+    FD and KID use the features of the bundled classifier for such images, or those of another network. For several
+    PRIORS (of several training seeds, say) mean and standard deviation are printed too. With --fid the published
+    figures are added: FID, KID and Inception Score of many draws against all images of a split, with everything that
+    they depend on.
     """
     _require_one_network((classifier, own, inception, fid), modes, given)
     stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
@@ -345,7 +347,7 @@ def show(
     interpolate     from one image to another in ε-space
     latents         posterior codes and chains, two dimensions per group (Fig. 2)
     """
-    _require_suffix(out, what)
+    _require_picture(out, what)
     stored = read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
     seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
@@ -373,10 +375,9 @@ def show(
     show_result({"files": [str(file) for file in files]}, as_json, summaries.files_written)
 
 
-def _require_suffix(out: Path | None, what: str) -> None:
+def _require_picture(out: Path | None, what: str) -> None:
     """Refuse a form of picture that there is not, before work is done."""
-    suffix = ".png" if out is None else out.suffix
-    if suffix == ".gif" and what not in MOVING:
-        raise click.UsageError(f"{what} does not move, so --out is a .png (.gif: {', '.join(MOVING)}); found {out}")
-    if suffix not in (".png", ".gif"):
-        raise click.UsageError(f"--out is a .png{', or a moving .gif' if what in MOVING else ''}; found {out}")
+    if out is not None and what in MOVING:
+        require_suffix(out, ".png", ".gif")
+    elif out is not None:
+        require_suffix(out, ".png", why=f"{what} does not move as {few(MOVING)} in a .gif does")

@@ -17,8 +17,7 @@ from torch import Tensor
 from ebm_prior.data.arrays import as_pixels, from_array, labels_of, loaded_bytes, require_memory
 from ebm_prior.data.pictures import decode, read_pixels, scaled
 from ebm_prior.data.source import ImageSource, Shape
-from ebm_prior.errors import DataError, few
-from ebm_prior.model.arguments import described
+from ebm_prior.errors import DataError, described, few
 from ebm_prior.model.checked_images import require_unit_interval
 
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values")

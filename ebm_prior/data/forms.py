@@ -13,9 +13,8 @@ from torch import Tensor
 from ebm_prior.data.arrays import from_array, shape_problem
 from ebm_prior.data.datasets import from_dataset
 from ebm_prior.data.source import Shape
-from ebm_prior.errors import DataError
+from ebm_prior.errors import DataError, described
 from ebm_prior.interfaces import Images
-from ebm_prior.model.arguments import described
 from ebm_prior.model.checked_images import checked
 
 FORMS = "a tensor or array (N, C, H, W), a torch or Hugging Face data set, a list of pictures, or open_images(…)"

@@ -126,7 +126,7 @@ def _values(path: Path) -> Iterator[Any]:
     try:
         import lmdb
     except ImportError as error:
-        raise ConfigurationError(f"{path}: reading it needs lmdb; pip install 'ebm-prior[lmdb]'") from error
+        raise ConfigurationError(f"{path}: reading it needs lmdb; pip install lmdb") from error
     file = path / "data.mdb" if path.is_dir() else path
     with reading(path, "an LMDB"), _ONE_AT_A_TIME:
         with open_regular(file) as data:  # a pipe would wait for ever

@@ -19,11 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ebm_prior.compute.randomness import BlockGenerator, Purpose, chunks, derived_generator, derived_seed
-from ebm_prior.errors import ConfigurationError, DataError, few
+from ebm_prior.errors import DataError, few
 from ebm_prior.evaluation.gauge import GaugeConfig, GaugeResult, gauge_auc, networks
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone
-from ebm_prior.settings import require_positive, require_seed, setting
+from ebm_prior.settings import require, require_kinds, require_positive, require_seed, setting
 
 ACTIVE = 0.01  # variance of a unit's posterior mean over images, in units of the prior's (Burda et al. 2016)
 INACTIVE_KL = 0.1  # nats: a group with less holds next to nothing of the image
@@ -44,10 +44,10 @@ class DoctorConfig:
     seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require_positive(self, "samples", "chunk", "pairs")
         require_seed(self)
-        if self.samples < self.gauge.least:
-            raise ConfigurationError(f"expected at least {self.gauge.least} samples, found {self.samples}")
+        require(self, "samples", self.samples >= self.gauge.least, f"must be {self.gauge.least} or more")
 
 
 class _Moments:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed, seeded
-from ebm_prior.errors import ConfigurationError, DataError, few
+from ebm_prior.errors import DataError, few
 from ebm_prior.evaluation.metrics import auroc
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import LatentGroup
@@ -29,6 +29,7 @@ from ebm_prior.settings import (
     require_seed,
     require_shares,
     setting,
+    within,
 )
 from ebm_prior.training.objectives import nce_loss
 from ebm_prior.training.steps import batch_indices, update_average
@@ -66,10 +67,9 @@ class GaugeConfig:
         require_kinds(self)
         require_positive(self, "iterations", "batch_size", "learning_rate", "evaluate_every", "patience")
         require_seed(self)
-        if self.energy.conditional:
-            raise ConfigurationError(
-                "expected energy conditional off in the gauge, because its classifiers see z alone"
-            )
+        with within("energy"):
+            alone = "must be off in the gauge, because its classifiers see z alone"
+            require(self.energy, "conditional", not self.energy.conditional, alone)
         require(self, "folds", self.folds >= 2, "must be 2 or more")
         require(self, "inner", 0 < self.inner < 1, "must be in (0, 1)")
         require_shares(self, "ema", open=True)

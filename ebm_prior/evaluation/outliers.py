@@ -15,7 +15,7 @@ from ebm_prior.evaluation.detection import Detection, detection, interval, resam
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.scores import MODES, Form, Lower, Mode
-from ebm_prior.settings import require_positive, require_seed, setting
+from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
 
 Array = NDArray[np.float64]
 
@@ -31,6 +31,7 @@ class OutlierConfig:
     seed: int = setting(0, "Seed of all random numbers")
 
     def __post_init__(self) -> None:
+        require_kinds(self)
         require_positive(self, "samples", "draws", "resamples", "chunk")
         require_seed(self)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.compute.isolation import require_numbers
-from ebm_prior.errors import ConfigurationError, few
+from ebm_prior.errors import ConfigurationError, described
 from ebm_prior.model.backbone import Backbone
-from ebm_prior.model.latents import described as described
-from ebm_prior.model.latents import require_latents as require_latents
+from ebm_prior.model.checked_images import unfit
+from ebm_prior.model.latents import batch_of
 
 
 def require_backbone(backbone: object) -> None:
@@ -26,7 +26,7 @@ def require_backbone(backbone: object) -> None:
     elif isinstance(backbone, type) and issubclass(backbone, Backbone):
         todo = f"load trained weights with load_backbone; {backbone.__name__}(…) makes an untrained instance"
     elif isinstance(backbone, nn.Module):
-        todo = "put the network behind a subclass of ebm_prior.Backbone (README: Your own VAE)"
+        todo = "put the network behind a subclass of ebm_prior.Backbone (README: Adapter for your own architecture)"
     elif isinstance(getattr(backbone, "backbone", None), Backbone):
         todo = "pass its .backbone"
     raise ConfigurationError(f"expected a backbone, found {described(backbone)}: {todo}")
@@ -63,7 +63,7 @@ def require_images(images: object, shape: Sequence[int]) -> None:
 
     shape: (C, H, W) of the backbone's images.
     """
-    expected = f"images: expected a float tensor (B, {few(map(str, shape))}) in [0, 1], found {described(images)}"
+    expected = f"images: expected a float tensor {batch_of(shape)} in [0, 1], found {described(images)}"
     if not isinstance(images, Tensor):
         advice = "torch.from_numpy makes a tensor of it" if isinstance(images, np.ndarray) else "stack them in a tensor"
         raise ConfigurationError(f"{expected}: {advice}")
@@ -76,15 +76,13 @@ def require_images(images: object, shape: Sequence[int]) -> None:
         raise ConfigurationError(f"{expected}: {advice}")
     if not images.is_floating_point():
         raise ConfigurationError(f"{expected}: (images.float() / 255) scales 8-bit pixels")
-    low, high = images.flatten(1).amin(1), images.flatten(1).amax(1)  # NaN spreads to both
-    bad = ~((low >= 0) & (high <= 1))
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        problem, advice = f"values from {low[first]:g} to {high[first]:g}", "rescale them to [0, 1]"
-        if not bool(images[first].isfinite().all()):
-            problem, advice = "NaN or infinite values", "repair or remove the image"
-        elif low[first] >= 0:
+    bad = unfit(images)
+    if bad is not None:
+        advice = "rescale them to [0, 1]"
+        if not bad.finite:
+            advice = "repair or remove the image"
+        elif bad.low >= 0:
             advice = "images / 255 scales those of 8 bits"
-        elif low[first] >= -1 and high[first] <= 1:
+        elif bad.low >= -1 and bad.high <= 1:
             advice = "(images + 1) / 2 scales those in [-1, 1]"
-        raise ConfigurationError(f"{expected} with {problem} in image {first}: {advice}")
+        raise ConfigurationError(f"{expected} with {bad.values} in image {bad.number}: {advice}")

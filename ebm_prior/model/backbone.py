@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ebm_prior.compute.isolation import require_numbers, require_precision
 from ebm_prior.compute.randomness import Generator, standard_normal
-from ebm_prior.errors import CheckpointError, ConfigurationError, ContractError, few
-from ebm_prior.model.latents import described, require_latents
+from ebm_prior.errors import CheckpointError, ConfigurationError, ContractError, described, few, shown
+from ebm_prior.model.latents import batch_of, require_latents
 
 BUILT_IN = "ebm_prior.backbones."  # the package whose modules have the adapters that come with ebm-prior
 
@@ -306,7 +306,7 @@ class Backbone(nn.Module, ABC):
     def _require_shape(self, images: object) -> None:
         if not isinstance(images, Tensor) or images.ndim == 0 or images.shape[1:] != self.image_shape:
             found = tuple(images.shape) if isinstance(images, Tensor) else described(images)
-            raise ConfigurationError(f"expected images of shape (B, {self.image_shape}), found {found}")
+            raise ConfigurationError(f"expected images of shape {batch_of(self.image_shape)}, found {found}")
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: Generator = None) -> list[Tensor]:
         """n ancestral draws z ~ p_β(z), a list of (n, *group.shape)."""
@@ -323,13 +323,15 @@ class Backbone(nn.Module, ABC):
         return self.trace(lambda i, prior, _: z[i], len(z[0]))
 
 
+def is_group_shape(shape: object) -> bool:
+    """Whether this can be the shape of a latent group: (D,) or (C, H, W), with sizes of at least 1."""
+    sized = isinstance(shape, Sequence) and len(shape) in (1, 3)
+    return sized and all(type(size) is int and size > 0 for size in shape)  # type: ignore[attr-defined]
+
+
 def require_groups(backbone: Backbone) -> None:
     """Raise ContractError where a latent group's shape is neither (D,) nor (C, H, W), or one of its sizes is 0."""
-    wrong = [
-        f"{group.name} {tuple(group.shape)}"
-        for group in backbone.groups
-        if len(group.shape) not in (1, 3) or not all(type(size) is int and size > 0 for size in group.shape)
-    ]
+    wrong = [f"{group.name} {shown(group.shape)}" for group in backbone.groups if not is_group_shape(group.shape)]
     if wrong or not backbone.groups:
         raise ContractError(
             f"{type(backbone).__name__}.groups: expected at least one latent group of shape (D,) or (C, H, W), with "

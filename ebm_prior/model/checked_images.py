@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,14 +74,36 @@ class Checked:
 
 def require_unit_interval(name: str, pixels: Tensor, indices: Sequence[int] | Tensor | None = None) -> None:
     """Raise DataError unless all of `pixels` (N, …) are finite and in [0, 1]. `indices`: the numbers of the images."""
+    bad = unfit(pixels)
+    if bad is not None:
+        number = bad.number if indices is None else int(indices[bad.number])
+        raise DataError(
+            f"{name}: expected float images in [0, 1], found {bad.values} in image {number} (the first of {bad.such}"
+            f" such); {'rescale them, or store uint8 in 0..255' if bad.finite else 'repair or remove them'}"
+        )
+
+
+class Unfit(NamedTuple):
+    """The first of some images that are not finite or not in [0, 1]."""
+
+    number: int  # its row
+    such: int  # the number of such images
+    finite: bool
+    low: float  # its smallest value
+    high: float
+
+    @property
+    def values(self) -> str:
+        """Its values in words."""
+        return f"values from {self.low:g} to {self.high:g}" if self.finite else "NaN or infinite values"
+
+
+def unfit(pixels: Tensor) -> Unfit | None:
+    """The first of the images (N, …) that has a value that is not finite or not in [0, 1]; None where all are fit."""
     low, high = pixels.flatten(1).amin(1), pixels.flatten(1).amax(1)  # NaN spreads to both
     bad = ~((low >= 0) & (high <= 1))
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        finite = bool(pixels[first].isfinite().all())
-        problem = f"values from {low[first]:g} to {high[first]:g}" if finite else "NaN or infinite values"
-        number = first if indices is None else int(indices[first])
-        raise DataError(
-            f"{name}: expected float images in [0, 1], found {problem} in image {number} (the first of {int(bad.sum())}"
-            f" such); {'rescale them, or store uint8 in 0..255' if finite else 'repair or remove them'}"
-        )
+    if not bad.any():
+        return None
+    first = int(bad.nonzero()[0])
+    finite = bool(pixels[first].isfinite().all())
+    return Unfit(first, int(bad.sum()), finite, float(low[first]), float(high[first]))

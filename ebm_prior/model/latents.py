@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
-from ebm_prior.errors import ConfigurationError, few
+from ebm_prior.errors import ConfigurationError, described, few
 
 
 class Group(Protocol):
@@ -23,20 +22,9 @@ class Group(Protocol):
         """Of one draw."""
 
 
-def described(value: object) -> str:
-    """A value as words for an error message: its type, for arrays also dtype and shape, never its whole content."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return str(value)
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if isinstance(value, np.ndarray):
-        return f"a {value.dtype} array of shape {value.shape}"
-    if isinstance(value, str):
-        return f"the text {value[:80]!r}"
-    article = "an" if type(value).__name__[0] in "AEIOUaeiou" else "a"
-    return f"{article} {type(value).__name__}"
+def batch_of(shape: Sequence[int]) -> str:
+    """The shape of a batch of tensors of this shape, as messages write it: (B, 1, 28, 28)."""
+    return f"({', '.join(['B', *map(str, shape)])})"
 
 
 def require_latents(name: str, latents: object, groups: Sequence[Group], like: Tensor | None = None) -> None:
@@ -56,7 +44,7 @@ def require_latents(name: str, latents: object, groups: Sequence[Group], like: T
 
 
 def _latent_problem(latents: object, groups: Sequence[Group], like: Tensor | None = None) -> str:
-    wanted = few(f"{group.name} {('B', *group.shape)}".replace("'", "") for group in groups)
+    wanted = few(f"{group.name} {batch_of(group.shape)}" for group in groups)
     expected = f"expected a list of one tensor per latent group, the top one first: {wanted}"
     if not isinstance(latents, Sequence) or isinstance(latents, (str, bytes)):
         return f"{expected}; found {described(latents)}"
@@ -70,10 +58,10 @@ def _latent_problem(latents: object, groups: Sequence[Group], like: Tensor | Non
     wrong = [
         f"{group.name} has {shape}"
         for group, shape in zip(groups, found, strict=True)
-        if shape[1:] != tuple(group.shape)
+        if not shape or shape[1:] != tuple(group.shape)
     ]
     if wrong:
-        turned = [shape[1:] for shape in reversed(found)] == shapes
+        turned = all(found) and [shape[1:] for shape in reversed(found)] == shapes
         return f"{expected}; found that {few(wrong)}" + (
             ": they are in reverse order, list(reversed(z)) turns them" if turned else ""
         )

@@ -19,8 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ebm_prior.errors import ConfigurationError
-from ebm_prior.model.arguments import described
+from ebm_prior.errors import ConfigurationError, described
 from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.model.energy import EnergyConfig, Input, JointEnergy, shapes_seen
 

@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import BlockGenerator, chunks
-from ebm_prior.errors import ConfigurationError, RegimeError
+from ebm_prior.errors import ConfigurationError, RegimeError, described
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.arguments import (
-    described,
     require_backbone,
     require_count,
     require_images,
-    require_latents,
     usable_device,
 )
 from ebm_prior.model.backbone import Backbone, require_usable
 from ebm_prior.model.energy import JointEnergy
+from ebm_prior.model.latents import require_latents
 from ebm_prior.model.samplers import SamplerConfig, draw, effective_sample_size, graphed
 from ebm_prior.model.scores import Form, scores
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ebm_prior.compute.cuda_graphs import Graphs
 from ebm_prior.compute.randomness import Generator, standard_normal, uniform
-from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.errors import DivergenceError
 from ebm_prior.settings import require, require_counts, require_kinds, require_not_negative, setting
 
 MOST_STEPS, MOST_PROPOSALS, MOST_LEAPFROGS = 100_000, 100_000, 1_000  # more would not end in reasonable time
@@ -82,20 +82,14 @@ class SamplerConfig:
         require(self, "steps", 0 <= self.steps <= MOST_STEPS, f"must be from 0 to {MOST_STEPS:,}")
         require(self, "adapt_steps", 0 <= self.adapt_steps <= self.steps, f"must be from 0 to the {self.steps} steps")
         require_counts(self, "leapfrogs", most=MOST_LEAPFROGS)
-        if self.kernel not in KERNELS:
-            raise ConfigurationError(f"expected kernel {' or '.join(KERNELS)}, found {self.kernel!r}")
         require(self, "step_size", 0 < self.step_size <= 2, "must be in (0, 2]")
         require_not_negative(self, "temperature")
-        if self.temperature != 1 and (self.kernel != "langevin" or not self.steps):
-            raise ConfigurationError(
-                f"expected temperature 1 unless the kernel is langevin with at least one step, found {self.temperature}"
-            )
-        several = "must be 1 unless the kernel is pcn-langevin"
-        require(self, "leapfrogs", self.leapfrogs == 1 or self.kernel == "pcn-langevin", several)
-        if self.kernel == "langevin" and self.adapt_steps:
-            raise ConfigurationError(
-                "adapt_steps needs the kernel pcn-langevin: langevin (Eq. 12) accepts every step, so it cannot adapt"
-            )
+        noisy, exact = self.kernel == "langevin" and self.steps > 0, self.kernel == "pcn-langevin"
+        cold = "must be 1 unless the kernel is langevin with at least one step"
+        require(self, "temperature", self.temperature == 1 or noisy, cold)
+        require(self, "leapfrogs", self.leapfrogs == 1 or exact, "must be 1 unless the kernel is pcn-langevin")
+        fixed = "must be 0 unless the kernel is pcn-langevin (langevin accepts every step, so it cannot adapt)"
+        require(self, "adapt_steps", self.adapt_steps == 0 or exact, fixed)
 
 
 def _unchanged(name: str) -> Any:
@@ -114,6 +108,9 @@ class SamplerChanges:
     leapfrogs: int | None = _unchanged("leapfrogs")
     adapt_steps: int | None = _unchanged("adapt_steps")
     temperature: float | None = _unchanged("temperature")
+
+    def __post_init__(self) -> None:
+        require_kinds(self)
 
     def of(self, sampler: SamplerConfig) -> SamplerConfig:
         """A copy of `sampler` with these settings. Raises ConfigurationError where they do not fit together."""

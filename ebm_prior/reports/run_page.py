@@ -20,11 +20,12 @@ from ebm_prior.reports.results import RESULTS
 from ebm_prior.reports.summaries import fit_blocks, prior_blocks
 from ebm_prior.reports.text import Table
 from ebm_prior.runs.describe import head_parameters
-from ebm_prior.runs.folder import read_metrics, read_run_record
+from ebm_prior.runs.folder import read_run_record
 from ebm_prior.settings import as_words, of_plain, resolve, settings
 from ebm_prior.storage.atomic import with_nan
 from ebm_prior.storage.checkpoint import backbone_record, prior_record
 from ebm_prior.storage.records import FIT_RECORD, InvalidError, checked, fields, text, whole
+from ebm_prior.storage.sealed import read_lines
 from ebm_prior.training.fit_config import PRESETS, FitConfig
 
 # The curves of a fit: title, unit, and columns of metrics.jsonl with their labels.
@@ -71,7 +72,7 @@ def run_page(run: Path, given: Mapping[str, Path | None]) -> str:
     commands = [fit_command(config, inputs, backbone, run)]
     commands += [each["command"] for each in (*evaluations[:1], *outliers, *diagnosis) if "command" in each]
     commands.append(shlex.join(["ebm-prior", "report", str(run)]))
-    curves = Pictures(training_curves(read_metrics(run / "metrics.jsonl")))
+    curves = Pictures(training_curves(read_lines(run / "metrics.jsonl")))
     diagnosed = doctor_blocks(diagnosis[0]) if diagnosis else []
     sections: list[tuple[str, Sequence[Part]]] = [
         ("Before and after", _before_after(run)),

@@ -113,7 +113,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
-        return read_metrics(self.directory / METRICS)
+        return read_lines(self.directory / METRICS)
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Write the resume state (tensors and plain values, with "iteration"), atomically."""
@@ -129,14 +129,9 @@ class Run:
         reached = state["iteration"] if state else 0
         for lines in (self.directory / METRICS, self.directory / PROGRESS):
             if lines.exists() or lines.name == METRICS:
-                kept = [line for line in read_metrics(lines) if line["iteration"] <= reached]
+                kept = [line for line in read_lines(lines) if line["iteration"] <= reached]
                 write_atomically(lines, "".join(sealed_line(line) + "\n" for line in kept).encode())
         return state
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without their checksums: see `read_lines`."""
-    return read_lines(path)
 
 
 def read_run_record(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ebm_prior.storage.atomic import without_nan, write_atomically
 from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_writable
 
-FILES = ("scores.npz", "result.json", "histograms.png")
+FILES = SCORES, RESULT, HISTOGRAMS = ("scores.npz", "result.json", "histograms.png")
 _MOST_COLUMNS, _SIZE = 7, (400, 290)  # of histograms
 
 
@@ -43,9 +43,9 @@ def write_results(
     """Write scores.npz, result.json and histograms.png into a folder; returns their paths. `title`: of the picture."""
     text = json.dumps(without_nan(result), indent=2, sort_keys=True) + "\n"
     with owned(folder):
-        write_scores(folder / "scores.npz", forms, scored)
-        write_atomically(folder / "result.json", text.encode())
-        save_png(histograms(result, forms, scored, title), folder / "histograms.png")
+        write_scores(folder / SCORES, forms, scored)
+        write_atomically(folder / RESULT, text.encode())
+        save_png(histograms(result, forms, scored, title), folder / HISTOGRAMS)
     return [str(folder / name) for name in FILES]
 
 

@@ -87,5 +87,5 @@ def _writer_type() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter  # imported here, because it is optional and slow to import
     except ImportError as error:
-        raise ConfigurationError("--tensorboard needs tensorboard; pip install 'ebm-prior[logging]'") from error
+        raise ConfigurationError("--tensorboard needs tensorboard; pip install tensorboard") from error
     return SummaryWriter

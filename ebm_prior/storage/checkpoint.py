@@ -15,8 +15,16 @@ from torch import Tensor, nn
 
 import ebm_prior
 from ebm_prior.compute.isolation import isolated, require_precision
-from ebm_prior.errors import BackboneMismatchError, CheckpointError, ConfigurationError, RegimeError, few, shown
-from ebm_prior.model.arguments import described, require_backbone, usable_device
+from ebm_prior.errors import (
+    BackboneMismatchError,
+    CheckpointError,
+    ConfigurationError,
+    RegimeError,
+    described,
+    few,
+    shown,
+)
+from ebm_prior.model.arguments import require_backbone, usable_device
 from ebm_prior.model.backbone import Backbone, LatentGroup, require_groups
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.passes import Passes
@@ -34,6 +42,7 @@ from ebm_prior.storage.weights import (
     load_strictly,
     read_tensors,
     require_finite,
+    require_path,
     write_tensors,
 )
 
@@ -70,21 +79,16 @@ def save_backbone(
     True
     """
     require_backbone(backbone)
-    _require_place("path", path)
+    require_path("path", path)
     state = {
         name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
         for name, t in backbone.state_dict().items()
     }
     advice = "nothing was written: use float32, or if that is not enough train it again"
     require_finite(state, f"the backbone as {dtype}" if dtype else "the backbone", advice)
-    described = {
-        "format": 1,
-        "library": ebm_prior.__version__,
-        "adapter": adapter_name(backbone),
-        "architecture": dict(backbone.architecture),
-        "record": dict(record or {}),
-    }
-    write_tensors(path, state, BACKBONE_KEY, described)
+    layout: dict[str, Any] = {"format": 1, "library": ebm_prior.__version__, "adapter": adapter_name(backbone)}
+    layout |= {"architecture": dict(backbone.architecture), "record": dict(record or {})}
+    write_tensors(path, state, BACKBONE_KEY, layout)
 
 
 @isolated()
@@ -114,7 +118,7 @@ def load_backbone(
     >>> vae.image_shape, len(vae.groups)
     ((1, 28, 28), 3)
     """
-    _require_place("path", path)
+    require_path("path", path)
     half = dtype == torch.bfloat16
     require_precision(torch.float32 if half else dtype)
     if not isinstance(name, (str, type(None))):
@@ -209,7 +213,7 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str | Path | No
     >>> load_prior("prior.safetensors").sampler == prior.sampler
     True
     """
-    _require_place("path", path)
+    require_path("path", path)
     if not isinstance(prior, EBMPrior):
         raise ConfigurationError(f"expected a prior to save, found {described(prior)}: fit makes one")
     checkpoint = checkpoint or prior.checkpoint
@@ -343,17 +347,11 @@ def _backbone_of(path: Path, trained_on: Mapping[str, Any], given: str | Path | 
 
 def prior_file(path: str | Path) -> Path:
     """The prior file that `path` means: a bundled prior's name, the file itself, or the folder that holds it."""
-    _require_place("path", path)
+    require_path("path", path)
     if str(path) in bundled_priors():
         return bundled_priors()[str(path)]
     inside = Path(path) / "prior.safetensors"
     return inside if os.path.isfile(inside) else Path(path)
-
-
-def _require_place(name: str, path: object) -> None:
-    """Raise ConfigurationError unless this can be a path."""
-    if not isinstance(path, (str, os.PathLike)) or not str(path).strip():
-        raise ConfigurationError(f"{name}: expected the path of a file, found {described(path)}")
 
 
 def _backbone_path(prior: Path, recorded: str) -> str:

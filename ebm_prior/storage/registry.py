@@ -15,8 +15,7 @@ from torch import nn
 
 from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import Purpose, seeded
-from ebm_prior.errors import ConfigurationError, UnknownBackboneError, few, shown
-from ebm_prior.model.arguments import described
+from ebm_prior.errors import ConfigurationError, UnknownBackboneError, described, few, shown
 from ebm_prior.model.backbone import BUILT_IN, Backbone, LatentGroup, require_groups
 
 GROUP = "ebm_prior.backbones"

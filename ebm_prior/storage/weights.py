@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ebm_prior.errors import CheckpointError, few
+from ebm_prior.errors import CheckpointError, ConfigurationError, described, few
 from ebm_prior.plain import NotPlainError, parse_json, printable
 from ebm_prior.storage.atomic import write_atomically
 
@@ -37,6 +37,12 @@ KINDS = {  # safetensors' names of the types that are written and read
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+def require_path(name: str, path: object) -> None:
+    """Raise ConfigurationError unless the argument called `name` can be the path of a file."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path).strip():
+        raise ConfigurationError(f"{name}: expected the path of a file, found {described(path)}")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]) -> None:

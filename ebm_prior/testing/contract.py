@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.randomness import derived_generator
-from ebm_prior.errors import ConfigurationError, ContractError
+from ebm_prior.errors import ConfigurationError, ContractError, described
 from ebm_prior.interfaces import Images
 from ebm_prior.model.backbone import BUILT_IN, Backbone
+from ebm_prior.model.checked_images import unfit
 from ebm_prior.testing import declared, image_side, posterior_path, prior_path
 from ebm_prior.testing.case import Case, Skipped, frozen, on_copies
 
@@ -170,11 +171,12 @@ def _case(backbone: Backbone, images: Tensor | None, batch_size: int, seed: int)
     if images is None:
         shape = (max(2, batch_size), *backbone.image_shape)
         images = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
-    elif images.shape[1:] != backbone.image_shape or len(images) < 2 or images.min() < 0 or images.max() > 1:
-        raise ConfigurationError(
-            f"images: expected at least two of shape {backbone.image_shape} in [0, 1], found {tuple(images.shape)} "
-            f"in [{images.min():.4g}, {images.max():.4g}]"
-        )
+    else:
+        expected = f"images: expected at least two of shape {backbone.image_shape} in [0, 1], found {described(images)}"
+        if tuple(images.shape[1:]) != backbone.image_shape or len(images) < 2:
+            raise ConfigurationError(expected)
+        if bad := unfit(images):
+            raise ConfigurationError(f"{expected} with {bad.values} in image {bad.number}")
     images = images[: max(2, batch_size)].to(like)
     eps, noise = (backbone.standard_normal(len(images), generator=generator) for _ in range(2))
     return Case(backbone, images, eps, noise, seed)

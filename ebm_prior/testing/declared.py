@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ebm_prior.model.backbone import Backbone, LatentGroup
+from ebm_prior.errors import shown
+from ebm_prior.model.backbone import Backbone, LatentGroup, is_group_shape
 from ebm_prior.testing.case import Case, close, given_eps
 
 
@@ -16,7 +17,10 @@ def declaration(backbone: Backbone) -> Iterator[str]:
     """`groups` and `image_shape` are well formed, and there is a parameter to take dtype and device from."""
     groups = getattr(backbone, "groups", ())
     if not isinstance(groups, tuple) or not groups or not all(isinstance(group, LatentGroup) for group in groups):
-        yield f"groups must be a tuple of LatentGroup(name, shape), top group first, set in the constructor: {groups!r}"
+        yield (
+            "groups must be a tuple of LatentGroup(name, shape), the top group first, set on the class or in the "
+            f"constructor; found {_found(groups)}"
+        )
         return
     names = [group.name for group in groups]
     if len(set(names)) < len(names):
@@ -24,17 +28,22 @@ def declaration(backbone: Backbone) -> Iterator[str]:
     for name, shape in groups:
         if not isinstance(name, str) or not name or "." in name:
             yield f"a latent group's name must be a non-empty string without dots, found {name!r}"
-        if not _is_shape(shape) or len(shape) not in (1, 3):
-            yield f"the shape of group {name!r} must be (D,) or (C, H, W) without a batch axis, found {shape!r}"
+        if not is_group_shape(shape):
+            yield f"the shape of group {name!r} must be (D,) or (C, H, W) without a batch axis, found {shown(shape)}"
     image_shape = getattr(backbone, "image_shape", None)
-    if not _is_shape(image_shape) or len(image_shape) != 3:  # type: ignore[arg-type]
-        yield f"image_shape must be (C, H, W), set in the constructor, found {image_shape!r}"
+    if not isinstance(image_shape, tuple) or len(image_shape) != 3 or not is_group_shape(image_shape):
+        yield (
+            "image_shape must be a tuple (C, H, W) of sizes of at least 1, set on the class or in the constructor; "
+            f"found {_found(image_shape)}"
+        )
     if next(backbone.parameters(), None) is None:
         yield "the module has no parameters: passes take their dtype and device from the first one"
 
 
-def _is_shape(shape: object) -> bool:
-    return isinstance(shape, tuple) and all(isinstance(n, int) and n > 0 for n in shape)
+def _found(value: object) -> str:
+    """A value with its type where that is no tuple: the list [1, 28, 28]."""
+    plain = value is None or isinstance(value, tuple)
+    return shown(value) if plain else f"the {type(value).__name__} {shown(value)}"
 
 
 def evaluation_mode(backbone: Backbone) -> Iterator[str]:

@@ -59,17 +59,19 @@ def order_of_draws(case: Case) -> Iterator[str]:
 
 
 def _std(name: str, prior: Gaussian, eps: Tensor) -> Iterator[str]:
-    """A std that is not positive, or beside which the mean is so large that float32 keeps nothing of std·ε."""
+    """A std that is not positive, or beside which the mean is so large that z keeps nothing of std·ε."""
     mean, std, eps = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (*prior, eps))
     least = f"{std.min().item():.4g}"
     if not (std > 0).all():
         yield f"the prior std of group {name!r} is not positive, found {least}: is it a log standard deviation?"
-    elif (std.float().square() < torch.finfo(torch.float32).tiny).any() or (
-        ((mean + std * eps - mean) / std - eps).abs() > 0.5
-    ).any():
+        return
+    single = bool((std.float().square() < torch.finfo(torch.float32).tiny).any())
+    if single or (((mean + std * eps - mean) / std - eps).abs() > 0.5).any():
+        kept = torch.float32 if single else mean.dtype
         yield (
             f"the prior std of group {name!r} is too small, found {least}: z = mean + std·ε keeps nothing of ε in "
-            "float32. Give the log standard deviation a floor, or leave the group out where it holds nothing"
+            f"{str(kept).removeprefix('torch.')}. Give the log standard deviation a floor, or leave the group out "
+            "where it holds nothing"
         )
 
 

@@ -5,7 +5,7 @@
     StagedRatios        ratios of the posterior to the prior fitted so far, in stages
     MaximumLikelihood   Langevin chains of the current prior (Eqs. 10, 17)
 
-`begun` makes the first course from the settings, `resumed` the course of a saved state.
+`first_course` makes the first course from the settings, `resumed` the course of a saved state.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ class GroupRatios(StagedRatios):
         return together
 
 
-def begun(bench: Workbench, config: FitConfig, iteration: int = 0) -> Course:
+def first_course(bench: Workbench, config: FitConfig, iteration: int = 0) -> Course:
     """The course that these settings have after `iteration` steps, with untrained heads."""
     if config.objective == "mle":
         return MaximumLikelihood(bench, config, iteration)
@@ -325,7 +325,7 @@ def resumed(bench: Workbench, config: FitConfig, state: Mapping[str, Any]) -> Co
     if saturated:
         course: Course = staged(bench, config.staging(saturated["iteration"]), state["iteration"], saturated)
     else:
-        course = begun(bench, config, state["iteration"])
+        course = first_course(bench, config, state["iteration"])
     if bool(state["stages"]) != isinstance(course, StagedRatios):
         raise ValueError("stages expected none, found some" if state["stages"] else "stages are missing")
     course.restore(state)

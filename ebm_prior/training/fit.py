@@ -26,7 +26,7 @@ from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.own_energy import energy_of
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.training.course import Course, Workbench
-from ebm_prior.training.courses import begun, resumed
+from ebm_prior.training.courses import first_course, resumed
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.latents import Draws
 from ebm_prior.training.loop import Training
@@ -120,7 +120,7 @@ class Fitting(Training):
         average = copy.deepcopy(heads).eval().requires_grad_(False)
         self.network, self.average, self.optimizer = heads, average, _optimizer(heads, config)
         self.bench = Workbench(heads, average, draws, training, latents, progress)
-        self.course: Course = begun(self.bench, config)
+        self.course: Course = first_course(self.bench, config)
 
     @property
     def iterations(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import Regime, Target
 from ebm_prior.model.samplers import MOST_STEPS, SamplerChanges, SamplerConfig
@@ -94,21 +93,16 @@ class FitConfig:
         require_shares(self, "ema", "ess_floor", "betas", open=True)
         require_not_negative(self, "warmup", "weight_decay", "penalty")
         require_shares(self, "refresh")
-        if self.chains == "persistent" and self.chain.proposals > 1:
-            raise ConfigurationError(
-                f"chain proposals must be 1 for persistent chains, which start from their last ends; "
-                f"found {self.chain.proposals}"
-            )
-        if self.ratios == "staged" and (self.objective != "nce" or self.regime != "calibrated"):
-            raise ConfigurationError(
-                f"ratios staged needs objective nce and regime calibrated, found {self.objective} and {self.regime}"
-            )
+        with within("chain"):
+            single = "must be 1 for persistent chains, which start from their last ends"
+            require(self.chain, "proposals", self.chains == "fresh" or self.chain.proposals == 1, single)
+        suited = self.objective == "nce" and self.regime == "calibrated"
+        unsuited = "must be one or auto unless the objective is nce and the regime calibrated"
+        require(self, "ratios", self.ratios != "staged" or suited, unsuited)
         require_seed(self)
         _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together
-        if self.target == "published" and self.regime == "calibrated":
-            raise ConfigurationError(
-                "target published is not the density that f describes, so regime must be refiner; found calibrated"
-            )
+        exact = "must be exact with regime calibrated (published is not the density that f then describes)"
+        require(self, "target", self.target == "exact" or self.regime == "refiner", exact)
 
     @property
     def may_stage(self) -> bool:
@@ -140,7 +134,7 @@ class FitConfig:
 
 
 def paper_preset() -> FitConfig:
-    """The published fit (NVAE on CIFAR-10, Gaussian decoder; references in README): a short-run refiner.
+    """The fit as published by Cui, Wu and Han (CVPR 2023; NVAE on CIFAR-10, Gaussian decoder): a short-run refiner.
 
     Adam(0.99, 0.999) at 1e-4 with weight decay 3e-5, batch 32, 5,000 iterations; K = 20 steps in training and 40 in
     sampling with s = 2e-5 in the units of Eq. 12 (the published code's 4e-5 is 2s), on the published ε-target.

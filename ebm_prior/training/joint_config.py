@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.settings import (
+    require,
     require_kinds,
     require_not_negative,
     require_positive,
     require_seed,
     require_shares,
     setting,
+    within,
 )
 
 Space = Literal["eps", "z"]
@@ -72,20 +73,21 @@ class JointConfig:
         require_shares(self, "ema", "energy_from", "betas", open=True)
         require_not_negative(self, "warmup", "penalty")
         require_shares(self, "refresh")
-        if self.energy.standardize:
-            raise ConfigurationError(
-                "energy standardize must be off in joint training, because latents change during it"
-            )
-        own_start = self.space == "z" or self.chains == "persistent"
-        if max(self.prior_chain.proposals if own_start else 1, self.posterior_chain.proposals) > 1:
-            raise ConfigurationError(
-                "chain proposals must be 1 for posterior chains, for persistent chains and for chains in z: these "
-                "start from a given point, so there is nothing to choose among"
-            )
+        with within("energy"):
+            moving = "must be off in joint training, because latents change during it"
+            require(self.energy, "standardize", not self.energy.standardize, moving)
+        given = "which start from a given point, so there is nothing to choose among"
+        with within("prior_chain"):
+            fresh = self.space == "eps" and self.chains == "fresh"
+            single = f"must be 1 for persistent chains and for chains in z, {given}"
+            require(self.prior_chain, "proposals", fresh or self.prior_chain.proposals == 1, single)
+        with within("posterior_chain"):
+            single = f"must be 1 for posterior chains, {given}"
+            require(self.posterior_chain, "proposals", self.posterior_chain.proposals == 1, single)
 
 
 def paper_joint() -> JointConfig:
-    """The published joint training (references in README): langevin + ebm, z-space chains, batch 100.
+    """The joint training as published by Cui, Wu and Han (CVPR 2023): langevin + ebm, z-space chains, batch 100.
 
     K = 60 steps of 0.4 for the prior (the paper's text says 40), 40 of 0.1 for the posterior, in the convention
     z + ½s²∇ + sξ: s²/2 = 0.08 and 0.005 in the units of Eq. 12. The learning rates are 1e-4 and, for the energy, 2e-5.

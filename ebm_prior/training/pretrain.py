@@ -152,7 +152,7 @@ class Pretraining(Training):
         settled = self.iteration > max(
             1, config.iterations * config.kl_warmup
         )  # once β is 1 the objective no longer changes, and averaging begins
-        update_average_with_buffers(self.average, self.backbone, config.ema, begun=settled)
+        update_average_with_buffers(self.average, self.backbone, config.ema, settled=settled)
         return {
             "iteration": self.iteration,
             "train_elbo": float((log_likelihood - kl.sum(1)).mean().detach()),

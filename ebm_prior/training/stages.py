@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import BLOCK
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import SettingError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import JointEnergy, values
 from ebm_prior.model.prior import EBMPrior
@@ -90,18 +90,16 @@ class StageConfig:
     def suited(self, backbone: Backbone, parts: int) -> StageConfig:
         """These settings with no more draws than `DRAW_BYTES` hold.
 
-        Raises ConfigurationError where there are then fewer draws than `parts` of a batch.
+        Raises SettingError where there are then fewer draws than `parts` of a batch.
         """
         dimensions = sum(math.prod(group.shape) for group in backbone.groups)
-        suited = self.within(DRAW_BYTES // (dimensions * next(backbone.parameters()).dtype.itemsize))
+        suited = self.at_most(DRAW_BYTES // (dimensions * next(backbone.parameters()).dtype.itemsize))
         if suited.particles < parts:
-            raise ConfigurationError(
-                f"for latents of this size only {suited.particles} draws of a stage fit in memory: "
-                f"expected at most as many parts, found {parts}"
-            )
+            fits = f"must be at most {suited.particles}, as no more draws of a stage fit in memory for such latents"
+            raise SettingError("parts", f"{fits}, found {parts}")
         return suited
 
-    def within(self, draws: int) -> StageConfig:
+    def at_most(self, draws: int) -> StageConfig:
         """These settings with at most `draws` draws in all, reduced in proportion, but at least one of each kind."""
         share = min(1.0, draws / (self.particles + self.held_out))
         return replace(self, particles=max(1, int(share * self.particles)), held_out=max(1, int(share * self.held_out)))

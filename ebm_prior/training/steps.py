@@ -62,10 +62,10 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
     _copy(average.buffers(), network.buffers())
 
 
-def update_average_with_buffers(average: nn.Module, network: nn.Module, decay: float, *, begun: bool) -> None:
-    """Exponential moving average of parameters and buffers; a copy of them as long as it has not `begun`."""
+def update_average_with_buffers(average: nn.Module, network: nn.Module, decay: float, *, settled: bool) -> None:
+    """Exponential moving average of parameters and buffers; a copy of them until it has `settled`."""
     kept, found = (chain(module.parameters(), module.buffers()) for module in (average, network))
-    if begun:
+    if settled:
         _average(kept, found, decay)
     else:
         _copy(kept, found)

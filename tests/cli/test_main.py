@@ -47,7 +47,7 @@ def test_options_that_would_be_ignored_are_refused(workshop: Workshop, fit_words
     for words, message in (
         ([*sample, "a.npz", "--compare"], "--compare shows samples in a grid"),
         ([*sample, "folder", "--compare"], "--compare shows samples in a grid"),
-        ([*sample, "a.jpg"], "a .png, an .npz or a folder"),
+        ([*sample, "a.jpg"], "must end in .png or .npz (without a suffix it is a folder)"),
         (["eval", "p", "--fid-mode", "clean"], "pass --fid or --inception"),
         (["eval", "p", "--fid", "--classifier", "c"], "give one"),
         (["eval", "p", "--inception", "i", "--classifier", "c"], "give one"),

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from workshop import Workshop
 
 from ebm_prior.cli.main import main
-from ebm_prior.cli.options import config_options
+from ebm_prior.cli.options import Drawing, config_options
 from ebm_prior.errors import ConfigurationError, SettingError
 from ebm_prior.evaluation.classifier import ClassifierConfig
 from ebm_prior.evaluation.doctor import DoctorConfig
@@ -231,6 +232,33 @@ def test_the_help_of_every_option_makes_sense_alone() -> None:
     assert wrong == {}
 
 
+def test_the_list_of_commands_says_what_each_says_itself() -> None:
+    """The line of a command is its first sentence, as far as that fits."""
+    context = click.Context(main)
+    for name, entry in main.entries.items():  # type: ignore[attr-defined]
+        said = " ".join((main.get_command(context, name).help or "").split())  # type: ignore[union-attr]
+        assert re.match(re.escape(entry.help.removesuffix(".")) + r"(?!\w)", said), (
+            f"{name}: {entry.help!r} and {said!r}"
+        )
+        assert entry.help.endswith("."), name
+
+
+def test_the_short_help_refers_to_nothing_that_it_hides() -> None:
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        first = getattr(command, "first", ())
+        shown = [parameter for parameter in command.params if not first or parameter.name in (*first, "help_all")]
+        options = {option for parameter in shown for option in parameter.opts} | {"--help"}
+        texts = [
+            re.sub("`[^`]*`", "", command.help or ""),
+            *(getattr(parameter, "help", None) or "" for parameter in shown),
+        ]
+        named = {option for text in texts for option in re.findall(r"--[a-z][a-z0-9-]*", text)}
+        assert named <= options, name
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -325,7 +353,7 @@ def numbers(kind: type[Any]) -> list[tuple[str, Any]]:
 
 CONFIGURATIONS = (
     *(FitConfig, PretrainConfig, JointConfig, GaugeConfig, ClassifierConfig),
-    *(EvalConfig, FidConfig, DoctorConfig, OutlierConfig),
+    *(EvalConfig, FidConfig, DoctorConfig, OutlierConfig, Drawing),
 )
 
 
@@ -337,6 +365,34 @@ def test_a_value_out_of_range_names_its_setting_alone(kind: type[Any]) -> None:
             resolve(kind(), {name: wrong})
         assert caught.value.name == name
         assert re.fullmatch(rf"{name} must [^_]*, found (-7|-7\.0|-0\.5|nan|inf)", str(caught.value))
+        assert "must be positive, found inf" not in str(caught.value)  # which infinity is
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_a_value_of_another_kind_names_its_setting_alone(kind: type[Any]) -> None:
+    for name in dict.fromkeys(name for name, _ in numbers(kind)):
+        for wrong in ("64", True, np.zeros(3)):
+            with pytest.raises(
+                SettingError, match=rf"^{name} must be (a whole number|a number|2 numbers), found "
+            ) as caught:
+                resolve(kind(), {name: wrong})
+            assert caught.value.name == name
+            if name in {entry.name for entry in dataclasses.fields(kind)}:
+                with pytest.raises(SettingError, match=rf"^{name} must be "):
+                    kind(**{name: wrong})
+
+
+def test_values_that_mean_the_same_are_kept_as_the_settings_own_kind() -> None:
+    given: dict[str, Any] = {"iterations": np.int64(5), "learning_rate": np.float32(0.5), "betas": [np.float64(0.5), 0]}
+    for config in (FitConfig(**given), resolve(FitConfig(), given)):
+        assert config == FitConfig(iterations=5, learning_rate=0.5, betas=(0.5, 0.0))
+        assert [type(value) for value in (config.iterations, config.learning_rate, *config.betas)] == [
+            int,
+            *[float] * 3,
+        ]
+    assert type(SamplerChanges(steps=np.int64(3)).steps) is int  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"^learning_rate must be positive and finite, found inf"):
+        FitConfig(learning_rate=10**400)
 
 
 @pytest.mark.parametrize(
@@ -349,9 +405,18 @@ def test_a_value_out_of_range_names_its_setting_alone(kind: type[Any]) -> None:
         (["fit", "--held-out", -7], "--held-out"),
         (["train", "--prior-chain-step-size", 7], "--prior-chain-step-size"),
         (["pretrain", "--kl-warmup", 7], "--kl-warmup"),
+        (["doctor", "--samples", 10], "--samples"),
+        (["fit", "--sampler-temperature", 0.5], "--sampler-temperature"),
+        (["fit", "--objective", "mle", "--chain-adapt-steps", 3], "--chain-adapt-steps"),
+        (["fit", "--objective", "mle", "--chains", "persistent", "--chain-proposals", 2], "--chain-proposals"),
+        (["fit", "--objective", "mle", "--ratios", "staged"], "--ratios"),
+        (["fit", "--target", "published"], "--target"),
+        (["train", "--posterior-chain-proposals", 2], "--posterior-chain-proposals"),
+        (["train", "--space", "z", "--prior-chain-proposals", 2], "--prior-chain-proposals"),
     ],
 )
 def test_the_command_line_names_the_option(workshop: Workshop, tmp_path: Path, words: list[Any], option: str) -> None:
-    data = ["--data", workshop.images, "--ckpt", workshop.backbone, "--out", tmp_path / "out"]
+    data = ["--data", workshop.images, "--ckpt", workshop.backbone]
+    data += ["--out", tmp_path / "out"] if words[0] != "doctor" else []
     assert workshop.error(*words, *data).startswith(f"ebm-prior: error: {option} must be ")
     assert not (tmp_path / "out").exists()

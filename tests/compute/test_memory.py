@@ -76,14 +76,14 @@ def test_on_a_gpu_the_draws_of_a_part_move_together() -> None:
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     need = preflight.Need(3 * 2**30, "256 chains at a time", "--chunk 64 or --checkpointing")
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 4 * 2**30)
-    assert preflight.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time, 4 GiB free"
+    assert preflight.require_memory(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time, 4 GiB free"
     monkeypatch.setattr(preflight, "free_bytes", lambda device: None)
-    assert preflight.require(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time"
+    assert preflight.require_memory(need, CPU) == "memory on cpu: about 3 GiB for 256 chains at a time"
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 1000 * 2**20)
     with pytest.raises(
         MemoryLimitError, match=r"about 3 GiB .* 256 chains .* 0.977 GiB free: use --chunk 64 or --check"
     ):
-        preflight.require(need, CPU)
+        preflight.require_memory(need, CPU)
 
 
 def test_free_memory_is_what_the_machine_and_the_container_leave(

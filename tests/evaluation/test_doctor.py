@@ -195,7 +195,7 @@ def test_too_little_is_refused() -> None:
     backbone = LinearGaussian().eval()
     with pytest.raises(DataError, match="at least 40 images"):
         examine(backbone, drawn(backbone, 20), CONFIG)
-    with pytest.raises(ConfigurationError, match="at least 40 samples"):
+    with pytest.raises(ConfigurationError, match="samples must be 40 or more, found"):
         DoctorConfig(samples=10)
 
 

@@ -359,3 +359,21 @@ class ShapeWithBatchAxis(LinearGaussian):
     def __init__(self) -> None:
         super().__init__()
         self.groups = (LatentGroup("z2", (-1, 2)), LatentGroup("z1", (3,)))
+
+
+class ShapeOfFlags(LinearGaussian):
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = (LatentGroup("z2", (True,)), LatentGroup("z1", (3,)))
+
+
+class GroupsInAList(LinearGaussian):
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = list(self.groups)  # type: ignore[assignment]
+
+
+class ImageShapeInAList(LinearGaussian):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_shape = list(self.image_shape)  # type: ignore[assignment]

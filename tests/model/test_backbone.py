@@ -15,8 +15,9 @@ from toys import LinearGaussian, ToyConv
 
 from ebm_prior.compute.randomness import BlockGenerator, derived_generator
 from ebm_prior.errors import CheckpointError, ConfigurationError
-from ebm_prior.model.backbone import Backbone, Gaussian
+from ebm_prior.model.backbone import Backbone, Gaussian, LatentGroup
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.latents import require_latents
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import draw, start
 
@@ -196,11 +197,16 @@ def test_latents_of_the_wrong_shape_are_named(mistake: str) -> None:
         assert "dense (B, 4), point (B, 2, 1, 1), conv (B, 3, 4, 4)" in str(caught.value)
 
 
+def test_a_number_is_no_latent_of_a_group_without_axes() -> None:
+    with pytest.raises(ConfigurationError, match=r"^z: expected .*: a \(B\); found that a has \(\)$"):
+        require_latents("z", [torch.tensor(1.0)], [LatentGroup("a", ())])
+
+
 @pytest.mark.parametrize("of", ["infer", "draw_posterior"])
 def test_images_of_the_wrong_shape_are_named(of: str) -> None:
     use = getattr(toy(ToyConv), of)
     for wrong, said in ((torch.rand(6, 1, 8, 9), r"\(6, 1, 8, 9\)"), (torch.tensor(1.0), r"\(\)"), (None, "None")):
-        with pytest.raises(ConfigurationError, match=rf"expected images of shape \(B, \(1, 8, 8\)\), found {said}$"):
+        with pytest.raises(ConfigurationError, match=rf"expected images of shape \(B, 1, 8, 8\), found {said}$"):
             use(wrong)
 
 

@@ -17,8 +17,8 @@ from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
 from ebm_prior.reports import summaries
 from ebm_prior.reports.run_page import configuration_blocks, training_curves
 from ebm_prior.reports.text import Table
-from ebm_prior.runs.folder import read_metrics
 from ebm_prior.storage.atomic import with_nan, without_nan
+from ebm_prior.storage.sealed import read_lines
 from ebm_prior.training.fit_config import FitConfig
 
 
@@ -141,7 +141,7 @@ def test_numbers_that_are_not_finite_are_shown(workshop: Workshop, run: Path, tm
 
 
 def test_curves_of_what_was_logged(run: Path) -> None:
-    metrics = read_metrics(run / "metrics.jsonl")
+    metrics = read_lines(run / "metrics.jsonl")
     assert len(training_curves(metrics)) == 4
     staged = [{"iteration": i, "gain": 1.0 * i, "ess_fraction": 0.5, "stage": 1} for i in (1, 2)]
     odd = [{"iteration": 2, "rolled_back": "why", "rate": 0.5}, {"iteration": 3, "gain": None}]

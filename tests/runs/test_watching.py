@@ -70,7 +70,7 @@ def test_without_tensorboard_it_is_said_before_anything_is_done(
     workshop: Workshop, backbone: Backbone, images: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'ebm-prior\[logging\]'"):
+    with pytest.raises(ConfigurationError, match=r"needs tensorboard; pip install tensorboard$"):
         into(tmp_path / "out", workshop, backbone, images, small(), watch=Watch(tensorboard=True))
     assert list(tmp_path.iterdir()) == []
 

@@ -18,8 +18,8 @@ from workshop import Workshop
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import CheckpointError, EbmPriorError
 from ebm_prior.model.backbone import Backbone
-from ebm_prior.runs.folder import read_metrics, read_run_record
-from ebm_prior.storage.sealed import _SEAL_LENGTH, read_state, state_bytes
+from ebm_prior.runs.folder import read_run_record
+from ebm_prior.storage.sealed import _SEAL_LENGTH, read_lines, read_state, state_bytes
 
 FLIPS = 300
 
@@ -44,7 +44,7 @@ def as_by_version_0_1_0(run: Path) -> None:
     """The same run without checksums, byte for byte as version 0.1.0 wrote it."""
     state = (run / "state.pt").read_bytes()[:-_SEAL_LENGTH]
     (run / "state.pt").write_bytes(state[:-2] + b"\0\0")
-    lines = [json.dumps(line) + "\n" for line in read_metrics(run / "metrics.jsonl")]
+    lines = [json.dumps(line) + "\n" for line in read_lines(run / "metrics.jsonl")]
     (run / "metrics.jsonl").write_text("".join(lines))
     record = json.loads((run / "config.json").read_text())
     record.pop("sha256")
@@ -86,7 +86,7 @@ def test_no_flipped_bit_of_a_state_becomes_another_state(cut: Path, old: bool) -
 
 def test_no_flipped_bit_of_metrics_or_settings_is_believed(cut: Path) -> None:
     choose = random.Random(1)
-    for name, read in (("metrics.jsonl", read_metrics), ("config.json", read_run_record)):
+    for name, read in (("metrics.jsonl", read_lines), ("config.json", read_run_record)):
         path = cut / name
         data, true = path.read_bytes(), read(path)
         for _ in range(FLIPS):
@@ -118,7 +118,7 @@ def test_every_other_reader_still_reads_them(cut: Path) -> None:
     assert zipfile.ZipFile(cut / "state.pt").testzip() is None
     lines = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [2, 4]
-    assert set(lines[0]) == {*read_metrics(cut / "metrics.jsonl")[0], "crc32"}
+    assert set(lines[0]) == {*read_lines(cut / "metrics.jsonl")[0], "crc32"}
 
 
 def first_moment(state: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def test_a_state_of_a_newer_format_says_so(cut: Path) -> None:
 def test_a_line_of_metrics_of_another_kind_is_one_error(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{{"iteration": 1}}\n{line}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged in line 2"):
-        read_metrics(tmp_path / "metrics.jsonl")
+        read_lines(tmp_path / "metrics.jsonl")
 
 
 def test_a_line_without_its_checksum_is_noticed(cut: Path) -> None:
@@ -187,4 +187,4 @@ def test_a_line_without_its_checksum_is_noticed(cut: Path) -> None:
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n" + second.split(', "crc32"')[0] + "}\n")
     with pytest.raises(EbmPriorError, match=r"line 2 .*no checksum"):
-        read_metrics(path)
+        read_lines(path)

@@ -110,6 +110,9 @@ BROKEN = [
         bad.ShapeWithBatchAxis,
         r"shape of group 'z2' must be \(D,\) or \(C, H, W\) without a batch axis, found \(-1, 2\)",
     ),
+    (bad.ShapeOfFlags, r"shape of group 'z2' must be \(D,\) or \(C, H, W\) without a batch axis, found \(True,\)"),
+    (bad.GroupsInAList, r"groups must be a tuple .*, set on the class or in the constructor; found the list \[Lat"),
+    (bad.ImageShapeInAList, r"image_shape must be a tuple \(C, H, W\) of .* constructor; found the list \[1, 2, 2\]"),
 ]
 
 
@@ -167,5 +170,11 @@ def test_the_backbone_is_put_back_as_it_was(build: type[Backbone]) -> None:
 def test_given_images_are_used_and_judged() -> None:
     backbone = LinearGaussian().eval()
     check_backbone(backbone, torch.full((5, 1, 2, 2), 0.5))
-    with pytest.raises(ConfigurationError, match=r"at least two of shape \(1, 2, 2\) in \[0, 1\]"):
-        check_backbone(backbone, torch.full((5, 1, 2, 2), 255.0))
+    for wrong, said in (
+        (torch.full((5, 1, 2, 2), 255.0), "shape (5, 1, 2, 2) with values from 255 to 255 in image 0"),
+        (torch.full((5, 1, 2, 2), math.nan), "shape (5, 1, 2, 2) with NaN or infinite values in image 0"),
+        (torch.full((1, 1, 2, 2), 0.5), "found a float32 tensor of shape (1, 1, 2, 2)"),
+    ):
+        with pytest.raises(ConfigurationError, match=r"at least two of shape \(1, 2, 2\) in \[0, 1\]") as error:
+            check_backbone(backbone, wrong)
+        assert str(error.value).endswith(said)

@@ -20,7 +20,8 @@ from workshop import SMALL_FIT, Workshop
 from ebm_prior import api, fit
 from ebm_prior.data.images import from_array
 from ebm_prior.errors import ContractError
-from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.backbone import Backbone, Gaussian
+from ebm_prior.testing import prior_path
 from ebm_prior.testing.contract import check_backbone, check_foreign
 
 STDS = {0.0: "not positive, found 0:", -1.0: "not positive, found -1:", 1e-30: "too small, found 1e-30:"}
@@ -48,6 +49,13 @@ def test_a_std_that_is_none(value: float, group: int) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(ContractError, match=message):
         check_backbone(backbone)
+
+
+def test_a_std_too_small_beside_its_mean_names_the_precision() -> None:
+    for dtype, std in ((torch.float32, 1e-10), (torch.float64, 1e-18)):
+        prior = Gaussian(torch.ones(1, 1, dtype=dtype), torch.full((1, 1), std, dtype=dtype))
+        (said,) = prior_path._std("z", prior, torch.ones(1, 1, dtype=dtype))
+        assert f"keeps nothing of ε in {str(dtype).removeprefix('torch.')}. " in said
 
 
 @pytest.mark.parametrize("std", [1e-4, 1.5])

@@ -143,8 +143,8 @@ def test_patience_ends_a_run_without_progress(
     ("settings", "message"),
     [
         ({"iterations": 0}, "iterations must be positive, found 0"),
-        ({"learning_rate": math.nan}, "learning_rate must be positive, found nan"),
-        ({"learning_rate": math.inf}, "learning_rate must be positive, found inf"),
+        ({"learning_rate": math.nan}, "learning_rate must be positive and finite, found nan"),
+        ({"learning_rate": math.inf}, "learning_rate must be positive and finite, found inf"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), found 1.0"),
         ({"betas": (0.9, 1.5)}, r"betas must be in \[0, 1\), found 1.5"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and not negative"),

@@ -46,7 +46,7 @@ def test_the_first_draws_are_the_backbones(stages: Stages) -> None:
 
 
 def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert StageConfig().within(10_000) == StageConfig()
+    assert StageConfig().at_most(10_000) == StageConfig()
     backbone = LinearGaussian(2, 3).eval().requires_grad_(False)
     monkeypatch.setattr("ebm_prior.training.stages.DRAW_BYTES", 60 * sum(g.shape[0] for g in backbone.groups) * 4)
     energy = JointEnergy(backbone.groups, EnergyConfig(hidden=8, joint=0)).requires_grad_(False)
@@ -55,7 +55,8 @@ def test_draws_that_the_memory_does_not_hold_are_left_out_in_proportion(monkeypa
     assert [len(e) for e in few.eps] == [60, 60]
     assert few.config.particles == 2 * few.config.held_out == 40
     with pytest.raises(
-        ConfigurationError, match="only 40 draws of a stage fit in memory: expected at most as many parts, found 41"
+        ConfigurationError,
+        match="parts must be at most 40, as no more draws of a stage fit in memory for such latents, found 41",
     ):
         StageConfig(particles=400, held_out=200).suited(backbone, 41)
 
@@ -191,7 +192,7 @@ def test_stages_begin_with_the_groups_own_ratios(backbone: Backbone, images: Ima
 
 
 def test_a_refiner_is_not_staged(backbone: Backbone, images: ImageSource) -> None:
-    with pytest.raises(ConfigurationError, match="regime calibrated"):
+    with pytest.raises(ConfigurationError, match="the regime calibrated, found staged"):
         small(ratios="staged", regime="refiner")
 
 

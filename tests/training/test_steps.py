@@ -46,7 +46,7 @@ def test_an_average_with_buffers_is_that_of_torch() -> None:
         with torch.no_grad():
             network[0].weight.add_(0.1)
         theirs.update_parameters(network)
-        update_average_with_buffers(ours, network, 0.9, begun=step > 0)
+        update_average_with_buffers(ours, network, 0.9, settled=step > 0)
     expected = theirs.module.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
 

@@ -14,6 +14,7 @@ from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.latents import described as described
 from ebm_prior.model.latents import require_latents as require_latents
+from ebm_prior.model.latents import require_upper as require_upper
 
 
 def require_backbone(backbone: object) -> None:

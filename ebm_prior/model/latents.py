@@ -63,7 +63,7 @@ def require_upper(name: str, latents: object, groups: Sequence[Group], like: Ten
     found = len(latents) if isinstance(latents, (list, tuple)) else 0
     if not 1 <= found < len(groups):
         raise ConfigurationError(
-            f"{name}: expected a list of z of the first groups, from 1 to {len(groups) - 1} tensors, since the backbone "
+            f"{name}: expected a list of z of the first groups, from 1 to {len(groups) - 1} tensors, as the backbone "
             f"has {len(groups)} groups; found {found or described(latents)}: z[:k] takes those of k groups"
         )
     require_latents(name, latents, groups[:found], like)

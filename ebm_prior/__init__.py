@@ -6,7 +6,7 @@
     images = prior.sample(64, seed=0).images
 
 Fitting: fit, FitConfig. Priors: EBMPrior, SamplerConfig, load_prior, save_prior, evaluate. Backbones: load_backbone,
-save_backbone. Images: open_images, from_dataset. Your own VAE: Backbone, Gaussian, LatentGroup, Posterior,
+save_backbone. Images: open_images, from_dataset, interpolate. Your own VAE: Backbone, Gaussian, LatentGroup, Posterior,
 PosteriorDraw, ImageDistribution, check_backbone. Every error is an EbmPriorError.
 """
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ebm_prior.model.backbone import LatentGroup as LatentGroup
     from ebm_prior.model.backbone import Posterior as Posterior
     from ebm_prior.model.backbone import PosteriorDraw as PosteriorDraw
+    from ebm_prior.model.interpolation import interpolate as interpolate
     from ebm_prior.model.prior import EBMPrior as EBMPrior
     from ebm_prior.model.samplers import SamplerConfig as SamplerConfig
     from ebm_prior.storage.checkpoint import load_backbone as load_backbone
@@ -49,6 +50,7 @@ _PLACES = {
     "FitConfig": "training.fit_config",
     "EBMPrior": "storage.checkpoint",
     "SamplerConfig": "model.samplers",
+    "interpolate": "model.interpolation",
     "load_backbone": "storage.checkpoint",
     "save_backbone": "storage.checkpoint",
     "load_prior": "storage.checkpoint",

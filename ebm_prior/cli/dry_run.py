@@ -40,7 +40,7 @@ def fit(
     backbone: Backbone, images: ImageSource, config: FitConfig, passes: Passes, out: Path | None, as_json: bool
 ) -> None:
     """Say what `ebm-prior fit` would do."""
-    need = for_fit(backbone, config, passes)
+    need = for_fit(backbone, config, len(images), passes)
     memory = require_memory(need, passes.device)
     # No step depends on the held-out latents, so a few are enough. With groupwise 0 a staged fit is measured in its
     # stages: the ratios of single groups, which come before them, take less time.
@@ -71,7 +71,7 @@ def train(backbone: Backbone, images: ImageSource, config: JointConfig, out: Pat
 def _show_learning(training: Training, images: ImageSource, folder: Path, files: Sequence[str], as_json: bool) -> None:
     """Say what the training of a whole network does."""
     device = next(training.network.parameters()).device
-    need = for_step(training.step, device, "a step and its optimizer", "--batch-size")
+    need = for_step(training.step, "a step and its optimizer", "--batch-size")
     _show(training, images, need, require_memory(need, device), folder, files, as_json)
 
 

@@ -1,7 +1,8 @@
 """The memory that a command will need: reported before the work starts, and refused where the device has less.
 
-Nearly all memory is taken by tensors that a step keeps for its backward pass, and it grows in proportion to the number
-of chains. So one step with two chains is run, the peak over all living tensors is counted, and it is multiplied.
+A step's tensors grow in proportion to the number of chains, latents or images in it. So each kind of step is run with
+two of them, the peak over all living tensors is counted, and it is multiplied. What a fit stores is added: held-out
+latents, the draws of stages, and the copies of the heads' weights.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.own_energy import energy_of
 from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.samplers import SamplerConfig, start
+from ebm_prior.model.samplers import SamplerConfig, kernel_of, start
 from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.latents import PRIOR_DRAWS, held_out_count
 from ebm_prior.training.stages import draws_at_once
 
 UNITS = {"KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
 MEASURED = 2  # chains in the step that is measured
-# Memory of the process as a multiple of the tensors' own. On a CPU 1.9 to 2.9 was measured, because the C library does
-# not reuse everything that was freed.
-OVERHEAD = {"cpu": 2.5}
+OVERHEAD = 1.2  # memory of the process as a multiple of the tensors' own: 1.09 to 1.24 was measured on a CPU
+COPIES = 11  # of the heads' weights: learned, averaged, best, the optimizer's two, all in the last good state, gradient
+PROBE = 16  # latents at which the heads' gradient is measured
 
 
 class Need(NamedTuple):
@@ -50,41 +52,58 @@ def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig, pas
     prior = _measured(prior, passes)
     chains = min(n, max(BLOCK, chunk // BLOCK * BLOCK))
     smaller = [f"-n or --samples below {n}", *([f"--chunk {BLOCK}"] if chains > BLOCK else [])]
-    numbers = 2 * sum(math.prod(group.shape) for group in prior.backbone.groups) + math.prod(prior.backbone.image_shape)
-    draws = 2 * n * numbers * next(prior.backbone.parameters()).dtype.itemsize
-    at_work = chains * chain_bytes(prior) if sampler.steps else 0
-    return Need(draws + at_work, f"{n} draws, {chains} at a time", _one_of(*smaller, *_cells(prior.backbone)))
+    like = next(prior.backbone.parameters())
+    draws = 2 * n * (2 * _draw_bytes(prior.backbone) + math.prod(prior.backbone.image_shape) * like.dtype.itemsize)
+    at_work = chains * chain_bytes(prior, sampler) if sampler.steps else 0
+    remedy = _one_of(*smaller, *_cells(prior.backbone))
+    return Need(int(OVERHEAD * (draws + at_work)), f"{n} draws, {chains} at a time", remedy)
 
 
-def for_fit(backbone: Backbone, config: FitConfig, passes: Passes = PLAIN, own: nn.Module | None = None) -> Need:
-    """Memory for an iteration of a fit: for its chains or for the gradient of the heads, whichever is larger.
+def for_fit(
+    backbone: Backbone, config: FitConfig, images: int, passes: Passes = PLAIN, own: nn.Module | None = None
+) -> Need:
+    """Memory for a fit to a number of `images`: what it stores, and the largest of the steps that it alternates.
 
     `passes`: how the backbone is going to be computed. `own`: the user's own energy in place of the heads, or None.
     """
     heads = energy_of(backbone.groups, config.energy, own)
     prior = _measured(EBMPrior(backbone, heads, regime=config.regime, target=config.target), passes)
-    rows = config.batch_size // config.parts
-    smaller = (f"--parts above {config.parts}", f"--batch-size below {config.batch_size}")
-    learning = Need(2 * rows * _head_bytes(prior), f"the heads at {2 * rows} latents", _one_of(*smaller))
-    staged = config.ratios == "staged" or config.may_stage
-    if config.objective == "nce" and not staged:
-        return learning
-    device = next(backbone.parameters()).device
-    chains = rows
+    device, rows = next(backbone.parameters()).device, config.batch_size // config.parts
+    held, each, work = held_out_count(backbone, config, images), _draw_bytes(backbone), _Work(prior)
+    latents = held * (1 + PRIOR_DRAWS) * each * (1 + config.energy.conditional) * (device.type == "cpu")
+    kept = latents + COPIES * work.weights
+    smaller = [f"--parts above {config.parts}", f"--batch-size below {config.batch_size}"]
+    phases = [
+        Need(kept + latents, f"the latents of {held} held-out images", f"--held-out below {held}"),
+        Need(kept + work.learning(rows), f"the heads at {2 * rows} latents", _one_of(*smaller)),
+        Need(kept + rows * work.posterior, f"the posteriors of {rows} images", _one_of(*smaller)),
+    ]
+    staged, chains = config.ratios == "staged" or config.may_stage, rows
     if staged:
-        rows = config.staging(0).batch_size // config.parts if config.may_stage else rows
         stage = config.stage.suited(backbone, config.parts)
-        chains = min(draws_at_once(rows, device), -(-(stage.particles + stage.held_out) // config.parts))
-    remedy = _one_of(*smaller, *(["--ratios one"] if staged else []), *_cells(backbone))
-    moving = Need(chains * chain_bytes(prior), f"{chains} chains at a time", remedy)
-    if device.type == "cuda":  # the CUDA graphs of the chains keep their memory
-        return moving._replace(bytes=moving.bytes + learning.bytes, of=f"{moving.of} and {learning.of}")
-    return max(learning, moving)
+        after = config.staging(0).batch_size // config.parts if config.may_stage else rows
+        draws = stage.particles + stage.held_out
+        chains = min(draws_at_once(after, device), -(-draws // config.parts))
+        stored = draws * each + work.weights  # with the heads that f is compared with; again in the last good state
+        kept += 2 * stored + stage.held_out * work.seen
+        smaller += [f"--stage-particles below {stage.particles}", "--ratios one"]
+        phases.append(Need(kept + work.learning(after), f"the heads at {2 * after} latents", _one_of(*smaller)))
+        phases.append(Need(kept + 2 * stored, f"{draws} draws of a stage", _one_of(*smaller[2:])))  # copied, then saved
+    if staged or config.objective != "nce":
+        chain = SamplerConfig(leapfrogs=config.stage.leapfrogs) if staged else config.chain
+        moved = draws * each if staged else rows * work.seen  # what has moved already; or the posteriors
+        remedy = _one_of(*smaller, *_cells(backbone))
+        at_work = chains * chain_bytes(prior, chain) + moved
+        if device.type == "cuda":  # the CUDA graphs of the chains keep their memory
+            at_work += work.learning(rows)
+        phases.append(Need(kept + at_work, f"{chains} chains at a time", remedy))
+    largest = max(phases, key=lambda need: need.bytes)
+    return largest._replace(bytes=int(OVERHEAD * largest.bytes))
 
 
-def for_step(step: Callable[[], object], device: torch.device, of: str, remedy: str) -> Need:
+def for_step(step: Callable[[], object], of: str, remedy: str) -> Need:
     """Memory for a step of training. The `step` is run once to measure it; `of` and `remedy` are those of `Need`."""
-    return Need(int(OVERHEAD.get(device.type, 1.2) * peak_bytes(step)), of, remedy)
+    return Need(int(OVERHEAD * peak_bytes(step)), of, remedy)
 
 
 def require_memory(need: Need, device: torch.device) -> str:
@@ -99,10 +118,13 @@ def require_memory(need: Need, device: torch.device) -> str:
     return f"memory on {device}: about {_size(need.bytes)} for {need.of}{there}"
 
 
-def chain_bytes(prior: EBMPrior) -> int:
-    """Bytes that a chain takes at the peak of a step."""
+def chain_bytes(prior: EBMPrior, sampler: SamplerConfig) -> int:
+    """Bytes of tensors for each chain at the peak of a step of the sampler's kernel."""
     eps = _noise(prior.backbone)
-    return _taken(lambda: start(prior.potential, eps), eps[0].device)
+    generator, potential = derived_generator(1, device=eps[0].device), prior.potential
+    kernel = kernel_of(replace(sampler, leapfrogs=min(2, sampler.leapfrogs)))  # more take longer, and no more memory
+    still = torch.zeros(MEASURED, dtype=eps[0].dtype, device=eps[0].device)
+    return _each(lambda: kernel(start(potential, eps), potential, still, generator))
 
 
 def _measured(prior: EBMPrior, passes: Passes) -> EBMPrior:
@@ -112,16 +134,34 @@ def _measured(prior: EBMPrior, passes: Passes) -> EBMPrior:
     return prior
 
 
-def _head_bytes(prior: EBMPrior) -> int:
-    """Bytes per latent at the peak of the heads' gradient."""
-    with torch.no_grad():
-        eps = _noise(prior.backbone)
-        inputs = prior.energy.inputs(prior.backbone.reparameterize(eps), eps)
-    energy = prior.energy.requires_grad_(True)
-    learned = list(energy.parameters())
-    found = _taken(lambda: torch.autograd.grad(energy(inputs).sum(), learned), eps[0].device)
-    energy.requires_grad_(False)
-    return max(0, found - _taken(lambda: [torch.zeros_like(p) for p in learned], eps[0].device))
+class _Work:
+    """Bytes of tensors in the steps of a fit, and of the weights of its heads."""
+
+    def __init__(self, prior: EBMPrior) -> None:
+        energy, backbone = prior.energy, prior.backbone
+        eps = _noise(backbone)
+        with torch.no_grad():
+            inputs = energy.inputs(backbone.reparameterize(eps), eps)
+            pictures = torch.zeros(MEASURED, *backbone.image_shape, dtype=eps[0].dtype, device=eps[0].device)
+            self.posterior = _each(lambda: backbone.infer(pictures, noise=eps))  # for each image
+        self.energy, self.inputs = energy, inputs
+        self.weights = sum(parameter.nbytes for parameter in energy.parameters())
+        self.seen = sum(each.nbytes for each in inputs) // MEASURED  # for the heads' inputs of each latent
+        few, more = (self._gradient(rows) for rows in (PROBE // 2, PROBE))
+        self.each = 2 * (more - few) // PROBE
+        self.constant = more - PROBE * self.each
+
+    def learning(self, rows: int) -> int:
+        """Bytes for the gradient of the heads: at `rows` posterior and as many prior latents, which are joined."""
+        return self.constant + 2 * rows * (self.each + 2 * self.seen)
+
+    def _gradient(self, rows: int) -> int:
+        """Bytes at the peak of the heads' gradient at so many latents."""
+        inputs = [seen[:1].repeat(rows, *(1 for _ in seen[0].shape)) for seen in self.inputs]
+        learned = list(self.energy.requires_grad_(True).parameters())
+        found = peak_bytes(lambda: torch.autograd.grad(self.energy(inputs).sum(), learned))
+        self.energy.requires_grad_(False)
+        return found
 
 
 def _noise(backbone: Backbone) -> list[Tensor]:
@@ -129,9 +169,14 @@ def _noise(backbone: Backbone) -> list[Tensor]:
     return backbone.standard_normal(MEASURED, generator=derived_generator(0, device=device))
 
 
-def _taken(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes of device memory per chain or latent at the peak of `run`, which works on `MEASURED` of them."""
-    return int(OVERHEAD.get(device.type, 1.2) * peak_bytes(run) / MEASURED)
+def _each(run: Callable[[], object]) -> int:
+    """Bytes of tensors per chain, latent or image at the peak of `run`, which works on `MEASURED` of them."""
+    return peak_bytes(run) // MEASURED
+
+
+def _draw_bytes(backbone: Backbone) -> int:
+    """Bytes of one draw of all latent groups."""
+    return sum(math.prod(g.shape) for g in backbone.groups) * next(backbone.parameters()).dtype.itemsize
 
 
 def _cells(backbone: Backbone) -> list[str]:

@@ -150,7 +150,7 @@ def fit(
     if dry_run:
         return dry.fit(backbone, images, config, passes, out, as_json)
     own = None if energy is None else named_energy(energy, backbone, config.seed)
-    preflight(for_fit(backbone, config, passes, own), passes.device)
+    preflight(for_fit(backbone, config, len(images), passes, own), passes.device)
     directory = processes.of_first(lambda: run_directory(out, "fit", resume))
     with Bar("fit", config.iterations) as bar:
         result = fit_into(

@@ -299,7 +299,7 @@ def _loaded(
 
 
 @click.command(
-    cls=Command, first=("data", "data_root", "number", "out", "overwrite", "steps", "seed", "device", "as_json")
+    cls=Command, first=("data", "data_root", "number", "fix", "out", "overwrite", "steps", "seed", "device", "as_json")
 )
 @PRIOR
 @click.argument("what", type=click.Choice(list(PICTURES)))
@@ -307,6 +307,12 @@ def _loaded(
 @DATA_ROOT
 @click.option(
     "-n", "--number", type=click.IntRange(1), help="Number of rows, chains or codes  [default: depends on the picture]"
+)
+@click.option(
+    "--fix",
+    type=click.IntRange(1),
+    metavar="K",
+    help="For hierarchy: keep the first K latent groups of every sample, those from the top, and draw the rest anew",
 )
 @click.option(
     "--out",
@@ -329,6 +335,7 @@ def show(
     data_root: Path | None,
     download: bool,
     number: int | None,
+    fix: int | None,
     out: Path | None,
     overwrite: bool,
     config_file: Path | None,
@@ -343,11 +350,14 @@ def show(
     transitions     chains from the backbone's prior to the energy-based one (Figs. 5, 14)
     energy          energy per group along 100 and --steps (2,500) steps (Fig. 8)
     hierarchy       samples with their lower groups redrawn (Figs. 7, 11)
+                    (--fix K: with all but the first K)
     reconstruction  images with their lower groups redrawn (Fig. 12)
     interpolate     from one image to another in ε-space
     latents         posterior codes and chains, two dimensions per group (Fig. 2)
     """
     _require_picture(out, what)
+    if fix is not None and what != "hierarchy":
+        raise click.UsageError(f"the picture {what} fixes no groups: leave out --fix")
     stored = read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
     seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
@@ -370,7 +380,7 @@ def show(
         if out.suffix == ".gif":
             files = save_film(transitions_film(loaded, number or PICTURES[what], seed=seed, progress=bar), out)
         else:
-            drawn = draw_picture(loaded, what, images, number, seed=seed, progress=bar)
+            drawn = draw_picture(loaded, what, images, number, fix=fix, seed=seed, progress=bar)
             files = save_page(drawn.image, drawn.arrays, out)
     show_result({"files": [str(file) for file in files]}, as_json, summaries.files_written)
 

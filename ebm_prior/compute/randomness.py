@@ -67,6 +67,7 @@ class Purpose(IntEnum):
     PICTURE_CHOICE = 61
     PICTURE_POSTERIOR = 62
     PICTURE_LOWER = 63
+    COMPLETION = 64
     BLOCK = 0xB10C
     BATCH_NORM = 0xBA7C
     ELBO = 0xE1B0

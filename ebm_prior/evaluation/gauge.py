@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -166,7 +166,7 @@ def _networks(
             progress.advance(1)
         if len(groups) == 1:
             return alone[0], alone
-        whole = JointEnergy(groups, config.energy).to(device, posterior[0].dtype)
+        whole = JointEnergy(groups, replace(config.energy, own_heads=len(groups))).to(device, posterior[0].dtype)
         for mine, trained in zip(whole.heads.values(), alone, strict=True):
             mine.load_state_dict(next(iter(trained.heads.values())).state_dict())
         whole.heads.requires_grad_(False)

@@ -7,15 +7,20 @@ untrained prior is the backbone's own.
 A conditional head also sees ε_i = (z_i − mean_i)/std_i, which is z_i standardised by its own prior p_β(z_i | z_<i).
 Under the backbone's prior ε is white noise, so any structure in it shows what the conditionals miss. ε is a function of
 z, and so is f.
+
+Where many groups have one shape, as in a VDVAE, their heads share their hidden layers (`EnergyConfig.own_heads`). Each
+group keeps its own standardisation, its own last layer, and a gain and an offset for each unit of the first hidden
+layer (Perez et al. 2018), which tell the shared layers which group they see.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +30,7 @@ from ebm_prior.model.backbone import LatentGroup
 from ebm_prior.settings import require, require_counts, require_kinds, require_shares, setting
 
 WIDEST, DEEPEST = 2**20, 1_000  # largest width and number of layers; more is a mistake or a damaged file
+MOST_GROUPS = 10_000  # more in a file are a mistake or damage
 LARGEST_BOUND = 1e9  # in units of posterior standard deviations
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu": partial(nn.LeakyReLU, 0.2)}
 
@@ -45,6 +51,9 @@ class EnergyConfig:
         True, "Standardise the heads' inputs by the mean and standard deviation of posterior latents"
     )
     dropout: float = setting(0.0, "Dropout rate in the joint head")
+    own_heads: int = setting(
+        8, "Largest number of latent groups of one shape that have a head each; where there are more, they share one"
+    )
     bound: float = setting(
         0.0, "Bound to which tanh squashes the heads' inputs; 0: no bound. Stages set a bound of their own"
     )
@@ -53,6 +62,7 @@ class EnergyConfig:
         require_kinds(self)
         require_counts(self, "channels", "hidden", most=WIDEST)
         require_counts(self, "vector_layers", most=DEEPEST)
+        require_counts(self, "own_heads", most=MOST_GROUPS)
         require(self, "joint", 0 <= self.joint <= WIDEST, f"must be from 0 to {WIDEST:,}")
         require_shares(self, "dropout", open=True)
         require(self, "bound", 0 <= self.bound <= LARGEST_BOUND, f"must be from 0 (none) to {LARGEST_BOUND:g}")
@@ -83,32 +93,13 @@ class Input(nn.Module):
 
 
 class Head(Input):
-    """The head of one latent group, f_i: z_i (B, *shape) -> (B,). Its last hidden layer also feeds the joint head.
+    """The head of one latent group, f_i: z_i (B, *shape) -> (B,). Its last hidden layer also feeds the joint head."""
 
-    Maps (C, H, W): N × [conv(4, stride 2, pad 1), activation] and N × [Linear, activation], N = log2(side/4), the
-    paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
-    convolution on maps smaller than 6. Vectors: `vector_layers` linear layers.
-    """
-
-    def __init__(self, shape: tuple[int, ...], config: EnergyConfig) -> None:
+    def __init__(self, shape: tuple[int, ...], config: EnergyConfig, body: nn.Module | None = None) -> None:
+        """`body`: the hidden layers, (B, *shape) to (B, hidden). None: layers of its own."""
         super().__init__(shape, config)
-        activation = ACTIVATIONS[config.activation]
-        layers: list[nn.Module] = []
-        if len(shape) == 3:
-            halvings = max(0, round(math.log2(min(shape[1:]) / 4)))
-            channels, height, width = shape
-            for _ in range(halvings):
-                layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1), activation()]
-                channels, height, width = config.channels, height // 2, width // 2
-            features, depth = channels * height * width, max(1, halvings)
-        else:
-            features, depth = math.prod(shape), config.vector_layers
-        layers.append(nn.Flatten())
-        for _ in range(depth):
-            layers += [nn.Linear(features, config.hidden), activation()]
-            features = config.hidden
-        self.body = nn.Sequential(*layers)
-        self.last = zero_linear(features)
+        self.body = hidden_layers(shape, config) if body is None else body
+        self.last = zero_linear(config.hidden)
 
     def features(self, z: Tensor) -> Tensor:
         """The last hidden layer, (B, hidden)."""
@@ -125,11 +116,61 @@ class Head(Input):
         return value.squeeze(1)
 
 
+def hidden_layers(shape: tuple[int, ...], config: EnergyConfig) -> nn.Sequential:
+    """The hidden layers of a head, (B, *shape) to (B, hidden).
+
+    Maps (C, H, W): N × [conv(4, stride 2, pad 1), activation] and N × [Linear, activation], N = log2(side/4), the
+    paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
+    convolution on maps smaller than 6. Vectors: `vector_layers` linear layers.
+    """
+    activation = ACTIVATIONS[config.activation]
+    layers: list[nn.Module] = []
+    if len(shape) == 3:
+        halvings = max(0, round(math.log2(min(shape[1:]) / 4)))
+        channels, height, width = shape
+        for _ in range(halvings):
+            layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1), activation()]
+            channels, height, width = config.channels, height // 2, width // 2
+        features, depth = channels * height * width, max(1, halvings)
+    else:
+        features, depth = math.prod(shape), config.vector_layers
+    layers.append(nn.Flatten())
+    for _ in range(depth):
+        layers += [nn.Linear(features, config.hidden), activation()]
+        features = config.hidden
+    return nn.Sequential(*layers)
+
+
+class SharedBody(nn.Module):
+    """Hidden layers that several groups share, as one of the groups sees them: (B, *shape) to (B, hidden).
+
+    The units h of the first hidden layer become (1 + gain) h + offset before their activation; both start at 0.
+    """
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = (layers,)  # in a tuple, since their weights belong to the JointEnergy
+        self.first = int(isinstance(layers[0], nn.Flatten))
+        units, *_ = cast(Tensor, layers[self.first].weight).shape
+        each = (units, 1, 1) if isinstance(layers[self.first], nn.Conv2d) else (units,)
+        self.gain, self.offset = nn.Parameter(torch.zeros(each)), nn.Parameter(torch.zeros(each))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last hidden layer, (B, hidden)."""
+        (layers,) = self.layers
+        for index, layer in enumerate(layers):
+            x = layer(x)
+            if index == self.first:
+                x = torch.addcmul(x + self.offset, x, self.gain)
+        return x
+
+
 class JointEnergy(nn.Module):
     """f(z) = Σ_i f_i(z_i) [+ f_joint(features of all groups)], the negative energy of the prior (Eq. 6).
 
     The joint head is one of the paper's "other parameterizations" (§3.1). It can express relations between groups,
-    which no sum of terms of single groups can.
+    which no sum of terms of single groups can. It sees the features of each group, where n groups share a head their
+    sum over √n.
     """
 
     per_group = True  # whether `terms` has a summand for each group that depends on this group alone
@@ -142,11 +183,19 @@ class JointEnergy(nn.Module):
         if unfit:  # the names become keys of the state dict in the prior file
             raise ConfigurationError(f"latent groups cannot be named {unfit}: no dots, no names of torch's methods")
         shapes = shapes_seen(groups, config)
-        self.heads = nn.ModuleDict({name: Head(shape, config) for name, shape in zip(self.names, shapes, strict=True)})
+        shared = shared_shapes(shapes, config)
+        self.shared = nn.ModuleDict({_named(shape): hidden_layers(shape, config) for shape in shared})
+        self.heads = nn.ModuleDict()
+        parts: dict[object, list[int]] = {}
+        for index, (name, shape) in enumerate(zip(self.names, shapes, strict=True)):
+            layers = cast(nn.Sequential, self.shared[_named(shape)]) if shape in shared else None
+            self.heads[name] = Head(shape, config, None if layers is None else SharedBody(layers))
+            parts.setdefault(shape if shape in shared else index, []).append(index)
+        self.parts = list(parts.values())  # the groups that have one head, and so one place in the joint head
         self.joint = (
             nn.Sequential(
                 nn.Dropout(config.dropout),
-                nn.Linear(config.hidden * len(groups), config.joint),
+                nn.Linear(config.hidden * len(self.parts), config.joint),
                 ACTIVATIONS[config.activation](),
                 nn.Dropout(config.dropout),
                 zero_linear(config.joint),
@@ -167,7 +216,8 @@ class JointEnergy(nn.Module):
         features = [head.features(seen) for head, seen in zip(heads, inputs, strict=True)]
         columns = [head.energy(h) for head, h in zip(heads, features, strict=True)]
         if self.joint is not None:
-            columns.append(self.joint(torch.cat(features, dim=1)).squeeze(1))
+            pooled = [torch.stack([features[i] for i in part]).sum(0) * len(part) ** -0.5 for part in self.parts]
+            columns.append(self.joint(torch.cat(pooled, dim=1)).squeeze(1))
         return torch.stack(columns, dim=1)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -234,6 +284,16 @@ def shapes_seen(groups: Sequence[LatentGroup], config: EnergyConfig) -> list[tup
     if config.conditional:  # z_i and ε_i: twice the channels. The top prior is constant, so ε would only repeat z
         shapes[1:] = [(2 * channels, *sides) for channels, *sides in shapes[1:]]
     return shapes
+
+
+def shared_shapes(shapes: Sequence[tuple[int, ...]], config: EnergyConfig) -> dict[tuple[int, ...], int]:
+    """Those of the `shapes_seen` of which there are more than `own_heads`, so that they share a head; how many each."""
+    return {shape: count for shape, count in Counter(shapes).items() if count > config.own_heads}
+
+
+def _named(shape: tuple[int, ...]) -> str:
+    """A shape as a name of a module: 16x32x32."""
+    return "x".join(map(str, shape))
 
 
 def zero_linear(features: int) -> nn.Linear:

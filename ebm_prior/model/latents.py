@@ -43,6 +43,20 @@ def require_latents(name: str, latents: object, groups: Sequence[Group], like: T
     raise ConfigurationError(f"{name}: {_latent_problem(latents, groups, like)}")
 
 
+def require_upper(name: str, latents: object, groups: Sequence[Group], like: Tensor) -> None:
+    """Raise ConfigurationError unless `latents` are as `require_latents` has them for the first groups, one or more.
+
+    All groups are too many, because then none is left to draw.
+    """
+    found = len(latents) if isinstance(latents, (list, tuple)) else 0
+    if not 1 <= found < len(groups):
+        raise ConfigurationError(
+            f"{name}: expected a list of z of the first groups, from 1 to {len(groups) - 1} tensors, as the backbone "
+            f"has {len(groups)} groups; found {found or described(latents)}: z[:k] takes those of k groups"
+        )
+    require_latents(name, latents, groups[:found], like)
+
+
 def _latent_problem(latents: object, groups: Sequence[Group], like: Tensor | None = None) -> str:
     wanted = few(f"{group.name} {batch_of(group.shape)}" for group in groups)
     expected = f"expected a list of one tensor per latent group, the top one first: {wanted}"

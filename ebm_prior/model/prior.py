@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
-from ebm_prior.compute.randomness import BlockGenerator, chunks
+from ebm_prior.compute.randomness import BlockGenerator, Purpose, chunks, derived_seed
 from ebm_prior.errors import ConfigurationError, RegimeError, described
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.arguments import (
@@ -24,11 +25,11 @@ from ebm_prior.model.arguments import (
     require_images,
     usable_device,
 )
-from ebm_prior.model.backbone import Backbone, require_usable
+from ebm_prior.model.backbone import Backbone, Trace, require_usable
 from ebm_prior.model.energy import JointEnergy
-from ebm_prior.model.latents import require_latents
-from ebm_prior.model.samplers import SamplerConfig, draw, effective_sample_size, graphed
-from ebm_prior.model.scores import Form, scores
+from ebm_prior.model.latents import require_latents, require_upper
+from ebm_prior.model.samplers import Sampled, SamplerConfig, draw, effective_sample_size, graphed
+from ebm_prior.model.scores import Form, FreeGroups, scores
 
 Regime = Literal["calibrated", "refiner"]
 Target = Literal["exact", "published"]
@@ -210,9 +211,7 @@ class EBMPrior(_Kept):
             found = draw(
                 potential, lambda: self.backbone.standard_normal(count, generator=generator), sampler, generator
             )
-            trace = self.backbone.transform(found.eps)
-            images = self.backbone.likelihood(trace.features).mean
-            return see(Samples(trace.z, found.eps, images, found.acceptance, found.norm, found.ess_fraction))
+            return see(_decoded(self.backbone, self.backbone.transform(found.eps), found.eps, found))
 
         return processes.map(drawn, chunks(n, chunk))
 
@@ -242,17 +241,23 @@ class EBMPrior(_Kept):
             return part
 
         parts = self.map_chunks(see, n, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
-        if not parts:  # n = 0
-            like = next(self.backbone.parameters())
-            nothing = [like.new_empty(0, *group.shape) for group in self.backbone.groups]
-            return Samples(
-                nothing, list(nothing), like.new_empty(0, *self.backbone.image_shape), *[like.new_empty(0)] * 3
-            )
-        return Samples(
-            [torch.cat(group) for group in zip(*(part.z for part in parts), strict=True)],
-            [torch.cat(group) for group in zip(*(part.eps for part in parts), strict=True)],
-            *(torch.cat(column) for column in zip(*(part[2:] for part in parts), strict=True)),
-        )
+        return _joined(self.backbone, parts)
+
+    @isolated(grad=False)
+    def complete(
+        self, upper: Sequence[Tensor], *, seed: int = 0, sampler: SamplerConfig | None = None, chunk: int = 128
+    ) -> Samples:
+        """Draw the lower groups given the first ones, z_{≤k} ~ p_α(z_{≤k} | z_{>k}) (target "exact"), and the images.
+
+        upper: z of the first groups, one to all but one, a list of (n, *group.shape): of `sample`, or a posterior's;
+        z.expand(n, …) draws n times for one code. Draw i depends on upper[…][i] and (seed, i) alone, not on `chunk`.
+        norm and ess_fraction are those of the lower groups' ε. sampler and errors: as in `sample`.
+        """
+        require_upper("upper", upper, self.backbone.groups, next(self.backbone.parameters()))
+        seed, chunk = require_count("seed", seed), require_count("chunk", chunk, least=1)
+        sampler = _chosen(sampler, self.sampler)
+        parts = [_completed(self, upper, sampler, seed, part) for part in chunks(len(upper[0]), chunk)]
+        return _joined(self.backbone, parts)
 
     @isolated()
     def scores(
@@ -294,6 +299,37 @@ class EBMPrior(_Kept):
         if not parts:  # no images
             return {form: images.new_empty(0) for form in forms}
         return {form: torch.cat([part[form] for part in parts]) for form in forms}
+
+
+def _completed(
+    prior: EBMPrior, upper: Sequence[Tensor], sampler: SamplerConfig, seed: int, part: tuple[int, int]
+) -> Samples:
+    """The draws of one chunk of `complete`; part: the number of its first draw, and its size."""
+    first, count = part
+    generator = BlockGenerator(derived_seed(seed, Purpose.COMPLETION), first, count, upper[0].device)
+    free = FreeGroups(prior.backbone, prior.f, [z[first : first + count] for z in upper], count)
+    found = draw(free.potential, partial(free.propose, generator), sampler, generator)
+    trace = free.trace(found.eps)
+    return _decoded(prior.backbone, trace, trace.eps, found)
+
+
+def _decoded(backbone: Backbone, trace: Trace, eps: list[Tensor], found: Sampled) -> Samples:
+    """What a sampler `found`, as samples with the images at the end of the `trace`."""
+    images = backbone.likelihood(trace.features).mean
+    return Samples(trace.z, eps, images, found.acceptance, found.norm, found.ess_fraction)
+
+
+def _joined(backbone: Backbone, parts: Sequence[Samples]) -> Samples:
+    """The samples of several chunks as one; without chunks, empty tensors."""
+    if not parts:
+        like = next(backbone.parameters())
+        nothing = [like.new_empty(0, *group.shape) for group in backbone.groups]
+        return Samples(nothing, list(nothing), like.new_empty(0, *backbone.image_shape), *[like.new_empty(0)] * 3)
+    return Samples(
+        [torch.cat(group) for group in zip(*(part.z for part in parts), strict=True)],
+        [torch.cat(group) for group in zip(*(part.eps for part in parts), strict=True)],
+        *(torch.cat(column) for column in zip(*(part[2:] for part in parts), strict=True)),
+    )
 
 
 def _f(prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -206,13 +207,14 @@ class FreeGroups:
 
         The draw of p_β equals the first proposal of the draw of p_α.
         """
+        propose = partial(self.propose, generator)
+        return propose() if sampler is None else draw(self.potential, propose, sampler, generator).eps
+
+    def propose(self, generator: Generator) -> list[Tensor]:
+        """ε ~ N(0, I) of the free groups, a list of (B, *group.shape)."""
         like = next(self.backbone.parameters())
         shapes = [(self.size, *group.shape) for group in self.backbone.groups[len(self.fixed) :]]
-
-        def propose() -> list[Tensor]:
-            return [standard_normal(shape, generator, dtype=like.dtype, device=like.device) for shape in shapes]
-
-        return propose() if sampler is None else draw(self.potential, propose, sampler, generator).eps
+        return [standard_normal(shape, generator, dtype=like.dtype, device=like.device) for shape in shapes]
 
     @property
     def potential(self) -> Potential:

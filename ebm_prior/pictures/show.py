@@ -19,6 +19,7 @@ from torch import Tensor
 from ebm_prior.compute.randomness import BlockGenerator, Purpose, derived_generator, derived_seed
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import SILENT, Images, Progress
+from ebm_prior.model.interpolation import interpolate
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import ChainInfo, ChainState, graphed, kernel_of, run_chain, start
 from ebm_prior.model.scores import FreeGroups
@@ -26,6 +27,7 @@ from ebm_prior.pictures.plots import COLOURS, Series, plot
 from ebm_prior.pictures.sheets import matrix, page
 
 SHORT_RUN, LONG_RUN = 100, 2500  # steps of Fig. 8
+DRAWS = 7  # of the other groups, for a sample whose first groups are fixed
 SETTLED = 500  # steps after which the energy of a mixing chain has no trend left
 
 
@@ -110,30 +112,47 @@ def trend(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def hierarchy(prior: EBMPrior, n: int, *, seed: int = 0) -> Page:
-    """Samples with their k lowest groups redrawn, k growing from left to right, f above f = 0 (Figs. 7, 11)."""
+def hierarchy(prior: EBMPrior, n: int, *, fix: int | None = None, seed: int = 0) -> Page:
+    """Samples with their k lowest groups redrawn, k growing from left to right, f above f = 0 (Figs. 7, 11).
+
+    fix: keep the `fix` top groups of each sample instead, and draw all others anew in every column.
+    """
     names = [group.name for group in reversed(prior.backbone.groups)]
     titles = ["sample", *(f"+ {name} redrawn" for name in names[:-1])]
+    caption = (
+        "From left to right one more latent group is drawn anew, from the bottom up, while those above stay as they "
+        "are: what changes is what the group decides. With the energy the lower groups are drawn from p_α given the "
+        "upper."
+    )
+    if fix is not None:
+        if not 1 <= fix < len(names):
+            raise ConfigurationError(
+                f"fix: expected from 1 to {len(names) - 1} groups, since the backbone has {len(names)}, found {fix}"
+            )
+        titles = ["sample", *(f"draw {number + 1}" for number in range(DRAWS))]
+        caption = (
+            f"Along a row the first {fix} of {len(names)} latent groups, those from the top, are the sample's, and all "
+            "others are drawn anew: what stays is what the first groups decide. With the energy the others are drawn "
+            "from p_α given the first."
+        )
     rows: list[tuple[str, Tensor]] = []
     arrays: dict[str, NDArray[Any]] = {}
     for title, key, sampler in (
         ("energy-based prior", "energy_based", prior.sampler),
-        ("Gaussian prior", "gaussian", None),
+        ("Gaussian prior", "gaussian", ANCESTRAL),
     ):
-        z = prior.sample(n, seed=seed, sampler=sampler or ANCESTRAL).z
+        z = prior.sample(n, seed=seed, sampler=sampler).z
         columns = [prior.backbone.decode(z).mean]
-        columns += [_redrawn(prior, z, k, sampler is not None, seed) for k in range(1, len(names))]
+        if fix is None:
+            columns += [_redrawn(prior, z, k, sampler is not ANCESTRAL, seed) for k in range(1, len(names))]
+        else:
+            codes = [group.repeat_interleave(DRAWS, dim=0) for group in z[:fix]]
+            drawn = prior.complete(codes, seed=seed, sampler=sampler).images
+            columns += drawn.view(n, DRAWS, *drawn.shape[1:]).unbind(1)
         frames = torch.stack(columns, dim=1)
         rows += [(f"{title} {row + 1}", frames[row]) for row in range(n)]
         arrays[key] = frames.cpu().numpy()
-    image = page(
-        "What each layer of the hierarchy decides",
-        [[matrix(rows, titles)]],
-        "From left to right one more latent group is drawn anew, from the bottom up, while those above stay as they "
-        "are: what changes is what the group decides. With the energy the lower groups are drawn from p_α given the "
-        "upper.",
-    )
-    return Page(image, arrays)
+    return Page(page("What each layer of the hierarchy decides", [[matrix(rows, titles)]], caption), arrays)
 
 
 @torch.no_grad()
@@ -155,13 +174,12 @@ def reconstruction(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) ->
 
 
 @torch.no_grad()
-def interpolate(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Page:
+def interpolation(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Page:
     """From one image's latents to another's along great circles in ε-space, group by group."""
-    real, z = _inferred(prior, images, 2 * n, seed)
-    eps = prior.backbone.standardize(z)
+    real = _chosen(prior, images, 2 * n, seed)
     shares = [step / 7 for step in range(8)]
-    between = [decoded(prior, [great_circle(e[:n], e[n:], share) for e in eps]).to(real) for share in shares]
-    frames = torch.stack([real[:n], *between, real[n:]], dim=1)
+    between = interpolate(prior.backbone, real[:n], real[n:], steps=len(shares), seed=seed).cpu()
+    frames = torch.cat([real[:n, None], between, real[n:, None]], dim=1)
     titles = ["image A", *(f"{share:.0%}" for share in shares), "image B"]
     picture = page(
         f"Interpolation between images of {images.name}",
@@ -169,22 +187,7 @@ def interpolate(prior: EBMPrior, images: Images, n: int, *, seed: int = 0) -> Pa
         "0% and 100% are the reconstructions of the two images. Between them the standardised latents ε of each "
         "group go along a great circle: a straight line would leave the shell on which a Gaussian prior lies.",
     )
-    return Page(picture, {"images": frames.cpu().numpy(), "share": np.array(shares)})
-
-
-def great_circle(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Between a and b (B, *shape): at `share` of the angle, norms interpolated likewise; straight where parallel."""
-    x, y = a.flatten(1), b.flatten(1)
-    norms = x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True)
-    cosine = ((x * y).sum(1, keepdim=True) / (norms[0] * norms[1]).clamp(min=1e-12)).clamp(-1, 1)
-    angle = cosine.acos()
-    sine = angle.sin()
-    round_, straight = sine > 1e-4, torch.ones_like(sine)
-    left = torch.where(round_, ((1 - share) * angle).sin() / torch.where(round_, sine, straight), 1 - share * straight)
-    right = torch.where(round_, (share * angle).sin() / torch.where(round_, sine, straight), share * straight)
-    unit = left * x / norms[0].clamp(min=1e-12) + right * y / norms[1].clamp(min=1e-12)
-    between: Tensor = unit * ((1 - share) * norms[0] + share * norms[1])
-    return between.view_as(a)
+    return Page(picture, {"images": frames.numpy(), "share": np.array(shares)})
 
 
 @torch.no_grad()
@@ -271,13 +274,14 @@ def draw_picture(
     images: Images | None,
     n: int | None = None,
     *,
+    fix: int | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Page:
     """Draw the picture of `PICTURES` called `what`.
 
-    images: needed by the pictures in `WITH_IMAGES`.  n: number of rows, chains or codes.  progress: advances by the
-    steps of the pictures in `WITH_CHAINS`.
+    images: needed by the pictures in `WITH_IMAGES`.  n: number of rows, chains or codes.  fix: that of `hierarchy`.
+    progress: advances by the steps of the pictures in `WITH_CHAINS`.
     """
     n = n or PICTURES[what]
     if what == "transitions":
@@ -285,12 +289,12 @@ def draw_picture(
     if what == "energy":
         return energy(prior, n, seed=seed, progress=progress)
     if what == "hierarchy":
-        return hierarchy(prior, n, seed=seed)
+        return hierarchy(prior, n, fix=fix, seed=seed)
     if images is None:
         raise ConfigurationError(f"{what} starts from images: give some")
     if what == "latents":
         return latents(prior, images, n, seed=seed, progress=progress)
-    return {"reconstruction": reconstruction, "interpolate": interpolate}[what](prior, images, n, seed=seed)
+    return {"reconstruction": reconstruction, "interpolate": interpolation}[what](prior, images, n, seed=seed)
 
 
 class Chains(NamedTuple):
@@ -345,14 +349,18 @@ def _redrawn(prior: EBMPrior, z: Sequence[Tensor], k: int, energy: bool, seed: i
 @torch.no_grad()
 def _inferred(prior: EBMPrior, images: Images, n: int, seed: int) -> tuple[Tensor, list[Tensor]]:
     """n images and a posterior draw of their latents."""
+    batch, like = _chosen(prior, images, n, seed), next(prior.backbone.parameters())
+    generator = BlockGenerator(derived_seed(seed, Purpose.PICTURE_POSTERIOR), 0, n, like.device)
+    observed = prior.backbone.observe(batch.to(like.device), generator=generator)
+    return batch, prior.backbone.infer(observed, generator=generator).z
+
+
+def _chosen(prior: EBMPrior, images: Images, n: int, seed: int) -> Tensor:
+    """n of the images, (n, C, H, W) in the backbone's precision on the CPU."""
     if len(images) < n:
         raise ConfigurationError(f"expected at least {n} images, found {len(images)} of {images.name}: show fewer (-n)")
-    like = next(prior.backbone.parameters())
     rows = torch.randperm(len(images), generator=derived_generator(seed, Purpose.PICTURE_CHOICE))[:n]
-    batch = images.batch(rows).to(like.device, like.dtype)
-    generator = BlockGenerator(derived_seed(seed, Purpose.PICTURE_POSTERIOR), 0, n, like.device)
-    observed = prior.backbone.observe(batch, generator=generator)
-    return batch.cpu(), prior.backbone.infer(observed, generator=generator).z
+    return images.batch(rows).to("cpu", next(prior.backbone.parameters()).dtype)
 
 
 def chain_steps(prior: EBMPrior) -> int:

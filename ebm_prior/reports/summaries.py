@@ -110,6 +110,8 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
     rows = [
         [name, "×".join(map(str, shape)), f"{record['heads'].get(name, 0):,}"] for name, shape in backbone["groups"]
     ]
+    if "shared" in record["heads"]:
+        rows.append(["shared heads", "groups of one shape", f"{record['heads']['shared']:,}"])
     if "joint" in record["heads"]:
         rows.append(["joint head", "all groups", f"{record['heads']['joint']:,}"])
     ceiling = f", f at most {record['ceiling']:.4g} nats" if record.get("ceiling") is not None else ""

@@ -95,7 +95,8 @@ class Run:
         old, new = ({k: v for part in now for k, v in _flat(run[part]).items()} for run in (before, now))
         if old.get("images", 0) == new.get("images"):  # the same pixels; their name and place do not matter
             old, new = ({k: v for k, v in values.items() if k != "data"} for values in (old, new))
-        differing = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        later = _flat(now["config"]).keys() - old.keys()  # settings that the version did not have which began the run
+        differing = [k for k in sorted({*old, *new} - later) if old.get(k) != new.get(k)]
         changed = [f"{k}: {shown(old.get(k))} before, {shown(new.get(k))} now" for k in differing]
         if changed:
             raise ConfigurationError(

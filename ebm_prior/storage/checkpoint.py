@@ -26,7 +26,7 @@ from ebm_prior.errors import (
 )
 from ebm_prior.model.arguments import require_backbone, usable_device
 from ebm_prior.model.backbone import Backbone, LatentGroup, require_groups
-from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.energy import EnergyConfig, JointEnergy, shapes_seen, shared_shapes
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
@@ -373,7 +373,9 @@ def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
 
 def _require_as_many(groups: Sequence[LatentGroup], config: EnergyConfig, tensors: int, path: Path) -> None:
     """Refuse a record of heads with far more parts than the file has tensors, before any part is made."""
-    layers = config.vector_layers * sum(len(group.shape) < 3 for group in groups)
+    shapes = shapes_seen(groups, config)
+    spared = sum(count - 1 for shape, count in shared_shapes(shapes, config).items() if len(shape) < 3)
+    layers = config.vector_layers * (sum(len(shape) < 3 for shape in shapes) - spared)
     if 4 * len(groups) + 2 * layers > tensors + 1_000:
         raise CheckpointError(
             f"{path} describes {len(groups):,} heads with {layers:,} layers, but has only {tensors:,} tensors: it is "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ebm_prior.errors import CheckpointError, ConfigurationError, few, shown
-from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.energy import MOST_GROUPS, EnergyConfig
 from ebm_prior.model.prior import CEILING_LIMIT, TAU_LIMIT, Regime, Target
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.settings import of_plain
@@ -153,14 +153,17 @@ def fields(required: Mapping[str, Check], given: Mapping[str, Check] | None = No
     return check
 
 
-def config(kind: type[Any]) -> Check:
-    """The settings of a configuration dataclass, checked by that class; missing settings have their defaults."""
+def config(kind: type[Any], **before: Any) -> Check:
+    """The settings of a configuration dataclass, checked by that class; missing settings have their defaults.
+
+    before: settings of which older files say nothing, with the values that these files were written for.
+    """
 
     def check(value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise InvalidError(where, "an object of settings", value)
         try:
-            return asdict(of_plain(kind, value))
+            return asdict(of_plain(kind, {**before, **value}))
         except ConfigurationError as error:
             raise InvalidError(where, f"settings that fit together ({error})", dict(value)) from error
 
@@ -190,11 +193,11 @@ PRIOR_RECORD = fields(
                 "adapter": text(),
                 "checkpoint": text(),
                 "fingerprint": text(r"[0-9a-f]{64}", "64 hexadecimal digits"),
-                "groups": listed(group, 1, 10_000),
+                "groups": listed(group, 1, MOST_GROUPS),
                 "parameters": whole(1),
             }
         ),
-        "energy": config(EnergyConfig),
+        "energy": config(EnergyConfig, own_heads=MOST_GROUPS),
         "tau": number(0, TAU_LIMIT),
         "regime": one_of(*get_args(Regime)),
         "target": one_of(*get_args(Target)),

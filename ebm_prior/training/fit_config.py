@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ebm_prior.model.energy import EnergyConfig
+from ebm_prior.model.energy import MOST_GROUPS, EnergyConfig
 from ebm_prior.model.prior import Regime, Target
 from ebm_prior.model.samplers import MOST_STEPS, SamplerChanges, SamplerConfig
 from ebm_prior.settings import (
@@ -152,7 +152,9 @@ def paper_preset() -> FitConfig:
         betas=(0.99, 0.999),
         weight_decay=3e-5,
         ema=0.0,
-        energy=EnergyConfig(channels=64, hidden=200, joint=0, activation="leaky_relu", standardize=False),
+        energy=EnergyConfig(
+            channels=64, hidden=200, joint=0, activation="leaky_relu", standardize=False, own_heads=MOST_GROUPS
+        ),
         chain=SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=2e-5),
         penalty=0.0,
         target="published",

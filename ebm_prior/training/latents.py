@@ -26,6 +26,14 @@ PRIOR_DRAWS = 4  # held-out prior latents per posterior latent: log Z is the noi
 HELD_OUT_BYTES = 2**31  # largest CPU memory for held-out latents
 
 
+def held_out_count(backbone: Backbone, config: FitConfig, images: int) -> int:
+    """The number of images that a fit to so many `images` holds out, within `HELD_OUT_BYTES` of latents."""
+    dimensions = sum(math.prod(group.shape) for group in backbone.groups)
+    bytes_each = dimensions * (1 + config.energy.conditional) * next(backbone.parameters()).dtype.itemsize
+    most = max(1, HELD_OUT_BYTES // (bytes_each * (1 + PRIOR_DRAWS)))
+    return min(config.held_out, most, images // 10)
+
+
 class HeldOut(NamedTuple):
     """Heads' inputs that training never sees: posterior draws of held-out images, and draws of p_β."""
 
@@ -63,11 +71,8 @@ class Draws:
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Indices of the training and the held-out images, chosen by the seed, within `HELD_OUT_BYTES` of latents."""
-        dimensions = sum(math.prod(group.shape) for group in self.backbone.groups)
-        bytes_each = dimensions * (1 + self.energy.config.conditional) * self.like.dtype.itemsize
-        most = max(1, HELD_OUT_BYTES // (bytes_each * (1 + PRIOR_DRAWS)))
         n = len(self.images)
-        held_out = min(self.config.held_out, most, n // 10)
+        held_out = held_out_count(self.backbone, self.config, n)
         if held_out < 1:
             raise ConfigurationError(f"expected at least 10 images to fit a prior, found {n}")
         order = torch.randperm(n, generator=derived_generator(self.config.seed, Purpose.HELD_OUT_SPLIT))

@@ -1,13 +1,17 @@
 """The published CIFAR-10 and ImageNet-64 VDVAEs (43 and 75 groups, random weights): what each kind of pass costs.
 
-Each of the network as it was trained, and as it runs at inference.
+Each measurement has a process of its own, whose first pass gives the peak of memory beyond the weights. Forms: the
+network as it runs at inference, as it was trained, and for gradients with checkpointing.
 
 python tests/benchmarks/vdvae.py --network cifar10 imagenet64 --batch 1 4 --rounds 3 --json out.json
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from ebm_prior.backbones.vdvae.adapter import VDVAE
 from ebm_prior.backbones.vdvae.published import PUBLISHED
 from measure import arguments, interleaved, peak_bytes, report
 
+from ebm_prior.cli.allocator import keep_freed_memory
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.storage.weights import count_parameters
 
@@ -49,38 +54,30 @@ def passes(backbone: Backbone, batch: int, device: str) -> Mapping[str, Callable
     return {"posterior pass": posterior, "prior draw": draw, "gradient": gradient}
 
 
-def rows_of(name: str, batch: int, rounds: int, device: str) -> list[dict[str, Any]]:
-    """One row for each pass of each form of the network."""
-    backbone = network(name, device)
-    forms = {"as trained": backbone, "inference": backbone.for_inference()}
-    alternatives = {
-        (piece, form): run for form, which in forms.items() for piece, run in passes(which, batch, device).items()
-    }
-    less = backbone.for_inference().checkpointing()
-    alternatives["gradient", "checkpointing"] = passes(less, batch, device)["gradient"]
-    seconds = interleaved(
-        {" ".join(key): run for key, run in alternatives.items()}, rounds, device=device, warm_up=min(1, rounds - 1)
-    )
-    return [
-        {
-            "network": name,
-            "batch": batch,
-            "pass": piece,
-            "form": form,
-            "s": seconds[f"{piece} {form}"],
-            "s/image": seconds[f"{piece} {form}"] / batch,
-            "peak MiB": peak_bytes(run, device) / 2**20,
-        }
-        for (piece, form), run in sorted(alternatives.items())
-    ]
+PASSES, FORMS = ("posterior pass", "prior draw", "gradient"), ("inference", "as trained", "checkpointing")
+
+
+def measured(name: str, batch: int, piece: str, form: str, rounds: int, device: str) -> dict[str, Any]:
+    """The row of a pass of one form of the network, in a process in which nothing else was done."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    backbone: Backbone = network(name, device)
+    if form != "as trained":
+        backbone = backbone.for_inference() if form == "inference" else backbone.for_inference().checkpointing()
+    run = passes(backbone, batch, device)[piece]
+    peak = peak_bytes(run, device)
+    seconds = interleaved({piece: run}, rounds, device=device, warm_up=0)[piece]
+    row = {"network": name, "batch": batch, "pass": piece, "form": form, "s": seconds, "s/image": seconds / batch}
+    return {**row, "peak MiB": peak / 2**20}
 
 
 def main() -> None:
-    options = arguments(__doc__, network=["cifar10", "imagenet64"], batch=[1, 4], rounds=3)
-    rows: list[dict[str, Any]] = []
-    for name in options.network:
-        for batch in options.batch:
-            rows += rows_of(name, batch, options.rounds, options.device)
+    options = arguments(__doc__, network=["cifar10", "imagenet64"], batch=[1, 4], form=list(FORMS), rounds=3)
+    rows, spawn = [], multiprocessing.get_context("spawn")
+    for name, batch, piece, form in product(options.network, options.batch, PASSES, options.form):
+        if form != "checkpointing" or piece == "gradient":
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                rows.append(pool.submit(measured, name, batch, piece, form, options.rounds, options.device).result())
     with torch.device("meta"):
         sizes = [count_parameters(VDVAE(data_set=name, **PUBLISHED[name])) for name in options.network]
     title = ", ".join(f"{name} {size:,} parameters" for name, size in zip(options.network, sizes, strict=True))

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from small_fits import OBJECTIVES, small
+from tiny_vdvae import tiny
 from workshop import Workshop
 
 from ebm_prior.cli import preflight
 from ebm_prior.compute import memory
+from ebm_prior.data.forms import as_images
 from ebm_prior.errors import MemoryLimitError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.settings import configured
+from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.stages import StageConfig, draws_at_once
 
@@ -43,29 +49,59 @@ def test_a_chunk_takes_what_its_chains_do(prior: EBMPrior) -> None:
     def need(n: int, chunk: int, sampler: SamplerConfig) -> int:
         return preflight.for_samples(prior, n, chunk, sampler).bytes
 
-    each = preflight.chain_bytes(prior)
+    each = preflight.OVERHEAD * preflight.chain_bytes(prior, SamplerConfig())
     assert each > 0
-    assert need(1_000, 128, SamplerConfig()) - need(1_000, 64, SamplerConfig()) == 64 * each
-    assert need(30, 512, SamplerConfig()) - need(30, 512, ANCESTRAL) == 30 * each
+    assert need(1_000, 128, SamplerConfig()) - need(1_000, 64, SamplerConfig()) == pytest.approx(64 * each, abs=1)
+    assert need(30, 512, SamplerConfig()) - need(30, 512, ANCESTRAL) == pytest.approx(30 * each, abs=1)
     assert not any(p.requires_grad for p in prior.energy.parameters())
 
 
 def test_parts_of_a_batch_take_less(backbone: Backbone) -> None:
     for config in (small(batch_size=64, ratios="one"), replace(OBJECTIVES["mle"], batch_size=64)):
-        whole, parts = (preflight.for_fit(backbone, replace(config, parts=parts)) for parts in (1, 4))
-        assert whole.bytes == pytest.approx(4 * parts.bytes)
+        whole, parts = (preflight.for_fit(backbone, replace(config, parts=parts), 100) for parts in (1, 4))
+        assert whole.bytes > 2 * parts.bytes
         assert "--parts above 1 or --batch-size below 64" in whole.remedy
 
 
 def test_of_one_ratio_or_stages_what_counts_is_the_stages_that_may_take_over(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "_head_bytes", lambda prior: 0)
+    nothing = SimpleNamespace(weights=0, posterior=0, seen=0, learning=lambda rows: 0)
+    monkeypatch.setattr(preflight, "_Work", lambda prior: nothing)
     few = StageConfig(particles=20, held_out=10)
     for parts, stage, chains in ((1, StageConfig(), 64), (4, StageConfig(), 32), (1, few, 30), (4, few, 8)):
-        need = preflight.for_fit(backbone, FitConfig(parts=parts, stage=stage))  # 128 rows, a block, all draws
+        need = preflight.for_fit(backbone, FitConfig(parts=parts, stage=stage), 100)  # 128 rows, a block, all draws
         assert need.of == f"{chains} chains at a time"
         assert "--ratios one" in need.remedy
+
+
+SIZES = {
+    "29 groups up to side 8": {"enc_blocks": "8x2,8d2,4x2,4d4,1x1", "dec_blocks": "1x1,4m1,4x9,8m4,8x17", "width": 16},
+    "21 groups up to side 16": {
+        "enc_blocks": "16,16d2,8d2,4d4,1",
+        "dec_blocks": "1,4m1,4x2,8m4,8x4,16m8,16x11",
+        "width": 12,
+    },
+}
+FITS: dict[str, dict[str, Any]] = {
+    "one": {"ratios": "one"},
+    "staged": {"ratios": "staged"},
+    "mle": {"objective": "mle"},
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("course", FITS)
+def test_a_fit_to_tens_of_groups_takes_what_was_expected_within_a_fifth(size: str, course: str) -> None:
+    backbone = tiny(**SIZES[size], custom_width_str="", no_bias_above=16, zdim=8).eval().requires_grad_(False)
+    changes = {"iterations": 4, "batch_size": 24, "evaluate_every": 2, "warmup": 0, "stage_groupwise": 0.3}
+    changes |= {"stage_particles": 48, "stage_held_out": 24, "chain_steps": 2}
+    config = configured(FitConfig, changes | FITS[course])
+    images = torch.rand(100, *backbone.image_shape, generator=torch.Generator().manual_seed(0))
+    expected = preflight.for_fit(backbone, config, len(images)).bytes / preflight.OVERHEAD
+    taken = memory.peak_bytes(lambda: fit(backbone, as_images(images, backbone.image_shape), config))
+    print(f"{course}, {size}: expected {expected / 2**20:.1f} MiB of tensors, taken {taken / 2**20:.1f}")
+    assert expected == pytest.approx(taken, rel=0.2)
 
 
 def test_on_a_gpu_the_draws_of_a_part_move_together() -> None:
@@ -117,7 +153,7 @@ def test_commands_say_what_they_need_and_refuse_before_they_begin(
     assert "for 100 draws, 100 at a time" in shown
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 5000)
     assert "--chunk 64" in workshop.error(*words, "--overwrite", "--chunk", 100_000)
-    assert "--batch-size below 8" in workshop.error(*fit_words, "--out", tmp_path / "run")
+    assert "--stage-particles below 512" in workshop.error(*fit_words, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert "--samples below" in workshop.error("eval", prior_file, "--data", workshop.images)
 

@@ -26,9 +26,8 @@ from ebm_prior.pictures.show import (
     chain,
     draw_picture,
     energy,
-    great_circle,
     hierarchy,
-    interpolate,
+    interpolation,
     latents,
     reconstruction,
     transitions,
@@ -116,6 +115,35 @@ def test_the_hierarchy_keeps_its_upper_groups(toy: EBMPrior) -> None:
     np.testing.assert_allclose(gaussian[:, 2], toy.backbone.likelihood(trace.features).mean.detach(), atol=1e-12)
 
 
+@pytest.mark.parametrize("fix", [1, 2])
+def test_a_hierarchy_with_fixed_groups_draws_the_rest(toy: EBMPrior, fix: int) -> None:
+    shown = hierarchy(toy, 3, fix=fix, seed=4)
+    for key, sampler in (("energy_based", toy.sampler), ("gaussian", ANCESTRAL)):
+        drawn = toy.sample(3, seed=4, sampler=sampler)
+        frames = shown.arrays[key]
+        assert frames.shape == (3, 8, 1, 8, 8)
+        np.testing.assert_allclose(frames[:, 0], drawn.images)
+        assert len({frame.tobytes() for frame in frames[1]}) == 8
+        codes = [z[[0] * 7 + [1] * 7 + [2] * 7] for z in drawn.z[:fix]]
+        expected = toy.complete(codes, seed=4, sampler=sampler).images
+        np.testing.assert_allclose(frames[:, 1:].reshape(21, 1, 8, 8), expected)
+
+
+@pytest.mark.parametrize("fix", [0, 3, 9])
+def test_a_fix_that_leaves_nothing_is_refused(toy: EBMPrior, fix: int) -> None:
+    with pytest.raises(ConfigurationError, match="from 1 to 2 groups"):
+        hierarchy(toy, 3, fix=fix)
+
+
+def test_the_command_fixes_groups(workshop: Workshop, prior: Path, tmp_path: Path) -> None:
+    words = ["show", prior, "hierarchy", "-n", 2, "--steps", 2, "--proposals", 2, "--fix"]
+    workshop.run(*words, 1, "--out", tmp_path / "fixed.png")
+    with np.load(tmp_path / "fixed.npz") as arrays:
+        assert arrays["gaussian"].shape[:2] == (2, 8)
+    assert "expected from 1 to" in workshop.error(*words, 40, "--out", tmp_path / "other.png")
+    assert "leave out --fix" in workshop.run("show", prior, "energy", "--fix", 1, code=2).stderr
+
+
 def test_reconstructions_of_growing_k(toy: EBMPrior, pictures: ImageSource) -> None:
     shown = reconstruction(toy, pictures, 5, seed=1)
     frames = shown.arrays["images"]
@@ -126,23 +154,11 @@ def test_reconstructions_of_growing_k(toy: EBMPrior, pictures: ImageSource) -> N
 
 
 def test_interpolation_ends_at_the_reconstructions(toy: EBMPrior, pictures: ImageSource) -> None:
-    frames = interpolate(toy, pictures, 4, seed=1).arrays["images"]
+    frames = interpolation(toy, pictures, 4, seed=1).arrays["images"]
     assert frames.shape == (4, 10, 1, 8, 8)
     z = reconstruction(toy, pictures, 8, seed=1).arrays["images"][:, 1]  # the same images, the same draw
     np.testing.assert_allclose(frames[:, 1], z[:4], atol=1e-6)
     np.testing.assert_allclose(frames[:, 8], z[4:], atol=1e-6)
-
-
-def test_great_circles_keep_to_the_shell() -> None:
-    a, b = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(great_circle(a, b, 0.0), a)
-    torch.testing.assert_close(great_circle(a, b, 1.0), b)
-    middle = great_circle(a, b, 0.5)
-    norms = [e.flatten(1).norm(dim=1) for e in (a, middle, b)]
-    torch.testing.assert_close(norms[1], (norms[0] + norms[2]) / 2)
-    angle = [torch.nn.functional.cosine_similarity(x.flatten(1), middle.flatten(1)) for x in (a, b)]
-    torch.testing.assert_close(angle[0], angle[1])
-    torch.testing.assert_close(great_circle(a, 2 * a, 0.5), 1.5 * a)  # parallel: no circle, a straight line
 
 
 def test_latents_are_shown_in_their_own_plane(pictures: ImageSource) -> None:

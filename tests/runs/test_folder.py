@@ -123,6 +123,16 @@ def test_resume_with_others_names_every_one(tmp_path: Path) -> None:
     assert "betas" not in message  # a tuple is a list in JSON
 
 
+def test_a_setting_that_came_later_keeps_no_run_from_going_on(tmp_path: Path) -> None:
+    begun(tmp_path)
+    later = {**CONFIG, "energy": {**CONFIG["energy"], "own_heads": 8}}
+    Run(tmp_path / "run", later, {"backbone": "abc"}, resume=True)
+    with pytest.raises(ConfigurationError, match="rate"):
+        Run(tmp_path / "run", {**later, "rate": 0.2}, {"backbone": "abc"}, resume=True)
+    with pytest.raises(ConfigurationError, match="threads"):
+        Run(tmp_path / "run", later, {"backbone": "abc", "threads": 4}, resume=True)
+
+
 def test_a_broken_record_of_the_run(tmp_path: Path) -> None:
     begun(tmp_path)
     for broken in ("{", "[]", '{"config": 1, "inputs": 2}'):

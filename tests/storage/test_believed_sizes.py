@@ -47,12 +47,15 @@ BELIEVED = [
     ("energy", {"vector_layers": 1_000}),
     ("energy", {"vector_layers": 10**9}),
     ("energy", {"joint": 10**12}),
+    ("energy", {"own_heads": 0}),
+    ("energy", {"own_heads": 10**12}),
     ("sampler", {"steps": 10**9}),
     ("sampler", {"proposals": 10**9}),
     ("sampler", {"leapfrogs": 10**9, "steps": 1}),
     ("backbone", {"groups": [["dense", [2**24]], ["point", [2, 1, 1]], ["conv", [3, 4, 4]]]}),
     ("backbone", {"groups": [["dense", [4]], ["point", [2, 1, 1]], ["conv", [3, 2**23, 2**23]]]}),
     ("backbone", {"groups": [[f"g{k}", [4]] for k in range(9_999)]}),
+    ("backbone", {"groups": [[f"g{k}", [1 + k // 9]] for k in range(9_999)]}),  # nine groups of each shape
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
@@ -15,9 +16,15 @@ def keep_freed_memory() -> None:
     The setting holds for the whole process, so only a program should choose it, never a library. Without glibc nothing
     happens.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # no such function; on Windows no such handle
-        return
-    mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
-    mallopt(M_TRIM_THRESHOLD, KEPT_IN_ALL)
+    _glibc("mallopt", M_MMAP_THRESHOLD, LARGEST_KEPT)
+    _glibc("mallopt", M_TRIM_THRESHOLD, KEPT_IN_ALL)
+
+
+def return_freed_memory() -> None:
+    """Let glibc return to the kernel what it keeps, so that the free memory of the machine counts it."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no such function; on Windows no such handle
+        getattr(ctypes.CDLL(None), name)(*arguments)

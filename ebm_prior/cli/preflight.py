@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ebm_prior.cli.allocator import return_freed_memory
 from ebm_prior.compute.memory import free_bytes, peak_bytes
 from ebm_prior.compute.randomness import BLOCK, derived_generator
 from ebm_prior.errors import MemoryLimitError, few
@@ -108,6 +109,7 @@ def for_step(step: Callable[[], object], of: str, remedy: str) -> Need:
 
 def require_memory(need: Need, device: torch.device) -> str:
     """One line that says how much is needed and how much is free. Raises MemoryLimitError where it does not fit."""
+    return_freed_memory()  # of the steps that were measured
     free = free_bytes(device)
     there = "" if free is None else f", {_size(free)} free"
     if free is not None and need.bytes > free:

@@ -51,6 +51,7 @@ from ebm_prior.runs.watch import Watch
 from ebm_prior.settings import resolve
 from ebm_prior.storage import places
 from ebm_prior.storage.checkpoint import load_backbone
+from ebm_prior.testing.contract import check_foreign
 from ebm_prior.training.fit_config import PRESETS, FitConfig
 from ebm_prior.training.joint_config import JOINT_PRESETS, JointConfig
 from ebm_prior.training.pretrain_config import PretrainConfig
@@ -147,6 +148,7 @@ def fit(
     images = Opener(data_root, download, memory).training(
         data, otherwise=partial(own_data, checkpoint, backbone), shape=backbone.image_shape
     )
+    check_foreign(backbone, images)
     if dry_run:
         return dry.fit(backbone, images, config, passes, out, as_json)
     own = None if energy is None else named_energy(energy, backbone, config.seed)

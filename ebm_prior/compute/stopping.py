@@ -7,6 +7,7 @@ library must not change how its caller is stopped.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -46,6 +47,8 @@ def program() -> Iterator[None]:
     global _starting
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     _starting = True
+    # Registered first, so run last: from there on Python would let a signal kill the process, which has its exit code.
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in heard])
     for number in heard:
         signal.signal(number, _outside)
     try:

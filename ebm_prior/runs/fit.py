@@ -32,7 +32,6 @@ from ebm_prior.runs.watch import UNWATCHED, Watch
 from ebm_prior.storage.checkpoint import bundled, save_prior
 from ebm_prior.storage.registry import energy_named
 from ebm_prior.storage.weights import fingerprint
-from ebm_prior.testing.contract import check_foreign
 from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
 
@@ -61,7 +60,6 @@ def fit_into(
     DivergenceError is raised. Only the first of the `processes` writes files and reports to `progress`.
     """
     watch.require()
-    check_foreign(backbone, images)
     settings = _bn_settings(config.seed) if bn_readjust else None
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
     inputs |= {"energy": energy} if energy else {}

@@ -170,6 +170,7 @@ OF_PRIORS: dict[str, Callable[[EBMPrior, Any, Any, Any], Any]] = {
     "log_normalizer": lambda p, *_: torch.tensor(p.log_normalizer(n=8, seed=1), dtype=torch.float64, device="cpu"),
     "map_chunks": lambda p, *_: p.map_chunks(lambda part: part.images, 3, seed=1),
     "sample": lambda p, *_: p.sample(3, seed=1),
+    "complete": lambda p, z, *_: p.complete(z[:1], seed=1),
     "scores": lambda p, z, eps, images: [*p.scores(images, [Form(k=0), Form(k=1)], draws=2).values()],
 }
 OF_BACKBONES: dict[str, Callable[[Backbone, Any, Any, Any], Any]] = {

@@ -143,7 +143,8 @@ now("the rest")
         (("the imports", "the command's imports"), 2, b"ebm-prior: stopped\n", None),
         (("the work",), 2, b"stopped by %d\n", 1),
         (("the result", "the rest", "the end"), 1, b"", 0),
-        (("the end",), 2, b"", None),
+        (("the rest",), 2, b"", None),
+        (("the end",), 2, b"", 0),
     ],
 )
 def test_a_program_is_stopped_at_any_moment(

@@ -65,7 +65,7 @@ def test_the_sampler_that_is_recorded(backbone: Backbone, images: ImageSource) -
 
 
 def test_the_published_target_is_for_refiners() -> None:
-    with pytest.raises(ConfigurationError, match="regime must be refiner"):
+    with pytest.raises(ConfigurationError, match="target must be exact with regime calibrated"):
         small(target="published")
 
 

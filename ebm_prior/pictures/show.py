@@ -148,7 +148,7 @@ def hierarchy(prior: EBMPrior, n: int, *, fix: int | None = None, seed: int = 0)
         else:
             codes = [group.repeat_interleave(DRAWS, dim=0) for group in z[:fix]]
             drawn = prior.complete(codes, seed=seed, sampler=sampler).images
-            columns += drawn.unflatten(0, (n, DRAWS)).unbind(1)
+            columns += drawn.view(n, DRAWS, *drawn.shape[1:]).unbind(1)
         frames = torch.stack(columns, dim=1)
         rows += [(f"{title} {row + 1}", frames[row]) for row in range(n)]
         arrays[key] = frames.cpu().numpy()

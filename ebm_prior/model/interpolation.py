@@ -46,11 +46,10 @@ def interpolate(backbone: Backbone, a: Tensor, b: Tensor, *, steps: int = 8, see
         derived_seed(require_count("seed", seed), Purpose.PICTURE_POSTERIOR), 0, 2 * len(a), like.device
     )
     observed = backbone.observe(torch.cat([a, b]).to(like.device, like.dtype), generator=generator)
-    first, last = zip(*(eps.chunk(2) for eps in backbone.infer(observed, generator=generator).eps), strict=True)
+    codes = backbone.infer(observed, generator=generator).eps
     frames = []
     for step in range(steps):
-        share = step / (steps - 1)
-        trace = backbone.transform([great_circle(x, y, share) for x, y in zip(first, last, strict=True)])
+        trace = backbone.transform([great_circle(eps[: len(a)], eps[len(a) :], step / (steps - 1)) for eps in codes])
         frames.append(backbone.likelihood(trace.features).mean)
     return torch.stack(frames, dim=1)
 

@@ -14,7 +14,7 @@ import torch
 from ebm_prior.data.images import SUBSET, open_images
 from ebm_prior.errors import OutputError
 from ebm_prior.evaluation.classifier import bundled_classifier
-from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all
+from ebm_prior.evaluation.evaluate import EvalConfig, evaluate_all, parts
 from ebm_prior.evaluation.gauge import GaugeConfig
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.runs.describe import parameters
@@ -28,7 +28,6 @@ from ebm_prior.training.fit_config import FitConfig
 
 DEMO_BACKBONE = "biva_fashion_mnist"  # its prior hole is wide enough to be seen in a picture
 PRIOR, PICTURE, TABLE = "prior.safetensors", "before-after.png", "result.json"  # the files of a demo
-MEASURED_PARTS = 4  # of an evaluation: reference, samples, distances, AUC
 
 
 def demo_config() -> FitConfig:
@@ -83,8 +82,9 @@ def _run(out: Path, seed: int, progress: Progress) -> dict[str, Any]:
     save_prior(prior, path, checkpoint=DEMO_BACKBONE)
     progress.remark(f"fitted in {time.monotonic() - began:.0f} s; measuring")
     judge = bundled_classifier(test.shape, test.name)
-    progress.begin("measuring", MEASURED_PARTS)
-    result = evaluate_all([prior], [str(path)], test, train, judge, demo_eval_config(len(test)), progress)[0]
+    config = demo_eval_config(len(test))
+    progress.begin("measuring", parts(1, len(backbone.groups), len(test), config))
+    result = evaluate_all([prior], [str(path)], test, train, judge, config, progress)[0]
     caption = [
         f"{result['extractor']}: {result['fd_backbone']:.1f} before, {result['fd_prior']:.1f} after, "
         f"{result['fd_reconstruction']:.1f} for reconstructions, the best that a prior could reach; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,11 @@ def test_the_demo_writes_what_it_says_and_may_be_repeated(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "demo"
-    text = workshop.run("demo", "--out", out).stdout
+    said = workshop.run("demo", "--out", out)
+    bars = re.findall(r"measuring: (\d+)/(\d+)", said.stderr)
+    assert bars
+    assert all(int(done) <= int(total) for done, total in bars)
+    text = said.stdout
     names = {"prior.safetensors", "before-after.png", "result.json"}
     assert {p.name for p in out.iterdir()} == names
     assert all(str(out / name) in text for name in names)

@@ -9,7 +9,7 @@ whether or not something was written. Half of the runs save their state at every
 
 Printed is one row per kind: kills; runs of which every file has the bytes of an uninterrupted run; files that should
 not be there (temporaries, a lock, also in the folder for temporary files); the first and last moment, as shares of the
-life. Exit code 1 where anything differs or is stale. Forty kills take some five minutes of one core.
+life. Exit code 1 where anything differs or is stale. Forty kills take some ten to thirty minutes of one core.
 
 With --interrupts, a second table: Ctrl-C and SIGTERM at such moments, one half of them in the first second. Each must
 end the command in one line that says so, with exit code 130 or 143, or come after all is done, with 0; no traceback.

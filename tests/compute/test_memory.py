@@ -98,7 +98,7 @@ def test_a_fit_to_tens_of_groups_takes_what_was_expected_within_a_fifth(size: st
     changes |= {"stage_particles": 48, "stage_held_out": 24, "chain_steps": 2}
     config = configured(FitConfig, changes | FITS[course])
     images = torch.rand(100, *backbone.image_shape, generator=torch.Generator().manual_seed(0))
-    expected = preflight.for_fit(backbone, config, len(images)).bytes / preflight.OVERHEAD
+    expected = preflight.for_fit(backbone, config, len(images)).bytes / preflight.FIT_OVERHEAD
     taken = memory.peak_bytes(lambda: fit(backbone, as_images(images, backbone.image_shape), config))
     print(f"{course}, {size}: expected {expected / 2**20:.1f} MiB of tensors, taken {taken / 2**20:.1f}")
     assert expected == pytest.approx(taken, rel=0.2)

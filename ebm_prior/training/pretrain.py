@@ -3,8 +3,8 @@
     ELBO = E_q[log p(x|z)] − β Σ_i γ_i max(KL_i, free nats),   KL_i = E_q[log q(z_i|x, z_<i) − log p_β(z_i|z_<i)]
 
 with one posterior draw per image and KL warm-up (β rises from 0 to 1). On request the KL terms are balanced meanwhile
-(γ; else 1), and the adapter's regularisation is added. The optimizer is Adam or Adamax with gradient clipping and a
-learning rate that is constant or decays along a cosine. The result is an exponential moving average of the weights.
+(γ; else 1), and the adapter's regularisation is added. The optimizer is Adam, AdamW or Adamax with gradient clipping and
+a learning rate that is constant or decays along a cosine; steps with a very large gradient can be left out. The result is an exponential moving average of the weights.
 Networks with data-dependent initialisation are first initialised on one batch.
 """
 
@@ -147,17 +147,22 @@ class Pretraining(Training):
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), config.gradient_clip)
         require_finite("the ELBO or its gradient", t, loss, norm)
-        self.optimizer.step()
+        if not config.gradient_skip or float(norm) < config.gradient_skip:
+            self._take_step()
         self.iteration += 1
-        settled = self.iteration > max(
-            1, config.iterations * config.kl_warmup
-        )  # once β is 1 the objective no longer changes, and averaging begins
-        update_average_with_buffers(self.average, self.backbone, config.ema, settled=settled)
         return {
             "iteration": self.iteration,
             "train_elbo": float((log_likelihood - kl.sum(1)).mean().detach()),
             "beta": beta,
         }
+
+    def _take_step(self) -> None:
+        """Change the weights, and their average with them."""
+        config = self.config
+        self.optimizer.step()
+        # Once β is 1 the objective no longer changes, and averaging begins.
+        settled = self.iteration + 1 > max(1, config.iterations * config.kl_warmup)
+        update_average_with_buffers(self.average, self.backbone, config.ema, settled=settled)
 
     def _loss(self, log_likelihood: Tensor, kl: Tensor, beta: float) -> Tensor:
         """The loss: the negative ELBO from log p(x|z) (B,) and KL (B, L), weighted and regularised by the settings."""
@@ -226,8 +231,14 @@ def balance(kl: Tensor, groups: Sequence[LatentGroup]) -> Tensor:
 
 
 def _optimizer(backbone: Backbone, config: PretrainConfig) -> torch.optim.Optimizer:
-    kind = torch.optim.Adamax if config.optimizer == "adamax" else torch.optim.Adam
-    return kind(backbone.parameters(), lr=config.learning_rate, eps=config.epsilon, weight_decay=config.weight_decay)
+    kinds = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
+    return kinds[config.optimizer](
+        backbone.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )
 
 
 def _observed(

@@ -52,6 +52,44 @@ def test_adamax_divides_by_the_largest_gradient(images: ImageSource, monkeypatch
     torch.testing.assert_close(move, -rate * g / (g.abs() + 1e-3), atol=1e-6, rtol=1e-3)
 
 
+def test_adamw_decays_the_weights_beside_the_gradient(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first step: lr·g/(|g| + epsilon) + lr·decay·w."""
+    taken = steps(torch.optim.AdamW, monkeypatch)
+    backbone = ToyConv()
+    start = backbone.dense.weight.detach().clone()
+    options: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.5, "epsilon": 1e-3, "betas": (0.9, 0.8)}
+    pretrain(backbone, images, PretrainConfig(**SMALL | {"iterations": 1}, optimizer="adamw", **options))
+    rate, g, move = taken[0]
+    torch.testing.assert_close(move, -rate * (g / (g.abs() + 1e-3) + 0.5 * start), atol=1e-6, rtol=1e-3)
+
+
+def test_the_optimizer_forgets_as_fast_as_asked(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of Adam, whose moments are averages with these decay rates, corrected for their start at 0."""
+    taken = steps(torch.optim.Adam, monkeypatch)
+    pretrain(ToyConv(), images, PretrainConfig(**SMALL | {"iterations": 2}, betas=(0.5, 0.25), decay=False))
+    (rate, g, _), (_, h, move) = taken
+    first, second = (0.25 * g + 0.5 * h) / 0.75, (0.1875 * g**2 + 0.75 * h**2) / 0.9375
+    torch.testing.assert_close(move, -rate * first / (second.sqrt() + 1e-8), atol=1e-6, rtol=1e-3)
+
+
+def test_steps_with_a_huge_gradient_are_left_out(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights and their average stay, the schedule goes on: the next small gradient has its own rate."""
+    norms = iter([3.0, 8.0, 2.0, 7.9] * 2)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    taken = steps(torch.optim.Adam, monkeypatch)
+    seen: list[Tensor] = []
+    pretrain(
+        ToyConv(),
+        images,
+        PretrainConfig(**SMALL | {"checkpoint_every": 1}, gradient_skip=8.0),
+        on_evaluate=lambda found: seen.append(found["backbone"].dense.weight.detach().clone()),
+    )
+    cosine = [1e-3 * (1 + math.cos(math.pi * t / 8)) for t in range(8)]
+    assert [rate for rate, *_ in taken] == pytest.approx([cosine[t] for t in (0, 2, 3, 4, 6, 7)])
+    still = [bool((seen[t] == seen[t - 1]).all()) for t in range(1, 8)]
+    assert still == [t % 4 == 1 for t in range(1, 8)]
+
+
 def test_the_rate_rises_while_it_falls(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = steps(torch.optim.Adam, monkeypatch)
     pretrain(ToyConv(), images, PretrainConfig(**SMALL, learning_rate=2.0e-3, rate_warmup=0.5))

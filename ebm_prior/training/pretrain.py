@@ -3,8 +3,9 @@
     ELBO = E_q[log p(x|z)] − β Σ_i γ_i max(KL_i, free nats),   KL_i = E_q[log q(z_i|x, z_<i) − log p_β(z_i|z_<i)]
 
 with one posterior draw per image and KL warm-up (β rises from 0 to 1). On request the KL terms are balanced meanwhile
-(γ; else 1), and the adapter's regularisation is added. The optimizer is Adam, AdamW or Adamax with gradient clipping and
-a learning rate that is constant or decays along a cosine; steps with a very large gradient can be left out. The result is an exponential moving average of the weights.
+(γ; else 1), and the adapter's regularisation is added. The optimizer is Adam, AdamW or Adamax with gradient clipping
+and a learning rate that is constant or decays along a cosine; steps with a very large gradient can be left out. The
+result is an exponential moving average of the weights.
 Networks with data-dependent initialisation are first initialised on one batch.
 """
 

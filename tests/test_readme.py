@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIVE = "## Your own pretrained VAE in five commands"
 SHORT = {  # options that make a long command short
-    "doctor": "--samples 60 --gauge-iterations 5",
+    "doctor": "--samples 500 --gauge-iterations 60",
     "fit": "--iterations 4 --batch-size 16 --held-out 20 --evaluate-every 2",
     "sample": "-n 4 --proposals 2 --steps 1",
     "eval": "--samples 64 --gauge-iterations 5 --proposals 2 --steps 1",
@@ -41,6 +41,12 @@ def run(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+def pattern_of(line: str) -> re.Pattern[str]:
+    """What a line that the page shows as printed looks like, whatever its numbers are and however wide its columns."""
+    words = line.removeprefix("# ").split()
+    return re.compile(r"\s+".join(re.sub(r"[0-9][0-9.,\\\\]*", "[-+0-9.,]+", re.escape(word)) for word in words))
+
+
 def test_a_person_reads_it_in_ten_minutes() -> None:
     assert len(README.splitlines()) <= 220
 
@@ -48,11 +54,13 @@ def test_a_person_reads_it_in_ten_minutes() -> None:
 def test_the_five_commands_run_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (commands,) = blocks("console", FIVE)
-    typed = [shlex.split(line) for line in commands.splitlines()]
+    lines = commands.splitlines()
+    typed, printed = [shlex.split(line) for line in lines[::2]], lines[1::2]
     assert [words[1] for words in typed] == list(SHORT)
-    for words in typed:
+    for words, line in zip(typed, printed, strict=True):
         done = CliRunner(catch_exceptions=False).invoke(main, [*words[1:], *shlex.split(SHORT[words[1]])])
         assert done.exit_code == 0, f"{shlex.join(words)}\n{done.output}"
+        assert pattern_of(line).search(done.output), f"{line}\n{done.output}"
     assert {"prior.safetensors", "report.html"} <= {path.name for path in (tmp_path / "runs/mine").iterdir()}
     assert (tmp_path / "before-after.png").is_file()
 

@@ -16,7 +16,7 @@ from ebm_prior.cli.main import main
 SIDES = {"ddp-imagenet64": 64}  # of the images; those of the other folders have 32
 COMMANDS = """
 doctor --backbone vdvae --ckpt {file} --data {data} --samples 60 --gauge-iterations 5
-fit --backbone vdvae --ckpt {file} --data {data} --iterations 6 --batch-size 8 --held-out 20 --evaluate-every 3 --out run
+fit --backbone vdvae --ckpt {file} --data {data} --iterations 2 --batch-size 8 --held-out 20 --out run
 sample run/prior.safetensors -n 8 --compare --proposals 2 --steps 2 --out samples.png
 info run/prior.safetensors
 eval run/prior.safetensors --data {data} --samples 40 --gauge-iterations 5 --proposals 2 --steps 1

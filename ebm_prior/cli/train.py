@@ -104,6 +104,7 @@ START = click.option(
 )
 @config_options(
     FitConfig,
+    skip=("seed", "by_group"),
     wording={
         "chain_": "{help} (only with --objective mle)  [default: {default}]",
         "sampler_": "{help}  [default: as the preset has it]",
@@ -181,8 +182,9 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
         given, ("patience", "ess_floor"), density, "only a calibrated prior has a held-out gain, and a refiner is none"
     )
     refuse_unused(given, ("ratios",), config.objective == "nce", "only --objective nce learns density ratios")
-    staged = config.ratios == "staged" or config.may_stage
-    refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
+    refuse_unused(given, ("stage_",), "groupwise" != config.ratios != "one", "only --ratios staged and auto have stages")
+    own = config.ratios != "groupwise"
+    refuse_unused(given, ("energy_joint", "energy_dropout"), own, "--ratios groupwise leaves out the joint head")
     refuse_unused(given, HEADS, energy is None, "--energy replaces the heads by an energy without heads")
 
 
@@ -306,7 +308,7 @@ def pretrain(
 @click.option(
     "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help=PRESET_HELP
 )
-@config_options(JointConfig, skip=("seed", "standardize"))
+@config_options(JointConfig, skip=("seed", "standardize", "priors", "by_group"))
 @RUN_SEED
 @TRAINING_PLACE
 @watch_options()

@@ -5,8 +5,9 @@ with posterior statistics and ends in a linear layer that starts at zero. So f =
 untrained prior is the backbone's own.
 
 A conditional head also sees ε_i = (z_i − mean_i)/std_i, which is z_i standardised by its own prior p_β(z_i | z_<i).
-Under the backbone's prior ε is white noise, so any structure in it shows what the conditionals miss. ε is a function of
-z, and so is f.
+Under the backbone's prior ε is white noise, so any structure in it shows what the conditionals miss. A head can also see
+mean_i and log std_i, by which it knows of z_<i what its group's prior knows. All of them are functions of z, and so is
+f.
 
 Where many groups have one shape, as in a VDVAE, their heads share their hidden layers (`EnergyConfig.own_heads`). Each
 group keeps its own standardisation, its own last layer, and a gain and an offset for each unit of the first hidden
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.model.backbone import LatentGroup
+from ebm_prior.model.backbone import Gaussian, LatentGroup
 from ebm_prior.settings import require, require_counts, require_kinds, require_shares, setting
 
 WIDEST, DEEPEST = 2**20, 1_000  # largest width and number of layers; more is a mistake or a damaged file
@@ -47,6 +48,7 @@ class EnergyConfig:
         "silu", "Activation function of the heads; leaky_relu has slope 0.2"
     )
     conditional: bool = setting(False, "Let the heads also see each z_i standardised by its own prior p(z_i | z_<i)")
+    priors: bool = setting(False, "Let the heads also see mean and log standard deviation of each prior p(z_i | z_<i)")
     standardize: bool = setting(
         True, "Standardise the heads' inputs by the mean and standard deviation of posterior latents"
     )
@@ -68,6 +70,11 @@ class EnergyConfig:
         require(self, "bound", 0 <= self.bound <= LARGEST_BOUND, f"must be from 0 (none) to {LARGEST_BOUND:g}")
         if self.activation not in ACTIVATIONS:
             raise ConfigurationError(f"expected activation {' or '.join(ACTIVATIONS)}, found {self.activation!r}")
+
+    @property
+    def views(self) -> int:
+        """The number of tensors of a group's shape that its head sees: z_i, and maybe ε_i, mean_i and log std_i."""
+        return 1 + self.conditional + 2 * self.priors
 
 
 class Input(nn.Module):
@@ -204,11 +211,33 @@ class JointEnergy(nn.Module):
             else None
         )
 
-    def inputs(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> list[Tensor]:
-        """The heads' inputs for z and ε = T_β⁻¹(z), lists of (B, *group.shape): z_i, or z_i and ε_i along axis 1."""
-        if not self.config.conditional:
-            return list(z)
-        return [z[0], *(torch.cat(pair, dim=1) for pair in zip(z[1:], eps[1:], strict=True))]
+    @property
+    def is_sum(self) -> bool:
+        """Whether f is a sum of terms of single groups."""
+        return self.per_group and self.joint is None
+
+    def inputs(
+        self, z: Sequence[Tensor], eps: Sequence[Tensor], priors: Sequence[Gaussian] | None = None
+    ) -> list[Tensor]:
+        """The heads' inputs for z and ε = T_β⁻¹(z), lists of (B, *group.shape): see `seen`.
+
+        priors: the p_β(z_i | z_<i) of all groups, which only `EnergyConfig.priors` needs.
+        """
+        known = priors if self.config.priors and priors is not None else [None] * len(z)
+        return [seen(self.config, index, *group) for index, group in enumerate(zip(z, eps, known, strict=True))]
+
+    def own(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> Tensor:
+        """f_i of the group `index` alone, (B,), for its z_i and ε_i (B, *group.shape) and its p_β(z_i | z_<i)."""
+        head = cast(Head, self.heads[self.names[index]])
+        value: Tensor = head(seen(self.config, index, z, eps, prior))
+        return value
+
+    @torch.no_grad()
+    def correct(self, index: int, factor: float, nats: float) -> None:
+        """Replace f_i of the group `index` by `factor` · f_i + `nats`."""
+        last = cast(Head, self.heads[self.names[index]]).last
+        last.weight.mul_(factor)
+        last.bias.mul_(factor).add_(nats)
 
     def terms(self, inputs: Sequence[Tensor]) -> Tensor:
         """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1)."""
@@ -278,12 +307,24 @@ class JointEnergy(nn.Module):
         return [head for head in self.heads.values() if isinstance(head, Input)]
 
 
+def seen(config: EnergyConfig, index: int, z: Tensor, eps: Tensor, prior: Gaussian | None) -> Tensor:
+    """The input of the head of group `index`: z_i, and by the `config` ε_i, mean_i and log std_i along axis 1.
+
+    The top group's head sees z alone: its prior is constant, so ε would only repeat z.
+    """
+    views = [z]
+    if index and config.conditional:
+        views.append(eps)
+    if index and config.priors:
+        assert prior is not None
+        views += [prior.mean.expand_as(z), prior.std.log().expand_as(z)]
+    return z if len(views) == 1 else torch.cat(views, dim=1)
+
+
 def shapes_seen(groups: Sequence[LatentGroup], config: EnergyConfig) -> list[tuple[int, ...]]:
     """The shapes of `JointEnergy.inputs`, without the batch axis."""
-    shapes = [tuple(group.shape) for group in groups]
-    if config.conditional:  # z_i and ε_i: twice the channels. The top prior is constant, so ε would only repeat z
-        shapes[1:] = [(2 * channels, *sides) for channels, *sides in shapes[1:]]
-    return shapes
+    top, *lower = (tuple(group.shape) for group in groups)
+    return [top, *((config.views * channels, *sides) for channels, *sides in lower)]
 
 
 def shared_shapes(shapes: Sequence[tuple[int, ...]], config: EnergyConfig) -> dict[tuple[int, ...], int]:

@@ -182,7 +182,9 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
         given, ("patience", "ess_floor"), density, "only a calibrated prior has a held-out gain, and a refiner is none"
     )
     refuse_unused(given, ("ratios",), config.objective == "nce", "only --objective nce learns density ratios")
-    refuse_unused(given, ("stage_",), "groupwise" != config.ratios != "one", "only --ratios staged and auto have stages")
+    refuse_unused(
+        given, ("stage_",), "groupwise" != config.ratios != "one", "only --ratios staged and auto have stages"
+    )
     own = config.ratios != "groupwise"
     refuse_unused(given, ("energy_joint", "energy_dropout"), own, "--ratios groupwise leaves out the joint head")
     refuse_unused(given, HEADS, energy is None, "--energy replaces the heads by an energy without heads")

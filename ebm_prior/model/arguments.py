@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.compute.isolation import require_numbers
-from ebm_prior.errors import ConfigurationError, described
+from ebm_prior.errors import ConfigurationError, RegimeError, described
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.checked_images import unfit
 from ebm_prior.model.latents import batch_of

@@ -346,9 +346,7 @@ def _joined(backbone: Backbone, parts: Sequence[Samples]) -> Samples:
     )
 
 
-def _f(
-    prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None, priors: Sequence[Gaussian] | None
-) -> Tensor:
+def _f(prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None, priors: Sequence[Gaussian] | None) -> Tensor:
     like, groups, config = next(prior.backbone.parameters()), prior.backbone.groups, prior.energy.config
     require_latents("z", z, groups, like)
     if eps is not None:

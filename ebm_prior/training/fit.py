@@ -113,7 +113,9 @@ class Fitting(Training):
         with seeded(like.device, config.seed, Purpose.HEADS):
             heads = energy_of(backbone.groups, config.heads, energy).to(like.device, like.dtype)
         if config.ratios == "groupwise" and not heads.is_sum:
-            raise ConfigurationError("ratios: groupwise needs heads of single groups, found an energy of all: leave out one")
+            raise ConfigurationError(
+                "ratios: groupwise needs heads of single groups, found an energy of all: leave out one"
+            )
         draws = Draws(self.backbone, images, heads, config, processes, progress)
         training, held_out = draws.split()
         latents = draws.held_out(held_out)

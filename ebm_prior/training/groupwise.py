@@ -28,7 +28,7 @@ from torch import Tensor
 from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, standard_normal
 from ebm_prior.errors import DivergenceError
 from ebm_prior.model.by_group import own_potential
-from ebm_prior.model.energy import JointEnergy, values
+from ebm_prior.model.energy import values
 from ebm_prior.model.samplers import ChainState, Potential, effective_sample_size, pcn_langevin_step, start
 from ebm_prior.training.course import Best, Course, Finished, Pairs
 from ebm_prior.training.objectives import Gain, gain
@@ -95,12 +95,13 @@ class GroupwiseRatios(Course):
         _, held_out = draws.split()
 
         def weights(batch: tuple[int, Tensor]) -> Tensor:
-            generator = derived_generator(self.config.seed, Purpose.GROUP_NORMALISERS, batch[0], device=self.bench.device)
+            generator = derived_generator(
+                self.config.seed, Purpose.GROUP_NORMALISERS, batch[0], device=self.bench.device
+            )
             trace = draws.traced(batch[1], generator)
             groups = enumerate(zip(trace.z, trace.priors, strict=True))
             columns = [
-                annealed_weights(own_potential(average.own, index, prior), z, generator)
-                for index, (z, prior) in groups
+                annealed_weights(own_potential(average.own, index, prior), z, generator) for index, (z, prior) in groups
             ]
             return torch.stack(columns, dim=1).double().cpu()
 

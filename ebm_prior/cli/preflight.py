@@ -129,7 +129,7 @@ def chain_bytes(prior: EBMPrior, sampler: SamplerConfig) -> int:
     generator, potential = derived_generator(1, device=eps[0].device), prior.potential
     if sampler.by_group:
         few = replace(sampler, proposals=min(2, sampler.proposals), steps=1, adapt_steps=0, leapfrogs=1)
-        return _each(lambda: draw_by_group(prior.backbone, prior.own_f, [], MEASURED, few, generator))
+        return _each(lambda: draw_by_group(prior.backbone, prior.walk(), [], MEASURED, few, generator))
     kernel = kernel_of(replace(sampler, leapfrogs=min(2, sampler.leapfrogs)))  # more take longer, and no more memory
     still = torch.zeros(MEASURED, dtype=eps[0].dtype, device=eps[0].device)
     return _each(lambda: kernel(start(potential, eps), potential, still, generator))

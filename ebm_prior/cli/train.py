@@ -63,6 +63,7 @@ SUITED = {
     if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
 }
 HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers", "joint", "activation", "dropout"))
+UNGROUPED = ("energy_conditional", "energy_dropout")
 PRESET_HELP = "Name of the settings to start from; other options change single ones"
 START = click.option(
     "--ckpt",
@@ -185,8 +186,7 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
     refuse_unused(
         given, ("stage_",), "groupwise" != config.ratios != "one", "only --ratios staged and auto have stages"
     )
-    own = config.ratios != "groupwise"
-    refuse_unused(given, ("energy_joint", "energy_dropout"), own, "--ratios groupwise leaves out the joint head")
+    refuse_unused(given, UNGROUPED, config.ratios != "groupwise", "--ratios groupwise has heads of its own kind")
     refuse_unused(given, HEADS, energy is None, "--energy replaces the heads by an energy without heads")
 
 
@@ -310,7 +310,7 @@ def pretrain(
 @click.option(
     "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help=PRESET_HELP
 )
-@config_options(JointConfig, skip=("seed", "standardize", "priors", "by_group"))
+@config_options(JointConfig, skip=("seed", "standardize", "by_group"))
 @RUN_SEED
 @TRAINING_PLACE
 @watch_options()

@@ -5,9 +5,9 @@ with posterior statistics and ends in a linear layer that starts at zero. So f =
 untrained prior is the backbone's own.
 
 A conditional head also sees ε_i = (z_i − mean_i)/std_i, which is z_i standardised by its own prior p_β(z_i | z_<i).
-Under the backbone's prior ε is white noise, so any structure in it shows what the conditionals miss. A head can also see
-mean_i and log std_i, by which it knows of z_<i what its group's prior knows. All of them are functions of z, and so is
-f.
+Under the backbone's prior ε is white noise, so any structure in it shows what the conditionals miss. A groupwise head
+sees mean_i and log std_i, too, and hears of the groups above by a running sum of their features (`Above`). So f is a
+sum of terms f_i(z_i, z_<i) then. All that heads see is a function of z, and so is f.
 
 Where many groups have one shape, as in a VDVAE, their heads share their hidden layers (`EnergyConfig.own_heads`). Each
 group keeps its own standardisation, its own last layer, and a gain and an offset for each unit of the first hidden
@@ -48,7 +48,6 @@ class EnergyConfig:
         "silu", "Activation function of the heads; leaky_relu has slope 0.2"
     )
     conditional: bool = setting(False, "Let the heads also see each z_i standardised by its own prior p(z_i | z_<i)")
-    priors: bool = setting(False, "Let the heads also see mean and log standard deviation of each prior p(z_i | z_<i)")
     standardize: bool = setting(
         True, "Standardise the heads' inputs by the mean and standard deviation of posterior latents"
     )
@@ -59,6 +58,7 @@ class EnergyConfig:
     bound: float = setting(
         0.0, "Bound to which tanh squashes the heads' inputs; 0: no bound. Stages set a bound of their own"
     )
+    groupwise: bool = False  # no option: `--ratios groupwise` has it. `joint` is then the width of `Above`; 0: without
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -74,7 +74,7 @@ class EnergyConfig:
     @property
     def views(self) -> int:
         """The number of tensors of a group's shape that its head sees: z_i, and maybe ε_i, mean_i and log std_i."""
-        return 1 + self.conditional + 2 * self.priors
+        return 4 if self.groupwise else 1 + self.conditional
 
 
 class Input(nn.Module):
@@ -172,6 +172,38 @@ class SharedBody(nn.Module):
         return x
 
 
+class Above(nn.Module):
+    """Terms of f that see a group together with the groups above it, through the features of their heads.
+
+    Group i hears the sum of what the groups above it tell, each by a linear map of its features, over √i. Groups that
+    share a head share these maps. Since f_i sees no group below i, it stays a log density ratio given z_<i.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[int]], config: EnergyConfig) -> None:
+        super().__init__()
+        self.part = {index: number for number, part in enumerate(parts) for index in part}
+        bottom = len(self.part) - 1
+        self.seen = nn.ModuleList(nn.Linear(config.hidden, config.joint) for _ in parts)
+        self.told = nn.ModuleList(nn.Linear(config.hidden, config.joint) for part in parts if list(part) != [bottom])
+        self.last = nn.ModuleList(zero_linear(config.joint) for _ in self.part)
+        self.activation = ACTIVATIONS[config.activation]()
+
+    def heard(self, index: int, features: Tensor, context: Tensor | None) -> Tensor | None:
+        """What the groups down to `index` tell, (B, width), from its `features` and the `context` of those above it."""
+        if index == len(self.last) - 1:  # there is none below it
+            return context
+        told: Tensor = self.told[self.part[index]](features)
+        return told if context is None else context + told
+
+    def term(self, index: int, features: Tensor, context: Tensor | None) -> Tensor:
+        """The term of the group `index`, (B,), from its `features` and what those above it tell."""
+        hidden: Tensor = self.seen[self.part[index]](features)
+        if context is not None:
+            hidden = hidden + context * index**-0.5
+        value: Tensor = self.last[index](self.activation(hidden))
+        return value.squeeze(1)
+
+
 class JointEnergy(nn.Module):
     """f(z) = Σ_i f_i(z_i) [+ f_joint(features of all groups)], the negative energy of the prior (Eq. 6).
 
@@ -207,13 +239,14 @@ class JointEnergy(nn.Module):
                 nn.Dropout(config.dropout),
                 zero_linear(config.joint),
             )
-            if config.joint
+            if config.joint and not config.groupwise
             else None
         )
+        self.above = Above(self.parts, config) if config.joint and config.groupwise else None
 
     @property
     def is_sum(self) -> bool:
-        """Whether f is a sum of terms of single groups."""
+        """Whether f is a sum of one term per group, which depends on this group and those above it."""
         return self.per_group and self.joint is None
 
     def inputs(
@@ -221,29 +254,37 @@ class JointEnergy(nn.Module):
     ) -> list[Tensor]:
         """The heads' inputs for z and ε = T_β⁻¹(z), lists of (B, *group.shape): see `seen`.
 
-        priors: the p_β(z_i | z_<i) of all groups, which only `EnergyConfig.priors` needs.
+        priors: the p_β(z_i | z_<i) of all groups, which only groupwise heads need.
         """
-        known = priors if self.config.priors and priors is not None else [None] * len(z)
+        known = priors if self.config.groupwise and priors is not None else [None] * len(z)
         return [seen(self.config, index, *group) for index, group in enumerate(zip(z, eps, known, strict=True))]
 
-    def own(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> Tensor:
-        """f_i of the group `index` alone, (B,), for its z_i and ε_i (B, *group.shape) and its p_β(z_i | z_<i)."""
-        head = cast(Head, self.heads[self.names[index]])
-        value: Tensor = head(seen(self.config, index, z, eps, prior))
-        return value
+    def head(self, index: int) -> Head:
+        """The head of the group `index`."""
+        return cast(Head, self.heads[self.names[index]])
 
     @torch.no_grad()
     def correct(self, index: int, factor: float, nats: float) -> None:
         """Replace f_i of the group `index` by `factor` · f_i + `nats`."""
-        last = cast(Head, self.heads[self.names[index]]).last
-        last.weight.mul_(factor)
-        last.bias.mul_(factor).add_(nats)
+        head = self.head(index)
+        for last in [head.last, *([] if self.above is None else [self.above.last[index]])]:
+            for parameter in last.parameters():
+                parameter.mul_(factor)
+        head.last.bias.add_(nats)
 
-    def terms(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1)."""
+    def terms(self, inputs: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+        """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1).
+
+        rows: for each latent the row (B,) whose groups count as those above, for groupwise heads; None: its own.
+        """
         heads = [head for head in self._heads() if isinstance(head, Head)]
         features = [head.features(seen) for head, seen in zip(heads, inputs, strict=True)]
         columns = [head.energy(h) for head, h in zip(heads, features, strict=True)]
+        if self.above is not None:
+            context = None
+            for index, h in enumerate(features):
+                columns[index] = columns[index] + self.above.term(index, h, context)
+                context = self.above.heard(index, h if rows is None else h[rows], context)
         if self.joint is not None:
             pooled = [torch.stack([features[i] for i in part]).sum(0) * len(part) ** -0.5 for part in self.parts]
             columns.append(self.joint(torch.cat(pooled, dim=1)).squeeze(1))
@@ -300,6 +341,7 @@ class JointEnergy(nn.Module):
         """Multiply f by a factor, through the last layers, in which f is linear."""
         last: list[nn.Module] = [head.last for head in self._heads() if isinstance(head, Head)]
         last += [] if self.joint is None else [self.joint[-1]]
+        last += [] if self.above is None else self.above.last
         for parameter in (parameter for layer in last for parameter in layer.parameters()):
             parameter.mul_(factor)
 
@@ -313,9 +355,9 @@ def seen(config: EnergyConfig, index: int, z: Tensor, eps: Tensor, prior: Gaussi
     The top group's head sees z alone: its prior is constant, so ε would only repeat z.
     """
     views = [z]
-    if index and config.conditional:
+    if index and (config.conditional or config.groupwise):
         views.append(eps)
-    if index and config.priors:
+    if index and config.groupwise:
         assert prior is not None
         views += [prior.mean.expand_as(z), prior.std.log().expand_as(z)]
     return z if len(views) == 1 else torch.cat(views, dim=1)

@@ -29,7 +29,7 @@ TRIED = 3  # number of random inputs on which a module is tried
 class OwnEnergy(JointEnergy):
     """f(z) = factor · module(standardised inputs) + offset, in nats, with the `inputs` of the built-in heads.
 
-    Of `config` only the settings of the inputs have an effect: `conditional`, `priors`, `standardize` and `bound`.
+    Of `config` only the settings of the inputs have an effect: `conditional`, `standardize` and `bound`.
     """
 
     per_group = False

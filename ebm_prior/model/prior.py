@@ -27,7 +27,7 @@ from ebm_prior.model.arguments import (
     usable_device,
 )
 from ebm_prior.model.backbone import Backbone, Gaussian, Trace, require_usable
-from ebm_prior.model.by_group import draw_by_group
+from ebm_prior.model.by_group import HeadsWalk, draw_by_group
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.latents import require_latents, require_upper
 from ebm_prior.model.samplers import Sampled, SamplerConfig, draw, effective_sample_size, graphed
@@ -150,9 +150,9 @@ class EBMPrior(_Kept):
         """
         return _f(self, z, eps, priors)
 
-    def own_f(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> Tensor:
-        """τ f_i of one group in nats, (B,), from its z_i and ε_i, (B, *group.shape), and its p_β(z_i | z_<i)."""
-        return self.tau * self.energy.own(index, z, eps, prior)
+    def walk(self) -> HeadsWalk:
+        """The terms τ f_i at the groups of one traversal, in order, where f is a sum over groups."""
+        return HeadsWalk(self.energy, self.tau)
 
     @isolated()
     def potential(self, eps: Sequence[Tensor]) -> Tensor:
@@ -220,7 +220,7 @@ class EBMPrior(_Kept):
             first, count = part
             generator = BlockGenerator(seed, first, count, device)
             if sampler.by_group:
-                trace, found = draw_by_group(self.backbone, self.own_f, [], count, sampler, generator)
+                trace, found = draw_by_group(self.backbone, self.walk(), [], count, sampler, generator)
             else:
                 propose = partial(self.backbone.standard_normal, count, generator=generator)
                 found = draw(potential, propose, sampler, generator)
@@ -305,7 +305,7 @@ class EBMPrior(_Kept):
                 forms,
                 draws=draws,
                 sampler=sampler,
-                own=self.own_f,
+                walk=self.walk,
                 seed=seed,
                 first=first + start,
             )
@@ -322,7 +322,7 @@ def _completed(
     """The draws of one chunk of `complete`; part: the number of its first draw, and its size."""
     first, count = part
     generator = BlockGenerator(derived_seed(seed, Purpose.COMPLETION), first, count, upper[0].device)
-    free = FreeGroups(prior.backbone, prior.f, [z[first : first + count] for z in upper], count, prior.own_f)
+    free = FreeGroups(prior.backbone, prior.f, [z[first : first + count] for z in upper], count, prior.walk)
     trace, found = free.draw(sampler, generator)
     return _decoded(prior.backbone, trace, trace.eps, found)
 
@@ -351,7 +351,7 @@ def _f(prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None, prior
     require_latents("z", z, groups, like)
     if eps is not None:
         require_latents("eps", eps, groups, like)
-    if (config.conditional and eps is None) or (config.priors and priors is None):
+    if (config.views > 1 and eps is None) or (config.groupwise and priors is None):
         trace = prior.backbone.given(z)
         eps, priors = trace.eps if eps is None else eps, trace.priors
     value: Tensor = prior.tau * prior.energy(prior.energy.inputs(z, z if eps is None else eps, priors))

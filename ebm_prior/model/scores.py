@@ -23,7 +23,7 @@ from torch import Tensor
 from ebm_prior.compute.randomness import BlockGenerator, Generator, Purpose, derived_seed, standard_normal
 from ebm_prior.errors import ConfigurationError, described
 from ebm_prior.model.backbone import Backbone, Gaussian, Posterior, Trace
-from ebm_prior.model.by_group import Own, draw_by_group
+from ebm_prior.model.by_group import Walk, draw_by_group
 from ebm_prior.model.samplers import Potential, Sampled, SamplerConfig, draw
 
 Mode = Literal["eq20", "elbo", "iw", "prior"]
@@ -97,22 +97,22 @@ def scores(
     *,
     draws: int = 8,
     sampler: SamplerConfig,
-    own: Own | None = None,
+    walk: Callable[[], Walk] | None = None,
     seed: int = 0,
     first: int = 0,
 ) -> dict[Form, Tensor]:
     """The scores of images (B, C, H, W) in [0, 1]: for every form a tensor (B,) in nats, on shared draws.
 
     draws: S, the number of draws of the latents; the expectation of Eq. 20 is the mean over them. The observation
-    x̃ ~ `observe` is drawn once.  sampler: draws the lower groups from p_α.  own: τ f_i of each group alone, which a
-    sampler by groups needs.  first: the number of the first image in its set, a multiple of 64. Raises ConfigurationError for a form that the backbone does not have, and DivergenceError
-    where a chain is not finite.
+    x̃ ~ `observe` is drawn once.  sampler: draws the lower groups from p_α.  walk: begins a walk over the terms of τ f,
+    which a sampler by groups needs.  first: the number of the first image in its set, a multiple of 64. Raises
+    ConfigurationError for a form that the backbone does not have, and DivergenceError where a chain is not finite.
     """
     forms = list(forms)
     _check(forms, len(backbone.groups), draws)
     needed = {form._replace(ratio=False) for form in forms}
     needed |= {form._replace(k=0, ratio=False) for form in forms if form.ratio}
-    batch = _Batch(backbone, f, images, sampler, own, seed, first)
+    batch = _Batch(backbone, f, images, sampler, walk, seed, first)
     values: dict[Form, list[Tensor]] = {form: [] for form in needed}
     # The loops are ordered such that only one posterior draw is in memory at a time. The draw of all groups comes
     # first, since k = 0 and lower = "sample" share it.
@@ -141,12 +141,12 @@ class _Batch:
         f: NegativeEnergy,
         images: Tensor,
         sampler: SamplerConfig,
-        own: Own | None,
+        walk: Callable[[], Walk] | None,
         seed: int,
         first: int,
     ) -> None:
         like = next(backbone.parameters())
-        self.backbone, self.f, self.sampler, self.own = backbone, f, sampler, own
+        self.backbone, self.f, self.sampler, self.walk = backbone, f, sampler, walk
         self.seed, self.first, self.size, self.device = seed, first, len(images), like.device
         self.x = backbone.observe(images.to(like.device, like.dtype), generator=self.generator(_OBSERVATION))
         self._posterior: tuple[tuple[int, int], Posterior] | None = None
@@ -171,7 +171,7 @@ class _Batch:
     def _at(self, number: int, k: int, energy: bool, *, sampled: bool) -> Summands:
         posterior = self.posterior(number, 0 if sampled else k)
         upper = len(self.backbone.groups) - k
-        free = FreeGroups(self.backbone, self.f, posterior.z[:upper], self.size, self.own)
+        free = FreeGroups(self.backbone, self.f, posterior.z[:upper], self.size, self.walk)
         generator = self.generator(_LOWER, number, k)
         trace = free.sample(self.sampler if energy else None, generator) if sampled else free.trace(None)
         return Summands(
@@ -196,10 +196,15 @@ class FreeGroups:
     """The lower groups as functions of their ε, where the upper ones are fixed at z_{>k}."""
 
     def __init__(
-        self, backbone: Backbone, f: NegativeEnergy, fixed: Sequence[Tensor], size: int, own: Own | None = None
+        self,
+        backbone: Backbone,
+        f: NegativeEnergy,
+        fixed: Sequence[Tensor],
+        size: int,
+        walk: Callable[[], Walk] | None = None,
     ) -> None:
-        """own: τ f_i of each group alone, which a sampler by groups needs."""
-        self.backbone, self.f, self.fixed, self.size, self.own = backbone, f, fixed, size, own
+        """walk: begins a walk over the terms of τ f, which a sampler by groups needs."""
+        self.backbone, self.f, self.fixed, self.size, self.walk = backbone, f, fixed, size, walk
 
     def trace(self, eps: Sequence[Tensor] | None) -> Trace:
         """The traversal with z_{>k} fixed and z_{≤k} = T_β(ε); None: ε = 0."""
@@ -224,8 +229,8 @@ class FreeGroups:
     def draw(self, sampler: SamplerConfig, generator: Generator) -> tuple[Trace, Sampled]:
         """The traversal with z_{≤k} drawn from p_α given z_{>k}, and the sampler's ε_{≤k} and diagnostics."""
         if sampler.by_group:
-            assert self.own is not None
-            return draw_by_group(self.backbone, self.own, self.fixed, self.size, sampler, generator)
+            assert self.walk is not None
+            return draw_by_group(self.backbone, self.walk(), self.fixed, self.size, sampler, generator)
         found = draw(self.potential, partial(self.propose, generator), sampler, generator)
         return self.trace(found.eps), found
 

@@ -341,7 +341,7 @@ def decoded(prior: EBMPrior, eps: Sequence[Tensor]) -> Tensor:
 def _redrawn(prior: EBMPrior, z: Sequence[Tensor], k: int, energy: bool, seed: int) -> Tensor:
     """Images with the k lowest groups drawn given the others, from p_α or from p_β."""
     n = len(z[0])
-    free = FreeGroups(prior.backbone, prior.f, z[: len(z) - k], n, prior.own_f)
+    free = FreeGroups(prior.backbone, prior.f, z[: len(z) - k], n, prior.walk)
     generator = BlockGenerator(derived_seed(seed, Purpose.PICTURE_LOWER, k), 0, n, z[0].device)
     trace = free.sample(prior.sampler if energy else None, generator)
     return prior.backbone.likelihood(trace.features).mean

@@ -102,6 +102,9 @@ class FitConfig:
         suited = self.objective == "nce" and self.regime == "calibrated"
         unsuited = "must be one or auto unless the objective is nce and the regime calibrated"
         require(self, "ratios", self.ratios in ("one", "auto") or suited, unsuited)
+        with within("energy"):
+            alone = "must be off: ratios groupwise turns it on"
+            require(self.energy, "groupwise", not self.energy.groupwise, alone)
         require_seed(self)
         _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together
         exact = "must be exact with regime calibrated (published is not the density that f then describes)"
@@ -110,9 +113,7 @@ class FitConfig:
     @property
     def heads(self) -> EnergyConfig:
         """The settings of the heads that are fitted: `energy`, with what groupwise ratios require."""
-        if self.ratios != "groupwise":
-            return self.energy
-        return replace(self.energy, conditional=True, priors=True, joint=0)
+        return replace(self.energy, groupwise=self.ratios == "groupwise")
 
     @property
     def may_stage(self) -> bool:

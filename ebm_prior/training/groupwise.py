@@ -1,10 +1,11 @@
 """Density ratios of single groups as the whole fit: a calibrated f from posterior passes alone, without chains.
 
-The head of group i sees all that its conditional has: z_i, ε_i, mean_i and log std_i. It learns to tell a posterior z_i
-from a draw of p_β(z_i | z_<i) under the same posterior z_<i, so that its optimum is f_i = log q(z_i | z_<i) −
-log p_β(z_i | z_<i), where q(z_i | z_<i) is the aggregate posterior's, given what mean_i and std_i tell of z_<i. Then
-E[e^{f_i}] = 1 under p_β(z_i | z_<i) for every z_<i. So log Z of f = Σ_i f_i is 0, and samples can be drawn group by
-group (`ebm_prior.model.by_group`). Both hold group by group, however deep the hierarchy is.
+The head of group i sees all that its conditional has: z_i, ε_i, mean_i and log std_i, and hears of the groups above it
+(`ebm_prior.model.energy.Above`). It learns to tell a posterior z_i from a draw of p_β(z_i | z_<i) under the same
+posterior z_<i, so that its optimum is f_i = log q(z_i | z_<i) − log p_β(z_i | z_<i), q being the aggregate posterior.
+Then E[e^{f_i}] = 1 under p_β(z_i | z_<i) for every z_<i. So log Z of f = Σ_i f_i is 0, its gain is the whole of
+KL(q ‖ p_β), and samples can be drawn group by group (`ebm_prior.model.by_group`). All of this holds group by group,
+however deep the hierarchy is.
 
 In the end each f_i is corrected on held-out latents. First it is tempered, by the factor that minimises its logistic
 loss. Then log Z_i = log E[e^{f_i}], with z_<i from the posterior, is measured and subtracted. Where a group's prior is
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, standard_normal
 from ebm_prior.errors import DivergenceError
-from ebm_prior.model.by_group import own_potential
-from ebm_prior.model.energy import values
+from ebm_prior.model.by_group import HeadsWalk, own_potential
+from ebm_prior.model.energy import JointEnergy, values
 from ebm_prior.model.samplers import ChainState, Potential, effective_sample_size, pcn_langevin_step, start
 from ebm_prior.training.course import Best, Course, Finished, Pairs
 from ebm_prior.training.objectives import Gain, gain
@@ -47,13 +48,13 @@ class GroupwiseRatios(Course):
         return Pairs(positive, negative, torch.ones_like(positive[0][0].flatten()[0]))
 
     def logits(self, inputs: list[Tensor]) -> Tensor:
-        """f_i of each group, (B, L)."""
-        return self.bench.energy.terms(inputs)
+        """f_i of each group, (2B, L): of B posterior draws, then of B negatives, with the posterior's groups above."""
+        return _terms(self.bench.energy, inputs)
 
     def evaluate(self, iteration: int) -> tuple[dict[str, Any], Course]:
         """The held-out score, by which the best f is chosen, and the sum of the groups' gains by importance weights.
 
-        The score is the logistic loss of f = 0 minus that of f, in nats summed over groups; no ESS limits its precision.
+        The score is the logistic loss of f = 0 minus that of f, in nats, summed over groups. No ESS limits it.
         """
         f_q, f_p = self._held_out()
         score = float((2 * math.log(2) - F.softplus(-f_q).mean(0) - F.softplus(f_p).mean(0)).sum())
@@ -82,11 +83,15 @@ class GroupwiseRatios(Course):
         return Finished(total, total, groups=groups)
 
     def _held_out(self) -> tuple[Tensor, Tensor]:
-        """f_i at held-out posterior latents, (N, L), and at draws of p_β(z_i | z_<i), (M, L), in float64."""
-        average, held_out = self.bench.average, self.bench.held_out
-        kinds = (held_out.posterior, held_out.prior)
-        f_q, f_p = (values(average.terms, seen, self.bench.device).double() for seen in kinds)
-        return f_q, f_p
+        """f_i at held-out posterior latents, (N, L), and at draws of p_β(z_i | z_<i), (N, L), in float64."""
+        held_out, count = self.bench.held_out, len(self.bench.average.names)
+
+        def both(chunk: Sequence[Tensor]) -> Tensor:
+            joined = [torch.cat(pair) for pair in zip(chunk[:count], chunk[count:], strict=True)]
+            return torch.cat(_terms(self.bench.average, joined).chunk(2), dim=1)
+
+        found = values(both, [*held_out.posterior, *held_out.prior], self.bench.device).double()
+        return found[:, :count], found[:, count:]
 
     @torch.no_grad()
     def _normalisers(self) -> list[Normaliser]:
@@ -99,14 +104,20 @@ class GroupwiseRatios(Course):
                 self.config.seed, Purpose.GROUP_NORMALISERS, batch[0], device=self.bench.device
             )
             trace = draws.traced(batch[1], generator)
-            groups = enumerate(zip(trace.z, trace.priors, strict=True))
-            columns = [
-                annealed_weights(own_potential(average.own, index, prior), z, generator) for index, (z, prior) in groups
-            ]
+            walk, columns = HeadsWalk(average), []
+            for index, (z, eps, prior) in enumerate(zip(trace.z, trace.eps, trace.priors, strict=True)):
+                columns.append(annealed_weights(own_potential(walk, index, prior), z, generator))
+                walk.go_on(index, z, eps, prior)
             return torch.stack(columns, dim=1).double().cpu()
 
         batches = enumerate(torch.split(held_out[:ANNEALED_IMAGES], self.config.batch_size // self.config.parts))
         return [Normaliser.of(column) for column in torch.cat(draws.processes.map(weights, list(batches))).T]
+
+
+def _terms(energy: JointEnergy, inputs: Sequence[Tensor]) -> Tensor:
+    """f_i, (2B, L), of B positives followed by B negatives z_i' whose groups above are those of the positives."""
+    rows = torch.arange(len(inputs[0]) // 2, device=inputs[0].device).repeat(2)
+    return energy.terms(inputs, rows)
 
 
 class Normaliser(NamedTuple):

@@ -76,7 +76,7 @@ class JointConfig:
         with within("energy"):
             moving = "must be off in joint training, because latents change during it"
             require(self.energy, "standardize", not self.energy.standardize, moving)
-            require(self.energy, "priors", not self.energy.priors, moving)
+            require(self.energy, "groupwise", not self.energy.groupwise, moving)
         given = "which start from a given point, so there is nothing to choose among"
         with within("prior_chain"):
             fresh = self.space == "eps" and self.chains == "fresh"

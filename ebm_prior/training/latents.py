@@ -116,18 +116,15 @@ class Draws:
     def held_out(self, indices: Tensor) -> HeldOut:
         """Posterior draws of the images at `indices`, and `PRIOR_DRAWS` times as many draws of p_β.
 
-        For groupwise ratios these are draws of each p_β(z_i | z_<i) under the z_<i of other posterior draws.
+        For groupwise ratios these are as many draws of each p_β(z_i | z_<i), in order, under the z_<i of the former.
         """
+        if self.config.ratios == "groupwise":
+            return self._pairs(indices)
 
         def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
             generator = derived_generator(self.config.seed, Purpose.HELD_OUT_PRIOR, batch[0], device=self.like.device)
-
-            def prior() -> list[Tensor]:
-                if self.config.ratios == "groupwise":
-                    return self.own_conditionals(batch[1], generator)[1]
-                return self.of_prior(self.backbone.standard_normal(len(batch[1]), generator=generator))
-
-            found = [[seen.cpu() for seen in prior()] for _ in range(PRIOR_DRAWS)]
+            eps = (self.backbone.standard_normal(len(batch[1]), generator=generator) for _ in range(PRIOR_DRAWS))
+            found = [[seen.cpu() for seen in self.of_prior(e)] for e in eps]
             self.progress.advance(self.processes.count * PRIOR_DRAWS * len(batch[1]))  # the others are about as far
             return found
 
@@ -137,6 +134,21 @@ class Draws:
         posterior = self._of_images(indices, Purpose.HELD_OUT_POSTERIOR, lambda seen: [z.cpu() for z in seen])
         joined = ([torch.cat(group) for group in zip(*kind, strict=True)] for kind in (posterior, prior))
         return HeldOut(*joined)
+
+    def _pairs(self, indices: Tensor) -> HeldOut:
+        def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
+            generator = derived_generator(
+                self.config.seed, Purpose.HELD_OUT_POSTERIOR, batch[0], device=self.like.device
+            )
+            found = [[seen.cpu() for seen in kind] for kind in self.own_conditionals(batch[1], generator)]
+            self.progress.advance(self.processes.count * len(batch[1]))
+            return found
+
+        self.progress.begin("held-out latents", len(indices))
+        batches = self.processes.map(drawn, self._batches(indices))
+        return HeldOut(
+            *([torch.cat(group) for group in zip(*kind, strict=True)] for kind in zip(*batches, strict=True))
+        )
 
     def moments(self, indices: Tensor) -> list[Tensor]:
         """`JointEnergy.moments` of a posterior draw of each image."""

@@ -13,7 +13,7 @@ from toys import LinearGaussian, ToyConv
 
 from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.model.backbone import Gaussian
+from ebm_prior.model.backbone import Gaussian, Trace
 from ebm_prior.model.by_group import draw_by_group
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import EBMPrior
@@ -25,11 +25,19 @@ SHIFT = (torch.tensor([0.9, -0.7]).double(), torch.tensor([0.8, -0.6, 0.5]).doub
 FACTOR = 0.7  # on the standard deviations
 
 
-def ratio(index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> Tensor:
+class Ratio:
     """log q − log p of a q(z_i | z_<i) whose mean is `SHIFT` standard deviations away, with `FACTOR` times these."""
-    return Gaussian(SHIFT[index], torch.full_like(SHIFT[index], FACTOR)).log_prob(eps) - Gaussian(
-        torch.zeros_like(eps), torch.ones_like(eps)
-    ).log_prob(eps)
+
+    def __init__(self) -> None:
+        self.met: list[int] = []
+
+    def f(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> Tensor:
+        q = Gaussian(SHIFT[index], torch.full_like(SHIFT[index], FACTOR))
+        return q.log_prob(eps) - Gaussian(torch.zeros_like(eps), torch.ones_like(eps)).log_prob(eps)
+
+    def go_on(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> None:
+        torch.testing.assert_close(prior.standardize(z), eps)
+        self.met.append(index)
 
 
 def law(backbone: LinearGaussian) -> Normal:
@@ -47,8 +55,10 @@ def linear() -> LinearGaussian:
 
 
 def test_draws_have_the_product_of_the_conditionals_as_their_law(linear: LinearGaussian) -> None:
+    ratio = Ratio()
     trace, found = draw_by_group(linear, ratio, [], 4_000, SAMPLER, derived_generator(1))
     law(linear).check(flat(trace.z))
+    assert ratio.met == [0, 1]
     torch.testing.assert_close(flat(trace.eps), flat(found.eps))
     assert all(each.shape == (4_000,) for each in (found.acceptance, found.norm, found.ess_fraction, found.step_size))
     assert 0.1 < float(found.ess_fraction.mean()) < 1
@@ -56,7 +66,7 @@ def test_draws_have_the_product_of_the_conditionals_as_their_law(linear: LinearG
 
 def test_lower_groups_are_drawn_given_fixed_ones(linear: LinearGaussian) -> None:
     z2 = linear.sample(4_000, generator=derived_generator(2))[0]
-    trace, found = draw_by_group(linear, ratio, [z2], 4_000, SAMPLER, derived_generator(3))
+    trace, found = draw_by_group(linear, Ratio(), [z2], 4_000, SAMPLER, derived_generator(3))
     assert torch.equal(trace.z[0], z2)
     assert len(found.eps) == 1
     one = torch.ones(3).double()
@@ -65,7 +75,7 @@ def test_lower_groups_are_drawn_given_fixed_ones(linear: LinearGaussian) -> None
 
 # With heads.
 
-CONFIG = EnergyConfig(channels=4, hidden=8, conditional=True, priors=True, joint=0)
+CONFIG = EnergyConfig(channels=4, hidden=8, joint=6, groupwise=True)
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +92,22 @@ def prior() -> EBMPrior:
     return EBMPrior(backbone, energy, tau=0.8, sampler=sampler)
 
 
-def test_f_is_the_sum_of_the_groups_own(prior: EBMPrior) -> None:
-    trace = prior.backbone.transform(prior.backbone.standard_normal(5, generator=derived_generator(4)))
-    own = [prior.own_f(i, *group) for i, group in enumerate(zip(trace.z, trace.eps, trace.priors, strict=True))]
-    torch.testing.assert_close(prior.f(trace.z), torch.stack(own).sum(0))
+def terms(prior: EBMPrior, trace: Trace) -> list[Tensor]:
+    """τ f_i along a walk."""
+    walk, found = prior.walk(), []
+    for index, group in enumerate(zip(trace.z, trace.eps, trace.priors, strict=True)):
+        found.append(walk.f(index, *group))
+        walk.go_on(index, *group)
+    return found
+
+
+def traced(prior: EBMPrior, seed: int) -> Trace:
+    return prior.backbone.transform(prior.backbone.standard_normal(5, generator=derived_generator(seed)))
+
+
+def test_f_is_the_sum_of_the_terms_of_a_walk(prior: EBMPrior) -> None:
+    trace = traced(prior, 4)
+    torch.testing.assert_close(prior.f(trace.z), torch.stack(terms(prior, trace)).sum(0))
     torch.testing.assert_close(prior.f(trace.z, trace.eps, trace.priors), prior.f(trace.z))
     log_prior = prior.f(trace.z) + trace.log_prior.sum(1)
     torch.testing.assert_close(prior.log_prior(trace.z), log_prior)
@@ -93,12 +115,44 @@ def test_f_is_the_sum_of_the_groups_own(prior: EBMPrior) -> None:
 
 
 def test_a_head_sees_what_its_conditional_has(prior: EBMPrior) -> None:
-    """f changes with mean_i and std_i, where z_i and ε_i stay."""
-    trace = prior.backbone.transform(prior.backbone.standard_normal(5, generator=derived_generator(5)))
-    z, eps, given = trace.z[2], trace.eps[2], trace.priors[2]
-    here = prior.own_f(2, z, eps, given)
+    """f_i changes with mean_i and std_i, where z_i and ε_i stay."""
+    trace = traced(prior, 5)
+    z, eps, given = trace.z[0], trace.eps[0], trace.priors[0]
+    first = prior.walk()
+    first.go_on(0, z, eps, given)
+    z, eps, given = trace.z[1], trace.eps[1], trace.priors[1]
+    here = first.f(1, z, eps, given)
     for other in (Gaussian(given.mean + 1, given.std), Gaussian(given.mean, 2 * given.std)):
-        assert (prior.own_f(2, z, eps, other) != here).all()
+        assert (first.f(1, z, eps, other) != here).all()
+
+
+def test_a_term_depends_on_the_groups_above_and_on_none_below(prior: EBMPrior) -> None:
+    """Where the conditional of the middle group is held fixed, the walk alone tells its term of the top group."""
+    trace, other = traced(prior, 6), traced(prior, 7)
+    for changed in range(3):
+        mixed = Trace(
+            *(
+                [mine if i != changed else theirs for i, (mine, theirs) in enumerate(zip(*pair, strict=True))]
+                for pair in ((trace.z, other.z), (trace.priors, other.priors))
+            ),
+            None,
+        )
+        moved = [bool((a != b).all()) for a, b in zip(terms(prior, trace), terms(prior, mixed), strict=True)]
+        same = [torch.equal(a, b) for a, b in zip(terms(prior, trace), terms(prior, mixed), strict=True)]
+        assert moved == [index >= changed for index in range(3)]
+        assert same == [index < changed for index in range(3)]
+
+
+def test_negatives_take_the_groups_above_from_their_positives(prior: EBMPrior) -> None:
+    """Row 5 + i of the batch is z_i' with the z_<i of row i, as training has it."""
+    trace, redrawn = traced(prior, 8), traced(prior, 9)
+    energy, rows = prior.energy, torch.arange(5).repeat(2)
+    inputs = [energy.inputs(each.z, each.eps, each.priors) for each in (trace, redrawn)]
+    found = energy.terms([torch.cat(pair) for pair in zip(*inputs, strict=True)], rows)
+    walk = prior.walk()
+    for index, group in enumerate(zip(redrawn.z, redrawn.eps, redrawn.priors, strict=True)):
+        torch.testing.assert_close(prior.tau * found[5:, index], walk.f(index, *group))
+        walk.go_on(index, trace.z[index], trace.eps[index], trace.priors[index])
 
 
 def counted(prior: EBMPrior, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -26,7 +26,12 @@ from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.groupwise import Normaliser, annealed_weights, calibration
 
 FIT = FitConfig(
-    ratios="groupwise", iterations=400, evaluate_every=20, patience=100, ema=0.98, energy=EnergyConfig(hidden=32)
+    ratios="groupwise",
+    iterations=400,
+    evaluate_every=20,
+    patience=100,
+    ema=0.98,
+    energy=EnergyConfig(hidden=32, joint=32),
 )
 
 
@@ -105,7 +110,7 @@ def test_a_prior_of_groupwise_ratios_is_saved_and_read(backbone: Backbone, image
     prior.save(tmp_path / "prior.safetensors")
     again = load_prior(tmp_path / "prior.safetensors", backbone)
     assert again.energy.config == prior.energy.config
-    assert (again.energy.config.views, again.energy.joint, again.sampler.by_group) == (4, None, True)
+    assert (again.energy.config.groupwise, again.energy.joint, again.sampler.by_group) == (True, None, True)
     assert torch.equal(again.sample(3).images, prior.sample(3).images)
     chains = SamplerConfig(proposals=2, steps=2)
     assert torch.equal(again.sample(3, sampler=chains).images, prior.sample(3, sampler=chains).images)
@@ -114,6 +119,8 @@ def test_a_prior_of_groupwise_ratios_is_saved_and_read(backbone: Backbone, image
 def test_what_groupwise_ratios_cannot_be(backbone: Backbone, images: ImageSource) -> None:
     with pytest.raises(ConfigurationError, match="must be one or auto unless the objective is nce"):
         small(ratios="groupwise", objective="mle")
+    with pytest.raises(ConfigurationError, match=r"energy.groupwise must be off: ratios groupwise turns it on"):
+        small(energy=EnergyConfig(groupwise=True))
     with pytest.raises(ConfigurationError, match=r"chain.by_group must be off"):
         small(objective="mle", chain=SamplerConfig(by_group=True))
 

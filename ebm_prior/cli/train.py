@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from ebm_prior.cli import dry_run as dry
 from ebm_prior.cli.help import Command
 from ebm_prior.cli.images import Opener
-from ebm_prior.cli.options import config_options
+from ebm_prior.cli.options import SUITED, config_options
 from ebm_prior.cli.preflight import for_fit
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
@@ -56,12 +56,6 @@ from ebm_prior.training.fit_config import PRESETS, FitConfig
 from ebm_prior.training.joint_config import JOINT_PRESETS, JointConfig
 from ebm_prior.training.pretrain_config import PretrainConfig
 
-COLOUR = ClassifierConfig.suited((3, 32, 32))
-SUITED = {
-    entry.name: f"{{help}}  [default: {{default}}; for colour images {getattr(COLOUR, entry.name)}]"
-    for entry in fields(ClassifierConfig)
-    if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
-}
 HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers", "joint", "activation", "dropout"))
 UNGROUPED = ("energy_conditional", "energy_dropout")
 PRESET_HELP = "Name of the settings to start from; other options change single ones"

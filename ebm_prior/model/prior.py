@@ -30,7 +30,7 @@ from ebm_prior.model.backbone import Backbone, Gaussian, Trace, require_usable
 from ebm_prior.model.by_group import HeadsWalk, draw_by_group
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.latents import require_latents, require_upper
-from ebm_prior.model.samplers import Sampled, SamplerConfig, draw, effective_sample_size, graphed
+from ebm_prior.model.samplers import Potential, Sampled, SamplerConfig, draw, effective_sample_size, graphed
 from ebm_prior.model.scores import Form, FreeGroups, list_of_forms, scores
 
 Regime = Literal["calibrated", "refiner"]
@@ -55,7 +55,7 @@ class Samples(NamedTuple):
 
 
 class _Kept:
-    """The part of a prior that moves it to a device, saves and loads it, and prints it."""
+    """The part of a prior that moves it to a device, saves and loads it, prints it, and begins a walk over f."""
 
     backbone: Backbone
     energy: JointEnergy
@@ -73,6 +73,10 @@ class _Kept:
         self.backbone.to(place)
         self.energy.to(place)
         return self
+
+    def walk(self) -> HeadsWalk:
+        """The terms τ f_i at the groups of one traversal, in order, where f is a sum over groups."""
+        return HeadsWalk(self.energy, self.tau)
 
     if TYPE_CHECKING:  # `storage.checkpoint` sets both methods, to its functions save_prior and load_prior
 
@@ -145,14 +149,9 @@ class EBMPrior(_Kept):
     ) -> Tensor:
         """The negative energy min(τ f(z), ceiling) in nats, (B,), for z a list of (B, *group.shape).
 
-        eps: T_β⁻¹(z), of z's shapes, if the caller has it; priors: the p_β(z_i | z_<i), likewise. They are computed
-        where the heads need them and the caller has not both.
+        eps, priors: T_β⁻¹(z) and the p_β(z_i | z_<i), if the caller has them; else computed where the heads need them.
         """
         return _f(self, z, eps, priors)
-
-    def walk(self) -> HeadsWalk:
-        """The terms τ f_i at the groups of one traversal, in order, where f is a sum over groups."""
-        return HeadsWalk(self.energy, self.tau)
 
     @isolated()
     def potential(self, eps: Sequence[Tensor]) -> Tensor:
@@ -217,15 +216,7 @@ class EBMPrior(_Kept):
         potential = graphed(self.potential, device)
 
         def drawn(part: tuple[int, int]) -> Seen:
-            first, count = part
-            generator = BlockGenerator(seed, first, count, device)
-            if sampler.by_group:
-                trace, found = draw_by_group(self.backbone, self.walk(), [], count, sampler, generator)
-            else:
-                propose = partial(self.backbone.standard_normal, count, generator=generator)
-                found = draw(potential, propose, sampler, generator)
-                trace = self.backbone.transform(found.eps)
-            return see(_decoded(self.backbone, trace, found.eps, found))
+            return see(_drawn(self, potential, sampler, part[1], BlockGenerator(seed, *part, device)))
 
         return processes.map(drawn, chunks(n, chunk))
 
@@ -314,6 +305,19 @@ class EBMPrior(_Kept):
         if not parts:  # no images
             return {form: images.new_empty(0) for form in forms}
         return {form: torch.cat([part[form] for part in parts]) for form in forms}
+
+
+def _drawn(
+    prior: EBMPrior, potential: Potential, sampler: SamplerConfig, count: int, generator: BlockGenerator
+) -> Samples:
+    """The draws of one chunk of samples. `potential`: the prior's own, in the form that is fastest."""
+    backbone = prior.backbone
+    if sampler.by_group:
+        trace, found = draw_by_group(backbone, prior.walk(), [], count, sampler, generator)
+    else:
+        found = draw(potential, partial(backbone.standard_normal, count, generator=generator), sampler, generator)
+        trace = backbone.transform(found.eps)
+    return _decoded(backbone, trace, found.eps, found)
 
 
 def _completed(

@@ -7,12 +7,13 @@ the command line replace single values. Nested dataclasses become options with a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
 from ebm_prior.cli.help import Option
+from ebm_prior.evaluation.classifier import ClassifierConfig
 from ebm_prior.settings import every_setting, require_kinds, require_seed, setting, spelled
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -27,6 +28,13 @@ SECTIONS = {  # beginning of an option's name -> section of --help-all
     "gauge_": "Classifier test between latents",
     "fid_": "FID",
 }
+COLOUR = ClassifierConfig.suited((3, 32, 32))
+SUITED = {
+    entry.name: f"{{help}}  [default: {{default}}; for colour images {getattr(COLOUR, entry.name)}]"
+    for entry in fields(ClassifierConfig)
+    if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
+}
+"""Patterns of the help of settings that colour images change."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ebm_prior.compute.memory import free_bytes, peak_bytes
 from ebm_prior.compute.randomness import BLOCK, derived_generator
 from ebm_prior.errors import MemoryLimitError, few
 from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.by_group import draw_by_group
 from ebm_prior.model.own_energy import energy_of
 from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.model.prior import EBMPrior
@@ -69,11 +70,11 @@ def for_fit(
 
     `passes`: how the backbone is going to be computed. `own`: the user's own energy in place of the heads, or None.
     """
-    heads = energy_of(backbone.groups, config.energy, own)
+    heads = energy_of(backbone.groups, config.heads, own)
     prior = _measured(EBMPrior(backbone, heads, regime=config.regime, target=config.target), passes)
     device, rows = next(backbone.parameters()).device, config.batch_size // config.parts
     held, each, work = held_out_count(backbone, config, images), _draw_bytes(backbone), _Work(prior)
-    latents = held * (1 + PRIOR_DRAWS) * each * (1 + config.energy.conditional) * (device.type == "cpu")
+    latents = held * (1 + PRIOR_DRAWS) * each * config.heads.views * (device.type == "cpu")
     kept = latents + COPIES * work.weights
     smaller = [f"--parts above {config.parts}", f"--batch-size below {config.batch_size}"]
     phases = [
@@ -126,6 +127,9 @@ def chain_bytes(prior: EBMPrior, sampler: SamplerConfig) -> int:
     """Bytes of tensors for each chain at the peak of a step of the sampler's kernel."""
     eps = _noise(prior.backbone)
     generator, potential = derived_generator(1, device=eps[0].device), prior.potential
+    if sampler.by_group:
+        few = replace(sampler, proposals=min(2, sampler.proposals), steps=1, adapt_steps=0, leapfrogs=1)
+        return _each(lambda: draw_by_group(prior.backbone, prior.walk(), [], MEASURED, few, generator))
     kernel = kernel_of(replace(sampler, leapfrogs=min(2, sampler.leapfrogs)))  # more take longer, and no more memory
     still = torch.zeros(MEASURED, dtype=eps[0].dtype, device=eps[0].device)
     return _each(lambda: kernel(start(potential, eps), potential, still, generator))
@@ -145,7 +149,8 @@ class _Work:
         energy, backbone = prior.energy, prior.backbone
         eps = _noise(backbone)
         with torch.no_grad():
-            inputs = energy.inputs(backbone.reparameterize(eps), eps)
+            trace = backbone.transform(eps)
+            inputs = energy.inputs(trace.z, eps, trace.priors)
             pictures = torch.zeros(MEASURED, *backbone.image_shape, dtype=eps[0].dtype, device=eps[0].device)
             self.posterior = _each(lambda: backbone.infer(pictures, noise=eps))  # for each image
         self.energy, self.inputs = energy, inputs

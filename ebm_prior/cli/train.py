@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from ebm_prior.cli import dry_run as dry
 from ebm_prior.cli.help import Command
 from ebm_prior.cli.images import Opener
-from ebm_prior.cli.options import config_options
+from ebm_prior.cli.options import SUITED, config_options
 from ebm_prior.cli.preflight import for_fit
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
@@ -56,13 +56,8 @@ from ebm_prior.training.fit_config import PRESETS, FitConfig
 from ebm_prior.training.joint_config import JOINT_PRESETS, JointConfig
 from ebm_prior.training.pretrain_config import PretrainConfig
 
-COLOUR = ClassifierConfig.suited((3, 32, 32))
-SUITED = {
-    entry.name: f"{{help}}  [default: {{default}}; for colour images {getattr(COLOUR, entry.name)}]"
-    for entry in fields(ClassifierConfig)
-    if getattr(COLOUR, entry.name) != getattr(ClassifierConfig(), entry.name)
-}
 HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers", "joint", "activation", "dropout"))
+UNGROUPED = ("energy_conditional", "energy_dropout")
 PRESET_HELP = "Name of the settings to start from; other options change single ones"
 START = click.option(
     "--ckpt",
@@ -104,6 +99,7 @@ START = click.option(
 )
 @config_options(
     FitConfig,
+    skip=("seed", "by_group"),
     wording={
         "chain_": "{help} (only with --objective mle)  [default: {default}]",
         "sampler_": "{help}  [default: as the preset has it]",
@@ -181,8 +177,10 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
         given, ("patience", "ess_floor"), density, "only a calibrated prior has a held-out gain, and a refiner is none"
     )
     refuse_unused(given, ("ratios",), config.objective == "nce", "only --objective nce learns density ratios")
-    staged = config.ratios == "staged" or config.may_stage
-    refuse_unused(given, ("stage_",), staged, "only --ratios staged and auto have stages")
+    refuse_unused(
+        given, ("stage_",), "groupwise" != config.ratios != "one", "only --ratios staged and auto have stages"
+    )
+    refuse_unused(given, UNGROUPED, config.ratios != "groupwise", "--ratios groupwise has heads of its own kind")
     refuse_unused(given, HEADS, energy is None, "--energy replaces the heads by an energy without heads")
 
 
@@ -306,7 +304,7 @@ def pretrain(
 @click.option(
     "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help=PRESET_HELP
 )
-@config_options(JointConfig, skip=("seed", "standardize"))
+@config_options(JointConfig, skip=("seed", "standardize", "by_group"))
 @RUN_SEED
 @TRAINING_PLACE
 @watch_options()

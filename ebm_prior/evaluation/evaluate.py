@@ -236,8 +236,8 @@ def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILE
     }
     device = next(prior.energy.parameters()).device
     f_q, f_p, f_drawn = (values(prior.f, z, device) for z in (reference.posterior, reference.backbone_latents, latents))
-    if prior.record.get("stages") and keeps_to(FIT_RECORD, prior.record):
-        # The fit of stages has set log Z to 0. Here it cannot be estimated: draws of p_β alone do not reach that far.
+    if (prior.record.get("stages") or prior.record.get("groups")) and keeps_to(FIT_RECORD, prior.record):
+        # The fit has set log Z to 0. Here it cannot be estimated: draws of p_β alone do not reach that far.
         held_out = Gain(float(f_q.mean()), prior.record["held_out"]["tempered"]["ess_fraction"], 1.0)
     else:
         held_out = gain(f_q, f_p)

@@ -70,6 +70,7 @@ class GaugeConfig:
         with within("energy"):
             alone = "must be off in the gauge, because its classifiers see z alone"
             require(self.energy, "conditional", not self.energy.conditional, alone)
+            require(self.energy, "groupwise", not self.energy.groupwise, alone)
         require(self, "folds", self.folds >= 2, "must be 2 or more")
         require(self, "inner", 0 < self.inner < 1, "must be in (0, 1)")
         require_shares(self, "ema", open=True)

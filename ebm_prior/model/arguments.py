@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.compute.isolation import require_numbers
-from ebm_prior.errors import ConfigurationError, described
+from ebm_prior.errors import ConfigurationError, RegimeError, described
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.checked_images import unfit
 from ebm_prior.model.latents import batch_of
@@ -86,3 +86,13 @@ def require_images(images: object, shape: Sequence[int]) -> None:
         elif bad.low >= -1 and bad.high <= 1:
             advice = "(images + 1) / 2 scales those in [-1, 1]"
         raise ConfigurationError(f"{expected} with {bad.values} in image {bad.number}: {advice}")
+
+
+def require_calibrated(regime: str, what: str) -> None:
+    """Raise RegimeError, which names `what`, for the `regime` of a refiner."""
+    if regime != "calibrated":
+        raise RegimeError(
+            f"{what} needs a calibrated prior, found a refiner: its f is shaped by short-run dynamics and is no "
+            "log density ratio. Fit with --objective nce, or use "
+            "this prior for samples only"
+        )

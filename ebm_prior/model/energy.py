@@ -5,8 +5,9 @@ with posterior statistics and ends in a linear layer that starts at zero. So f =
 untrained prior is the backbone's own.
 
 A conditional head also sees ε_i = (z_i − mean_i)/std_i, which is z_i standardised by its own prior p_β(z_i | z_<i).
-Under the backbone's prior ε is white noise, so any structure in it shows what the conditionals miss. ε is a function of
-z, and so is f.
+Under the backbone's prior ε is white noise, so any structure in it shows what the conditionals miss. A groupwise head
+sees mean_i and log std_i, too, and hears of the groups above by a running sum of their features (`Above`). So f is a
+sum of terms f_i(z_i, z_<i) then. All that heads see is a function of z, and so is f.
 
 Where many groups have one shape, as in a VDVAE, their heads share their hidden layers (`EnergyConfig.own_heads`). Each
 group keeps its own standardisation, its own last layer, and a gain and an offset for each unit of the first hidden
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.model.backbone import LatentGroup
+from ebm_prior.model.backbone import Gaussian, LatentGroup
 from ebm_prior.settings import require, require_counts, require_kinds, require_shares, setting
 
 WIDEST, DEEPEST = 2**20, 1_000  # largest width and number of layers; more is a mistake or a damaged file
@@ -57,6 +58,7 @@ class EnergyConfig:
     bound: float = setting(
         0.0, "Bound to which tanh squashes the heads' inputs; 0: no bound. Stages set a bound of their own"
     )
+    groupwise: bool = False  # no option: `--ratios groupwise` has it. `joint` is then the width of `Above`; 0: without
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -68,6 +70,11 @@ class EnergyConfig:
         require(self, "bound", 0 <= self.bound <= LARGEST_BOUND, f"must be from 0 (none) to {LARGEST_BOUND:g}")
         if self.activation not in ACTIVATIONS:
             raise ConfigurationError(f"expected activation {' or '.join(ACTIVATIONS)}, found {self.activation!r}")
+
+    @property
+    def views(self) -> int:
+        """The number of tensors of a group's shape that its head sees: z_i, and maybe ε_i, mean_i and log std_i."""
+        return 4 if self.groupwise else 1 + self.conditional
 
 
 class Input(nn.Module):
@@ -165,6 +172,38 @@ class SharedBody(nn.Module):
         return x
 
 
+class Above(nn.Module):
+    """Terms of f that see a group together with the groups above it, through the features of their heads.
+
+    Group i hears the sum of what the groups above it tell, each by a linear map of its features, over √i. Groups that
+    share a head share these maps. Since f_i sees no group below i, it stays a log density ratio given z_<i.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[int]], config: EnergyConfig) -> None:
+        super().__init__()
+        self.part = {index: number for number, part in enumerate(parts) for index in part}
+        bottom = len(self.part) - 1
+        self.seen = nn.ModuleList(nn.Linear(config.hidden, config.joint) for _ in parts)
+        self.told = nn.ModuleList(nn.Linear(config.hidden, config.joint) for part in parts if list(part) != [bottom])
+        self.last = nn.ModuleList(zero_linear(config.joint) for _ in self.part)
+        self.activation = ACTIVATIONS[config.activation]()
+
+    def heard(self, index: int, features: Tensor, context: Tensor | None) -> Tensor | None:
+        """What the groups down to `index` tell, (B, width), from its `features` and the `context` of those above it."""
+        if index == len(self.last) - 1:  # there is none below it
+            return context
+        told: Tensor = self.told[self.part[index]](features)
+        return told if context is None else context + told
+
+    def term(self, index: int, features: Tensor, context: Tensor | None) -> Tensor:
+        """The term of the group `index`, (B,), from its `features` and what those above it tell."""
+        hidden: Tensor = self.seen[self.part[index]](features)
+        if context is not None:
+            hidden = hidden + context * index**-0.5
+        value: Tensor = self.last[index](self.activation(hidden))
+        return value.squeeze(1)
+
+
 class JointEnergy(nn.Module):
     """f(z) = Σ_i f_i(z_i) [+ f_joint(features of all groups)], the negative energy of the prior (Eq. 6).
 
@@ -200,21 +239,52 @@ class JointEnergy(nn.Module):
                 nn.Dropout(config.dropout),
                 zero_linear(config.joint),
             )
-            if config.joint
+            if config.joint and not config.groupwise
             else None
         )
+        self.above = Above(self.parts, config) if config.joint and config.groupwise else None
 
-    def inputs(self, z: Sequence[Tensor], eps: Sequence[Tensor]) -> list[Tensor]:
-        """The heads' inputs for z and ε = T_β⁻¹(z), lists of (B, *group.shape): z_i, or z_i and ε_i along axis 1."""
-        if not self.config.conditional:
-            return list(z)
-        return [z[0], *(torch.cat(pair, dim=1) for pair in zip(z[1:], eps[1:], strict=True))]
+    @property
+    def is_sum(self) -> bool:
+        """Whether f is a sum of one term per group, which depends on this group and those above it."""
+        return self.per_group and self.joint is None
 
-    def terms(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1)."""
+    def inputs(
+        self, z: Sequence[Tensor], eps: Sequence[Tensor], priors: Sequence[Gaussian] | None = None
+    ) -> list[Tensor]:
+        """The heads' inputs for z and ε = T_β⁻¹(z), lists of (B, *group.shape): see `seen`.
+
+        priors: the p_β(z_i | z_<i) of all groups, which only groupwise heads need.
+        """
+        known = priors if self.config.groupwise and priors is not None else [None] * len(z)
+        return [seen(self.config, index, *group) for index, group in enumerate(zip(z, eps, known, strict=True))]
+
+    def head(self, index: int) -> Head:
+        """The head of the group `index`."""
+        return cast(Head, self.heads[self.names[index]])
+
+    @torch.no_grad()
+    def correct(self, index: int, factor: float, nats: float) -> None:
+        """Replace f_i of the group `index` by `factor` · f_i + `nats`."""
+        head = self.head(index)
+        for last in [head.last, *([] if self.above is None else [self.above.last[index]])]:
+            for parameter in last.parameters():
+                parameter.mul_(factor)
+        head.last.bias.add_(nats)
+
+    def terms(self, inputs: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+        """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1).
+
+        rows: for each latent the row (B,) whose groups count as those above, for groupwise heads; None: its own.
+        """
         heads = [head for head in self._heads() if isinstance(head, Head)]
         features = [head.features(seen) for head, seen in zip(heads, inputs, strict=True)]
         columns = [head.energy(h) for head, h in zip(heads, features, strict=True)]
+        if self.above is not None:
+            context = None
+            for index, h in enumerate(features):
+                columns[index] = columns[index] + self.above.term(index, h, context)
+                context = self.above.heard(index, h if rows is None else h[rows], context)
         if self.joint is not None:
             pooled = [torch.stack([features[i] for i in part]).sum(0) * len(part) ** -0.5 for part in self.parts]
             columns.append(self.joint(torch.cat(pooled, dim=1)).squeeze(1))
@@ -271,6 +341,7 @@ class JointEnergy(nn.Module):
         """Multiply f by a factor, through the last layers, in which f is linear."""
         last: list[nn.Module] = [head.last for head in self._heads() if isinstance(head, Head)]
         last += [] if self.joint is None else [self.joint[-1]]
+        last += [] if self.above is None else self.above.last
         for parameter in (parameter for layer in last for parameter in layer.parameters()):
             parameter.mul_(factor)
 
@@ -278,12 +349,24 @@ class JointEnergy(nn.Module):
         return [head for head in self.heads.values() if isinstance(head, Input)]
 
 
+def seen(config: EnergyConfig, index: int, z: Tensor, eps: Tensor, prior: Gaussian | None) -> Tensor:
+    """The input of the head of group `index`: z_i, and by the `config` ε_i, mean_i and log std_i along axis 1.
+
+    The top group's head sees z alone: its prior is constant, so ε would only repeat z.
+    """
+    views = [z]
+    if index and (config.conditional or config.groupwise):
+        views.append(eps)
+    if index and config.groupwise:
+        assert prior is not None
+        views += [prior.mean.expand_as(z), prior.std.log().expand_as(z)]
+    return z if len(views) == 1 else torch.cat(views, dim=1)
+
+
 def shapes_seen(groups: Sequence[LatentGroup], config: EnergyConfig) -> list[tuple[int, ...]]:
     """The shapes of `JointEnergy.inputs`, without the batch axis."""
-    shapes = [tuple(group.shape) for group in groups]
-    if config.conditional:  # z_i and ε_i: twice the channels. The top prior is constant, so ε would only repeat z
-        shapes[1:] = [(2 * channels, *sides) for channels, *sides in shapes[1:]]
-    return shapes
+    top, *lower = (tuple(group.shape) for group in groups)
+    return [top, *((config.views * channels, *sides) for channels, *sides in lower)]
 
 
 def shared_shapes(shapes: Sequence[tuple[int, ...]], config: EnergyConfig) -> dict[tuple[int, ...], int]:

@@ -47,7 +47,7 @@ class OwnEnergy(JointEnergy):
         self.register_buffer("factor", torch.ones(()))
         self.register_buffer("offset", torch.zeros(()))
 
-    def terms(self, inputs: Sequence[Tensor]) -> Tensor:
+    def terms(self, inputs: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
         """f in nats as a single summand, (B, 1), because the module need not be a sum over groups."""
         seen = [head.standardized(z) for head, z in zip(self._heads(), inputs, strict=True)]
         value: Tensor = self.module(seen)

@@ -21,15 +21,17 @@ from ebm_prior.errors import ConfigurationError, RegimeError, described
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.arguments import (
     require_backbone,
+    require_calibrated,
     require_count,
     require_images,
     usable_device,
 )
-from ebm_prior.model.backbone import Backbone, Trace, require_usable
+from ebm_prior.model.backbone import Backbone, Gaussian, Trace, require_usable
+from ebm_prior.model.by_group import HeadsWalk, draw_by_group
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.latents import require_latents, require_upper
-from ebm_prior.model.samplers import Sampled, SamplerConfig, draw, effective_sample_size, graphed
-from ebm_prior.model.scores import Form, FreeGroups, scores
+from ebm_prior.model.samplers import Potential, Sampled, SamplerConfig, draw, effective_sample_size, graphed
+from ebm_prior.model.scores import Form, FreeGroups, list_of_forms, scores
 
 Regime = Literal["calibrated", "refiner"]
 Target = Literal["exact", "published"]
@@ -53,7 +55,7 @@ class Samples(NamedTuple):
 
 
 class _Kept:
-    """The part of a prior that moves it to a device, saves and loads it, and prints it."""
+    """The part of a prior that moves it to a device, saves and loads it, prints it, and begins a walk over f."""
 
     backbone: Backbone
     energy: JointEnergy
@@ -71,6 +73,10 @@ class _Kept:
         self.backbone.to(place)
         self.energy.to(place)
         return self
+
+    def walk(self) -> HeadsWalk:
+        """The terms τ f_i at the groups of one traversal, in order, where f is a sum over groups."""
+        return HeadsWalk(self.energy, self.tau)
 
     if TYPE_CHECKING:  # `storage.checkpoint` sets both methods, to its functions save_prior and load_prior
 
@@ -138,34 +144,37 @@ class EBMPrior(_Kept):
         self.record = dict(record or {})
 
     @isolated()
-    def f(self, z: Sequence[Tensor], eps: Sequence[Tensor] | None = None) -> Tensor:
+    def f(
+        self, z: Sequence[Tensor], eps: Sequence[Tensor] | None = None, priors: Sequence[Gaussian] | None = None
+    ) -> Tensor:
         """The negative energy min(τ f(z), ceiling) in nats, (B,), for z a list of (B, *group.shape).
 
-        eps: T_β⁻¹(z), of z's shapes, if the caller has it; else it is computed where the heads need it.
+        eps, priors: T_β⁻¹(z) and the p_β(z_i | z_<i), if the caller has them; else computed where the heads need them.
         """
-        return _f(self, z, eps)
+        return _f(self, z, eps, priors)
 
     @isolated()
     def potential(self, eps: Sequence[Tensor]) -> Tensor:
         """The potential g(ε) in nats, (B,): the chains' log density is g(ε) − ½‖ε‖² + const (Appendix A.3)."""
         trace = self.backbone.transform(eps)
         if self.target == "exact":
-            return _f(self, trace.z, eps)
+            return _f(self, trace.z, eps, trace.priors)
         squares = torch.stack([e.square().flatten(1).sum(1) for e in eps], dim=1)
-        return _f(self, trace.z, eps) + (trace.log_prior + 0.5 * squares).sum(1)
+        return _f(self, trace.z, eps, trace.priors) + (trace.log_prior + 0.5 * squares).sum(1)
 
     @isolated()
     def log_density(self, eps: Sequence[Tensor]) -> Tensor:
         """log p_α(ε) + log Z in nats, (B,): τ f(T_β(ε)) + log N(ε; 0, I)."""
-        _require_calibrated(self.regime, "log_density")
-        return _f(self, self.backbone.reparameterize(eps), eps) + _log_standard_normal(eps)
+        require_calibrated(self.regime, "log_density")
+        trace = self.backbone.transform(eps)
+        return _f(self, trace.z, eps, trace.priors) + _log_standard_normal(eps)
 
     @isolated()
     def log_prior(self, z: Sequence[Tensor]) -> Tensor:
         """log p_α(z) + log Z in nats, (B,): τ f(z) + log p_β(z) (Eq. 6)."""
-        _require_calibrated(self.regime, "log_prior")
+        require_calibrated(self.regime, "log_prior")
         trace = self.backbone.given(z)
-        return _f(self, z, trace.eps) + trace.log_prior.sum(1)
+        return _f(self, z, trace.eps, trace.priors) + trace.log_prior.sum(1)
 
     @isolated()
     def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 128) -> tuple[float, float]:
@@ -173,14 +182,15 @@ class EBMPrior(_Kept):
 
         Forward importance sampling underestimates log Z where the ESS is small.
         """
-        _require_calibrated(self.regime, "log_normalizer")
+        require_calibrated(self.regime, "log_normalizer")
         n, seed = require_count("n", n, least=1), require_count("seed", seed)
         device = next(self.backbone.parameters()).device
         parts: list[Tensor] = []
         with torch.no_grad():
             for first, count in chunks(n, chunk):
                 eps = self.backbone.standard_normal(count, generator=BlockGenerator(seed, first, count, device))
-                parts.append(_f(self, self.backbone.reparameterize(eps), eps).double())
+                trace = self.backbone.transform(eps)
+                parts.append(_f(self, trace.z, eps, trace.priors).double())
         f = torch.cat(parts)
         return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
@@ -201,17 +211,12 @@ class EBMPrior(_Kept):
         sampler: None takes the one recorded with the prior. Raises DivergenceError where a chain is not finite.
         """
         n, seed, chunk = require_count("n", n), require_count("seed", seed), require_count("chunk", chunk, least=1)
-        sampler = _chosen(sampler, self.sampler)
+        sampler = _chosen(sampler, self)
         device = next(self.backbone.parameters()).device
         potential = graphed(self.potential, device)
 
         def drawn(part: tuple[int, int]) -> Seen:
-            first, count = part
-            generator = BlockGenerator(seed, first, count, device)
-            found = draw(
-                potential, lambda: self.backbone.standard_normal(count, generator=generator), sampler, generator
-            )
-            return see(_decoded(self.backbone, self.backbone.transform(found.eps), found.eps, found))
+            return see(_drawn(self, potential, sampler, part[1], BlockGenerator(seed, *part, device)))
 
         return processes.map(drawn, chunks(n, chunk))
 
@@ -255,7 +260,7 @@ class EBMPrior(_Kept):
         """
         require_upper("upper", upper, self.backbone.groups, next(self.backbone.parameters()))
         seed, chunk = require_count("seed", seed), require_count("chunk", chunk, least=1)
-        sampler = _chosen(sampler, self.sampler)
+        sampler = _chosen(sampler, self)
         parts = [_completed(self, upper, sampler, seed, part) for part in chunks(len(upper[0]), chunk)]
         return _joined(self.backbone, parts)
 
@@ -277,12 +282,12 @@ class EBMPrior(_Kept):
         (seed, first + i) alone, not on `chunk`; `first` must be a multiple of 64. Raises RegimeError for a refiner if a
         form uses f, and the errors of `model.scores.scores`.
         """
-        forms = _list_of_forms(forms)
+        forms = list_of_forms(forms)
         require_images(images, self.backbone.image_shape)
         draws, seed = require_count("draws", draws, least=1), require_count("seed", seed)
-        chunk, sampler = require_count("chunk", chunk, least=1), _chosen(sampler, self.sampler)
+        chunk, sampler = require_count("chunk", chunk, least=1), _chosen(sampler, self)
         if any(form.energy for form in forms):
-            _require_calibrated(self.regime, "a score")
+            require_calibrated(self.regime, "a score")
         parts = [
             scores(
                 self.backbone,
@@ -291,6 +296,7 @@ class EBMPrior(_Kept):
                 forms,
                 draws=draws,
                 sampler=sampler,
+                walk=self.walk,
                 seed=seed,
                 first=first + start,
             )
@@ -301,15 +307,27 @@ class EBMPrior(_Kept):
         return {form: torch.cat([part[form] for part in parts]) for form in forms}
 
 
+def _drawn(
+    prior: EBMPrior, potential: Potential, sampler: SamplerConfig, count: int, generator: BlockGenerator
+) -> Samples:
+    """The draws of one chunk of samples. `potential`: the prior's own, in the form that is fastest."""
+    backbone = prior.backbone
+    if sampler.by_group:
+        trace, found = draw_by_group(backbone, prior.walk(), [], count, sampler, generator)
+    else:
+        found = draw(potential, partial(backbone.standard_normal, count, generator=generator), sampler, generator)
+        trace = backbone.transform(found.eps)
+    return _decoded(backbone, trace, found.eps, found)
+
+
 def _completed(
     prior: EBMPrior, upper: Sequence[Tensor], sampler: SamplerConfig, seed: int, part: tuple[int, int]
 ) -> Samples:
     """The draws of one chunk of `complete`; part: the number of its first draw, and its size."""
     first, count = part
     generator = BlockGenerator(derived_seed(seed, Purpose.COMPLETION), first, count, upper[0].device)
-    free = FreeGroups(prior.backbone, prior.f, [z[first : first + count] for z in upper], count)
-    found = draw(free.potential, partial(free.propose, generator), sampler, generator)
-    trace = free.trace(found.eps)
+    free = FreeGroups(prior.backbone, prior.f, [z[first : first + count] for z in upper], count, prior.walk)
+    trace, found = free.draw(sampler, generator)
     return _decoded(prior.backbone, trace, trace.eps, found)
 
 
@@ -332,14 +350,15 @@ def _joined(backbone: Backbone, parts: Sequence[Samples]) -> Samples:
     )
 
 
-def _f(prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None) -> Tensor:
-    like, groups = next(prior.backbone.parameters()), prior.backbone.groups
+def _f(prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None, priors: Sequence[Gaussian] | None) -> Tensor:
+    like, groups, config = next(prior.backbone.parameters()), prior.backbone.groups, prior.energy.config
     require_latents("z", z, groups, like)
-    if eps is None:
-        eps = prior.backbone.standardize(z) if prior.energy.config.conditional else z
-    else:
+    if eps is not None:
         require_latents("eps", eps, groups, like)
-    value: Tensor = prior.tau * prior.energy(prior.energy.inputs(z, eps))
+    if (config.views > 1 and eps is None) or (config.groupwise and priors is None):
+        trace = prior.backbone.given(z)
+        eps, priors = trace.eps if eps is None else eps, trace.priors
+    value: Tensor = prior.tau * prior.energy(prior.energy.inputs(z, z if eps is None else eps, priors))
     return value if prior.ceiling == math.inf else value.clamp(max=prior.ceiling)
 
 
@@ -354,35 +373,20 @@ def _require_consistent(energy: object, regime: Regime, target: Target) -> None:
         )
 
 
-def _require_calibrated(regime: Regime, what: str) -> None:
-    if regime != "calibrated":
-        raise RegimeError(
-            f"{what} needs a calibrated prior, found a refiner: its f is shaped by short-run dynamics and is no "
-            "log density ratio. Fit with --objective nce, or use "
-            "this prior for samples only"
-        )
-
-
-def _chosen(sampler: SamplerConfig | None, recorded: SamplerConfig) -> SamplerConfig:
-    """`sampler` after a check of its type, or the recorded sampler if it is None."""
+def _chosen(sampler: SamplerConfig | None, prior: EBMPrior) -> SamplerConfig:
+    """`sampler` after a check of its type, or the prior's own if it is None, if the prior can be drawn from by it."""
     if not isinstance(sampler, (SamplerConfig, type(None))):
         raise ConfigurationError(
             f"sampler: expected a SamplerConfig, found {described(sampler)}: dataclasses.replace(prior.sampler, "
             "steps=100) changes the recorded one"
         )
-    return sampler or recorded
-
-
-def _list_of_forms(forms: object) -> list[Form]:
-    listed = isinstance(forms, Iterable) and not isinstance(forms, Form)
-    given: list[Any] = list(forms) if listed else [forms]  # type: ignore[call-overload]
-    strange = [form for form in given if not isinstance(form, Form)]
-    if strange:
+    chosen = sampler or prior.sampler
+    if chosen.by_group and not (prior.regime == "calibrated" and prior.ceiling == math.inf and prior.energy.is_sum):
         raise ConfigurationError(
-            f"forms: expected forms of scores, as [Form(k=1, ratio=True)] from ebm_prior.model.scores, found "
-            f"{described(strange[0])}"
+            "sampler: by_group needs a calibrated prior whose f is a sum over groups, without joint head and ceiling: "
+            "fit one with --ratios groupwise, or draw with --no-by-group"
         )
-    return given
+    return chosen
 
 
 def _require_ranges(tau: float, ceiling: float) -> None:

@@ -27,6 +27,7 @@ MOST_STEPS, MOST_PROPOSALS, MOST_LEAPFROGS = 100_000, 100_000, 1_000  # more wou
 JITTER = 0.3  # largest relative change of a trajectory's step size
 # Optimal acceptances are .57 for one leapfrog (Roberts & Rosenthal 1998), .65 for many (Beskos et al. 2013).
 TARGET_ACCEPTANCE = 0.6
+ALL_GROUPS = "must be off: chains in training move all groups together"
 
 Potential = Callable[[Sequence[Tensor]], Tensor]
 """g: ε, a list of (B, *group.shape) -> (B,) nats, differentiable."""
@@ -55,7 +56,8 @@ class SamplerConfig:
     """Settings of a sampler: importance resampling among `proposals` draws, then `steps` of a Markov kernel.
 
     With proposals = 1 there is no resampling, with steps = 0 no chain. The kernel is Langevin (Eq. 12; `step_size` is
-    s) or pCN-Langevin, which is exact. Raises ConfigurationError for a value out of its range or of the wrong type.
+    s) or pCN-Langevin, which is exact. With `by_group` both are done for each latent group in turn
+    (`ebm_prior.model.by_group`). Raises ConfigurationError for a value out of its range or of the wrong type.
 
     >>> longer = SamplerConfig(proposals=4, steps=10)
     >>> prior.sample(2, sampler=longer).acceptance.shape
@@ -75,6 +77,9 @@ class SamplerConfig:
         1, "Leapfrog steps in each step of pcn-langevin; more than 1 make it Hamiltonian Monte Carlo"
     )
     temperature: float = setting(1.0, "Factor on the noise of the langevin kernel")
+    by_group: bool = setting(
+        False, "Draw one latent group after another, each by its own head, in one pass through the network"
+    )
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -108,6 +113,7 @@ class SamplerChanges:
     leapfrogs: int | None = _unchanged("leapfrogs")
     adapt_steps: int | None = _unchanged("adapt_steps")
     temperature: float | None = _unchanged("temperature")
+    by_group: bool | None = _unchanged("by_group")
 
     def __post_init__(self) -> None:
         require_kinds(self)

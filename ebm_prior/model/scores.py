@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.randomness import BlockGenerator, Generator, Purpose, derived_seed, standard_normal
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, described
 from ebm_prior.model.backbone import Backbone, Gaussian, Posterior, Trace
-from ebm_prior.model.samplers import Potential, SamplerConfig, draw
+from ebm_prior.model.by_group import Walk, draw_by_group
+from ebm_prior.model.samplers import Potential, Sampled, SamplerConfig, draw
 
 Mode = Literal["eq20", "elbo", "iw", "prior"]
 Lower = Literal["sample", "mean"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 LOWERS: tuple[Lower, ...] = get_args(Lower)
 
-NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-"""τ f of z and ε = T_β⁻¹(z), lists of (B, *group.shape), in nats: (B,)."""
+NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Gaussian]], Tensor]
+"""τ f of z and ε = T_β⁻¹(z), lists of (B, *group.shape), and of the p_β(z_i | z_<i), in nats: (B,)."""
 
 _OBSERVATION, _POSTERIOR, _LOWER = 0, 1, 2  # purposes of random streams
 
@@ -96,21 +97,22 @@ def scores(
     *,
     draws: int = 8,
     sampler: SamplerConfig,
+    walk: Callable[[], Walk] | None = None,
     seed: int = 0,
     first: int = 0,
 ) -> dict[Form, Tensor]:
     """The scores of images (B, C, H, W) in [0, 1]: for every form a tensor (B,) in nats, on shared draws.
 
     draws: S, the number of draws of the latents; the expectation of Eq. 20 is the mean over them. The observation
-    x̃ ~ `observe` is drawn once.  sampler: draws the lower groups from p_α.  first: the number of the first image in its
-    set, a multiple of 64. Raises ConfigurationError for a form that the backbone does not have, and DivergenceError
-    where a chain is not finite.
+    x̃ ~ `observe` is drawn once.  sampler: draws the lower groups from p_α.  walk: begins a walk over the terms of τ f,
+    which a sampler by groups needs.  first: the number of the first image in its set, a multiple of 64. Raises
+    ConfigurationError for a form that the backbone does not have, and DivergenceError where a chain is not finite.
     """
     forms = list(forms)
     _check(forms, len(backbone.groups), draws)
     needed = {form._replace(ratio=False) for form in forms}
     needed |= {form._replace(k=0, ratio=False) for form in forms if form.ratio}
-    batch = _Batch(backbone, f, images, sampler, seed, first)
+    batch = _Batch(backbone, f, images, sampler, walk, seed, first)
     values: dict[Form, list[Tensor]] = {form: [] for form in needed}
     # The loops are ordered such that only one posterior draw is in memory at a time. The draw of all groups comes
     # first, since k = 0 and lower = "sample" share it.
@@ -134,10 +136,17 @@ class _Batch:
     """A batch of images, with a cache of the last posterior draw and summands, which several forms share."""
 
     def __init__(
-        self, backbone: Backbone, f: NegativeEnergy, images: Tensor, sampler: SamplerConfig, seed: int, first: int
+        self,
+        backbone: Backbone,
+        f: NegativeEnergy,
+        images: Tensor,
+        sampler: SamplerConfig,
+        walk: Callable[[], Walk] | None,
+        seed: int,
+        first: int,
     ) -> None:
         like = next(backbone.parameters())
-        self.backbone, self.f, self.sampler = backbone, f, sampler
+        self.backbone, self.f, self.sampler, self.walk = backbone, f, sampler, walk
         self.seed, self.first, self.size, self.device = seed, first, len(images), like.device
         self.x = backbone.observe(images.to(like.device, like.dtype), generator=self.generator(_OBSERVATION))
         self._posterior: tuple[tuple[int, int], Posterior] | None = None
@@ -162,15 +171,15 @@ class _Batch:
     def _at(self, number: int, k: int, energy: bool, *, sampled: bool) -> Summands:
         posterior = self.posterior(number, 0 if sampled else k)
         upper = len(self.backbone.groups) - k
-        free = FreeGroups(self.backbone, self.f, posterior.z[:upper], self.size)
+        free = FreeGroups(self.backbone, self.f, posterior.z[:upper], self.size, self.walk)
         generator = self.generator(_LOWER, number, k)
-        trace = free.trace(free.sample(self.sampler if energy else None, generator) if sampled else None)
+        trace = free.sample(self.sampler if energy else None, generator) if sampled else free.trace(None)
         return Summands(
             log_likelihood=self.backbone.likelihood(trace.features).log_prob(self.x),
             log_p_upper=trace.log_prior[:, :upper].sum(1),
             log_q_upper=posterior.log_q[:, :upper].sum(1),
             log_p_lower=trace.log_prior[:, upper:].sum(1),
-            f=self.f(trace.z, trace.eps) if energy else trace.log_prior.new_zeros(self.size),
+            f=self.f(trace.z, trace.eps, trace.priors) if energy else trace.log_prior.new_zeros(self.size),
         )
 
     def posterior(self, number: int, means: int) -> Posterior:
@@ -186,8 +195,16 @@ class _Batch:
 class FreeGroups:
     """The lower groups as functions of their ε, where the upper ones are fixed at z_{>k}."""
 
-    def __init__(self, backbone: Backbone, f: NegativeEnergy, fixed: Sequence[Tensor], size: int) -> None:
-        self.backbone, self.f, self.fixed, self.size = backbone, f, fixed, size
+    def __init__(
+        self,
+        backbone: Backbone,
+        f: NegativeEnergy,
+        fixed: Sequence[Tensor],
+        size: int,
+        walk: Callable[[], Walk] | None = None,
+    ) -> None:
+        """walk: begins a walk over the terms of τ f, which a sampler by groups needs."""
+        self.backbone, self.f, self.fixed, self.size, self.walk = backbone, f, fixed, size, walk
 
     def trace(self, eps: Sequence[Tensor] | None) -> Trace:
         """The traversal with z_{>k} fixed and z_{≤k} = T_β(ε); None: ε = 0."""
@@ -202,13 +219,20 @@ class FreeGroups:
 
         return self.backbone.trace(at, self.size)
 
-    def sample(self, sampler: SamplerConfig | None, generator: Generator) -> list[Tensor]:
-        """Draw ε_{≤k} of the free groups from p_α given z_{>k}, or from p_β if `sampler` is None.
+    def sample(self, sampler: SamplerConfig | None, generator: Generator) -> Trace:
+        """The traversal with z_{≤k} drawn from p_α given z_{>k}, or from p_β if `sampler` is None.
 
         The draw of p_β equals the first proposal of the draw of p_α.
         """
-        propose = partial(self.propose, generator)
-        return propose() if sampler is None else draw(self.potential, propose, sampler, generator).eps
+        return self.trace(self.propose(generator)) if sampler is None else self.draw(sampler, generator)[0]
+
+    def draw(self, sampler: SamplerConfig, generator: Generator) -> tuple[Trace, Sampled]:
+        """The traversal with z_{≤k} drawn from p_α given z_{>k}, and the sampler's ε_{≤k} and diagnostics."""
+        if sampler.by_group:
+            assert self.walk is not None
+            return draw_by_group(self.backbone, self.walk(), self.fixed, self.size, sampler, generator)
+        found = draw(self.potential, partial(self.propose, generator), sampler, generator)
+        return self.trace(found.eps), found
 
     def propose(self, generator: Generator) -> list[Tensor]:
         """ε ~ N(0, I) of the free groups, a list of (B, *group.shape)."""
@@ -222,11 +246,11 @@ class FreeGroups:
         if self.alone:
             known = self.trace(None)
             (mean, std), upper = known.priors[-1], known.eps[:-1]
-            return lambda eps: self.f([*self.fixed, mean + std * eps[0]], [*upper, eps[0]])
+            return lambda eps: self.f([*self.fixed, mean + std * eps[0]], [*upper, eps[0]], known.priors)
 
         def traversed(eps: Sequence[Tensor]) -> Tensor:
             trace = self.trace(eps)
-            return self.f(trace.z, trace.eps)
+            return self.f(trace.z, trace.eps, trace.priors)
 
         return traversed
 
@@ -234,6 +258,19 @@ class FreeGroups:
     def alone(self) -> bool:
         """Whether only one group is free. Then its prior is fixed, and its energy needs no traversal."""
         return len(self.fixed) == len(self.backbone.groups) - 1
+
+
+def list_of_forms(forms: object) -> list[Form]:
+    """Forms of scores, one or several, as a list. Raises ConfigurationError for anything else."""
+    listed = isinstance(forms, Iterable) and not isinstance(forms, Form)
+    given: list[Any] = list(forms) if listed else [forms]  # type: ignore[call-overload]
+    strange = [form for form in given if not isinstance(form, Form)]
+    if strange:
+        raise ConfigurationError(
+            f"forms: expected forms of scores, as [Form(k=1, ratio=True)] from ebm_prior.model.scores, found "
+            f"{described(strange[0])}"
+        )
+    return given
 
 
 def _expectation(form: Form, values: Tensor) -> Tensor:

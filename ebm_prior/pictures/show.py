@@ -316,8 +316,9 @@ def chain(prior: EBMPrior, n: int, steps: int, at: Sequence[int], *, seed: int, 
     def keep(step: int, state: ChainState, info: ChainInfo | None = None) -> None:
         if step + 1 in at:
             kept[step + 1] = state.eps
-        z = backbone.reparameterize(state.eps)
-        terms.append(prior.tau * prior.energy.terms(prior.energy.inputs(z, state.eps)).double().cpu())
+        trace = backbone.transform(state.eps)
+        seen = prior.energy.inputs(trace.z, state.eps, trace.priors)
+        terms.append(prior.tau * prior.energy.terms(seen).double().cpu())
         if step >= 0:
             progress.advance(1)
 
@@ -340,9 +341,9 @@ def decoded(prior: EBMPrior, eps: Sequence[Tensor]) -> Tensor:
 def _redrawn(prior: EBMPrior, z: Sequence[Tensor], k: int, energy: bool, seed: int) -> Tensor:
     """Images with the k lowest groups drawn given the others, from p_α or from p_β."""
     n = len(z[0])
-    free = FreeGroups(prior.backbone, prior.f, z[: len(z) - k], n)
+    free = FreeGroups(prior.backbone, prior.f, z[: len(z) - k], n, prior.walk)
     generator = BlockGenerator(derived_seed(seed, Purpose.PICTURE_LOWER, k), 0, n, z[0].device)
-    trace = free.trace(free.sample(prior.sampler if energy else None, generator))
+    trace = free.sample(prior.sampler if energy else None, generator)
     return prior.backbone.likelihood(trace.features).mean
 
 

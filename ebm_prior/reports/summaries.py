@@ -47,6 +47,13 @@ def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
 def _ratios(record: Mapping[str, Any]) -> str:
     """Which density ratios the heads were trained on, and the reason for it."""
     stages, saturated = record["stages"], record["saturated"]
+    if groups := record.get("groups"):
+        furthest = max(groups, key=lambda group: abs(group["log_z"]))
+        return (
+            f"{len(groups)} groupwise density ratios, as asked: their gains add up, and their least ESS, of annealed "
+            f"weights, is the one above; log Z before it was set to 0, at most {furthest['log_z']:+.3f} ± "
+            f"{furthest['log_z_error']:.3f} ({furthest['name']})"
+        )
     if stages is None:
         return "maximum likelihood by chains, as asked"
     if not stages and record["config"]["ratios"] == "staged":
@@ -211,4 +218,5 @@ def sampler_text(sampler: Mapping[str, Any]) -> str:
         leapfrogs = sampler.get("leapfrogs", 1)  # older priors do not know several
         each = f" of {leapfrogs} leapfrogs" if leapfrogs > 1 else ""
         parts.append(f"{sampler['steps']} steps{each} of {sampler['kernel']} at step size {sampler['step_size']:g}")
-    return ", then ".join(parts) or "ancestral draws"
+    by_group = "group by group: " if sampler.get("by_group") and parts else ""  # older priors do not know this
+    return by_group + ", then ".join(parts) or "ancestral draws"

@@ -128,5 +128,5 @@ def _summary(prior: EBMPrior) -> dict[str, Any]:
         "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
         "regime": prior.regime,
         "sampler": asdict(prior.sampler),
-        **{key: prior.record[key] for key in keys},
+        **{key: prior.record[key] for key in (*keys, *(["groups"] if "groups" in prior.record else []))},
     }

@@ -226,6 +226,12 @@ FIT_SUMMARY = fields(
     {"bn_readjust": READJUSTMENT},
 )
 """The training record that `fit` of every version has written; commands show one line of it."""
+GROUP_RATIO = fields(
+    {
+        "name": text(),
+        **dict.fromkeys(("tau", "gain", "log_z", "log_z_error", "ess_fraction"), measured),
+    }
+)
 FIT_RECORD = fields(
     {
         "config": fields({"objective": text(), "ratios": text()}),
@@ -237,7 +243,7 @@ FIT_RECORD = fields(
         "saturated": optional(fields({"iteration": whole(), "ess_fraction": measured})),
         "stages": optional(listed(anything)),
     },
-    {"narrow": flag, "bn_readjust": READJUSTMENT},
+    {"narrow": flag, "bn_readjust": READJUSTMENT, "groups": listed(GROUP_RATIO)},
 )
 """The training record that this version's `fit` writes."""
 

@@ -81,6 +81,7 @@ class Finished(NamedTuple):
     narrow: bool = False  # whether a few held-out draws hold nearly all importance weight
     clipped: Mapping[str, float] = {}  # the change of gain and log Z by the clipping, in nats
     stages: list[dict[str, float]] | None = None
+    groups: list[dict[str, Any]] | None = None  # of each group: its own gain, log Z and τ
 
 
 class Course(ABC):
@@ -109,15 +110,9 @@ class Course(ABC):
         """The sampler that the prior is recorded with."""
         return self.config.recorded_sampler
 
+    @abstractmethod
     def pairs(self, indices: Tensor, part: int, generator: torch.Generator) -> Pairs:
         """Posterior latents of the images at `indices`, which are part `part` of the batch, with as many negatives."""
-        positive = self.bench.draws.posterior(indices, generator)
-        eps, kept = self.negatives(len(indices), part, generator)
-        return Pairs(positive, self.bench.draws.of_prior(eps), norm(eps).mean(), kept)
-
-    @abstractmethod
-    def negatives(self, n: int, part: int, generator: torch.Generator) -> tuple[list[Tensor], Any]:
-        """At most n negatives in ε-space for part `part` of the batch, and the value that `after` gets of this part."""
 
     def logits(self, inputs: list[Tensor]) -> Tensor:
         """The logits in the loss, (B,), from the heads' inputs: f, or the difference of f and a reference."""
@@ -158,3 +153,16 @@ class Course(ABC):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()`."""
         self.best = Best(**state["best"])
+
+
+class JointDraws(Course):
+    """Base of the courses whose negatives are draws of all groups together."""
+
+    def pairs(self, indices: Tensor, part: int, generator: torch.Generator) -> Pairs:
+        positive = self.bench.draws.posterior(indices, generator)
+        eps, kept = self.negatives(len(indices), part, generator)
+        return Pairs(positive, self.bench.draws.of_prior(eps), norm(eps).mean(), kept)
+
+    @abstractmethod
+    def negatives(self, n: int, part: int, generator: torch.Generator) -> tuple[list[Tensor], Any]:
+        """At most n negatives in ε-space for part `part` of the batch, and the value that `after` gets of this part."""

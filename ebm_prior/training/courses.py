@@ -3,6 +3,7 @@
     OneRatio            one density ratio of posterior to prior latents        -> GroupRatios, if it saturates
     GroupRatios         a density ratio for each latent group alone            -> StagedRatios, after a fixed time
     StagedRatios        ratios of the posterior to the prior fitted so far, in stages
+    GroupwiseRatios     a density ratio for each group as the whole fit (`groupwise`)
     MaximumLikelihood   Langevin chains of the current prior (Eqs. 10, 17)
 
 `first_course` makes the first course from the settings, `resumed` the course of a saved state.
@@ -23,8 +24,9 @@ from ebm_prior.errors import DivergenceError
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig, draw, graphed, norm, where
-from ebm_prior.training.course import Best, Course, Finished, Pairs, Workbench
+from ebm_prior.training.course import Best, Course, Finished, JointDraws, Pairs, Workbench
 from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.groupwise import GroupwiseRatios
 from ebm_prior.training.objectives import Gain, mle_loss
 from ebm_prior.training.resume import require_shapes
 from ebm_prior.training.stages import BOUND_PER_SPREAD, MovedDraws, Stages, draws_at_once
@@ -38,7 +40,7 @@ SATURATED_DRAWS = 4.0  # an ESS below 4 draws counts as saturated, however small
 ANNEALING_GAIN = 1.0  # least gain, in nats, of a stage along a known f; a smaller one is left to the learned stages
 
 
-class _OneEnergy(Course):
+class _OneEnergy(JointDraws):
     """Base of the courses that learn one f throughout and temper it at the end."""
 
     def __init__(self, bench: Workbench, config: FitConfig, iteration: int = 0) -> None:
@@ -164,7 +166,7 @@ class MaximumLikelihood(_OneEnergy):
         return FIT_NORM_LIMIT * max(1.0, float(typical)) + 4 / math.sqrt(2 * dimensions * config.batch_size)
 
 
-class StagedRatios(Course):
+class StagedRatios(JointDraws):
     """Density ratios in stages, against draws of the prior fitted so far (`ebm_prior.training.stages`)."""
 
     def __init__(
@@ -314,6 +316,9 @@ def first_course(bench: Workbench, config: FitConfig, iteration: int = 0) -> Cou
     """The course that these settings have after `iteration` steps, with untrained heads."""
     if config.objective == "mle":
         return MaximumLikelihood(bench, config, iteration)
+    if config.ratios == "groupwise":
+        bench.squash(config.energy.bound)
+        return GroupwiseRatios(bench, config, iteration)
     return staged(bench, config, iteration) if config.ratios == "staged" else OneRatio(bench, config, iteration)
 
 

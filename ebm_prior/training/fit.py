@@ -111,7 +111,11 @@ class Fitting(Training):
         if config.may_stage:
             config.stage.suited(backbone, config.parts)  # an error must show now, not when stages take over
         with seeded(like.device, config.seed, Purpose.HEADS):
-            heads = energy_of(backbone.groups, config.energy, energy).to(like.device, like.dtype)
+            heads = energy_of(backbone.groups, config.heads, energy).to(like.device, like.dtype)
+        if config.ratios == "groupwise" and not heads.is_sum:
+            raise ConfigurationError(
+                "ratios: groupwise needs heads of single groups, found an energy of all: leave out one"
+            )
         draws = Draws(self.backbone, images, heads, config, processes, progress)
         training, held_out = draws.split()
         latents = draws.held_out(held_out)
@@ -200,7 +204,7 @@ class Fitting(Training):
     def finish(self) -> EBMPrior:
         """The best prior so far, tempered or clipped on the held-out latents, with a record of its training."""
         course = self.course
-        plain, tempered, ceiling, narrow, clipped, stages = course.finish()
+        plain, tempered, ceiling, narrow, clipped, stages, groups = course.finish()
         trained_on = len(self.bench.training)
         record = {
             "config": asdict(course.config),
@@ -214,6 +218,7 @@ class Fitting(Training):
             "narrow": narrow,
             "clipped": dict(clipped),
             "stages": stages,
+            **({} if groups is None else {"groups": groups}),
         }
         return self.prior(tau=tempered.tau, ceiling=ceiling, record=record)
 

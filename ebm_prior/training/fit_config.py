@@ -7,7 +7,7 @@ from typing import Literal
 
 from ebm_prior.model.energy import MOST_GROUPS, EnergyConfig
 from ebm_prior.model.prior import Regime, Target
-from ebm_prior.model.samplers import MOST_STEPS, SamplerChanges, SamplerConfig
+from ebm_prior.model.samplers import ALL_GROUPS, MOST_STEPS, SamplerChanges, SamplerConfig
 from ebm_prior.settings import (
     require,
     require_kinds,
@@ -37,8 +37,10 @@ class FitConfig:
         "nce", "Training objective of the heads: noise-contrastive (nce) or maximum likelihood (mle)"
     )
     iterations: int = setting(2_400, "Number of gradient steps")
-    ratios: Literal["auto", "one", "staged"] = setting(
-        "auto", "Density ratios that nce learns: one, staged, or auto, which turns to stages if one saturates"
+    ratios: Literal["auto", "one", "staged", "groupwise"] = setting(
+        "auto",
+        "Density ratios that nce learns: one, staged, groupwise (one for each latent group, given those above it), or "
+        "auto, which turns to stages if one saturates",
     )
     stage: StageConfig = field(default_factory=StageConfig)
     batch_size: int = setting(256, "Posterior draws per gradient step, matched by as many prior draws")
@@ -96,13 +98,22 @@ class FitConfig:
         with within("chain"):
             single = "must be 1 for persistent chains, which start from their last ends"
             require(self.chain, "proposals", self.chains == "fresh" or self.chain.proposals == 1, single)
+            require(self.chain, "by_group", not self.chain.by_group, ALL_GROUPS)
         suited = self.objective == "nce" and self.regime == "calibrated"
         unsuited = "must be one or auto unless the objective is nce and the regime calibrated"
-        require(self, "ratios", self.ratios != "staged" or suited, unsuited)
+        require(self, "ratios", self.ratios in ("one", "auto") or suited, unsuited)
+        with within("energy"):
+            alone = "must be off: ratios groupwise turns it on"
+            require(self.energy, "groupwise", not self.energy.groupwise, alone)
         require_seed(self)
         _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together
         exact = "must be exact with regime calibrated (published is not the density that f then describes)"
         require(self, "target", self.target == "exact" or self.regime == "refiner", exact)
+
+    @property
+    def heads(self) -> EnergyConfig:
+        """The settings of the heads that are fitted: `energy`, with what groupwise ratios require."""
+        return replace(self.energy, groupwise=self.ratios == "groupwise")
 
     @property
     def may_stage(self) -> bool:
@@ -123,10 +134,10 @@ class FitConfig:
     def recorded_sampler(self) -> SamplerConfig:
         """The sampler that the prior file records, with the changes of `sampler`.
 
-        For a calibrated prior it starts from the exact default; for a refiner, as published, from the training chain
-        with twice its steps.
+        For a calibrated prior it starts from the exact default, with groupwise ratios group by group; for a refiner, as
+        published, from the training chain with twice its steps.
         """
-        start = SamplerConfig()
+        start = SamplerConfig(by_group=True, steps=20) if self.ratios == "groupwise" else SamplerConfig()
         if self.regime != "calibrated":
             start = replace(self.chain, steps=min(MOST_STEPS, 2 * self.chain.steps))
         with within("sampler"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ebm_prior.model.energy import EnergyConfig
-from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.model.samplers import ALL_GROUPS, SamplerConfig
 from ebm_prior.settings import (
     require,
     require_kinds,
@@ -76,14 +76,17 @@ class JointConfig:
         with within("energy"):
             moving = "must be off in joint training, because latents change during it"
             require(self.energy, "standardize", not self.energy.standardize, moving)
+            require(self.energy, "groupwise", not self.energy.groupwise, moving)
         given = "which start from a given point, so there is nothing to choose among"
         with within("prior_chain"):
             fresh = self.space == "eps" and self.chains == "fresh"
             single = f"must be 1 for persistent chains and for chains in z, {given}"
             require(self.prior_chain, "proposals", fresh or self.prior_chain.proposals == 1, single)
+            require(self.prior_chain, "by_group", not self.prior_chain.by_group, ALL_GROUPS)
         with within("posterior_chain"):
             single = f"must be 1 for posterior chains, {given}"
             require(self.posterior_chain, "proposals", self.posterior_chain.proposals == 1, single)
+            require(self.posterior_chain, "by_group", not self.posterior_chain.by_group, ALL_GROUPS)
 
 
 def paper_joint() -> JointConfig:

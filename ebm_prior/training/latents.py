@@ -17,7 +17,7 @@ from ebm_prior.compute.parallel import Processes
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import SILENT, Images, Progress
-from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.backbone import Backbone, Trace
 from ebm_prior.model.energy import JointEnergy, values
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.objectives import Gain, gain, temper
@@ -29,7 +29,7 @@ HELD_OUT_BYTES = 2**31  # largest CPU memory for held-out latents
 def held_out_count(backbone: Backbone, config: FitConfig, images: int) -> int:
     """The number of images that a fit to so many `images` holds out, within `HELD_OUT_BYTES` of latents."""
     dimensions = sum(math.prod(group.shape) for group in backbone.groups)
-    bytes_each = dimensions * (1 + config.energy.conditional) * next(backbone.parameters()).dtype.itemsize
+    bytes_each = dimensions * config.heads.views * next(backbone.parameters()).dtype.itemsize
     most = max(1, HELD_OUT_BYTES // (bytes_each * (1 + PRIOR_DRAWS)))
     return min(config.held_out, most, images // 10)
 
@@ -86,11 +86,16 @@ class Draws:
     def posterior(self, indices: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Posterior draws of images, as heads' inputs. They are fresh each time, as heads overfit to cached draws."""
         with torch.no_grad():
-            observed = self.observed(indices, generator)
-            if not self.energy.config.conditional:  # where the encoder can, no top-down pass
-                return self.backbone.draw_posterior(observed, generator=generator)
-            posterior = self.backbone.infer(observed, generator=generator)
-            return self.energy.inputs(posterior.z, posterior.eps)
+            if self.energy.config.views == 1:  # where the encoder can, no top-down pass
+                return self.backbone.draw_posterior(self.observed(indices, generator), generator=generator)
+            trace = self.traced(indices, generator)
+            return self.energy.inputs(trace.z, trace.eps, trace.priors)
+
+    def traced(self, indices: Tensor, generator: torch.Generator) -> Trace:
+        """The traversal at a posterior draw of each image."""
+        observed = self.observed(indices, generator)
+        noise = self.backbone.standard_normal(len(observed), generator=generator)
+        return self.backbone.trace(self.backbone.encode(observed, noise), len(observed))
 
     def own_conditionals(self, indices: Tensor, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
         """Heads' inputs for posterior draws z, and the same with each z_i replaced by z_i' ~ p_β(z_i | z_<i)."""
@@ -99,15 +104,22 @@ class Draws:
             noise, eps = (self.backbone.standard_normal(len(observed), generator=generator) for _ in range(2))
             trace = self.backbone.trace(self.backbone.encode(observed, noise), len(observed))
             redrawn = [prior.mean + prior.std * e for prior, e in zip(trace.priors, eps, strict=True)]
-            return self.energy.inputs(trace.z, trace.eps), self.energy.inputs(redrawn, eps)
+            positive = self.energy.inputs(trace.z, trace.eps, trace.priors)
+            return positive, self.energy.inputs(redrawn, eps, trace.priors)
 
     def of_prior(self, eps: list[Tensor]) -> list[Tensor]:
         """Heads' inputs at the latents T_β(ε), for ε a list of (B, *group.shape)."""
         with torch.no_grad():
-            return self.energy.inputs(self.backbone.reparameterize(eps), eps)
+            trace = self.backbone.transform(eps)
+            return self.energy.inputs(trace.z, eps, trace.priors)
 
     def held_out(self, indices: Tensor) -> HeldOut:
-        """Posterior draws of the images at `indices`, and `PRIOR_DRAWS` times as many draws of p_β."""
+        """Posterior draws of the images at `indices`, and `PRIOR_DRAWS` times as many draws of p_β.
+
+        For groupwise ratios these are as many draws of each p_β(z_i | z_<i), in order, under the z_<i of the former.
+        """
+        if self.config.ratios == "groupwise":
+            return self._pairs(indices)
 
         def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
             generator = derived_generator(self.config.seed, Purpose.HELD_OUT_PRIOR, batch[0], device=self.like.device)
@@ -122,6 +134,21 @@ class Draws:
         posterior = self._of_images(indices, Purpose.HELD_OUT_POSTERIOR, lambda seen: [z.cpu() for z in seen])
         joined = ([torch.cat(group) for group in zip(*kind, strict=True)] for kind in (posterior, prior))
         return HeldOut(*joined)
+
+    def _pairs(self, indices: Tensor) -> HeldOut:
+        def drawn(batch: tuple[int, Tensor]) -> list[list[Tensor]]:
+            generator = derived_generator(
+                self.config.seed, Purpose.HELD_OUT_POSTERIOR, batch[0], device=self.like.device
+            )
+            found = [[seen.cpu() for seen in kind] for kind in self.own_conditionals(batch[1], generator)]
+            self.progress.advance(self.processes.count * len(batch[1]))
+            return found
+
+        self.progress.begin("held-out latents", len(indices))
+        batches = self.processes.map(drawn, self._batches(indices))
+        return HeldOut(
+            *([torch.cat(group) for group in zip(*kind, strict=True)] for kind in zip(*batches, strict=True))
+        )
 
     def moments(self, indices: Tensor) -> list[Tensor]:
         """`JointEnergy.moments` of a posterior draw of each image."""

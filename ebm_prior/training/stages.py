@@ -310,7 +310,8 @@ class Stages:
         """The latents T_β(ε) of ε, lists of (n, *group.shape), as the heads see them."""
         parts = []
         for chunk in zip(*(torch.split(e, BLOCK) for e in eps), strict=True):
-            parts.append(self.reference.inputs(self.backbone.reparameterize(chunk), chunk))
+            trace = self.backbone.transform(chunk)
+            parts.append(self.reference.inputs(trace.z, chunk, trace.priors))
         return [torch.cat(group) for group in zip(*parts, strict=True)]
 
 

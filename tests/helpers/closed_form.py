@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import kstest
@@ -138,6 +138,21 @@ def images_of(backbone: LinearGaussian, source: Normal, n: int, generator: torch
     z1 = source.sample(n, generator)[:, backbone.groups[0].shape[0] :]
     xi = torch.randn(n, 4, generator=generator, dtype=z1.dtype)
     return (0.5 + z1 @ backbone.W.detach().T + backbone.sigma * xi).view(-1, *backbone.image_shape)
+
+
+class ArrayImages:
+    """Images in memory, as `fit` takes them."""
+
+    name = "closed form"
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Any) -> Tensor:
+        return self.images[torch.as_tensor(indices)]
 
 
 class Problem(NamedTuple):

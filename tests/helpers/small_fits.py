@@ -29,6 +29,7 @@ STAGE = StageConfig(particles=12, held_out=8, every=1, ess=0.99)
 OBJECTIVES = {
     "nce": small(iterations=8),
     "staged": small(iterations=8, ratios="staged", stage=STAGE),
+    "groupwise": small(iterations=8, ratios="groupwise"),
     "mle": replace(small(iterations=8), objective="mle", chains="persistent", chain=CHAIN, refresh=0.3),
 }
 SATURATING = small(

@@ -13,6 +13,7 @@ from toys import LinearGaussian, ToyConv
 
 from ebm_prior.compute.randomness import BlockGenerator, derived_seed
 from ebm_prior.errors import ConfigurationError, RegimeError
+from ebm_prior.model.backbone import Gaussian
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.model.scores import Form, scores
@@ -30,7 +31,7 @@ def pictures() -> Tensor:
     return torch.rand(70, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def tilt(z: Sequence[Tensor], eps: Sequence[Tensor]) -> Tensor:
+def tilt(z: Sequence[Tensor], eps: Sequence[Tensor], priors: Sequence[Gaussian]) -> Tensor:
     """f(z) = a·z1, with which every conditional of p_α is a Gaussian of the same covariance, moved by Σ a."""
     return z[1] @ torch.tensor([0.8, -0.5, 0.3], dtype=torch.float64)
 

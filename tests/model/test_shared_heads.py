@@ -175,6 +175,18 @@ def test_shared_heads_are_fitted_in_stages(deep: VDVAE) -> None:
     assert (prior.energy.heads["z1"].body.gain != 0).any()  # type: ignore[union-attr, operator]
 
 
+def test_shared_heads_learn_groupwise_ratios(deep: VDVAE) -> None:
+    """Each group has its own last layer, which is tempered and levelled by itself."""
+    images = torch.rand(120, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    prior = fit(deep, images, SMALL_FIT | {"iterations": 8, "ratios": "groupwise", "learning_rate": 1e-2})
+    assert len(prior.energy.shared) == 1
+    assert [group["name"] for group in prior.record["groups"]] == [group.name for group in deep.groups]
+    assert prior.sampler.by_group
+    drawn = prior.sample(4)
+    assert drawn.images.isfinite().all()
+    torch.testing.assert_close(deep.reparameterize(drawn.eps)[-1], drawn.z[-1])
+
+
 def test_a_gauge_tells_groups_that_would_share_a_head() -> None:
     groups = [LatentGroup(f"g{k}", (2,)) for k in range(10)]
     generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ import torch
 from closed_form import (
     SIZES,
     Z_LIMIT,
+    ArrayImages,
     Normal,
     Problem,
     aggregate_posterior,
@@ -22,7 +23,6 @@ from closed_form import (
     log_ratio,
     posterior_draws,
 )
-from torch import Tensor
 from toys import LinearGaussian
 
 from ebm_prior.compute.randomness import derived_generator
@@ -38,21 +38,6 @@ from ebm_prior.training.stages import StageConfig
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     return Problem.of(LinearGaussian(*SIZES).double().eval().requires_grad_(False))
-
-
-class ArrayImages:
-    """Images in memory, as `fit` takes them."""
-
-    name = "closed form"
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: Any) -> Tensor:
-        return self.images[torch.as_tensor(indices)]
 
 
 HEADS = EnergyConfig(hidden=32, joint=32, dropout=0.0)

@@ -306,7 +306,7 @@ def pretrain(
 @click.option(
     "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help=PRESET_HELP
 )
-@config_options(JointConfig, skip=("seed", "standardize"))
+@config_options(JointConfig, skip=("seed", "standardize", "norm_limit"))
 @RUN_SEED
 @TRAINING_PLACE
 @watch_options()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,7 +24,8 @@ from torch import Tensor
 from ebm_prior.compute.randomness import BlockGenerator, Generator, Purpose, derived_seed, standard_normal
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Backbone, Gaussian, Posterior, Trace
-from ebm_prior.model.samplers import Potential, SamplerConfig, draw
+from ebm_prior.model.drawing import Sampled, draw
+from ebm_prior.model.samplers import Potential, SamplerConfig
 
 Mode = Literal["eq20", "elbo", "iw", "prior"]
 Lower = Literal["sample", "mean"]
@@ -207,8 +209,21 @@ class FreeGroups:
 
         The draw of p_β equals the first proposal of the draw of p_α.
         """
-        propose = partial(self.propose, generator)
-        return propose() if sampler is None else draw(self.potential, propose, sampler, generator).eps
+        return self.propose(generator) if sampler is None else self.draw(sampler, generator).eps
+
+    def draw(self, sampler: SamplerConfig, generator: Generator) -> Sampled:
+        """Draw ε_{≤k} from p_α given z_{>k}.
+
+        A limit of ‖ε‖/√D, which is that of all groups, is widened for the fewer dimensions D of the free ones.
+        """
+        if sampler.norm_limit:
+            sizes = [math.prod(group.shape) for group in self.backbone.groups]
+            wider = math.sqrt(sum(sizes) / sum(sizes[len(self.fixed) :]))
+            sampler = replace(sampler, norm_limit=1 + max(0.0, sampler.norm_limit - 1) * wider)
+        return draw(self.potential, partial(self.propose, generator), sampler, generator, of_rows=self._of_rows)
+
+    def _of_rows(self, rows: Tensor) -> Potential:
+        return FreeGroups(self.backbone, self.f, [z[rows] for z in self.fixed], len(rows)).potential
 
     def propose(self, generator: Generator) -> list[Tensor]:
         """ε ~ N(0, I) of the free groups, a list of (B, *group.shape)."""

@@ -84,6 +84,10 @@ class JointConfig:
         with within("posterior_chain"):
             single = f"must be 1 for posterior chains, {given}"
             require(self.posterior_chain, "proposals", self.posterior_chain.proposals == 1, single)
+        for name in ("prior_chain", "posterior_chain"):
+            with within(name):
+                unknown = "must be 0, because joint training changes the latents' typical set"
+                require(getattr(self, name), "norm_limit", getattr(self, name).norm_limit == 0, unknown)
 
 
 def paper_joint() -> JointConfig:

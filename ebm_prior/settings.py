@@ -24,6 +24,21 @@ def setting(default: Value, help: str) -> Value:
     return field(default=default, metadata={"help": help})
 
 
+def later_setting(default: Value, help: str) -> Value:
+    """A `setting` that earlier versions did not have; `recorded` leaves it out at its default."""
+    return field(default=default, metadata={"help": help, "later": True})
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """A configuration as plain values for a file, nested ones too. Files keep their bytes where nothing new is set."""
+    values = ((entry, getattr(config, entry.name)) for entry in fields(config))
+    return {
+        entry.name: recorded(value) if is_dataclass(value) else value
+        for entry, value in values
+        if not ("later" in entry.metadata and value == entry.default)
+    }
+
+
 def resolve(base: Config, given: Mapping[str, Any], file: Path | Mapping[str, Any] | None = None) -> Config:
     """A copy of the configuration `base`, changed first by the settings in `file` and then by those in `given`.
 

@@ -304,7 +304,7 @@ def pretrain(
 @click.option(
     "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help=PRESET_HELP
 )
-@config_options(JointConfig, skip=("seed", "standardize", "by_group"))
+@config_options(JointConfig, skip=("seed", "standardize", "by_group", "norm_limit"))
 @RUN_SEED
 @TRAINING_PLACE
 @watch_options()

@@ -128,6 +128,8 @@ def sample(
         return
     files = samples.write_samples(loaded, drawn, out, seed=seed, compare=compare)
     result = samples.describe_samples(drawn, sampler, seed, files)
+    if refused := summaries.refusal_text(result):
+        click.echo(f"remark: {refused}", err=True)
     show_result(result, as_json, summaries.sample_summary)
 
 

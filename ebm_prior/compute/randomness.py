@@ -132,6 +132,24 @@ Generator = torch.Generator | Source | None
 """Where randomness comes from: one generator, another source, or torch's global generator (None)."""
 
 
+class Rows(Source):
+    """The `rows` of the draws of another source, which draws for all of its `count` samples each time.
+
+    So what a sample gets depends neither on the other rows nor on their number.
+    """
+
+    def __init__(self, generator: Generator, count: int, rows: Tensor) -> None:
+        self._generator, self._count, self._rows = generator, count, rows
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Standard normal (rows, *shape[1:])."""
+        return standard_normal((self._count, *shape[1:]), self._generator, dtype=dtype, device=device)[self._rows]
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uniform on [0, 1), (rows, *shape[1:])."""
+        return uniform((self._count, *shape[1:]), self._generator, dtype=dtype, device=device)[self._rows]
+
+
 def standard_normal(shape: Sequence[int], generator: Generator, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """N(0, 1) of `shape`; axis 0 is the batch."""
     if isinstance(generator, Source):

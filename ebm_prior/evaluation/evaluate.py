@@ -31,8 +31,9 @@ from ebm_prior.evaluation.pixels import statistics as pixel_statistics
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy, values
-from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.model.samples import Samples, refusals
 from ebm_prior.settings import require, require_kinds, require_positive, require_seed, setting
 from ebm_prior.storage.records import FIT_RECORD, keeps_to
 from ebm_prior.training.objectives import Gain, gain
@@ -149,9 +150,11 @@ class Reference:
             see, self.n, seed=config.seed, sampler=sampler, chunk=config.chunk, processes=self.processes
         )
         latents, seen, info = zip(*parts, strict=True)
-        acceptance, norm, ess = torch.cat(info, dim=1).mean(1).tolist()
+        columns = torch.cat(info, dim=1)
+        acceptance, norm, ess = columns[:3].mean(1).tolist()
         z = [torch.cat(group) for group in zip(*latents, strict=True)]
-        return z, Seen.joined(seen), {"acceptance": acceptance, "norm": norm, "resampling_ess_fraction": ess}
+        told = {"acceptance": acceptance, "norm": norm, "resampling_ess_fraction": ess}
+        return z, Seen.joined(seen), told | refusals(columns[1], columns[3], sampler.norm_limit)
 
     def _check(self) -> None:
         """Raise DataError before the work for too few images, or a network of features that does not take them."""

@@ -27,8 +27,9 @@ from ebm_prior.evaluation.inception import Inception
 from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
-from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.model.samples import Samples
 from ebm_prior.plain import parse_json
 from ebm_prior.settings import require, require_kinds, setting
 from ebm_prior.storage.atomic import remove_leftovers, user_cache, write_atomically

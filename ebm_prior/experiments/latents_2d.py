@@ -14,9 +14,10 @@ from torch import Tensor
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import ImageSource
 from ebm_prior.interfaces import SILENT, Progress
+from ebm_prior.model.drawing import draw
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.samplers import ChainState, SamplerConfig, draw
+from ebm_prior.model.samplers import ChainState, SamplerConfig
 from ebm_prior.pictures.grids import scatters
 from ebm_prior.pictures.sheets import page
 from ebm_prior.storage.registry import adapter, build

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ebm_prior.compute.randomness import Generator, standard_normal
 from ebm_prior.model.backbone import Backbone, Gaussian, Trace
+from ebm_prior.model.drawing import Sampled, draw
 from ebm_prior.model.energy import JointEnergy, seen
-from ebm_prior.model.samplers import Potential, Sampled, SamplerConfig, draw, norm
+from ebm_prior.model.samplers import Potential, SamplerConfig, norm
 
 
 class Walk(Protocol):
@@ -91,4 +92,4 @@ def draw_by_group(
     acceptance = torch.stack([drawn.acceptance for drawn in found]).mean(0)
     step_size = torch.stack([drawn.step_size for drawn in found]).mean(0)
     least = torch.stack([drawn.ess_fraction for drawn in found]).amin(0)
-    return trace, Sampled(eps, acceptance, norm(eps), least, step_size)
+    return trace, Sampled(eps, acceptance, norm(eps), least, step_size, torch.zeros_like(least))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, cast
 
@@ -58,7 +58,8 @@ class EnergyConfig:
     bound: float = setting(
         0.0, "Bound to which tanh squashes the heads' inputs; 0: no bound. Stages set a bound of their own"
     )
-    groupwise: bool = False  # no option: `--ratios groupwise` has it. `joint` is then the width of `Above`; 0: without
+    # No option: `--ratios groupwise` has it. `joint` is then the width of `Above`; 0: without.
+    groupwise: bool = field(default=False, metadata={"later": True})
 
     def __post_init__(self) -> None:
         require_kinds(self)

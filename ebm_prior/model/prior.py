@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ from ebm_prior.model.arguments import (
     require_images,
     usable_device,
 )
-from ebm_prior.model.backbone import Backbone, Gaussian, Trace, require_usable
+from ebm_prior.model.backbone import Backbone, Gaussian, require_usable
 from ebm_prior.model.by_group import HeadsWalk, draw_by_group
+from ebm_prior.model.drawing import draw
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.latents import require_latents, require_upper
-from ebm_prior.model.samplers import Potential, Sampled, SamplerConfig, draw, effective_sample_size, graphed
+from ebm_prior.model.samplers import Potential, SamplerConfig, effective_sample_size, graphed
+from ebm_prior.model.samples import Samples, decoded, joined
 from ebm_prior.model.scores import Form, FreeGroups, list_of_forms, scores
 
 Regime = Literal["calibrated", "refiner"]
@@ -41,17 +43,6 @@ TAU_LIMIT, CEILING_LIMIT = 1e3, 1e9  # largest τ, and largest |ceiling| in nats
 
 ANCESTRAL = SamplerConfig(proposals=1, steps=0)
 """The sampler that ignores f: the backbone's own prior."""
-
-
-class Samples(NamedTuple):
-    """Draws of the prior, with per-draw diagnostics (n,)."""
-
-    z: list[Tensor]  # (n, *group.shape) each
-    eps: list[Tensor]
-    images: Tensor  # (n, C, H, W) in [0, 1]: the means of p(x | z)
-    acceptance: Tensor
-    norm: Tensor  # ‖ε‖/√D
-    ess_fraction: Tensor
 
 
 class _Kept:
@@ -246,7 +237,7 @@ class EBMPrior(_Kept):
             return part
 
         parts = self.map_chunks(see, n, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
-        return _joined(self.backbone, parts)
+        return joined(self.backbone, parts)
 
     @isolated(grad=False)
     def complete(
@@ -262,7 +253,7 @@ class EBMPrior(_Kept):
         seed, chunk = require_count("seed", seed), require_count("chunk", chunk, least=1)
         sampler = _chosen(sampler, self)
         parts = [_completed(self, upper, sampler, seed, part) for part in chunks(len(upper[0]), chunk)]
-        return _joined(self.backbone, parts)
+        return joined(self.backbone, parts)
 
     @isolated()
     def scores(
@@ -317,7 +308,7 @@ def _drawn(
     else:
         found = draw(potential, partial(backbone.standard_normal, count, generator=generator), sampler, generator)
         trace = backbone.transform(found.eps)
-    return _decoded(backbone, trace, found.eps, found)
+    return decoded(backbone, trace, found.eps, found)
 
 
 def _completed(
@@ -328,26 +319,7 @@ def _completed(
     generator = BlockGenerator(derived_seed(seed, Purpose.COMPLETION), first, count, upper[0].device)
     free = FreeGroups(prior.backbone, prior.f, [z[first : first + count] for z in upper], count, prior.walk)
     trace, found = free.draw(sampler, generator)
-    return _decoded(prior.backbone, trace, trace.eps, found)
-
-
-def _decoded(backbone: Backbone, trace: Trace, eps: list[Tensor], found: Sampled) -> Samples:
-    """What a sampler `found`, as samples with the images at the end of the `trace`."""
-    images = backbone.likelihood(trace.features).mean
-    return Samples(trace.z, eps, images, found.acceptance, found.norm, found.ess_fraction)
-
-
-def _joined(backbone: Backbone, parts: Sequence[Samples]) -> Samples:
-    """The samples of several chunks as one; without chunks, empty tensors."""
-    if not parts:
-        like = next(backbone.parameters())
-        nothing = [like.new_empty(0, *group.shape) for group in backbone.groups]
-        return Samples(nothing, list(nothing), like.new_empty(0, *backbone.image_shape), *[like.new_empty(0)] * 3)
-    return Samples(
-        [torch.cat(group) for group in zip(*(part.z for part in parts), strict=True)],
-        [torch.cat(group) for group in zip(*(part.eps for part in parts), strict=True)],
-        *(torch.cat(column) for column in zip(*(part[2:] for part in parts), strict=True)),
-    )
+    return decoded(prior.backbone, trace, trace.eps, found)
 
 
 def _f(prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None, priors: Sequence[Gaussian] | None) -> Tensor:

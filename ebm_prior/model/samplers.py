@@ -21,7 +21,7 @@ from torch import Tensor
 from ebm_prior.compute.cuda_graphs import Graphs
 from ebm_prior.compute.randomness import Generator, standard_normal, uniform
 from ebm_prior.errors import DivergenceError
-from ebm_prior.settings import require, require_counts, require_kinds, require_not_negative, setting
+from ebm_prior.settings import later_setting, require, require_counts, require_kinds, require_not_negative, setting
 
 MOST_STEPS, MOST_PROPOSALS, MOST_LEAPFROGS = 100_000, 100_000, 1_000  # more would not end in reasonable time
 JITTER = 0.3  # largest relative change of a trajectory's step size
@@ -77,8 +77,11 @@ class SamplerConfig:
         1, "Leapfrog steps in each step of pcn-langevin; more than 1 make it Hamiltonian Monte Carlo"
     )
     temperature: float = setting(1.0, "Factor on the noise of the langevin kernel")
-    by_group: bool = setting(
+    by_group: bool = later_setting(
         False, "Draw one latent group after another, each by its own head, in one pass through the network"
+    )
+    norm_limit: float = later_setting(
+        0.0, "Largest ‖ε‖/√D with which a chain may end; a chain beyond it begins anew, up to 5 times; 0: no limit"
     )
 
     def __post_init__(self) -> None:
@@ -88,13 +91,15 @@ class SamplerConfig:
         require(self, "adapt_steps", 0 <= self.adapt_steps <= self.steps, f"must be from 0 to the {self.steps} steps")
         require_counts(self, "leapfrogs", most=MOST_LEAPFROGS)
         require(self, "step_size", 0 < self.step_size <= 2, "must be in (0, 2]")
-        require_not_negative(self, "temperature")
+        require_not_negative(self, "temperature", "norm_limit")
         noisy, exact = self.kernel == "langevin" and self.steps > 0, self.kernel == "pcn-langevin"
         cold = "must be 1 unless the kernel is langevin with at least one step"
         require(self, "temperature", self.temperature == 1 or noisy, cold)
         require(self, "leapfrogs", self.leapfrogs == 1 or exact, "must be 1 unless the kernel is pcn-langevin")
         fixed = "must be 0 unless the kernel is pcn-langevin (langevin accepts every step, so it cannot adapt)"
         require(self, "adapt_steps", self.adapt_steps == 0 or exact, fixed)
+        together = "must be 0 with by_group: it is a limit of all latent groups together"
+        require(self, "norm_limit", self.norm_limit == 0 or not self.by_group, together)
 
 
 def _unchanged(name: str) -> Any:
@@ -114,6 +119,7 @@ class SamplerChanges:
     adapt_steps: int | None = _unchanged("adapt_steps")
     temperature: float | None = _unchanged("temperature")
     by_group: bool | None = _unchanged("by_group")
+    norm_limit: float | None = _unchanged("norm_limit")
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -121,16 +127,6 @@ class SamplerChanges:
     def of(self, sampler: SamplerConfig) -> SamplerConfig:
         """A copy of `sampler` with these settings. Raises ConfigurationError where they do not fit together."""
         return replace(sampler, **{name: value for name, value in asdict(self).items() if value is not None})
-
-
-class Sampled(NamedTuple):
-    """The outcome of `draw`: positions ε and per-chain diagnostics (B,)."""
-
-    eps: list[Tensor]
-    acceptance: Tensor  # mean over the steps
-    norm: Tensor  # of the final ε
-    ess_fraction: Tensor  # effective sample size of the resampling / proposals
-    step_size: Tensor
 
 
 class GraphedPotential:
@@ -259,12 +255,13 @@ def run_chain(
     adapt_steps: int = 0,
     generator: Generator = None,
     callback: Callable[[int, ChainState, ChainInfo], None] | None = None,
+    may_leave: bool = False,
 ) -> tuple[ChainState, Tensor, Tensor]:
     """Run `steps` of a kernel. Returns the last state, the mean acceptance (B,) and the step sizes (B,).
 
     In the first `adapt_steps` each chain adapts its log step size towards the target acceptance (Robbins-Monro). After
-    that the step size is fixed, so that the chain's target is exact. Raises DivergenceError when a chain, or g at its
-    position, is no longer finite.
+    that the step size is fixed, so that the chain's target is exact. Unless chains `may_leave` the finite numbers,
+    DivergenceError is raised when one, or g at its position, is no longer finite.
     """
     if isinstance(potential, GraphedPotential):
         kernel = potential.steps(kernel)
@@ -279,12 +276,8 @@ def run_chain(
             callback(step, state, info)
     # g is checked too, because a backbone can overflow at a finite ε: at the last one, or at the first one, which
     # pCN-Langevin then never leaves.
-    lost = int((~(norm(state.eps).isfinite() & state.value.isfinite())).sum())
-    if lost:
-        raise DivergenceError(
-            f"{lost} of {len(acceptance)} chains left the finite numbers within {steps} steps: use a smaller step size "
-            "or the exact kernel, pcn-langevin"
-        )
+    if not may_leave:
+        require_finite_chains(norm(state.eps).isfinite() & state.value.isfinite(), steps)
     return state, acceptance / max(1, steps), step_size
 
 
@@ -312,32 +305,13 @@ def resample(
         return best, effective_sample_size(torch.stack(values, dim=1))
 
 
-def draw(
-    potential: Potential,
-    propose: Callable[[], list[Tensor]],
-    config: SamplerConfig,
-    generator: Generator = None,
-    callback: Callable[[int, ChainState, ChainInfo], None] | None = None,
-) -> Sampled:
-    """Draw from the ε-target as `config` says. `propose()`: ε ~ N(0, I), a list of (B, *group.shape)."""
-    eps, ess = resample(potential, propose, config.proposals, generator)
-    if not bool(torch.isfinite(ess).all()):
-        raise DivergenceError("f is not finite at draws of the backbone's prior: the energy is broken, fit it again")
-    step_size = torch.full_like(ess, config.step_size)
-    acceptance = torch.ones_like(ess)
-    if config.steps:
-        state, acceptance, step_size = run_chain(
-            kernel_of(config),
-            start(potential, eps),
-            potential,
-            config.steps,
-            step_size=step_size,
-            adapt_steps=config.adapt_steps,
-            generator=generator,
-            callback=callback,
+def require_finite_chains(finite: Tensor, steps: int) -> None:
+    """Raise DivergenceError where chains are not finite: `finite` (B,)."""
+    if lost := int((~finite).sum()):
+        raise DivergenceError(
+            f"{lost} of {len(finite)} chains left the finite numbers within {steps} steps: use a smaller step size "
+            "or the exact kernel, pcn-langevin"
         )
-        eps = state.eps
-    return Sampled(eps, acceptance, norm(eps), ess / config.proposals, step_size)
 
 
 def norm(eps: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,7 +25,8 @@ from ebm_prior.compute.randomness import BlockGenerator, Generator, Purpose, der
 from ebm_prior.errors import ConfigurationError, described
 from ebm_prior.model.backbone import Backbone, Gaussian, Posterior, Trace
 from ebm_prior.model.by_group import Walk, draw_by_group
-from ebm_prior.model.samplers import Potential, Sampled, SamplerConfig, draw
+from ebm_prior.model.drawing import Sampled, draw
+from ebm_prior.model.samplers import Potential, SamplerConfig
 
 Mode = Literal["eq20", "elbo", "iw", "prior"]
 Lower = Literal["sample", "mean"]
@@ -227,12 +229,23 @@ class FreeGroups:
         return self.trace(self.propose(generator)) if sampler is None else self.draw(sampler, generator)[0]
 
     def draw(self, sampler: SamplerConfig, generator: Generator) -> tuple[Trace, Sampled]:
-        """The traversal with z_{≤k} drawn from p_α given z_{>k}, and the sampler's ε_{≤k} and diagnostics."""
+        """The traversal with z_{≤k} drawn from p_α given z_{>k}, and the sampler's ε_{≤k} and diagnostics.
+
+        A limit of ‖ε‖/√D, which is that of all groups, is widened for the fewer dimensions D of the free ones.
+        """
         if sampler.by_group:
             assert self.walk is not None
             return draw_by_group(self.backbone, self.walk(), self.fixed, self.size, sampler, generator)
-        found = draw(self.potential, partial(self.propose, generator), sampler, generator)
+        if sampler.norm_limit:
+            sizes = [math.prod(group.shape) for group in self.backbone.groups]
+            wider = math.sqrt(sum(sizes) / sum(sizes[len(self.fixed) :]))
+            sampler = replace(sampler, norm_limit=1 + max(0.0, sampler.norm_limit - 1) * wider)
+        propose = partial(self.propose, generator)
+        found = draw(self.potential, propose, sampler, generator, of_rows=self._of_rows)
         return self.trace(found.eps), found
+
+    def _of_rows(self, rows: Tensor) -> Potential:
+        return FreeGroups(self.backbone, self.f, [z[rows] for z in self.fixed], len(rows)).potential
 
     def propose(self, generator: Generator) -> list[Tensor]:
         """ε ~ N(0, I) of the free groups, a list of (B, *group.shape)."""

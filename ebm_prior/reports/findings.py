@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ebm_prior.reports.summaries import files_written, sampler_text
+from ebm_prior.reports.summaries import files_written, refusal_text, sampler_text
 from ebm_prior.reports.text import Block, Table, text
 
 
@@ -103,6 +103,7 @@ def _evaluation(result: Mapping[str, Any]) -> list[Block]:
         *_pixels(result),
         f"sampler: {sampler_text(result['sampler'])}; acceptance {result['acceptance']:.2f}, "
         f"‖ε‖/√D {result['norm']:.3f}, ESS / proposals {result['resampling_ess_fraction']:.2f}",
+        *filter(None, [refusal_text(result)]),
         f"{'held-out ' * held_out}gain {result['gain_nats']:+.3f} nats at ESS {result['ess_fraction']:.1%} "
         f"(τ = {result['tau']:.3f})",
     ]

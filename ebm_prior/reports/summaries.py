@@ -76,6 +76,15 @@ def sample_summary(result: Mapping[str, Any]) -> str:
     )
 
 
+def refusal_text(result: Mapping[str, Any]) -> str:
+    """How many chains of `sample` or `eval` began anew, or an empty text where none did."""
+    if not result.get("restarted"):
+        return ""
+    beyond = result["beyond_limit"]
+    kept = f"; {beyond:,} left it each time, and the nearest to it is kept" if beyond else ""
+    return f"{result['restarted']:,} of {result['samples']:,} chains left the typical set and began anew{kept}"
+
+
 def pretrain_summary(result: Mapping[str, Any]) -> str:
     """The result of pretraining as text."""
     elbo = result["test_elbo"]
@@ -217,6 +226,10 @@ def sampler_text(sampler: Mapping[str, Any]) -> str:
     if sampler["steps"]:
         leapfrogs = sampler.get("leapfrogs", 1)  # older priors do not know several
         each = f" of {leapfrogs} leapfrogs" if leapfrogs > 1 else ""
-        parts.append(f"{sampler['steps']} steps{each} of {sampler['kernel']} at step size {sampler['step_size']:g}")
+        limit = sampler.get("norm_limit", 0.0)
+        again = f", anew where ‖ε‖/√D ends above {limit:.3f}" if limit else ""
+        parts.append(
+            f"{sampler['steps']} steps{each} of {sampler['kernel']} at step size {sampler['step_size']:g}{again}"
+        )
     by_group = "group by group: " if sampler.get("by_group") and parts else ""  # older priors do not know this
     return by_group + ", then ".join(parts) or "ancestral draws"

@@ -14,8 +14,9 @@ import torch
 
 from ebm_prior.errors import OutputError
 from ebm_prior.interfaces import SILENT, Progress
-from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.model.samples import Samples, refusals
 from ebm_prior.pictures.grids import grid, picture, save_png, titled_grids
 from ebm_prior.storage.atomic import temporary_affixes, write_atomically
 from ebm_prior.storage.lock import owned
@@ -111,5 +112,6 @@ def describe_samples(drawn: Samples, sampler: SamplerConfig, seed: int, files: S
         "acceptance": float(drawn.acceptance.mean()),
         "norm": float(drawn.norm.mean()),
         "ess_fraction": float(drawn.ess_fraction.mean()),
+        **refusals(drawn.norm, drawn.restarts, sampler.norm_limit),
         "files": [str(file) for file in files],
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from ebm_prior.model.energy import EnergyConfig, JointEnergy, shapes_seen, share
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.settings import of_plain
+from ebm_prior.settings import of_plain, recorded
 from ebm_prior.storage.own_energies import own_energy_record, stored_energy
 from ebm_prior.storage.records import BACKBONE_RECORD, PRIOR_RECORD, checked
 from ebm_prior.storage.registry import adapter, adapter_name
@@ -232,13 +231,13 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str | Path | No
             "groups": _groups(prior.backbone),
             "parameters": count_parameters(prior.backbone),
         },
-        "energy": asdict(prior.energy.config),
+        "energy": recorded(prior.energy.config),
         **own_energy_record(prior.energy),
         "tau": prior.tau,
         "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
         "regime": prior.regime,
         "target": prior.target,
-        "sampler": asdict(prior.sampler),
+        "sampler": recorded(prior.sampler),
         "record": prior.record,
     }
     checked(PRIOR_RECORD, record, path, "nothing was written: give the prior values within their ranges")

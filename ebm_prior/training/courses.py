@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.errors import DivergenceError
+from ebm_prior.model.drawing import draw
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.samplers import SamplerConfig, draw, graphed, norm, where
+from ebm_prior.model.samplers import SamplerConfig, graphed, norm, where
 from ebm_prior.training.course import Best, Course, Finished, JointDraws, Pairs, Workbench
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.groupwise import GroupwiseRatios
@@ -37,6 +39,7 @@ GAIN_DROP_LIMIT = 20.0  # nats that the held-out gain may fall below its best, i
 PROBATION = 0.25  # share of the iterations within which stages may replace a ratio that saturates
 SATURATED_SHARE = 0.1  # an ESS below this share of the ESS floor counts as saturated: tempering would lose most of f
 SATURATED_DRAWS = 4.0  # an ESS below 4 draws counts as saturated, however small the held-out set
+TYPICAL_IMAGES, TYPICAL_SPREAD = 256, 3.0  # images and standard deviations that bound the typical set of chains
 ANNEALING_GAIN = 1.0  # least gain, in nats, of a stage along a known f; a smaller one is left to the learned stages
 
 
@@ -120,6 +123,16 @@ class MaximumLikelihood(_OneEnergy):
         current = EBMPrior(bench.draws.backbone, self._sampled, regime=config.regime, target=config.target)
         self._potential = graphed(current.potential, bench.device)
         self.norm_limit = self._norm_limit()
+        self.chain = config.chain
+        if config.refuse and config.regime == "refiner" and not self.chain.norm_limit:
+            self.chain = replace(self.chain, norm_limit=self._chain_limit())
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        found = super().sampler
+        if self.config.regime == "refiner":  # it samples as it was trained
+            found = self.config.sampler.of(replace(found, norm_limit=self.chain.norm_limit))
+        return found
 
     def negatives(self, n: int, part: int, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
         """Run the Langevin chains for maximum likelihood: new ones, or this part's persistent ones."""
@@ -130,12 +143,13 @@ class MaximumLikelihood(_OneEnergy):
 
         self._sampled.load_state_dict(self.bench.energy.state_dict())
         if config.chains == "fresh":
-            return draw(self._potential, propose, config.chain, generator).eps, []
+            return draw(self._potential, propose, self.chain, generator).eps, []
         initial = propose()
         if self.chains:  # continue from the last step, except for a share that starts again
             restart = torch.rand(n, generator=generator, device=self.bench.device) < config.refresh
             initial = where(restart, initial, [chains.chunk(config.parts)[part] for chains in self.chains])
-        ends = draw(self._potential, lambda: initial, config.chain, generator).eps
+        first = iter([initial])  # a chain that is refused begins anew from p_β
+        ends = draw(self._potential, lambda: next(first, None) or propose(), self.chain, generator).eps
         return ends, ends
 
     def loss(self, f_q: Tensor, f_p: Tensor) -> Tensor:
@@ -164,6 +178,16 @@ class MaximumLikelihood(_OneEnergy):
             observed = draws.observed(self.bench.training[: config.batch_size // config.parts], generator)
             typical = norm(draws.backbone.infer(observed, generator=generator).eps).mean()
         return FIT_NORM_LIMIT * max(1.0, float(typical)) + 4 / math.sqrt(2 * dimensions * config.batch_size)
+
+    def _chain_limit(self) -> float:
+        """The largest ‖ε‖/√D of a chain that is kept: `TYPICAL_SPREAD` standard deviations above the posterior's mean.
+
+        Neither the mean nor the standard deviation is taken to be smaller than that of N(0, I).
+        """
+        groups = self.bench.draws.backbone.groups
+        least = 1 / math.sqrt(2 * sum(math.prod(group.shape) for group in groups))
+        norms = self.bench.draws.norms(self.bench.training[:TYPICAL_IMAGES]).double()
+        return max(1.0, float(norms.mean())) + TYPICAL_SPREAD * max(least, float(norms.std(correction=0)))
 
 
 class StagedRatios(JointDraws):

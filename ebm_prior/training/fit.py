@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from ebm_prior.model.backbone import Backbone, require_usable
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.own_energy import energy_of
 from ebm_prior.model.prior import EBMPrior
+from ebm_prior.settings import recorded
 from ebm_prior.training.course import Course, Workbench
 from ebm_prior.training.courses import first_course, resumed
 from ebm_prior.training.fit_config import FitConfig
@@ -152,6 +152,8 @@ class Fitting(Training):
         require_finite("the loss or its gradient", t, mean[-3], gradient.norm())
         limit = self.course.norm_limit
         require_typical(chain_norm, limit, t, f"limit {limit:.3g}")
+        if config.gradient_clip:
+            gradient = gradient * (config.gradient_clip / gradient.norm().clamp(min=config.gradient_clip))
         learned = list(self.network.parameters())
         for parameter, piece in zip(learned, torch.split(gradient, [p.numel() for p in learned]), strict=True):
             parameter.grad = piece.view_as(parameter)
@@ -207,7 +209,7 @@ class Fitting(Training):
         plain, tempered, ceiling, narrow, clipped, stages, groups = course.finish()
         trained_on = len(self.bench.training)
         record = {
-            "config": asdict(course.config),
+            "config": recorded(course.config),
             "data": {"name": self.images.name, "training": trained_on, "held_out": len(self.images) - trained_on},
             "precision": self.backbone.precision,
             "iterations": self.iteration,

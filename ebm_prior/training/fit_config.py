@@ -9,6 +9,7 @@ from ebm_prior.model.energy import MOST_GROUPS, EnergyConfig
 from ebm_prior.model.prior import Regime, Target
 from ebm_prior.model.samplers import ALL_GROUPS, MOST_STEPS, SamplerChanges, SamplerConfig
 from ebm_prior.settings import (
+    later_setting,
     require,
     require_kinds,
     require_not_negative,
@@ -69,6 +70,14 @@ class FitConfig:
     penalty: float = setting(
         1e-4, "Weight of the penalty E[f_q² + f_p²] on the energy's size (only with --objective mle)"
     )
+    refuse: bool = later_setting(
+        True,
+        "Let a refiner's chains that leave the typical set of posterior latents begin anew (only with --regime "
+        "refiner)",
+    )
+    gradient_clip: float = later_setting(
+        0.0, "Largest norm of a gradient; a larger one is scaled down to it; 0: no limit"
+    )
     sampler: SamplerChanges = field(default_factory=SamplerChanges)  # changes of `recorded_sampler`
     target: Target = setting(
         "exact", "Density that chains in ε-space sample: exact (Appendix A.3), or as published, to replicate only"
@@ -93,7 +102,7 @@ class FitConfig:
         parts = f"must divide the batch of {self.batch_size} and be at most the {draws} draws of stages"
         require(self, "parts", 1 <= self.parts <= most and self.batch_size % self.parts == 0, parts)
         require_shares(self, "ema", "ess_floor", "betas", open=True)
-        require_not_negative(self, "warmup", "weight_decay", "penalty")
+        require_not_negative(self, "warmup", "weight_decay", "penalty", "gradient_clip")
         require_shares(self, "refresh")
         with within("chain"):
             single = "must be 1 for persistent chains, which start from their last ends"
@@ -168,9 +177,26 @@ def paper_preset() -> FitConfig:
         ),
         chain=SamplerConfig(proposals=1, kernel="langevin", steps=20, step_size=2e-5),
         penalty=0.0,
+        refuse=False,
         target="published",
         regime="refiner",
     )
 
 
-PRESETS = {"default": FitConfig, "paper": paper_preset}
+def refiner_preset() -> FitConfig:
+    """A refiner for samples, by short chains on the exact target: the best that was measured (training/README.md).
+
+    Steps of s = .01 that move, a rate twenty times the published one that falls along a cosine, a moving average of the
+    weights, and no chains outside the typical set. The number of steps of its sampler is chosen at the end.
+    """
+    return FitConfig(
+        objective="mle",
+        iterations=900,
+        batch_size=32,
+        learning_rate=2e-3,
+        gradient_clip=1.0,
+        regime="refiner",
+    )
+
+
+PRESETS = {"default": FitConfig, "refiner": refiner_preset, "paper": paper_preset}

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from ebm_prior.model.checked_images import checked
 from ebm_prior.model.energy import JointEnergy, values
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.settings import recorded
 from ebm_prior.training.joint_chains import JointChains
 from ebm_prior.training.joint_config import JointConfig
 from ebm_prior.training.joint_loss import Terms, terms
@@ -248,7 +248,7 @@ class JointTraining(Training):
         kept = copy.deepcopy(self.average)
         record = {
             "stage": "train",
-            "config": asdict(self.config),
+            "config": recorded(self.config),
             "data": {"name": self.images.name, "training": len(self.images)},
             "iterations": self.iteration,
             "rollbacks": self.rollbacks,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.drawing import draw
 from ebm_prior.model.energy import JointEnergy
-from ebm_prior.model.samplers import Potential, draw, graphed, where
+from ebm_prior.model.samplers import Potential, graphed, where
 from ebm_prior.training.joint_config import JointConfig
 from ebm_prior.training.joint_loss import potential
 

@@ -87,6 +87,10 @@ class JointConfig:
             single = f"must be 1 for posterior chains, {given}"
             require(self.posterior_chain, "proposals", self.posterior_chain.proposals == 1, single)
             require(self.posterior_chain, "by_group", not self.posterior_chain.by_group, ALL_GROUPS)
+        for name in ("prior_chain", "posterior_chain"):
+            with within(name):
+                unknown = "must be 0, because joint training changes the latents' typical set"
+                require(getattr(self, name), "norm_limit", getattr(self, name).norm_limit == 0, unknown)
 
 
 def paper_joint() -> JointConfig:

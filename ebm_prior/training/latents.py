@@ -19,6 +19,7 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone, Trace
 from ebm_prior.model.energy import JointEnergy, values
+from ebm_prior.model.samplers import norm
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.objectives import Gain, gain, temper
 
@@ -157,6 +158,17 @@ class Draws:
             torch.stack(group).sum(0)
             for group in zip(*self._of_images(indices, Purpose.MOMENTS, self.energy.moments), strict=True)
         ]
+
+    def norms(self, indices: Tensor) -> Tensor:
+        """‖ε‖/√D of a posterior draw of each image, (N,)."""
+
+        def drawn(batch: tuple[int, Tensor]) -> Tensor:
+            generator = derived_generator(self.config.seed, Purpose.TYPICAL_NORM, batch[0], device=self.like.device)
+            with torch.no_grad():
+                found = self.backbone.infer(self.observed(batch[1], generator), generator=generator)
+                return norm(found.eps).cpu()
+
+        return torch.cat(self.processes.map(drawn, self._batches(indices)))
 
     def _of_images(
         self, indices: Tensor, purpose: Purpose, read: Callable[[list[Tensor]], list[Tensor]]

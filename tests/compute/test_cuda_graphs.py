@@ -15,9 +15,10 @@ from torch import Tensor
 from ebm_prior.compute import cuda_graphs
 from ebm_prior.compute.cuda_graphs import Graph, Graphs
 from ebm_prior.compute.randomness import BlockGenerator, derived_generator, standard_normal, uniform
+from ebm_prior.model.drawing import draw
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.samplers import GraphedPotential, Kernel, SamplerConfig, draw, langevin_step, pcn_langevin_step
+from ebm_prior.model.samplers import GraphedPotential, Kernel, SamplerConfig, langevin_step, pcn_langevin_step
 from ebm_prior.storage.checkpoint import load_backbone
 
 KERNELS = (langevin_step, pcn_langevin_step, partial(pcn_langevin_step, leapfrogs=3))

@@ -16,10 +16,11 @@ from toys import LinearGaussian, ToyConv
 from ebm_prior.compute.randomness import BlockGenerator, derived_generator
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.model.backbone import Backbone, Gaussian, LatentGroup
+from ebm_prior.model.drawing import draw
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.model.latents import require_latents
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.samplers import draw, start
+from ebm_prior.model.samplers import start
 
 TOYS = [LinearGaussian, ToyConv]
 

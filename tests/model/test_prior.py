@@ -18,8 +18,9 @@ from ebm_prior.compute.randomness import BlockGenerator, derived_generator
 from ebm_prior.errors import RegimeError
 from ebm_prior.model.backbone import Backbone, Draw, Gaussian
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
-from ebm_prior.model.prior import ANCESTRAL, EBMPrior, Samples
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig, start
+from ebm_prior.model.samples import Samples
 
 SAMPLERS = {
     "ancestral": ANCESTRAL,

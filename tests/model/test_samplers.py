@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ebm_prior.compute.randomness import Generator, derived_generator
 from ebm_prior.errors import ConfigurationError, DivergenceError
+from ebm_prior.model.drawing import draw
 from ebm_prior.model.samplers import (
     JITTER,
     TARGET_ACCEPTANCE,
     ChainInfo,
     ChainState,
     SamplerConfig,
-    draw,
     effective_sample_size,
     langevin_step,
     norm,

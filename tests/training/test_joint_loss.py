@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from toys import LinearGaussian
 
 from ebm_prior.model.backbone import Gaussian, PosteriorDraw
-from ebm_prior.model.samplers import SamplerConfig, draw
+from ebm_prior.model.drawing import draw
+from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.training.joint_loss import potential, terms
 
 TOP, BOTTOM = 2, 3

@@ -107,7 +107,7 @@ def evaluate(
 
     >>> result = evaluate(prior, images, config={"samples": 32, "auc": False}, classifier=classifier)
     >>> sorted(result)[:4]
-    ['acceptance', 'data', 'ess_fraction', 'extractor']
+    ['acceptance', 'beyond_limit', 'data', 'ess_fraction']
     """
     if not isinstance(prior, EBMPrior):
         raise ConfigurationError(f"expected a prior, found {described(prior)}: fit or load_prior gives one")

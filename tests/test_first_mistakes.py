@@ -286,7 +286,7 @@ def test_no_samples_are_an_empty_result(bench: Bench) -> None:
     nothing, two = bench.prior.sample(0), bench.prior.sample(2)
     assert [z.shape for z in nothing.z] == [(0, *z.shape[1:]) for z in two.z]
     assert nothing.images.shape == (0, 1, 8, 8)
-    assert [len(column) for column in nothing[3:]] == [0, 0, 0]
+    assert [len(column) for column in nothing[3:]] == [0] * 4
     assert bench.prior.scores(bench.images[:0], Form(0))[Form(0)].shape == (0,)
 
 

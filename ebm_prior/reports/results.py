@@ -24,7 +24,7 @@ COUNT = whole(0, 10**15)
 SEED = whole(0, 10**300)
 SAMPLER = fields(
     {"proposals": COUNT, "steps": COUNT, "kernel": text(), "step_size": measured, "temperature": measured},
-    {"leapfrogs": COUNT},
+    {"leapfrogs": COUNT, "norm_limit": measured, "by_group": flag},
 )
 _DISTANCES = fields({"fid": measured, "kid": measured}, {"inception_score": measured, "inception_score_sd": measured})
 CARD = fields(
@@ -70,6 +70,7 @@ EVALUATION = fields(
         "prior": text(),
         "command": text(),
         "held_out": flag,
+        **dict.fromkeys(("restarted", "beyond_limit"), COUNT),
         **dict.fromkeys(("f_posterior", "f_backbone", "f_prior", "auc_before", "auc_after"), measured),
         "auc_before_per_group": mapping(measured),
         "auc_after_per_group": mapping(measured),

@@ -80,7 +80,7 @@ def refusal_text(result: Mapping[str, Any]) -> str:
     """How many chains of `sample` or `eval` began anew, or an empty text where none did."""
     if not result.get("restarted"):
         return ""
-    beyond = result["beyond_limit"]
+    beyond = result.get("beyond_limit", 0)
     kept = f"; {beyond:,} left it each time, and the nearest to it is kept" if beyond else ""
     return f"{result['restarted']:,} of {result['samples']:,} chains left the typical set and began anew{kept}"
 

@@ -184,10 +184,10 @@ def paper_preset() -> FitConfig:
 
 
 def refiner_preset() -> FitConfig:
-    """A refiner for samples, by short chains on the exact target: the best that was measured (training/README.md).
+    """A refiner for samples, by short chains on the exact target (training/README.md says why).
 
     Steps of s = .01 that move, a rate twenty times the published one that falls along a cosine, a moving average of the
-    weights, and no chains outside the typical set. The number of steps of its sampler is chosen at the end.
+    weights, and no chains outside the typical set.
     """
     return FitConfig(
         objective="mle",

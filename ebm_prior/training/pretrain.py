@@ -232,14 +232,16 @@ def balance(kl: Tensor, groups: Sequence[LatentGroup]) -> Tensor:
 
 
 def _optimizer(backbone: Backbone, config: PretrainConfig) -> torch.optim.Optimizer:
-    kinds = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
-    return kinds[config.optimizer](
-        backbone.parameters(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-    )
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamax":
+        return torch.optim.Adamax(backbone.parameters(), **settings)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(backbone.parameters(), **settings)
 
 
 def _observed(

@@ -93,7 +93,7 @@ def fit_into(
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed, progress=progress)
     files = {"prior": str(path), "picture": str(before_after)}
-    counted = {"parameters": parameters(backbone, config.energy, module), "cpu_seconds": seconds}
+    counted = {"parameters": parameters(backbone, config.heads, module), "cpu_seconds": seconds}
     return files | counted | _summary(prior)
 
 

@@ -107,12 +107,18 @@ def test_results_and_progress_do_not_mix(workshop: Workshop, fit_words: list[obj
 # JSON.
 
 
+@pytest.mark.parametrize("ratios", ["one", "groupwise"])
+def test_fit_counts_the_parameters_of_the_heads(
+    ratios: str, workshop: Workshop, fit_words: list[object], tmp_path: Path
+) -> None:
+    shown = json.loads(workshop.run(*fit_words, "--ratios", ratios, "--out", tmp_path / "run", "--json").stdout)
+    assert shown["parameters"]["heads"] == sum(p.numel() for p in load_prior(shown["prior"]).energy.parameters())
+
+
 def test_fit_reports(workshop: Workshop, fit_words: list[object], tmp_path: Path) -> None:
     shown = json.loads(workshop.run(*fit_words, "--out", tmp_path / "run", "--json").stdout)
     assert shown["prior"] == str(tmp_path / "run" / "prior.safetensors")
     assert Path(shown["picture"]).is_file()
-    heads = JointEnergy(load_backbone(None, workshop.backbone).groups, load_prior(shown["prior"]).energy.config)
-    assert shown["parameters"]["heads"] == sum(p.numel() for p in heads.parameters())
     assert shown["sampler"]["proposals"] == 2
     text = workshop.run(*fit_words, "--out", tmp_path / "other").stdout
     assert f"{shown['held_out']['tempered']['nats']:+.3f}" in text

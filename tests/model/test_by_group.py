@@ -196,6 +196,12 @@ def test_completion_and_scores_draw_by_group(prior: EBMPrior, monkeypatch: pytes
     assert (found[forms[0]] != found[forms[2]]).all()
 
 
+def test_it_has_no_limit_of_the_norm() -> None:
+    """The limit is one of all groups together, and here each group is drawn for itself."""
+    with pytest.raises(ConfigurationError, match="norm_limit must be 0 with by_group"):
+        SamplerConfig(by_group=True, norm_limit=1.1)
+
+
 def test_it_needs_a_sum_over_groups(prior: EBMPrior) -> None:
     backbone = prior.backbone
     joint = EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig(channels=4, hidden=8)))

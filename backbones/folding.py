@@ -1,7 +1,7 @@
 """Exact folding: from a frozen network, a second one that computes the same function faster.
 
-If nearly all work of a network is in cells of one kind, `CellBackbone` can run the cells in a lower precision,
-recompute them in the backward pass to save memory, and compile them.
+If nearly all work of a network is in cells of one kind, `CellBackbone` can run the cells in a lower precision and
+compile them, in training too, and recompute those of a frozen network in the backward pass to save memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Generic, TypeVar, cast
 
 import torch
@@ -96,40 +97,64 @@ def constants(network: Network) -> Network:
     return network
 
 
-class InferenceCell(nn.Module):
-    """A cell of a folded network: a function `compute` of a map (B, C, H, W), and flags for how it is run."""
+class NetworkCell(nn.Module):
+    """A cell of a network: a function `compute` of a map (B, C, H, W), and flags for how it is run."""
 
     branch_dtype: torch.dtype | None = None  # None: that of the input
-    recomputed = False  # keep only the input for the backward pass, and compute the rest again there
     compiled = False  # by torch.compile, which fuses elementwise operations
 
     @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
-        """The cell's result, or the part of it that is worth recomputing and compiling."""
+        """The cell's result, or the part of it that is worth compiling and recomputing."""
+
+    def lower(self, dtype: torch.dtype) -> None:
+        """Run the branch in a lower precision. The residual stream keeps the precision of the input."""
+        self.branch_dtype = dtype
+
+    def in_branch(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`branch` of x, in x's dtype; with a `branch_dtype` computed under autocast, with the weights as they are."""
+        if self.branch_dtype is None:
+            return branch(x)
+        with torch.autocast(x.device.type, self.branch_dtype):
+            return branch(x).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`compute`, run as the flags say."""
+        return self.run(x)
+
+    @property
+    def run(self) -> Callable[[Tensor], Tensor]:
+        """`compute`, compiled or not."""
+        return partial(_compiled(type(self)) if self.compiled else type(self).compute, self)
+
+
+class InferenceCell(NetworkCell):
+    """A cell of a folded network, with constant weights."""
+
+    recomputed = False  # keep only the input for the backward pass, and compute the rest again there
 
     @abstractmethod
     def branch(self) -> Sequence[nn.Module]:
         """The modules that run in `branch_dtype`."""
 
     def lower(self, dtype: torch.dtype) -> None:
-        """Run the branch in a lower precision. The residual stream keeps the precision of the input."""
-        self.branch_dtype = dtype
+        """Run the branch in a lower precision, to which its weights are rounded once."""
+        super().lower(dtype)
         for module in self.branch():
             module.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`compute`, run as the flags say."""
-        run = _compiled(type(self)) if self.compiled else type(self).compute
         if not (self.recomputed and torch.is_grad_enabled() and x.requires_grad):
-            return run(self, x)
-        again: Tensor = checkpoint(run, self, x, use_reentrant=False, preserve_rng_state=False)
+            return self.run(x)
+        again: Tensor = checkpoint(self.run, x, use_reentrant=False, preserve_rng_state=False)
         return again
 
 
-_COMPILED: dict[type[InferenceCell], Callable[[InferenceCell, Tensor], Tensor]] = {}
+_COMPILED: dict[type[NetworkCell], Callable[[NetworkCell, Tensor], Tensor]] = {}
 
 
-def _compiled(kind: type[InferenceCell]) -> Callable[[InferenceCell, Tensor], Tensor]:
+def _compiled(kind: type[NetworkCell]) -> Callable[[NetworkCell, Tensor], Tensor]:
     """`compute` of a kind of cells compiled: once for all cells of one shape, at their first pass."""
     if kind not in _COMPILED:
         import torch._dynamo  # imported here, because it is slow and only needed for compiling
@@ -140,7 +165,17 @@ def _compiled(kind: type[InferenceCell]) -> Callable[[InferenceCell, Tensor], Te
 
 
 class CellBackbone(FoldableBackbone[Network]):
-    """A foldable backbone with a folded network that consists mostly of `InferenceCell`s."""
+    """A foldable backbone whose network consists mostly of `NetworkCell`s, and the folded one of `InferenceCell`s."""
+
+    def for_training(self, *, cells: torch.dtype | None = None, compiled: bool = False) -> Backbone:
+        """This backbone with modules of their own around the same tensors, whose cells run so, by autocast."""
+        tensors = [*self.parameters(), *self.buffers()]
+        twin = copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
+        for cell in _cells_of(twin.network):
+            cell.compiled = compiled
+            if cells is not None:
+                cell.lower(cells)
+        return twin
 
     def lower(self, folded: Network, cells: torch.dtype) -> None:
         """Run the branches of the cells in the dtype `cells`; the residual stream and all else stay as they are."""
@@ -162,5 +197,5 @@ class CellBackbone(FoldableBackbone[Network]):
         return folded
 
 
-def _cells_of(network: nn.Module) -> list[InferenceCell]:
-    return [module for module in network.modules() if isinstance(module, InferenceCell)]
+def _cells_of(network: nn.Module) -> list[NetworkCell]:
+    return [module for module in network.modules() if isinstance(module, NetworkCell)]

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from ebm_prior.backbones.folding import NetworkCell
 from torch import Tensor, nn
 
 Stride = Literal[-1, 1, 2]
@@ -182,7 +183,7 @@ def _skip(in_channels: int, out_channels: int, stride: Stride) -> nn.Module:
     return nn.Sequential(bilinear, NormedConv2d(in_channels, out_channels, 1, bias=False))
 
 
-class Cell(nn.Module):
+class Cell(NetworkCell):
     """skip(x) + 0.1·SE(ops(x)): (B, C_in, H, W) to (B, C_out, …) of the size that the stride says."""
 
     def __init__(self, skip: nn.Module, ops: list[nn.Module], squeeze_excite: SqueezeExcite | None) -> None:
@@ -191,15 +192,16 @@ class Cell(nn.Module):
         self._ops = nn.ModuleList(ops)
         self.se = squeeze_excite
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """The residual sum."""
-        y = x
-        for op in self._ops:
-            y = op(y)
-        if self.se is not None:
-            y = self.se(y)
+        y = self.in_branch(self._residual, x)
         sum_: Tensor = self.skip(x) + 0.1 * y
         return sum_
+
+    def _residual(self, y: Tensor) -> Tensor:
+        for op in self._ops:
+            y = op(y)
+        return y if self.se is None else self.se(y)
 
 
 def _width(channels: int, stride: Stride) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from ebm_prior.backbones.folding import NetworkCell
 from ebm_prior.backbones.vdvae.options import Architecture, Place
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ class Features(NamedTuple):
     z: Tensor
 
 
-class Block(nn.Module):
+class Block(NetworkCell):
     """Four convolutions, each after a GELU: 1×1, twice 3×3 (1×1 at sides 1 and 2), 1×1.
 
     (B, C_in, r, r) to (B, C_out, r, r); with `residual` the input is added.
@@ -49,10 +50,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """h(x), or x + h(x)."""
-        y = x
+        y = super().forward(x)
+        return x + y if self.residual else y
+
+    def compute(self, x: Tensor) -> Tensor:
+        """h(x)."""
+        return self.in_branch(self._branch, x)
+
+    def _branch(self, y: Tensor) -> Tensor:
         for convolution in (self.c1, self.c2, self.c3, self.c4):
             y = convolution(F.gelu(y))
-        return x + y if self.residual else y
+        return y
 
 
 def _convolution(channels: int, out: int, kernel: int, *, scale: float = 1.0) -> nn.Conv2d:

@@ -53,26 +53,30 @@ def fit(
     _show(training, images, need, memory, _folder(out, "fit"), files, as_json, remarks)
 
 
-def pretrain(backbone: Backbone, images: ImageSource, config: PretrainConfig, out: Path | None, as_json: bool) -> None:
-    """Say what `ebm-prior pretrain` would do."""
-    training = Pretraining(backbone, _few(images, config.batch_size), config)
-    _show_learning(training, images, _folder(out, "pretrain"), [*IN_RUN, "backbone.safetensors"], as_json)
+def pretrain(
+    backbone: Backbone,
+    images: ImageSource,
+    need: Need,
+    config: PretrainConfig,
+    passes: Passes,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Say what `ebm-prior pretrain` would do; `need`: the memory that it takes."""
+    memory = require_memory(need, passes.device)
+    training = Pretraining(backbone, _few(images, config.batch_size), config, passes=passes)
+    _show(training, images, need, memory, _folder(out, "pretrain"), [*IN_RUN, "backbone.safetensors"], as_json)
 
 
 def train(backbone: Backbone, images: ImageSource, config: JointConfig, out: Path | None, as_json: bool) -> None:
     """Say what `ebm-prior train` would do."""
+    folder = _folder(out, "train")
     some = _few(images, config.batch_size)
     training = JointTraining(backbone, some, config, some)
     training.iteration = max(0, config.iterations - STEPS - 2)  # when the energy has joined
     files = [*IN_RUN, "backbone.safetensors", "prior.safetensors"]
-    _show_learning(training, images, _folder(out, "train"), files, as_json)
-
-
-def _show_learning(training: Training, images: ImageSource, folder: Path, files: Sequence[str], as_json: bool) -> None:
-    """Say what the training of a whole network does."""
-    device = next(training.network.parameters()).device
     need = for_step(training.step, "a step and its optimizer", "--batch-size")
-    _show(training, images, need, require_memory(need, device), folder, files, as_json)
+    _show(training, images, need, require_memory(need, training.device), folder, files, as_json)
 
 
 def _show(

@@ -43,7 +43,7 @@ SECTIONS = {
         "latents-2d": Entry("experiments:two_dimensions", "Remake Figure 2: two latents in each of two layers."),
     },
 }
-SHARED = ("fit", "sample", "eval")  # commands that several processes of torchrun can share
+SHARED = ("fit", "pretrain", "sample", "eval")  # commands that several processes of torchrun can share
 
 
 @click.group(

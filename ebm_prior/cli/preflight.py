@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ebm_prior.cli.allocator import return_freed_memory
 from ebm_prior.compute.memory import free_bytes, peak_bytes
 from ebm_prior.compute.randomness import BLOCK, derived_generator
+from ebm_prior.data.source import ImageSource
 from ebm_prior.errors import MemoryLimitError, few
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.by_group import draw_by_group
@@ -27,15 +28,22 @@ from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig, kernel_of, start
 from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.held_images import held_bytes
 from ebm_prior.training.latents import PRIOR_DRAWS, held_out_count
+from ebm_prior.training.pretrain import EVALUATED, Pretraining, evaluate_elbo
+from ebm_prior.training.pretrain_config import PretrainConfig
 from ebm_prior.training.stages import draws_at_once
 
 UNITS = {"KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
 MEASURED = 2  # chains in the step that is measured
 # Memory of the process as a multiple of the tensors' own, on a CPU: of a fit 1.09 to 1.24 was measured, and 2.7 of
-# 1,024 draws from the bundled BIVA at a time, whose convolutions need room that no tensor shows.
-FIT_OVERHEAD, OVERHEAD = 1.2, 2.75
+# 1,024 draws from the bundled BIVA at a time, whose convolutions need room that no tensor shows. Of pretraining an NVAE
+# and a VDVAE, 1.25 to 1.38 was measured.
+FIT_OVERHEAD, PRETRAIN_OVERHEAD, OVERHEAD = 1.2, 1.4, 2.75
 COPIES = 11  # of the heads' weights: learned, averaged, best, the optimizer's two, all in the last good state, gradient
+# Copies of a backbone's weights in pretraining, beside those that the command has loaded. In a step: the average, the
+# optimizer's two, the gradient, and four in the last good state. When a state is saved: four more.
+LEARNED, SAVED = 8, 12
 PROBE = 16  # latents at which the heads' gradient is measured
 
 
@@ -103,6 +111,58 @@ def for_fit(
         phases.append(Need(kept + at_work, f"{chains} chains at a time", remedy))
     largest = max(phases, key=lambda need: need.bytes)
     return largest._replace(bytes=int(FIT_OVERHEAD * largest.bytes))
+
+
+def for_pretrain(
+    backbone: Backbone, train: ImageSource, test: ImageSource, config: PretrainConfig, passes: Passes = PLAIN
+) -> Need:
+    """Memory for pretraining on the images `train`, with evaluations on `test`: the largest of what it alternates.
+
+    A step on a part of the batch; the copies of all weights when a state is saved; and the ELBO of test images. The
+    images that stay on the device are added. `passes`: how the backbone is going to be computed.
+    """
+    device, rows = next(backbone.parameters()).device, config.batch_size // config.parts
+    weights = sum(tensor.nbytes for tensor in [*backbone.parameters(), *backbone.buffers()])
+    held = held_bytes(train, backbone.image_shape, device)
+    evaluated = min(EVALUATED, len(test))
+    constant, each, measured = _for_images(backbone, train, config, passes)
+    cells = type(backbone).for_training is not Backbone.for_training and passes.dtype != torch.bfloat16
+    smaller = [f"--parts above {config.parts}", f"--batch-size below {config.batch_size}"]
+    network = "a smaller network"
+    phases = [
+        Need(
+            (LEARNED + (config.parts > 1)) * weights + constant + rows * each,
+            f"a step on {rows} images",
+            _one_of(*smaller, *["--precision bf16"] * cells),
+        ),
+        Need(SAVED * weights, "the weights in training and in two saved states", network),
+        Need(LEARNED * weights + evaluated * measured, f"the ELBO of {evaluated} images", network),
+    ]
+    largest = max(phases, key=lambda need: need.bytes)
+    return largest._replace(bytes=int(PRETRAIN_OVERHEAD * (held + largest.bytes)))
+
+
+def _for_images(
+    backbone: Backbone, images: ImageSource, config: PretrainConfig, passes: Passes
+) -> tuple[int, int, int]:
+    """Bytes that images take in a step of pretraining: a constant, and for each; then for each in an evaluation."""
+    some = images.subset(range(min(2 * MEASURED, len(images))))
+    passes = replace(passes, compiled=False)
+    few, more = (
+        Pretraining(copy.deepcopy(backbone), some, replace(config, batch_size=rows, parts=1), passes=passes)
+        for rows in (MEASURED, 2 * MEASURED)
+    )
+    at_few, at_more = (_gradient_bytes(training) for training in (few, more))
+    each = (at_more - at_few) // MEASURED
+    evaluated = peak_bytes(lambda: evaluate_elbo(few.average, some)) // len(some)
+    return max(0, at_few - MEASURED * each), each, evaluated
+
+
+def _gradient_bytes(training: Pretraining) -> int:
+    """Bytes at the peak of a step's backward pass, apart from the gradient itself."""
+    for parameter in training.parameters:  # so that the gradient is added to what is there
+        parameter.grad = torch.zeros_like(parameter)
+    return peak_bytes(lambda: training.share(0)[0].backward())  # type: ignore[no-untyped-call]
 
 
 def for_step(step: Callable[[], object], of: str, remedy: str) -> Need:

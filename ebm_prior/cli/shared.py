@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -59,10 +59,10 @@ DEVICE_NAME = click.option(
 )
 
 
-def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command], Command]:
+def passes_options(*precisions: str, cells: Sequence[Callable[[Any], Any]] = ()) -> Callable[[Command], Command]:
     """Options for how a backbone is computed; the command receives them as one argument, `passes: Passes`.
 
-    `precisions`: choices of --precision. `cells`: whether to add --checkpointing and --compile.
+    `precisions`: choices of --precision. `cells`: which of the options CHECKPOINTING and COMPILE to add.
     """
     half = "; bf16: bfloat16 in the cells of an NVAE or VDVAE, float32 elsewhere" if "bf16" in precisions else ""
     options = [
@@ -87,31 +87,30 @@ def passes_options(*precisions: str, cells: bool = False) -> Callable[[Command],
             passes = Passes(torch_device(device), DTYPES[dtype], checkpointing, compiled)
             return command(passes=passes, **given)
 
-        return cast(Command, together(*(CELLS if cells else ()), *options)(with_passes))
+        return cast(Command, together(*cells, *options)(with_passes))
 
     return decorate
 
 
-CELLS = (
-    click.option(
-        "--checkpointing",
-        cls=Option,
-        section=MACHINE,
-        is_flag=True,
-        help="Recompute the cells of an NVAE or VDVAE in the backward pass: less memory, equal results",
-    ),
-    click.option(
-        "--compile",
-        "compiled",
-        cls=Option,
-        section=MACHINE,
-        is_flag=True,
-        help="Fuse the cells of an NVAE or VDVAE with torch.compile: slower at first, then faster on a GPU",
-    ),
+CHECKPOINTING = click.option(
+    "--checkpointing",
+    cls=Option,
+    section=MACHINE,
+    is_flag=True,
+    help="Recompute the cells of an NVAE or VDVAE in the backward pass: less memory, equal results",
 )
-PASSES = passes_options(*DTYPES, cells=True)  # commands whose time and memory the chains take
+COMPILE = click.option(
+    "--compile",
+    "compiled",
+    cls=Option,
+    section=MACHINE,
+    is_flag=True,
+    help="Fuse the cells of an NVAE or VDVAE with torch.compile: slower at first, then faster on a GPU",
+)
+PASSES = passes_options(*DTYPES, cells=(CHECKPOINTING, COMPILE))  # commands whose time and memory the chains take
 PLACE = passes_options(*DTYPES)  # commands that read a prior or a backbone
-TRAINING_PLACE = passes_options("float32", "float64")  # commands that train a network
+PRETRAIN_PLACE = passes_options(*DTYPES, cells=(COMPILE,))
+TRAINING_PLACE = passes_options("float32", "float64")  # joint training
 SEED = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all random numbers")
 RUN_SEED = click.option(
     "--seed", type=click.IntRange(0), help="Seed of all random numbers  [default: 0, or what a file of settings says]"

@@ -16,7 +16,7 @@ from ebm_prior.cli import dry_run as dry
 from ebm_prior.cli.help import Command
 from ebm_prior.cli.images import Opener
 from ebm_prior.cli.options import SUITED, config_options
-from ebm_prior.cli.preflight import for_fit
+from ebm_prior.cli.preflight import for_fit, for_pretrain
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
     BACKBONE,
@@ -24,6 +24,7 @@ from ebm_prior.cli.shared import (
     DATA,
     JSON,
     PASSES,
+    PRETRAIN_PLACE,
     RUN,
     RUN_SEED,
     TRAINING_PLACE,
@@ -58,6 +59,7 @@ from ebm_prior.training.pretrain_config import PretrainConfig
 
 HEADS = tuple(f"energy_{name}" for name in ("channels", "hidden", "vector_layers", "joint", "activation", "dropout"))
 UNGROUPED = ("energy_conditional", "energy_dropout")
+PLACES = ("data", "data_root", "out", "resume", "dry_run")
 PRESET_HELP = "Name of the settings to start from; other options change single ones"
 START = click.option(
     "--ckpt",
@@ -71,11 +73,7 @@ START = click.option(
     first=(
         "adapter_name",
         "checkpoint",
-        "data",
-        "data_root",
-        "out",
-        "resume",
-        "dry_run",
+        *PLACES,
         "preset",
         "iterations",
         "objective",
@@ -190,11 +188,7 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
         "adapter_name",
         "architecture",
         "checkpoint",
-        "data",
-        "data_root",
-        "out",
-        "resume",
-        "dry_run",
+        *PLACES,
         "iterations",
         "batch_size",
         "learning_rate",
@@ -212,7 +206,7 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
 @RUN
 @config_options(PretrainConfig)
 @RUN_SEED
-@TRAINING_PLACE
+@PRETRAIN_PLACE
 @watch_options()
 @dry.DRY_RUN
 @JSON
@@ -236,7 +230,9 @@ def pretrain(
 ) -> None:
     """Train a hierarchical VAE by its ELBO, from scratch or from the weights of --ckpt."""
     new_or_resumed(resume, overwrite)
-    config = resolve(PretrainConfig(), given | {"seed": seed}, config_file)
+    config, processes = resolve(PretrainConfig(), given | {"seed": seed}, config_file), launched_processes()
+    if given["parts"] is None and config.parts == 1:
+        config = replace(config, parts=processes.count)
     if checkpoint is not None:
         if architecture is not None:
             raise click.UsageError("--ckpt brings its own architecture: leave out --architecture")
@@ -251,9 +247,11 @@ def pretrain(
         open_images(data, split=split, data_root=data_root, download=download, image_shape=backbone.image_shape)
         for split in ("train", "test")
     )
+    need = for_pretrain(backbone, train, test, config, passes)
     if dry_run:
-        return dry.pretrain(backbone, train, config, out, as_json)
-    directory = run_directory(out, "pretrain", resume)
+        return dry.pretrain(backbone, train, need, config, passes, out, as_json)
+    preflight(need, passes.device)
+    directory = processes.of_first(lambda: run_directory(out, "pretrain", resume))
     with Bar("pretrain", config.iterations) as bar:
         result = pretrain_into(
             directory,
@@ -262,9 +260,11 @@ def pretrain(
             test,
             config,
             checkpoint=checkpoint,
+            passes=passes,
             resume=resume,
             overwrite=overwrite,
             progress=bar,
+            processes=processes,
             watch=watch,
         )
     show_result(result, as_json, summaries.pretrain_summary)
@@ -276,11 +276,7 @@ def pretrain(
         "adapter_name",
         "changes",
         "checkpoint",
-        "data",
-        "data_root",
-        "out",
-        "resume",
-        "dry_run",
+        *PLACES,
         "posterior",
         "prior",
         "iterations",

@@ -1,11 +1,11 @@
 """One run in several processes: each computes a share of the work, and then all processes have all results.
 
-    torchrun --nproc-per-node N -m ebm_prior fit|sample|eval …
+    torchrun --nproc-per-node N -m ebm_prior fit|pretrain|sample|eval …
 
 Every process runs the same program with the same settings. The work is shared by `Processes.map` over items, and the
 result of an item never depends on the process that computes it. Items are chunks of samples, parts of a batch, or
 batches of held-out images. So a run gives the same bits with any number of processes on machines of one kind. Results
-(gradients of the heads, moved chains, samples) are small, so they are exchanged through the hosts (gloo), even on GPUs.
+(gradients, moved chains, samples) are exchanged through the hosts (gloo), even on GPUs: most of them are small.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ebm_prior.errors import EbmPriorError, ProcessError
 
@@ -58,6 +60,14 @@ class Processes:
             raise failures[0]
         return [result for found, _ in shares for result in found]
 
+    def total(self, function: Callable[[Item], list[Any]], items: Sequence[Item]) -> list[Any]:
+        """The sum over all items of the lists of tensors that `function` returns, tensor by tensor.
+
+        It is taken in the order of the items, so its bits do not depend on the number of processes. A single process
+        holds one result beside the sum. Some tensors may be None in all lists.
+        """
+        return reduce(_plus, map(function, items) if self.count == 1 else self.map(function, items))
+
     def of_first(self, make: Callable[[], Result]) -> Result:
         """The result of `make`, which only the first process calls; all processes get it."""
         return self.map(lambda _: make(), range(1))[0]
@@ -82,6 +92,12 @@ class Processes:
 
 ALONE = Processes()
 """The processes of a run that has only one."""
+
+
+def _plus(total: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor | None]:
+    """`other` added to `total`, tensor by tensor, in place."""
+    torch._foreach_add_(*([tensor for tensor in each if tensor is not None] for each in (total, other)))
+    return total
 
 
 @contextlib.contextmanager

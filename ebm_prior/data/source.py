@@ -64,6 +64,7 @@ class ImageSource:
     """
 
     looks_itself = True  # at what it reads: `checked` leaves it as it is
+    fixed = True  # every read of an image gives the same pixels, so that they can be kept
 
     def __init__(
         self,
@@ -88,6 +89,11 @@ class ImageSource:
 
     def __repr__(self) -> str:
         return f"<ImageSource {self.name}: {len(self)} images {self.shape}, {'no ' * (self.labels is None)}labels>"
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the pixels are in memory already."""
+        return isinstance(self._store, Arrays)
 
     def batch(self, indices: Tensor | Sequence[int]) -> Tensor:
         """The images at `indices` (B,) as float32 (B, C, H, W) in [0, 1]: 8-bit pixels / 255, 16-bit ones / 65535.

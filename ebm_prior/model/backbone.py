@@ -233,6 +233,20 @@ class Backbone(nn.Module, ABC):
         """
         raise ConfigurationError(f"{type(self).__name__} has nothing to compile: leave out --compile")
 
+    def for_training(self, *, cells: torch.dtype | None = None, compiled: bool = False) -> Backbone:
+        """A backbone of the same tensors as this one, in train mode, for the steps of a training.
+
+        `cells`: a lower precision for the network's cells; weights, latents and densities keep theirs. `compiled`: fuse
+        the cells by torch.compile. The default is the backbone itself, which raises ConfigurationError for either.
+        """
+        if cells is not None:
+            raise ConfigurationError(
+                f"{type(self).__name__} has no cells that run in {cells}: leave the precision as is"
+            )
+        if compiled:
+            raise ConfigurationError(f"{type(self).__name__} has nothing to compile: leave out --compile")
+        return self
+
     def regularization(self) -> Tensor:
         """The term that pretraining adds to its loss, times `PretrainConfig.regularization`: a scalar. Default: 0."""
         return next(self.parameters()).new_zeros(())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Backbone
 
 CPU = torch.device("cpu")
@@ -38,6 +39,33 @@ class Passes:
         if self.checkpointing:
             backbone = backbone.checkpointing()
         return backbone.compiled() if self.compiled else backbone
+
+    def precision(self, backbone: Backbone) -> str:
+        """The precision in which the placed `backbone` computes, under its command-line name."""
+        return "bf16" if self.dtype == torch.bfloat16 else backbone.precision
+
+    def learning(self, backbone: Backbone) -> Backbone:
+        """The placed `backbone`, which is in train mode, with its cells run in this way, for the steps of a training.
+
+        Its tensors are those of `backbone`. Raises ConfigurationError where the adapter, the weights or the device do
+        not support it.
+        """
+        if self.checkpointing:
+            raise ConfigurationError("a network in training keeps its cells' maps: leave out --checkpointing")
+        half = self.dtype == torch.bfloat16
+        if half:
+            _require_bfloat16(next(backbone.parameters()))
+        return backbone.for_training(cells=self.dtype if half else None, compiled=self.compiled)
+
+
+def _require_bfloat16(like: torch.Tensor) -> None:
+    """Raise ConfigurationError where a network with parameters as `like` cannot have its cells in bfloat16."""
+    kind = like.device.type
+    if like.dtype != torch.float32:
+        found = str(like.dtype).removeprefix("torch.")
+        raise ConfigurationError(f"--precision bf16: expected weights in float32, found {found}: use .float()")
+    if not torch.amp.is_autocast_available(kind) or (kind == "cuda" and not torch.cuda.is_bf16_supported()):
+        raise ConfigurationError(f"--precision bf16: the device {like.device} has no bfloat16: leave it out")
 
 
 PLAIN = Passes()

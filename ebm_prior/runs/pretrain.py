@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.data.images import ImageSource
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
+from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.pictures.grids import save_png, titled_grids
 from ebm_prior.runs.data import remember, with_kept_name
 from ebm_prior.runs.folder import Run
@@ -33,20 +35,23 @@ def pretrain_into(
     checkpoint: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    passes: Passes = PLAIN,
     progress: Progress = SILENT,
+    processes: Processes = ALONE,
     watch: Watch = UNWATCHED,
 ) -> dict[str, Any]:
     """Train a backbone in a run directory: backbone.safetensors, metrics, pictures, resume state.
 
     `checkpoint`: the origin of its weights, for the record; None means from the seed. The test ELBO is None where
     `test` holds the training images, from a source without splits. Where training diverges a second time, the last good
-    backbone is written before DivergenceError is raised.
+    backbone is written before DivergenceError is raised. `passes`: how cells are computed in the steps. Only the first
+    of the `processes` writes files and reports to `progress`.
     """
     watch.require()
     inputs, start = network_inputs(backbone, train), start_record(checkpoint, backbone)
-    run = Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite)
-    board = watch.board(run)
-    remember(directory, train, inputs["images"])
+    inputs |= {"precision": passes.precision(backbone)}
+    run = processes.of_first(lambda: Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite))
+    processes.of_first(lambda: remember(directory, train, inputs["images"]))
     train = with_kept_name(directory, train, inputs["images"])
     held_out = None if test.fingerprint() == inputs["images"] else test
     path = directory / "backbone.safetensors"
@@ -59,13 +64,18 @@ def pretrain_into(
 
     def keep(trained: Backbone, diverged: str | None) -> None:
         nonlocal elbo
+        if not processes.first:
+            return
         if elbo is None and held_out is not None and diverged is None:  # a finished run, resumed
             elbo = evaluate_elbo(trained, held_out, seed=config.seed)
-        record = {**training_record(config, train, elbo), **start, **({"diverged": diverged} if diverged else {})}
-        save_backbone(trained, path, record=record)
+        record = {**training_record(config, train, elbo), **start, "precision": inputs["precision"]}
+        save_backbone(trained, path, record=record | ({"diverged": diverged} if diverged else {}))
 
-    show = pictures(directory, draw, progress, board=board)
-    told: dict[str, Any] = {"run": board or run, "validation": held_out, "progress": progress, "on_evaluate": show}
+    told: dict[str, Any] = {"validation": held_out, "passes": passes, "processes": processes}
+    if processes.first:
+        board = watch.board(run)
+        show = pictures(directory, draw, progress, board=board)
+        told |= {"run": board or run, "progress": progress, "on_evaluate": show}
     trained, seconds = timed(lambda: pretrain(backbone, train, config, **told), keep, path)
     return {
         "backbone": str(path),

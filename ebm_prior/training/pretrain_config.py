@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ebm_prior.settings import (
+    require,
     require_kinds,
     require_not_negative,
     require_positive,
@@ -21,6 +22,9 @@ class PretrainConfig:
 
     iterations: int = setting(12_000, "Number of gradient steps")
     batch_size: int = setting(128, "Images per gradient step")
+    parts: int = setting(
+        1, "Parts of a batch, computed one at a time, each with its own batch statistics; more parts need less memory"
+    )
     optimizer: Literal["adam", "adamax", "adamw"] = setting(
         "adam", "Optimizer of the weights; NVAE and BIVA were trained with adamax, VDVAE with adamw"
     )
@@ -58,6 +62,8 @@ class PretrainConfig:
         require_positive(
             self, "iterations", "batch_size", "learning_rate", "epsilon", "gradient_clip", "checkpoint_every"
         )
+        divides = f"must divide the batch of {self.batch_size}"
+        require(self, "parts", self.parts >= 1 and self.batch_size % self.parts == 0, divides)
         require_seed(self)
         require_shares(self, "kl_warmup", "rate_warmup")
         require_shares(self, "ema", "betas", open=True)

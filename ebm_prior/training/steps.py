@@ -62,23 +62,44 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
     _copy(average.buffers(), network.buffers())
 
 
-def update_average_with_buffers(average: nn.Module, network: nn.Module, decay: float, *, settled: bool) -> None:
-    """Exponential moving average of parameters and buffers; a copy of them until it has `settled`."""
-    kept, found = (chain(module.parameters(), module.buffers()) for module in (average, network))
-    if settled:
-        _average(kept, found, decay)
-    else:
-        _copy(kept, found)
+class MovingAverage:
+    """The exponential moving average of a network's parameters and buffers; a copy of them until it has settled.
+
+    The tensors are listed once, since listing those of a large network takes longer than averaging them on a GPU.
+    """
+
+    def __init__(self, average: nn.Module, network: nn.Module) -> None:
+        """`average`: a copy of `network`, which `update` changes in place."""
+        kept, found = (chain(module.parameters(), module.buffers()) for module in (average, network))
+        self._pairs = _by_kind(kept, found)
+
+    @torch.no_grad()
+    def update(self, decay: float, *, settled: bool) -> None:
+        """average ← decay · average + (1 − decay) · network, in place; without `settled` a copy."""
+        for kept, found in self._pairs:
+            if settled:
+                _lerp(kept, found, decay)
+            else:
+                torch._foreach_copy_(kept, found)
 
 
 @torch.no_grad()
 def _average(kept: Iterable[Tensor], found: Iterable[Tensor], decay: float) -> None:
     """kept ← decay · kept + (1 − decay) · found, in place."""
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    for pair in _by_kind(kept, found):
+        _lerp(*pair, decay)
+
+
+def _lerp(kept: list[Tensor], found: list[Tensor], decay: float) -> None:
+    """The same for tensors that are all of floating point, or none of them."""
+    get_ema_multi_avg_fn(decay)(kept, found, None)  # type: ignore[no-untyped-call]
+
+
+def _by_kind(kept: Iterable[Tensor], found: Iterable[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Tensors of floating point and others apart: numbers of batches, say, are averaged and cut to whole ones."""
     pairs = list(zip(kept, found, strict=True))
-    for floating in (True, False):  # numbers of batches, say, are averaged and cut to whole ones
-        if chosen := [pair for pair in pairs if pair[0].is_floating_point() == floating]:
-            average(*(list(tensors) for tensors in zip(*chosen, strict=True)), None)
+    chosen = ([pair for pair in pairs if pair[0].is_floating_point() == floating] for floating in (True, False))
+    return [([held for held, _ in kind], [new for _, new in kind]) for kind in chosen if kind]
 
 
 @torch.no_grad()

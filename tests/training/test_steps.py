@@ -11,12 +11,12 @@ from torch import nn
 
 from ebm_prior.errors import DivergenceError
 from ebm_prior.training.steps import (
+    MovingAverage,
     require_finite,
     require_gap,
     require_typical,
     scheduled_rate,
     set_learning_rate,
-    update_average_with_buffers,
 )
 
 
@@ -41,12 +41,13 @@ def test_an_average_with_buffers_is_that_of_torch() -> None:
     decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
     theirs = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
     ours = copy.deepcopy(network)
+    averaging = MovingAverage(ours, network)
     for step in range(4):
         network(torch.randn(8, 3, generator=torch.Generator().manual_seed(step)))
         with torch.no_grad():
             network[0].weight.add_(0.1)
         theirs.update_parameters(network)
-        update_average_with_buffers(ours, network, 0.9, settled=step > 0)
+        averaging.update(0.9, settled=step > 0)
     expected = theirs.module.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
 

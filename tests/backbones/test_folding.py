@@ -12,7 +12,7 @@ import tiny_hvae
 import tiny_nvae
 import tiny_vdvae
 import torch
-from ebm_prior.backbones.folding import FoldableBackbone
+from ebm_prior.backbones.folding import FoldableBackbone, NetworkCell
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -121,3 +121,17 @@ def test_train_mode_unfolds_and_refuses_to_fold() -> None:
     assert folded.train().running is folded.network is backbone.network
     with pytest.raises(ConfigurationError, match="eval mode"):
         backbone.train().for_inference()
+
+
+@of_cells
+def test_a_network_in_training_has_the_tensors_of_the_first_and_cells_of_its_own(make: Make) -> None:
+    backbone = copy.deepcopy(make()).train()
+    learning = backbone.for_training(cells=torch.bfloat16, compiled=True)
+    for own, first in ((learning.parameters(), backbone.parameters()), (learning.buffers(), backbone.buffers())):
+        assert all(a is b for a, b in zip(own, first, strict=True))
+    flags = [
+        {(cell.branch_dtype, cell.compiled) for cell in each.modules() if isinstance(cell, NetworkCell)}
+        for each in (learning, backbone)
+    ]
+    assert flags == [{(torch.bfloat16, True)}, {(None, False)}]
+    assert learning.training

@@ -202,7 +202,7 @@ def public(kind: type[Any], but: set[str]) -> set[str]:
 def test_every_public_method_is_in_the_test_of_settings() -> None:
     assert public(EBMPrior, {"to", "save", "load"}) == set(OF_PRIORS) - {"f at eps"}
     contract = {"top_down", "encode", "likelihood", "observe", "for_inference", "checkpointing", "compiled", "trace"}
-    assert public(Backbone, contract | {"regularization"}) == set(OF_BACKBONES)
+    assert public(Backbone, contract | {"for_training", "regularization"}) == set(OF_BACKBONES)
 
 
 @pytest.mark.parametrize("name", ["shallow", "nvae"])

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_nvae
 import torch
 from small_fits import OBJECTIVES, small
 from tiny_vdvae import tiny
+from toys import ToyConv
 from workshop import Workshop
 
 from ebm_prior.cli import preflight
 from ebm_prior.compute import memory
 from ebm_prior.data.forms import as_images
+from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import MemoryLimitError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.settings import configured
 from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.pretrain import pretrain
+from ebm_prior.training.pretrain_config import PretrainConfig
 from ebm_prior.training.stages import StageConfig, draws_at_once
 
 CPU = torch.device("cpu")
@@ -102,6 +109,54 @@ def test_a_fit_to_tens_of_groups_takes_what_was_expected_within_a_fifth(size: st
     taken = memory.peak_bytes(lambda: fit(backbone, as_images(images, backbone.image_shape), config))
     print(f"{course}, {size}: expected {expected / 2**20:.1f} MiB of tensors, taken {taken / 2**20:.1f}")
     assert expected == pytest.approx(taken, rel=0.2)
+
+
+PRETRAINED: dict[str, tuple[dict[str, Any], int, str]] = {  # settings, the number of images, what takes most
+    "whole": ({"batch_size": 24}, 20, "a step on 24 images"),
+    "parts": ({"batch_size": 24, "parts": 3}, 20, "a step on 8 images"),
+    "evaluation": ({"batch_size": 8, "optimizer": "adamax"}, 300, "the ELBO of 300 images"),
+    "weights": ({"batch_size": 2}, 4, "the weights in training and in two saved states"),
+}
+
+
+class Nowhere:
+    """A recorder that keeps nothing."""
+
+    def log(self, metrics: Mapping[str, Any]) -> None: ...
+    def note(self, shown: Mapping[str, Any]) -> None: ...
+    def save_state(self, state: Mapping[str, Any]) -> None: ...
+    def load_state(self) -> None: ...
+
+
+@pytest.mark.parametrize("passes", [PLAIN, Passes(dtype=torch.bfloat16)], ids=["float32", "bf16"])
+@pytest.mark.parametrize("case", PRETRAINED)
+def test_pretraining_takes_what_was_expected_within_a_fifth(case: str, passes: Passes) -> None:
+    changes, count, of = PRETRAINED[case]
+    side, width = (4, 24) if case == "weights" else (16, 8)
+    torch.manual_seed(0)
+    backbone = tiny_nvae.tiny(image_shape=[3, side, side], encoder_channels=width, decoder_channels=width)
+    pixels = torch.rand(count, *backbone.image_shape, generator=torch.Generator().manual_seed(0))
+    images = as_images(pixels, backbone.image_shape)
+    config = PretrainConfig(iterations=4, checkpoint_every=2, **changes)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    need = preflight.for_pretrain(backbone, images, images, config, passes)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    expected = need.bytes / preflight.PRETRAIN_OVERHEAD
+    taken = memory.peak_bytes(
+        lambda: pretrain(backbone, images, config, run=Nowhere(), validation=images, passes=passes)
+    )
+    print(f"{case}: expected {expected / 2**20:.1f} MiB of tensors, taken {taken / 2**20:.1f}")
+    assert expected == pytest.approx(taken, rel=0.2)
+    assert need.of == of
+    assert ("--precision bf16" in need.remedy) == (passes is PLAIN and of.startswith("a step"))
+
+
+def test_images_on_the_device_are_counted(images: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, config = ToyConv(), PretrainConfig(batch_size=4)
+    without = preflight.for_pretrain(backbone, images, images, config).bytes
+    monkeypatch.setattr(preflight, "held_bytes", lambda images, shape, device: 1000)
+    held = preflight.for_pretrain(backbone, images, images, config).bytes
+    assert held - without == pytest.approx(1000 * preflight.PRETRAIN_OVERHEAD, abs=1)
 
 
 def test_on_a_gpu_the_draws_of_a_part_move_together() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_nvae
 import torch
 from run_folders import metrics
 from small_fits import small
@@ -39,12 +40,16 @@ class Shared:
         data = ["--data", workshop.images, "--classifier", judge, "--no-auc", "--samples", 120, "--chunk", 64]
         broken = ["--kernel", "langevin", "--step-size", 2.0, "--steps", 20, "--temperature", 1e38]
         self.fit_words, self.folder = fit_words, folder
+        self.pretrain = ["pretrain", "--backbone", "nvae", "--architecture", _small_nvae(folder / "nvae.json")]
+        self.pretrain += ["--data", workshop.data_root / "mnist.npz", "--batch-size", 8, "--iterations", 4]
+        self.pretrain += ["--checkpoint-every", 2, "--regularization", 0.01, "--ema", 0.5]
         self.sample = ["sample", prior, "-n", 200, "--chunk", 64, "--steps", 2]
         self.eval = ["eval", prior, *data, "--steps", 2, "--json"]
         commands = [
             [*self.sample, "--out", folder / "two.npz"],
             self.eval,
             *([*fit_words, *FITS[name], "--out", folder / name] for name in FITS),
+            [*self.pretrain, "--out", folder / "pretrained"],
             ["sample", prior, "-n", 200, "--chunk", 64, *broken, "--out", folder / "broken.png"],
             ["backbones"],
             [*fit_words, "--out", folder / "killed"],
@@ -58,6 +63,12 @@ class Shared:
         self.codes = [json.loads(file.with_suffix(f".codes{rank}").read_text()) for rank in range(2)]
 
 
+def _small_nvae(path: Path) -> Path:
+    changes = {"image_shape": [1, 8, 8], "likelihood": "bernoulli"}
+    path.write_text(json.dumps({**tiny_nvae.tiny().architecture, **changes}))
+    return path
+
+
 @pytest.fixture(scope="module")
 def shared(
     workshop: Workshop, fitted: Path, small_options: list[str], tmp_path_factory: pytest.TempPathFactory
@@ -67,8 +78,8 @@ def shared(
 
 
 def test_exit_codes_are_those_of_one_process(shared: Shared) -> None:
-    assert shared.codes == [[0, 0, 0, 0, 0, 3, 1]] * 2
-    assert "several processes share fit, sample, eval; backbones runs in one" in shared.err
+    assert shared.codes == [[0, 0, 0, 0, 0, 0, 3, 1]] * 2
+    assert "several processes share fit, pretrain, sample, eval; backbones runs in one" in shared.err
 
 
 def test_samples(shared: Shared, workshop: Workshop, tmp_path: Path) -> None:
@@ -93,6 +104,16 @@ def test_fits(shared: Shared, workshop: Workshop, tmp_path: Path, name: str) -> 
     assert {path.name for path in two.iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
 
 
+def test_pretraining(shared: Shared, workshop: Workshop, tmp_path: Path) -> None:
+    """Of a network with batch norms, whose running statistics are those of all parts; and its test ELBO."""
+    one, two = tmp_path / "one", shared.folder / "pretrained"
+    workshop.run(*shared.pretrain, "--parts", 2, "--out", one)
+    assert (one / "backbone.safetensors").read_bytes() == (two / "backbone.safetensors").read_bytes()
+    assert metrics(one) == metrics(two)
+    assert "elbo" in metrics(two)[-1]
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+
+
 def test_a_killed_process_ends_the_run_which_one_process_can_resume(
     shared: Shared, workshop: Workshop, tmp_path: Path
 ) -> None:
@@ -110,6 +131,13 @@ def test_one_process_is_the_identity() -> None:
     assert ALONE.first
     assert ALONE.map(lambda item: 2 * item, [3, 1, 2]) == [6, 2, 4]
     assert ALONE.of_first(lambda: "made") == "made"
+
+
+def test_a_total_is_taken_in_order() -> None:
+    """Of 1, 1e8 and −1e8 in float32 the order decides; a tensor that none has stays out."""
+    parts = [[torch.tensor(value), None, torch.tensor([2, index])] for index, value in enumerate([1.0, 1e8, -1e8])]
+    total, none, counted = ALONE.total(lambda index: parts[index], range(3))
+    assert (float(total), none, counted.tolist()) == (0.0, None, [6, 3])
 
 
 @pytest.mark.parametrize("change", [{"parts": 3}, {"parts": 16}, {"parts": 0}])

@@ -204,5 +204,5 @@ def test_what_cannot_be_is_refused(images: ImageSource) -> None:
             pretrain(backbone, pictures(backbone), config, passes=passes)
     with pytest.raises(ConfigurationError, match="parts must divide the batch of 16, found 3"):
         PretrainConfig(**SMALL, parts=3)
-    with pytest.raises(ConfigurationError, match="2 processes share the parts of a batch.* found 1"):
+    with pytest.raises(ConfigurationError, match=r"2 processes share the parts of a batch.* found 1"):
         pretrain(ToyConv(), images, config, processes=Processes(0, 2))

@@ -168,7 +168,7 @@ class CellBackbone(FoldableBackbone[Network]):
     """A foldable backbone whose network consists mostly of `NetworkCell`s, and the folded one of `InferenceCell`s."""
 
     def for_training(self, *, cells: torch.dtype | None = None, compiled: bool = False) -> Backbone:
-        """This backbone with modules of their own around the same tensors, whose cells run so, by autocast."""
+        """A copy of the modules of this backbone around the same tensors, with cells compiled or under autocast."""
         tensors = [*self.parameters(), *self.buffers()]
         twin = copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
         for cell in _cells_of(twin.network):

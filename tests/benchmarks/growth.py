@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _case(backbone: object, batch: int, count: int) -> Callable[[], object]:
-    return partial(steps, Chain(backbone, paper_heads(backbone), batch, plain=False), count)  # type: ignore[arg-type]
+    return partial(steps, Chain(backbone, paper_heads(backbone), batch), count)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from ebm_prior.backbones.nvae.adapter import NVAE
 from torch import Tensor
 
@@ -31,6 +34,7 @@ from ebm_prior.model.samplers import ChainState, graphed, langevin_step, run_cha
 from ebm_prior.reports.text import table
 from ebm_prior.storage.checkpoint import load_backbone
 from ebm_prior.training.fit_config import paper_preset
+from ebm_prior.training.objectives import mle_loss
 
 SIZES: dict[str, dict[str, Any] | None] = {
     "small": {
@@ -88,22 +92,50 @@ def unfolded(backbone: Backbone) -> Backbone:
     return twin
 
 
+class Swish(torch.autograd.Function):
+    """x·sigmoid(x) as the published code has it: an own backward pass that keeps x and computes its sigmoid again."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        """x·sigmoid(x), element by element."""
+        context.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        """gradient · σ(x) · (1 + x·(1 − σ(x)))."""
+        (x,) = context.saved_tensors
+        sigmoid = torch.sigmoid(x)
+        return gradient * (sigmoid * (1 + x * (1 - sigmoid)))
+
+
+def swish(x: Tensor) -> Tensor:
+    """The published swish, in the place of torch.nn.functional.silu."""
+    result: Tensor = Swish.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
 class Plain:
     """A Langevin step as published: the unfolded network with its image head, heads one by one, log p_β(z) by autograd.
 
     The published code differentiates Σ_i mean f_i(z_i) + mean log p_β(z) at z = T_β(ε) with respect to ε and moves
-    ε ← ε + ½·s_code·B·gradient + √s_code·ξ, s_code = 2s.
+    ε ← ε + ½·s_code·B·gradient + √s_code·ξ, s_code = 2s. `fused`: with torch's fused swish in its place.
     """
 
-    def __init__(self, backbone: Backbone, energy: JointEnergy) -> None:
-        self.backbone, self.energy = backbone, energy
+    def __init__(self, backbone: Backbone, energy: JointEnergy, *, fused: bool) -> None:
+        self.backbone, self.energy, self.fused = unfolded(backbone), energy, fused
 
     def objective(self, eps: Sequence[Tensor]) -> Tensor:
         """A scalar."""
-        trace = self.backbone.transform(eps)
-        self.backbone.likelihood(trace.features)
+        with self.published():
+            trace = self.backbone.transform(eps)
+            self.backbone.likelihood(trace.features)
         terms = [head(z).mean() for head, z in zip(self.energy.heads.values(), trace.z, strict=True)]
         return torch.stack([*terms, trace.log_prior.sum(1).mean()]).sum()
+
+    def published(self) -> AbstractContextManager[object]:
+        """A context in which the network has this path's swish."""
+        return nullcontext() if self.fused else mock.patch.object(F, "silu", swish)
 
     def step(self, eps: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
         """The next ε, a list of (B, *group.shape)."""
@@ -115,17 +147,42 @@ class Plain:
             for e, g in zip(eps, gradients, strict=True)
         ]
 
+    def run(self, batch: int, steps: int, generator: torch.Generator) -> list[Tensor]:
+        """The ends of new chains, a list of (B, *group.shape)."""
+        eps: Sequence[Tensor] = self.backbone.standard_normal(batch, generator=generator)
+        for _ in range(steps):
+            eps = self.step(eps, generator)
+        return list(eps)
+
+    @torch.no_grad()
+    def sample(self, batch: int, steps: int, generator: torch.Generator) -> Tensor:
+        """Images (B, C, H, W): chains from new draws, decoded."""
+        eps = self.run(batch, steps, generator)
+        with self.published():
+            return self.backbone.likelihood(self.backbone.transform(eps).features).mean
+
+    def iteration(
+        self, images: Tensor, steps: int, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    ) -> None:
+        """A step of training: a posterior pass of `images` (B, C, H, W), chains, an update of the heads."""
+        with torch.no_grad(), self.published():
+            z_q = self.backbone.draw_posterior(images, generator=generator)
+            z_p = self.backbone.transform(self.run(len(images), steps, generator)).z
+        optimizer.zero_grad()
+        mle_loss(self.energy(z_q), self.energy(z_p), penalty=0.0).backward()
+        optimizer.step()
+
 
 class Chain:
-    """A batch of chains on a backbone, stepped as published or by `samplers.langevin_step` (the ε-target, folded)."""
+    """A batch of chains on a backbone, stepped by `plain` or by `samplers.langevin_step` (the ε-target, folded)."""
 
     def __init__(
-        self, backbone: Backbone, energy: JointEnergy, batch: int, *, plain: bool, graphs: bool = True
+        self, backbone: Backbone, energy: JointEnergy, batch: int, *, plain: Plain | None = None, graphs: bool = True
     ) -> None:
         device = next(backbone.parameters()).device
         self.generator = derived_generator(0, device=device)
         self.eps = backbone.standard_normal(batch, generator=self.generator)
-        self.plain = Plain(backbone, energy) if plain else None
+        self.plain = plain
         self.prior = EBMPrior(unfolded(backbone) if plain else backbone, energy)
         self.potential = graphed(self.prior.potential, device) if graphs else self.prior.potential
         self.step_size = torch.full((batch,), STEP_SIZE, device=device)

@@ -15,7 +15,7 @@ from ebm_prior.training.objectives import mle_loss
 def main() -> None:
     options = arguments(__doc__, size="published", batch=4, rounds=5)
     backbone = network(options.size)
-    chain = Chain(backbone, paper_heads(backbone), options.batch, plain=False)
+    chain = Chain(backbone, paper_heads(backbone), options.batch)
     folded = chain.prior.backbone
     images = torch.rand(options.batch, *folded.image_shape)
     heads = paper_heads(backbone).train().requires_grad_(True)

@@ -1,34 +1,43 @@
-"""Images per second of `sample` with the default sampler, through the unfolded backbone and the folded one.
+"""Images per second: `sample` through the unfolded backbone ("plain") and the folded one, and the published loop.
 
 python tests/benchmarks/sample.py --size bundled --images 64 --json out.json
 """
 
 from __future__ import annotations
 
-from measure import arguments, interleaved, network, paper_heads, report, unfolded
+from functools import partial
 
+from measure import STEP_SIZE, Plain, arguments, interleaved, network, paper_heads, report, unfolded
+
+from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 
-SAMPLERS = {"ancestral": ANCESTRAL, "default": SamplerConfig(), "chains of 40 alone": SamplerConfig(proposals=1)}
+LANGEVIN = "chains of 40, Langevin"
+SAMPLERS = {
+    "ancestral": ANCESTRAL,
+    "default": SamplerConfig(),
+    LANGEVIN: SamplerConfig(proposals=1, kernel="langevin", steps=40, step_size=STEP_SIZE),
+}
 
 
 def main() -> None:
     options = arguments(__doc__, size=["bundled"], images=64, rounds=3)
     rows = []
     for size in options.size:
-        backbones = {"plain": unfolded(network(size)), "ours": network(size)}
-        priors = {
-            name: EBMPrior(backbone, paper_heads(backbone, EnergyConfig(joint=0)))
-            for name, backbone in backbones.items()
-        }
+        backbone = network(size)
+        energy = paper_heads(backbone, EnergyConfig(joint=0))
+        priors = {"plain": EBMPrior(unfolded(backbone), energy), "ours": EBMPrior(backbone, energy)}
         for sampler, config in SAMPLERS.items():
             runs = {n: lambda p=p, c=config: p.sample(options.images, sampler=c) for n, p in priors.items()}
-            plain, ours = interleaved(runs, options.rounds).values()
-            row = {"size": size, "sampler": sampler, "images": options.images}
-            rates = {"plain images/s": options.images / plain, "ours images/s": options.images / ours}
-            rows.append({**row, **rates, "faster": plain / ours})
+            if sampler == LANGEVIN:
+                published = Plain(backbone, energy, fused=False)
+                runs["published"] = partial(published.sample, options.images, config.steps, derived_generator(0))
+            rates = {name: options.images / seconds for name, seconds in interleaved(runs, options.rounds).items()}
+            for name, rate in rates.items():
+                row = {"size": size, "images": options.images, "sampler": sampler, "path": name, "images/s": rate}
+                rows.append({**row, "ours / this": rates["ours"] / rate})
     report("Sampling, image head included", rows, options.json)
 
 

@@ -174,7 +174,7 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
     refuse_unused(
         given, ("patience", "ess_floor"), density, "only a calibrated prior has a held-out gain, and a refiner is none"
     )
-    refuse_unused(given, ("ratios",), config.objective == "nce", "only --objective nce learns density ratios")
+    refuse_unused(given, ("ratios", "noise_weight"), not mle, "only --objective nce learns density ratios")
     refuse_unused(
         given, ("stage_",), "groupwise" != config.ratios != "one", "only --ratios staged and auto have stages"
     )

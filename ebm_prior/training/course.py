@@ -120,7 +120,7 @@ class Course(ABC):
 
     def loss(self, f_q: Tensor, f_p: Tensor) -> Tensor:
         """The loss, a scalar, from the logits of positives f_q and of negatives f_p."""
-        return nce_loss(f_q, f_p)
+        return nce_loss(f_q, f_p, self.config.noise_weight)
 
     def after(self, kept: Sequence[Any], iteration: int) -> Course:
         """Called after each step, when `iteration` steps are done; returns the course that takes the next step.

@@ -75,6 +75,9 @@ class FitConfig:
         "Let a refiner's chains that leave the typical set of posterior latents begin anew (only with --regime "
         "refiner)",
     )
+    noise_weight: float = later_setting(
+        1.0, "Weight of the prior draws against the posterior draws in the loss (only with --objective nce)"
+    )
     gradient_clip: float = later_setting(
         0.0, "Largest norm of a gradient; a larger one is scaled down to it; 0: no limit"
     )
@@ -98,6 +101,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         require_kinds(self)
         require_positive(self, "iterations", "batch_size", "learning_rate", "held_out", "evaluate_every", "patience")
+        require_positive(self, "noise_weight")
         most, draws = min(self.batch_size, self.stage.particles), self.stage.particles
         parts = f"must divide the batch of {self.batch_size} and be at most the {draws} draws of stages"
         require(self, "parts", 1 <= self.parts <= most and self.batch_size % self.parts == 0, parts)

@@ -16,12 +16,15 @@ from torch import Tensor
 from ebm_prior.model.samplers import effective_sample_size
 
 
-def nce_loss(f_q: Tensor, f_p: Tensor) -> Tensor:
-    """Logistic density ratio: E_q[softplus(−f)] + E_p[softplus(f)]; the minimiser is log q − log p_β, log Z = 0.
+def nce_loss(f_q: Tensor, f_p: Tensor, noise_weight: float = 1.0) -> Tensor:
+    """Logistic density ratio: E_q[softplus(−g)] + M E_p[softplus(g)] with g = f − log M.
 
-    f_p is taken at ancestral draws of the backbone: no chains (Gutmann & Hyvärinen 2012; NCP-VAE, Aneja et al. 2021).
+    The minimiser is log q − log p_β for every `noise_weight` M > 0, and its log Z is 0. M = 1 is plain NCE; as M grows,
+    the gradient approaches that of maximum likelihood with importance weights e^f. f_p is taken at ancestral draws of
+    the backbone: no chains (Gutmann & Hyvärinen 2012; NCP-VAE, Aneja et al. 2021).
     """
-    return F.softplus(-f_q).mean() + F.softplus(f_p).mean()
+    shift = math.log(noise_weight)
+    return F.softplus(shift - f_q).mean() + noise_weight * F.softplus(f_p - shift).mean()
 
 
 def mle_loss(f_q: Tensor, f_p: Tensor, *, penalty: float = 0.0) -> Tensor:

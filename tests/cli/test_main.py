@@ -57,6 +57,7 @@ def test_options_that_would_be_ignored_are_refused(workshop: Workshop, fit_words
         ([*fit_words, "--ratios", "staged", "--penalty", 0], "leave out --penalty"),
         ([*fit_words, "--ratios", "one", "--stage-moves", 3], "leave out --stage-moves"),
         ([*fit_words, "--objective", "mle", "--ratios", "one"], "leave out --ratios"),
+        ([*fit_words, "--objective", "mle", "--noise-weight", 2], "leave out --noise-weight"),
         ([*fit_words, "--bn-readjust", "--precision", "bf16"], "leave out --precision bf16"),
     ):
         result = workshop.run(*words, code=2)

@@ -167,12 +167,13 @@ def quadratic_parameters(f: Quadratic) -> Tensor:
     return torch.cat([f.c[None], f.b, f.Q[i, j]])
 
 
-def test_nce_finds_the_log_density_ratio(backbone: LinearGaussian, problem: Problem) -> None:
-    """Over all quadratics the minimiser of nce_loss is f*, level included: log Z = 0.
+@pytest.mark.parametrize("noise_weight", [1.0, 30.0, 0.1])
+def test_nce_finds_the_log_density_ratio(backbone: LinearGaussian, problem: Problem, noise_weight: float) -> None:
+    """Over all quadratics the minimiser of nce_loss is f*, level included: log Z = 0, whatever M is.
 
-    Wald test: with N posterior and N prior draws the loss is 1/N of a logistic regression's negative log-likelihood,
-    so ⟨θ̂ − θ*, H(θ̂ − θ*)⟩ with its Hessian H is χ² with 21 degrees of freedom (a little less, the classes being
-    balanced).
+    Wald test: θ̂ solves E_q[s(−g)φ] = M E_p[s(g)φ], with the logistic function s and g = f − log M. With H the
+    derivative of the difference and J the variance of its summands, N⟨H(θ̂ − θ*), J⁻¹H(θ̂ − θ*)⟩ is χ² with 21
+    degrees of freedom.
     """
     n = 40_000
     generator = derived_generator(26)
@@ -185,19 +186,21 @@ def test_nce_finds_the_log_density_ratio(backbone: LinearGaussian, problem: Prob
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nce_loss(phi_q @ theta, phi_p @ theta)
+        loss = nce_loss(phi_q @ theta, phi_p @ theta, noise_weight)
         loss.backward()
         return loss
 
     optimizer.step(closure)
     best = quadratic_parameters(problem.best)
-    phi = torch.cat([phi_q, phi_p])
-    weight = (phi @ best).sigmoid() * (-phi @ best).sigmoid()
-    hessian = (phi * weight[:, None]).T @ phi
+    g_q, g_p = (phi @ best - math.log(noise_weight) for phi in (phi_q, phi_p))
+    weights = g_q.sigmoid() * (-g_q).sigmoid(), noise_weight * g_p.sigmoid() * (-g_p).sigmoid()
+    hessian = sum((phi * w[:, None]).T @ phi / n for phi, w in zip((phi_q, phi_p), weights, strict=True))
+    summands = (-g_q).sigmoid()[:, None] * phi_q, noise_weight * g_p.sigmoid()[:, None] * phi_p
+    information = hessian @ torch.linalg.solve(sum(each.T.cov() for each in summands), hessian)
     error = theta.detach() - best
-    wald = float(error @ hessian @ error)
+    wald = float(n * error @ information @ error)
     assert wald < chi2.isf(1e-4, len(best)), wald
-    assert best @ hessian @ best > 100 * wald  # the test sees much smaller errors than that of f = 0
+    assert n * best @ information @ best > 100 * wald  # the test sees much smaller errors than that of f = 0
 
 
 def test_mle_gradient_is_that_of_the_likelihood(backbone: LinearGaussian, f: Quadratic) -> None:

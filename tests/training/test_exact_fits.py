@@ -43,6 +43,7 @@ def problem() -> Problem:
 HEADS = EnergyConfig(hidden=32, joint=32, dropout=0.0)
 FITS = {
     "nce": FitConfig(iterations=300, evaluate_every=20, patience=100, ema=0.98, energy=HEADS),
+    "nce, M = 5": FitConfig(noise_weight=5.0, iterations=300, evaluate_every=20, patience=100, ema=0.98, energy=HEADS),
     "mle": FitConfig(
         objective="mle",
         iterations=200,

@@ -30,6 +30,21 @@ def test_nce_is_the_cross_entropy_of_telling_posterior_from_prior() -> None:
     assert math.isfinite(float(nce_loss(torch.tensor([-1e4]), torch.tensor([1e4]))))
 
 
+def test_noise_of_weight_3_counts_three_times() -> None:
+    """As if each prior draw were there three times, and the classes told apart by f − log 3; M = 1 is equal in bits."""
+    f_q, f_p = values(30, 1.0, 2.0, 0), values(30, -1.0, 2.0, 1)
+    logits, labels = torch.cat([f_q, f_p.repeat(3)]) - math.log(3), torch.cat([torch.ones(30), torch.zeros(90)])
+    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.double(), reduction="sum")
+    torch.testing.assert_close(nce_loss(f_q, f_p, 3.0), cross_entropy / 30)
+    pairs = [tensor.clone().requires_grad_() for tensor in (f_q, f_p)]
+    plain = torch.nn.functional.softplus(-pairs[0]).mean() + torch.nn.functional.softplus(pairs[1]).mean()
+    assert torch.equal(nce_loss(*pairs, 1.0), plain)
+    for found, expected in zip(
+        torch.autograd.grad(nce_loss(*pairs, 1.0), pairs), torch.autograd.grad(plain, pairs), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
 def test_mle_gradient_is_the_difference_of_mean_gradients() -> None:
     """−∇loss = E_q[∇f] − E_p[∇f] for f = ⟨θ, φ⟩, whatever θ and the batch sizes are; the penalty adds 2c·E[f∇f]."""
     theta = values(3, 0.0, 1.0, 2).requires_grad_()

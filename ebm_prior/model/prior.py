@@ -34,6 +34,7 @@ from ebm_prior.model.latents import require_latents, require_upper
 from ebm_prior.model.samplers import Potential, SamplerConfig, effective_sample_size, graphed
 from ebm_prior.model.samples import Samples, decoded, joined
 from ebm_prior.model.scores import Form, FreeGroups, list_of_forms, scores
+from ebm_prior.model.terms import ImageTerms
 
 Regime = Literal["calibrated", "refiner"]
 Target = Literal["exact", "published"]
@@ -96,7 +97,7 @@ class _Kept:
         )
 
 
-class EBMPrior(_Kept):
+class EBMPrior(_Kept, ImageTerms):
     """A trained (or, with f = 0, untrained) energy-based prior p_α(z) ∝ exp(τ f(z)) p_β(z) (Eq. 6).
 
     `tau` multiplies f (tempering after training). τ f is clipped at `ceiling` nats, as f is not reliable far from the

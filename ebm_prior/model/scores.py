@@ -114,7 +114,7 @@ def scores(
     _check(forms, len(backbone.groups), draws)
     needed = {form._replace(ratio=False) for form in forms}
     needed |= {form._replace(k=0, ratio=False) for form in forms if form.ratio}
-    batch = _Batch(backbone, f, images, sampler, walk, seed, first)
+    batch = Batch(backbone, f, images, sampler, walk, seed, first)
     values: dict[Form, list[Tensor]] = {form: [] for form in needed}
     # The loops are ordered such that only one posterior draw is in memory at a time. The draw of all groups comes
     # first, since k = 0 and lower = "sample" share it.
@@ -134,7 +134,7 @@ def scores(
     }
 
 
-class _Batch:
+class Batch:
     """A batch of images, with a cache of the last posterior draw and summands, which several forms share."""
 
     def __init__(

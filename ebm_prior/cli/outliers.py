@@ -22,17 +22,25 @@ from ebm_prior.cli.shared import (
     RECORDED,
     RUN_SEED,
     own,
+    refuse_unused,
     show_result,
     typed_command,
 )
 from ebm_prior.cli.types import PATH
 from ebm_prior.data import outlier_sets
 from ebm_prior.errors import ConfigurationError, few
-from ebm_prior.evaluation.outliers import OutlierConfig, every_form, find_anomalies, find_outliers, set_size
+from ebm_prior.evaluation.outliers import (
+    OutlierConfig,
+    every_form,
+    find_anomalies,
+    find_outliers,
+    needs_reference,
+    set_sizes,
+)
 from ebm_prior.interfaces import Images
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.model.scores import LOWERS, MODES, Lower, Mode
+from ebm_prior.model.scores import DERIVED, LOWERS, MODES, Derived, Form, Lower, Mode
 from ebm_prior.reports import findings
 from ebm_prior.runs import backbones
 from ebm_prior.runs.data import of_prior
@@ -43,6 +51,15 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
 
 FOLDER = "Folder for the results  [default: the next free one beside PRIOR]"
 OLD_FOLDER = click.option("--to", "old_out", type=PATH, hidden=True, help="Old spelling of --out")
+NO_REFERENCE = "only --mode typicality and composite have reference images"
+MODE = click.option(
+    "--mode",
+    "modes",
+    type=click.Choice((*MODES, *DERIVED)),
+    multiple=True,
+    help="Form of score, one of those that the help describes; repeat the option for several  [default: eq20, elbo, iw "
+    "and prior]",
+)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace earlier results in --out")
 
 
@@ -68,14 +85,7 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace earlier resu
     show_default=True,
     help="Numbers of latent groups, counted from the bottom, that are not inferred from the image: e.g. 0,1,2",
 )
-@click.option(
-    "--mode",
-    "modes",
-    type=click.Choice(MODES),
-    multiple=True,
-    help="Form of score: eq20 of the paper, elbo of the backbone's bound, iw (elbo with L^{>0} importance-weighted) "
-    "or prior (L^{>0} of eq20 without log p(x|z))  [default: all]",
-)
+@MODE
 @click.option(
     "--lower",
     "lowers",
@@ -102,7 +112,7 @@ def ood(
     data_root: Path | None,
     download: bool,
     ks: str,
-    modes: tuple[Mode, ...],
+    modes: tuple[Mode | Derived, ...],
     lowers: tuple[Lower, ...],
     out: tuple[str, ...],
     old_out: Path | None,
@@ -113,7 +123,16 @@ def ood(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Tell outliers from images of the known kind by L^{>k} and LLR^{>k} (Eqs. 20, 21), with f and without."""
+    """Tell outliers from images of the known kind by L^{>k} and LLR^{>k} (Eqs. 20, 21), with f and without.
+
+    Modes: eq20 of the paper; elbo, the bound of the backbone; iw, elbo with L^{>0} importance-weighted; prior, eq20
+    without log p(x|z); and of L^{>0} alone: complexity, iw plus the nats of the image's PNG file; typicality, the
+    distance of iw from its mean over held-out normal images; composite, the density of the terms of L^{>0} fitted to
+    held-out normal images.
+
+    Each set of outliers is compared with the images of --in. For the other direction exchange --in and --outliers, with
+    a prior that was trained on images of the outliers' kind.
+    """
     outside, chosen = sets_and_folder(outside, out, old_out)
     stored = read_parts(config_file, ood=OutlierConfig, sampler=SamplerConfig)
     config = resolve(OutlierConfig(), given | {"seed": seed}, stored["ood"])
@@ -130,9 +149,10 @@ def ood(
         named = partial(backbones.named_data, prior_record(prior)["record"], str(prior), option="--in")
         known = images.held_out(otherwise=named, shape=shape, option="--in")[0]
     sets: list[Images] = [known, *map(open_set, outside)]
-    numbers = parsed_k(ks, len(loaded.backbone.groups))
-    forms = every_form(numbers, modes or MODES, lowers or LOWERS)
-    with Bar("ood", len(sets) * set_size(sets[0], sets[1:], config)) as bar:
+    forms = every_form(parsed_k(ks, len(loaded.backbone.groups)), modes or MODES, lowers or LOWERS)
+    refuse_unused(given, ("reference",), needs_reference(forms), NO_REFERENCE)
+    sizes = set_sizes(known, sets[1:], forms, config)
+    with Bar("ood", len(sets) * sizes.each + sizes.reference) as bar:
         result, columns, scored = find_outliers(loaded, sets[0], sets[1:], forms, config, progress=bar)
     title = f"{scored[0].name} (in) and {few(each.name for each in scored[1:])} (out)"
     result |= {"prior": str(prior), "command": typed_command()}
@@ -186,7 +206,19 @@ def parsed_k(text: str, groups: int) -> list[int]:
 
 @click.command(
     cls=Command,
-    first=("normal", "anomalies", "labels", "data_root", "out", "overwrite", "draws", "seed", "device", "as_json"),
+    first=(
+        "normal",
+        "anomalies",
+        "labels",
+        "data_root",
+        "modes",
+        "out",
+        "overwrite",
+        "draws",
+        "seed",
+        "device",
+        "as_json",
+    ),
 )
 @PRIOR
 @click.option("--normal", required=True, help=f"Normal images: {DATA_FORMS}; those with --labels are left out")
@@ -195,6 +227,7 @@ def parsed_k(text: str, groups: int) -> list[int]:
 )
 @click.option("--labels", type=int, multiple=True, help="Label of the anomalies; repeat the option for several")
 @DATA_ROOT
+@MODE
 @click.option("--out", type=PATH, help=FOLDER)
 @OLD_FOLDER
 @OVERWRITE
@@ -210,6 +243,7 @@ def anomaly(
     normal: str,
     anomalies: str,
     labels: tuple[int, ...],
+    modes: tuple[Mode | Derived, ...],
     data_root: Path | None,
     download: bool,
     out: Path | None,
@@ -221,9 +255,14 @@ def anomaly(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Tell anomalies from normal images by L^{>0}, the unnormalised log-posterior (§5.4, Table 4)."""
+    """Tell anomalies from normal images by L^{>0}, the unnormalised log-posterior (§5.4, Table 4).
+
+    The help of ood describes the modes. Where typicality or composite is one of them, the normal images that they hold
+    out are not scored.
+    """
     chosen = folder_of(out, old_out)
     config = resolve(OutlierConfig(), given | {"seed": seed}, config_file)
+    refuse_unused(given, ("reference",), needs_reference([Form(0, mode=mode) for mode in modes]), NO_REFERENCE)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     folder = chosen or places.next_free(places.beside(prior), "anomaly")
     require_folder(folder, overwrite)
@@ -236,7 +275,7 @@ def anomaly(
         outlier_sets.labelled(strange, labels, among=True),
     )
     with Bar("anomaly", len(known) + len(strange)) as bar:
-        result, columns, scored = find_anomalies(loaded, known, strange, config, progress=bar)
+        result, columns, scored = find_anomalies(loaded, known, strange, config, modes=modes or MODES, progress=bar)
     result |= {"prior": str(prior), "command": typed_command()}
     result["files"] = write_results(
         folder, result, columns, scored, f"Anomalies of {scored[1].name} among {scored[0].name}"

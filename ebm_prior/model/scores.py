@@ -29,8 +29,10 @@ from ebm_prior.model.drawing import Sampled, draw
 from ebm_prior.model.samplers import Potential, SamplerConfig
 
 Mode = Literal["eq20", "elbo", "iw", "prior"]
+Derived = Literal["complexity", "typicality", "composite"]
 Lower = Literal["sample", "mean"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+DERIVED: tuple[Derived, ...] = get_args(Derived)  # modes of L^{>0} that `ebm_prior.evaluation.outliers` makes of others
 LOWERS: tuple[Lower, ...] = get_args(Lower)
 
 NegativeEnergy = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Gaussian]], Tensor]
@@ -48,6 +50,8 @@ class Form(NamedTuple):
         groups are drawn from their prior: it is the backbone's own bound. "iw" is "elbo" with L^{>0} replaced by the
         importance-weighted bound log E_q[p(x, z) e^f / q(z|x)] over the draws (Burda et al. 2016). "prior" is Eq. 20
         without log p(x|z), so log p_α(z) + log Z: log p(x|z) varies by many more nats than the prior and hides it.
+        The modes "complexity", "typicality" and "composite" need more than the image and the prior:
+        `ebm_prior.evaluation.outliers` has them.
     lower: "sample" draws z_{≤k} ~ p_α given z_{>k}. "mean" takes the backbone's own conditional means (ε = 0), also in
         the posterior draws of these groups, since bottom-up encoders pass them upwards. With "iw" and without f this is
         the score of HVAE's code (Havtorn et al. 2021). A single draw is much noisier than the differences of interest.
@@ -56,7 +60,7 @@ class Form(NamedTuple):
 
     k: int
     ratio: bool = False
-    mode: Mode = "eq20"
+    mode: Mode | Derived = "eq20"
     lower: Lower = "sample"
     energy: bool = True
 
@@ -82,7 +86,7 @@ class Summands(NamedTuple):
     log_p_lower: Tensor  # Σ_{i≤k} log p_β(z_i | z_{i+1})
     f: Tensor  # τ f(z); 0 without the energy
 
-    def value(self, mode: Mode) -> Tensor:
+    def value(self, mode: Mode | Derived) -> Tensor:
         """The quantity that L^{>k} averages over draws, (B,) nats."""
         if mode == "eq20":
             return self.log_likelihood + self.log_p_upper + self.log_p_lower + self.f

@@ -184,6 +184,10 @@ def outlier_blocks(result: Mapping[str, Any]) -> list[Block]:
         f"{count}, {draws} each, seed {result['seed']}, τ = {result['tau']:.3f}{chance}",
         f"lower groups, where sampled: {sampler_text(result['sampler'])}",
     ]
+    if "reference" in result:
+        lines.append(
+            f"reference for typicality and composite: {result['reference']:,} further images of {result['in']}"
+        )
     ap, trapezoid = ("AUPRC", None) if isinstance(n, int) else ("average precision", "AUPRC, trapezoid")
     for each in result["sets"]:
         head = ["score", "mode", "lower groups"]

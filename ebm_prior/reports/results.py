@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ebm_prior.model.scores import LOWERS, MODES
+from ebm_prior.model.scores import DERIVED, LOWERS, MODES
 from ebm_prior.storage.records import (
     Check,
     InvalidError,
@@ -83,7 +83,7 @@ ROW = fields(
     {
         "score": text(),
         "k": COUNT,
-        "mode": one_of(*MODES),
+        "mode": one_of(*MODES, *DERIVED),
         "lower": either(one_of(*LOWERS), measured),  # none where no group is drawn
         "f=0": _MEASURES,
         "f": _MEASURES,
@@ -100,7 +100,7 @@ OUTLIERS = fields(
         "in": text(),
         "sets": listed(fields({"out": text(), "rows": listed(ROW)}), 1),
     },
-    {"prevalence": measured, "command": text(), "files": listed(text())},
+    {"prevalence": measured, "reference": COUNT, "command": text(), "files": listed(text())},
 )
 GROUP = fields(
     {

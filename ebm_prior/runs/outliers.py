@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ebm_prior.errors import OutputError
 from ebm_prior.evaluation.outliers import Scored
-from ebm_prior.model.scores import LOWERS, MODES, Form
+from ebm_prior.model.scores import DERIVED, LOWERS, MODES, Form
 from ebm_prior.pictures.grids import save_png
 from ebm_prior.pictures.plots import histogram
 from ebm_prior.pictures.sheets import page
@@ -22,16 +23,35 @@ from ebm_prior.storage.atomic import without_nan, write_atomically
 from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_writable
 
-FILES = SCORES, RESULT, HISTOGRAMS = ("scores.npz", "result.json", "histograms.png")
+FILES = SCORES, TERMS, RESULT, HISTOGRAMS = ("scores.npz", "terms.npz", "result.json", "histograms.png")
 _MOST_COLUMNS, _SIZE = 7, (400, 290)  # of histograms
 
 
 def write_scores(path: Path, forms: Sequence[Form], scored: Sequence[Scored]) -> None:
     """Write an .npz: `scores`, names of columns; `sets`, names; for set i `values_i` (N, columns) and `rows_i` (N,)."""
-    arrays: dict[str, Any] = {"scores": np.array([form.name for form in forms])}
-    arrays["sets"] = np.array([each.name for each in scored])
+    arrays: dict[str, Any] = {"scores": np.array([form.name for form in forms]), "sets": _names(scored)}
     for index, each in enumerate(scored):
         arrays |= {f"values_{index}": each.values, f"rows_{index}": each.rows}
+    _write(path, arrays)
+
+
+def write_terms(path: Path, scored: Sequence[Scored]) -> None:
+    """Write an .npz: `terms`, names of columns; `sets`, names; for set i `values_i` (N, columns), `rows_i`, `code_i`.
+
+    The columns are `EBMPrior.terms`; `code_i` (N,) is the length of a lossless code of each image. Both are in nats.
+    """
+    arrays: dict[str, Any] = {"terms": np.array(list(scored[0].terms)), "sets": _names(scored)}
+    for index, each in enumerate(scored):
+        values = np.stack(list(each.terms.values()), axis=1)
+        arrays |= {f"values_{index}": values, f"rows_{index}": each.rows, f"code_{index}": each.code}
+    _write(path, arrays)
+
+
+def _names(scored: Sequence[Scored]) -> NDArray[np.str_]:
+    return np.array([each.name for each in scored])
+
+
+def _write(path: Path, arrays: dict[str, Any]) -> None:
     buffer = BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
@@ -40,10 +60,11 @@ def write_scores(path: Path, forms: Sequence[Form], scored: Sequence[Scored]) ->
 def write_results(
     folder: Path, result: Mapping[str, Any], forms: Sequence[Form], scored: Sequence[Scored], title: str
 ) -> list[str]:
-    """Write scores.npz, result.json and histograms.png into a folder; returns their paths. `title`: of the picture."""
+    """Write the `FILES` of a result into a folder; returns their paths. `title`: of the picture."""
     text = json.dumps(without_nan(result), indent=2, sort_keys=True) + "\n"
     with owned(folder):
         write_scores(folder / SCORES, forms, scored)
+        write_terms(folder / TERMS, scored)
         write_atomically(folder / RESULT, text.encode())
         save_png(histograms(result, forms, scored, title), folder / HISTOGRAMS)
     return [str(folder / name) for name in FILES]
@@ -70,7 +91,7 @@ def histograms(result: Mapping[str, Any], forms: Sequence[Form], scored: Sequenc
     quality = {(row["score"], row["k"], row["mode"], row["lower"]): row["f"] for row in outside["rows"]}
     shown = {form: column for column, form in enumerate(forms) if form.energy}
     rows = []
-    for ratio, mode, lower in product((False, True), MODES, LOWERS):
+    for ratio, mode, lower in product((False, True), (*MODES, *DERIVED), LOWERS):
         row = [f for f in shown if (f.ratio, f.mode) == (ratio, mode) and (not f.k or f.lower == lower)]
         again = lower != LOWERS[0]  # L^{>0} has no lower groups: it is shown in the first of the rows
         if again and not any(form.k for form in row):

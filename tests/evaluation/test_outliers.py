@@ -13,12 +13,14 @@ from PIL import Image
 from workshop import Workshop
 
 from ebm_prior.cli.outliers import parsed_k
+from ebm_prior.compute.randomness import Purpose, derived_generator
 from ebm_prior.data.images import from_array, open_images
 from ebm_prior.data.outlier_sets import Adapted, labelled, open_set
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.evaluation.detection import detection
-from ebm_prior.evaluation.outliers import OutlierConfig, every_form
-from ebm_prior.model.scores import Form
+from ebm_prior.evaluation.normality import TermDensity, code_length
+from ebm_prior.evaluation.outliers import OutlierConfig, every_form, set_sizes
+from ebm_prior.model.scores import DERIVED, Form
 from ebm_prior.storage.checkpoint import load_prior
 
 WORDS = ["--samples", 40, "--draws", 2, "--resamples", 20, "--seed", 3]
@@ -56,6 +58,65 @@ def test_the_files_hold_the_scores_of_the_images_they_name(
     form = Form(2, True, "iw")
     own = prior.scores(open_images(workshop.images).batch(rows), [form], draws=2, seed=3)[form]
     np.testing.assert_allclose(values[1][:, names.index(form.name)], own, rtol=1e-5, atol=1e-4)
+
+
+def test_the_terms_of_the_same_images_lie_beside_the_scores(
+    workshop: Workshop, fitted: Path, found: tuple[dict[str, Any], Path]
+) -> None:
+    prior = load_prior(fitted / "prior.safetensors")
+    with np.load(found[1] / "terms.npz") as file, np.load(found[1] / "scores.npz") as scores:
+        names, values, code, rows = list(file["terms"]), file["values_1"], file["code_1"], file["rows_1"]
+        assert (rows == scores["rows_1"]).all()
+        bound = scores["values_1"][:, list(scores["scores"]).index(Form(0, mode="elbo").name)]
+    batch = open_images(workshop.images).batch(rows)
+    own = prior.terms(batch, draws=2, seed=3)
+    assert names == list(own)
+    np.testing.assert_allclose(values, np.stack(list(own.values()), axis=1), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(values.sum(1), bound, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(code, code_length(batch))
+
+
+def test_scores_made_of_others(workshop: Workshop, fitted: Path, tmp_path: Path) -> None:
+    """Each by hand from the library; the reference is the part of the normal images that is not scored."""
+    words = ["ood", fitted / "prior.safetensors", "--in", "mnist", "--data-root", workshop.data_root, "--samples", 24]
+    words += ["--draws", 2, "--resamples", 20, "--seed", 3, "--reference", 30, "--json"]
+    modes = [word for mode in DERIVED for word in ("--mode", mode)]
+    result = json.loads(workshop.run(*words, *modes, "--outliers", "noise", "--out", tmp_path / "a").stdout)
+    assert [(row["score"], row["k"], row["mode"]) for row in result["sets"][0]["rows"]] == [
+        ("L", 0, mode) for mode in DERIVED
+    ]
+    normal = open_images("mnist", split="test", data_root=workshop.data_root)
+    assert (result["images"], result["reference"]) == (24, 30)
+    with np.load(tmp_path / "a" / "scores.npz") as file:
+        names, values, rows = list(file["scores"]), file["values_0"], file["rows_0"]
+    mixed = torch.randperm(len(normal), generator=derived_generator(3, Purpose.OUTLIER_CHOICE))
+    assert sorted(mixed[:24].tolist()) == rows.tolist()
+    scored, reference = normal.batch(rows), normal.batch(mixed[24:54].sort().values)
+    prior = load_prior(fitted / "prior.safetensors")
+    for energy in (True, False):
+        bound = Form(0, mode="iw", energy=energy)
+        level, usual = (prior.scores(x, bound, draws=2, seed=3)[bound].double().numpy() for x in (scored, reference))
+        terms = [prior.terms(x, draws=2, seed=3) for x in (scored, reference)]
+        own, known = (
+            np.stack([v.double().numpy() for k, v in t.items() if energy or not k.startswith("f")], axis=1)
+            for t in terms
+        )
+        expected = {
+            "complexity": level + code_length(scored),
+            "typicality": -np.abs(level - usual.mean()),
+            "composite": TermDensity(known).log_density(own),
+        }
+        for mode in DERIVED:
+            column = values[:, names.index(Form(0, mode=mode, energy=energy).name)]
+            np.testing.assert_allclose(column, expected[mode], rtol=1e-3, atol=2e-2)
+
+    workshop.run(*words, *modes, "--outliers", "constant", "--out", tmp_path / "b")
+    with np.load(tmp_path / "b" / "scores.npz") as file:
+        np.testing.assert_array_equal(file["values_0"], values)  # no outlier has a part in it
+    refused = workshop.run(*words, "--mode", "iw", "--outliers", "noise", "--out", tmp_path / "c", code=2)
+    assert "leave out --reference" in refused.stderr
+    text = workshop.run(*words[:-1], *modes, "--outliers", "noise", "--out", tmp_path / "d").stdout
+    assert "reference for typicality and composite: 30 further images of mnist/test" in text
 
 
 def test_the_table_is_made_of_the_files(found: tuple[dict[str, Any], Path]) -> None:
@@ -149,6 +210,22 @@ def test_anomalies_by_label(workshop: Workshop, prior: Path, tmp_path: Path) -> 
     expected = detection(-values[1][:, column], -values[0][:, column])
     assert row["f"]["auprc"] == pytest.approx(expected.auprc)
     assert row["f"]["auprc_trapezoid"] == pytest.approx(expected.auprc_trapezoid)
+    own = [
+        "--mode",
+        "composite",
+        "--mode",
+        "prior",
+        "--draws",
+        1,
+        "--resamples",
+        5,
+        "--out",
+        tmp_path / "own",
+        "--json",
+    ]
+    result = json.loads(workshop.run("anomaly", prior, *words, *own).stdout)
+    assert (result["images"], result["reference"]) == ([20, 20], 20)  # half of the 40 normal images are the reference
+    assert [row["mode"] for row in result["sets"][0]["rows"]] == ["composite", "prior"]
     text = workshop.run("anomaly", prior, *words, "--draws", 1, "--resamples", 5, "--out", tmp_path / "again").stdout
     assert "40 normal and 20 anomalous images" in text
     assert "chance level of AUPRC 0.333" in text
@@ -191,6 +268,7 @@ def test_synthetic_sets() -> None:
 def test_which_forms_and_which_k() -> None:
     forms = every_form([0, 1], ("elbo", "iw"), ("sample", "mean"))
     assert len(forms) == len(set(forms)) == 2 + 2 + 4
+    assert every_form([1], ("composite",), ("sample", "mean")) == [Form(0, mode="composite")]
     assert parsed_k("all", 3) == [0, 1, 2]
     assert parsed_k("2,0", 3) == [0, 2]
     for text in ("3", "-1", "x", "", "0,,1"):
@@ -198,6 +276,16 @@ def test_which_forms_and_which_k() -> None:
             parsed_k(text, 3)
     with pytest.raises(ConfigurationError, match="positive"):
         OutlierConfig(draws=0)
+
+
+def test_a_reference_takes_half_of_few_images() -> None:
+    forms, config = [Form(0, mode="typicality")], OutlierConfig(reference=30)
+    sets = [from_array(np.zeros((n, 4, 4), np.uint8)) for n in (100, 41, 3)]
+    assert set_sizes(sets[0], sets[:1], forms, config) == (70, 30)
+    assert set_sizes(sets[1], sets[:1], forms, config) == (21, 20)
+    assert set_sizes(sets[0], sets[1:2], [Form(0, mode="complexity")], config) == (41, 0)
+    with pytest.raises(DataError, match="4 or more normal images"):
+        set_sizes(sets[2], sets[:1], forms, config)
 
 
 def test_the_old_spelling_goes_on_with_a_remark(workshop: Workshop, prior: Path, tmp_path: Path) -> None:

@@ -168,7 +168,10 @@ def test_more_draws_go_on_where_fewer_stopped(toy: EBMPrior, pictures: Tensor) -
     assert torch.allclose(2 * second - first, 2 * two - first)
 
 
-@pytest.mark.parametrize("form", [Form(3), Form(-1), Form(0, ratio=True), Form(1, mode="iwae"), Form(1, lower="mode")])  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "form",
+    [Form(3), Form(-1), Form(0, ratio=True), Form(1, mode="iwae"), Form(0, mode="composite"), Form(1, lower="mode")],
+)  # type: ignore[arg-type]
 def test_a_form_that_is_none_is_refused(toy: EBMPrior, pictures: Tensor, form: Form) -> None:
     with pytest.raises(ConfigurationError, match="expected"):
         toy.scores(pictures[:2], [form])

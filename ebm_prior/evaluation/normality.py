@@ -55,7 +55,8 @@ class TermDensity:
         return found
 
     def _standardized(self, terms: Array) -> Array:
-        return (terms[:, self._used] - self._mean) / self._scale
+        found: Array = (terms[:, self._used] - self._mean) / self._scale
+        return found
 
 
 def shrunk_covariance(x: Array) -> Array:

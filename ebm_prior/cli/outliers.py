@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -26,8 +28,9 @@ from ebm_prior.cli.shared import (
     show_result,
     typed_command,
 )
-from ebm_prior.cli.types import PATH
+from ebm_prior.cli.types import PATH, PRIOR_FILE
 from ebm_prior.data import outlier_sets
+from ebm_prior.data.source import ImageSource
 from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.evaluation.outliers import (
     OutlierConfig,
@@ -37,8 +40,9 @@ from ebm_prior.evaluation.outliers import (
     needs_reference,
     set_sizes,
 )
-from ebm_prior.interfaces import Images
+from ebm_prior.interfaces import Images, Progress
 from ebm_prior.model.passes import Passes
+from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.model.scores import DERIVED, LOWERS, MODES, Derived, Form, Lower, Mode
 from ebm_prior.reports import findings
@@ -52,6 +56,9 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
 FOLDER = "Folder for the results  [default: the next free one beside PRIOR]"
 OLD_FOLDER = click.option("--to", "old_out", type=PATH, hidden=True, help="Old spelling of --out")
 NO_REFERENCE = "only --mode typicality and composite have reference images"
+WHOLE = "the chosen modes are of L^{>0} alone"
+NO_LOWER = "there is no form of score here with k above 0"
+NOT_SAMPLED = "no form of score here samples latent groups"
 MODE = click.option(
     "--mode",
     "modes",
@@ -65,7 +72,20 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace earlier resu
 
 @click.command(
     cls=Command,
-    first=("inside", "outside", "data_root", "ks", "modes", "out", "samples", "draws", "seed", "device", "as_json"),
+    first=(
+        "inside",
+        "outside",
+        "reverse",
+        "data_root",
+        "ks",
+        "modes",
+        "out",
+        "samples",
+        "draws",
+        "seed",
+        "device",
+        "as_json",
+    ),
 )
 @PRIOR
 @click.option(
@@ -77,13 +97,19 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace earlier resu
     multiple=True,
     help=f"Outliers: {DATA_FORMS}, or the words noise or constant; repeat the option for several sets",
 )
+@click.option(
+    "--reverse",
+    type=PRIOR_FILE,
+    multiple=True,
+    help="Prior fitted to the kind of images of the first --outliers, for a table of the other direction, in which "
+    "these are the known images and those of --in the outliers; repeat the option for the second --outliers, and so on",
+)
 @DATA_ROOT
 @click.option(
     "--k",
     "ks",
-    default="all",
-    show_default=True,
-    help="Numbers of latent groups, counted from the bottom, that are not inferred from the image: e.g. 0,1,2",
+    help="Numbers of latent groups, counted from the bottom, that are not inferred from the image, e.g. 0,1,2; only in "
+    "modes that have L^{>k} or LLR^{>k}  [default: all]",
 )
 @MODE
 @click.option(
@@ -109,9 +135,10 @@ def ood(
     force: bool,
     inside: str | None,
     outside: tuple[str, ...],
+    reverse: tuple[Path, ...],
     data_root: Path | None,
     download: bool,
-    ks: str,
+    ks: str | None,
     modes: tuple[Mode | Derived, ...],
     lowers: tuple[Lower, ...],
     out: tuple[str, ...],
@@ -125,39 +152,97 @@ def ood(
 ) -> None:
     """Tell outliers from images of the known kind by L^{>k} and LLR^{>k} (Eqs. 20, 21), with f and without.
 
-    Modes: eq20 of the paper; elbo, the bound of the backbone; iw, elbo with L^{>0} importance-weighted; prior, eq20
-    without log p(x|z); and of L^{>0} alone: complexity, iw plus the nats of the image's PNG file; typicality, the
-    distance of iw from its mean over held-out normal images; composite, the density of the terms of L^{>0} fitted to
-    held-out normal images.
+    Modes: eq20 of the paper; elbo, the bound of the backbone; iw, elbo with L^{>0} importance-weighted; prior, L^{>0}
+    of eq20 without log p(x|z). Three more are of L^{>0} alone: complexity, iw plus the nats of a PNG file of the image
+    as the likelihood sees it; typicality, the distance of iw from its mean over held-out normal images; composite, the
+    density of the terms of L^{>0}, fitted to held-out normal images.
 
-    Each set of outliers is compared with the images of --in. For the other direction exchange --in and --outliers, with
-    a prior that was trained on images of the outliers' kind.
+    Each set of outliers is compared with the images of --in. --reverse adds the other direction, from a prior that was
+    fitted to the outliers' kind of images; its folder of results lies beside --out, with -reverse-1 after the name.
     """
     outside, chosen = sets_and_folder(outside, out, old_out)
+    if len(reverse) > len(outside):
+        raise click.UsageError(f"--reverse is given {len(reverse)} times, and --outliers {len(outside)} times")
     stored = read_parts(config_file, ood=OutlierConfig, sampler=SamplerConfig)
     config = resolve(OutlierConfig(), given | {"seed": seed}, stored["ood"])
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
+
+    def load(path: Path, **where: Any) -> EBMPrior:
+        loaded = load_prior(path, device=passes.device, dtype=passes.dtype, **where)
+        loaded.sampler = resolve(loaded.sampler, given, stored["sampler"])
+        return loaded
+
+    def direction(path: Path, loaded: EBMPrior, specs: Sequence[str | ImageSource], to: Path) -> Direction:
+        shape, number = loaded.backbone.image_shape, {"n": config.samples, "seed": config.seed}
+        open_set = partial(outlier_sets.open_set, shape=shape, open_with=opener(path).typed, **number)
+        return Direction(path, loaded, [*map(open_set, specs)], forms_of(loaded), to)
+
+    def forms_of(loaded: EBMPrior) -> list[Form]:
+        return every_form(parsed_k(ks or "all", len(loaded.backbone.groups)), modes or MODES, lowers or LOWERS)
+
+    def opener(path: Path) -> Opener:
+        return Opener(data_root, download, of_prior(path))
+
+    first, others = load(prior, checkpoint=checkpoint, force=force), [load(path) for path in reverse]
+    refuse_unused_options(given | {"k": ks, "lower": lowers or None}, modes, forms_of(first))
     folder = chosen or places.next_free(places.beside(prior), "ood")
-    require_folder(folder, overwrite)
-    own(folder)
-    loaded.sampler = resolve(loaded.sampler, given, stored["sampler"])
-    images, shape = Opener(data_root, download, of_prior(prior)), loaded.backbone.image_shape
-    open_set = partial(outlier_sets.open_set, shape=shape, n=config.samples, seed=config.seed, open_with=images.typed)
+    folders = [folder, *(folder.with_name(f"{folder.name}-reverse-{i}") for i in range(1, len(others) + 1))]
+    for each in folders:
+        require_folder(each, overwrite)
+        own(each)
+    known: str | ImageSource
     if inside is not None:
-        known = open_set(inside)
+        known = inside
     else:
         named = partial(backbones.named_data, prior_record(prior)["record"], str(prior), option="--in")
-        known = images.held_out(otherwise=named, shape=shape, option="--in")[0]
-    sets: list[Images] = [known, *map(open_set, outside)]
-    forms = every_form(parsed_k(ks, len(loaded.backbone.groups)), modes or MODES, lowers or LOWERS)
+        known = opener(prior).held_out(otherwise=named, shape=first.backbone.image_shape, option="--in")[0]
+    directions = [direction(prior, first, [known, *outside], folder)]
+    directions += [
+        direction(path, loaded, [theirs, known], to)
+        for path, loaded, theirs, to in zip(reverse, others, outside, folders[1:], strict=False)
+    ]
+    with Bar("ood", sum(each.work(config) for each in directions)) as bar:
+        results = [each.measured(config, bar) for each in directions]
+    show_result(results if reverse else results[0], as_json, findings.outlier_tables)
+
+
+class Direction(NamedTuple):
+    """A prior, the images that it knows and the sets of outliers behind them, and where the results go."""
+
+    path: Path
+    prior: EBMPrior
+    sets: list[Images]
+    forms: list[Form]
+    folder: Path
+
+    def work(self, config: OutlierConfig) -> int:
+        """Number of images to score. Raises DataError where there are too few."""
+        sizes = set_sizes(self.sets[0], self.sets[1:], self.forms, config)
+        return len(self.sets) * sizes.each + sizes.reference
+
+    def measured(self, config: OutlierConfig, progress: Progress) -> dict[str, Any]:
+        """Compare every set of outliers with the known images, and write the folder; returns the result."""
+        result, columns, scored = find_outliers(
+            self.prior, self.sets[0], self.sets[1:], self.forms, config, progress=progress
+        )
+        title = f"{scored[0].name} (in) and {few(each.name for each in scored[1:])} (out)"
+        result |= {"prior": str(self.path), "command": typed_command()}
+        result["files"] = write_results(self.folder, result, columns, scored, title)
+        return result
+
+
+def refuse_unused_options(given: Mapping[str, Any], modes: Sequence[Mode | Derived], forms: Sequence[Form]) -> None:
+    """Refuse options of `ood` without effect on the `forms` of scores that they and the chosen `modes` lead to.
+
+    Raises click.UsageError.
+    """
+    has_k = not modes or any(form.k for form in every_form([1], modes, LOWERS))
+    refuse_unused(given, ("k", "lower"), has_k, WHOLE)
+    if "prior" in modes and Form(0, mode="prior") not in forms:
+        raise click.UsageError("--mode prior is of L^{>0} alone: add 0 to --k, or leave out --mode prior")
+    refuse_unused(given, ("lower",), any(form.k for form in forms), NO_LOWER)
+    sampled = any(form.k and form.lower == "sample" for form in forms)
+    refuse_unused(given, tuple(entry.name for entry in fields(SamplerConfig)), sampled, NOT_SAMPLED)
     refuse_unused(given, ("reference",), needs_reference(forms), NO_REFERENCE)
-    sizes = set_sizes(known, sets[1:], forms, config)
-    with Bar("ood", len(sets) * sizes.each + sizes.reference) as bar:
-        result, columns, scored = find_outliers(loaded, sets[0], sets[1:], forms, config, progress=bar)
-    title = f"{scored[0].name} (in) and {few(each.name for each in scored[1:])} (out)"
-    result |= {"prior": str(prior), "command": typed_command()}
-    result["files"] = write_results(folder, result, columns, scored, title)
-    show_result(result, as_json, findings.outlier_tables)
 
 
 def sets_and_folder(

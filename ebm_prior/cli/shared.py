@@ -241,6 +241,24 @@ def refuse_unused(given: Mapping[str, Any], starts: tuple[str, ...], used: bool,
         raise click.UsageError(f"{why}: leave out {few(names)}")
 
 
+def _refuse_ratios(_: click.Context, option: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise click.UsageError(
+            f"{option.opts[0]}: train learns by maximum likelihood alone, because a density ratio gives no gradient of "
+            "log Z for the generator's own conditionals. For ratios, with or without weight of the noise: train "
+            "--prior gaussian, and then fit --noise-weight M on the backbone that it writes"
+        )
+
+
+NO_RATIOS = together(
+    *(
+        click.option(name, hidden=True, expose_value=False, callback=_refuse_ratios, help="Option of fit, refused here")
+        for name in ("--noise-weight", "--objective")
+    )
+)
+"""Options of `fit` that users look for in `train` too, and the reason why it has none."""
+
+
 def run_directory(out: Path | None, command: str, resume: bool) -> Path:
     """The folder of the run, from `places.run_directory`. It is printed first, so that a killed run can be resumed."""
     directory = places.run_directory(out, command, resume=resume)

@@ -23,6 +23,7 @@ from ebm_prior.cli.shared import (
     CONFIG,
     DATA,
     JSON,
+    NO_RATIOS,
     PASSES,
     PRETRAIN_PLACE,
     RUN,
@@ -301,6 +302,7 @@ def pretrain(
     "--preset", type=click.Choice(list(JOINT_PRESETS)), default="default", show_default=True, help=PRESET_HELP
 )
 @config_options(JointConfig, skip=("seed", "standardize", "by_group", "norm_limit"))
+@NO_RATIOS
 @RUN_SEED
 @TRAINING_PLACE
 @watch_options()

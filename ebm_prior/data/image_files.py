@@ -1,4 +1,4 @@
-"""Reading arrays of images from files: idx, .npy, .npz and .mat. `ebm_prior.data.images` makes sources of them.
+"""Reading arrays of images from files: idx, .npy and .npz. `ebm_prior.data.images` makes sources of them.
 
 No file is trusted. Only regular files are opened, and nothing is unpickled. Sizes in headers are compared with the file
 and with free memory before anything is decompressed. Any error of a decoder becomes a DataError with the file's name.
@@ -72,7 +72,8 @@ def open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _refuse_bomb(name: str, packed: int, unpacked: int) -> None:
+def refuse_bomb(name: str, packed: int, unpacked: int) -> None:
+    """Raise DataError for `packed` bytes that claim to hold far more than images do."""
     if unpacked > _BOMB_BYTES and unpacked > _BOMB_RATIO * packed:
         raise DataError(
             f"{name}: {packed} bytes claim to hold {unpacked / 2**30:.1f} GiB, which no file of images does;"
@@ -111,7 +112,7 @@ def _read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
         sizes = struct.unpack(f">{ndim}I", file.read(4 * ndim))
         promised = math.prod(sizes)
         size = os.fstat(raw.fileno()).st_size
-        _refuse_bomb(str(path), size, promised)
+        refuse_bomb(str(path), size, promised)
         if packed:
             require_memory(str(path), 2 * promised)  # as bytes, and as the array
             data = file.read(promised + 1)
@@ -153,7 +154,7 @@ def read_numpy(
             return str(path), loaded, None, []
         with loaded:
             for member in loaded.zip.infolist():
-                _refuse_bomb(str(path), member.compress_size, member.file_size)
+                refuse_bomb(str(path), member.compress_size, member.file_size)
             images, labels = _npz_keys(path, loaded.files, split, array)
             keys = [key for key in (images, labels) if key in loaded.files]
             _require_members(path, loaded.zip, keys)
@@ -219,30 +220,3 @@ def _npz_keys(path: Path, keys: list[str], split: Split, array: str | None) -> t
         f"{path}: which array holds the images? Expected x_{split} (and y_{split}), or images (and labels), or a single"
         f" array; found the keys {few(keys) or '(none)'}; choose one with --array KEY (array=)"
     )
-
-
-# MATLAB files, as SVHN comes.
-
-
-def read_mat(path: Path) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
-    """Images (N, H, W, C) and labels (N,) of a .mat file in SVHN's form.
-
-    X is (H, W, C, N) of uint8; y (N, 1) has 10 for the digit 0, which becomes 0 as in torchvision.
-    """
-    from scipy.io import loadmat, whosmat
-
-    with reading(path, "a MATLAB file"), open_regular(path) as file:
-        found = {name: (shape, kind) for name, shape, kind in whosmat(file)}
-        shape, kind = found.get("X", ((), ""))
-        if kind != "uint8" or len(shape) != 4:
-            held = few(f"{name} ({kind} {shape})" for name, (shape, kind) in found.items()) or "no variables"
-            raise DataError(f"{path}: expected X (height, width, channels, N) of uint8, as SVHN has it, found {held}")
-        promised = math.prod(shape)
-        _refuse_bomb(str(path), os.fstat(file.fileno()).st_size, promised)
-        require_memory(str(path), 2 * promised)
-        file.seek(0)
-        loaded = loadmat(file, variable_names=["X", "y"])
-        labels = loaded.get("y")
-        if labels is not None:
-            labels = np.where(labels == 10, 0, labels).reshape(-1)
-        return np.ascontiguousarray(loaded["X"].transpose(3, 0, 1, 2)), labels

@@ -16,8 +16,9 @@ from typing import Any, get_args
 from ebm_prior.data.arrays import from_array, require_shape
 from ebm_prior.data.datasets import from_dataset
 from ebm_prior.data.folders import open_folder
-from ebm_prior.data.image_files import find_idx, read_idx, read_mat, read_numpy, reading, special_kind
+from ebm_prior.data.image_files import find_idx, read_idx, read_numpy, reading, special_kind
 from ebm_prior.data.lmdb_files import find_lmdb, open_lmdb
+from ebm_prior.data.mat_files import SVHN_FILE, find_mat, read_mat
 from ebm_prior.data.source import ImageSource, Mode, Origin, Shape, Split
 from ebm_prior.errors import ConfigurationError, DataError
 from ebm_prior.storage.atomic import user_cache
@@ -40,7 +41,7 @@ _DATA_SETS = {  # name: (class in torchvision.datasets, where it keeps its files
     "kmnist": ("KMNIST", "KMNIST"),
     "cifar10": ("CIFAR10", "cifar-10-batches-py"),
     "cifar100": ("CIFAR100", "cifar-100-python"),
-    "svhn": ("SVHN", "{split}_32x32.mat"),
+    "svhn": ("SVHN", SVHN_FILE),
 }
 DATA_SET_NAMES = (*_DATA_SETS, SUBSET)
 
@@ -63,7 +64,7 @@ def open_images(
     - .npy or .npz: (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 in 0..255 or float in [0, 1]. Keys of an .npz:
       x_train, y_train, x_test, y_test; or images, labels; or one array; or `array`, as in PATH.npz:KEY.
     - idx files as MNIST's, plain or .gz: the images file (labels are found beside it), or their folder.
-    - .mat files as SVHN's.
+    - .mat files as SVHN's, or the folder of train_32x32.mat and test_32x32.mat.
     - an LMDB as NVAE's recipes write it (pictures or pixels, by number), or a folder with train.lmdb and test.lmdb or
       validation.lmdb; needs the extra `lmdb`.
     - one of `DATA_SET_NAMES` (case, hyphens and underscores do not matter), read under `data_root` (default: see
@@ -169,9 +170,11 @@ def _open_path(
     if path.is_dir():
         if idx := find_idx(path, split):
             return _open_idx(idx, image_shape, mode)
+        if mat := find_mat(path, split):
+            return _open_mat(mat, image_shape, mode)
         other: Split = "test" if split == "train" else "train"
-        if idx := find_idx(path, other):
-            raise DataError(f"{path}: has idx files of the {other} split ({idx.name}), but none of the {split} split")
+        if found := find_idx(path, other) or find_mat(path, other):
+            raise DataError(f"{path}: has {found.name} of the {other} split, but none of the {split} split")
         return open_folder(path, split, image_shape, mode)
     if "idx3" in path.name.lower():
         return _open_idx(path, image_shape, mode)
@@ -226,6 +229,8 @@ def _open_named(
         return _open_numpy(archive, split, image_shape, None, mode)
     class_name, place = _DATA_SETS[name]
     where = root / place.format(split=split)
+    if class_name == "SVHN":  # torchvision keeps its files in the root itself, others in a folder of its name
+        where = next(filter(None, (find_mat(root / folder, split) for folder in ("", "svhn", "SVHN"))), where)
     has_idx = class_name.endswith("MNIST")
     idx = find_idx(where, split) if has_idx else None
     if not download and not (idx if has_idx else where.exists()):

@@ -17,7 +17,7 @@ SYNTHETIC = ("noise", "constant")
 
 
 def open_set(
-    spec: str,
+    spec: str | ImageSource,
     shape: tuple[int, int, int],
     n: int,
     *,
@@ -29,14 +29,14 @@ def open_set(
 
     Grey images become colour images with three equal channels, and smaller ones get a black frame; the source's name
     says so. The spec `noise` means n images of independent uniform pixels, `constant` n images of one colour each.
-    `where`: further arguments of `open_images`, or of the function `open_with` in its place. Raises DataError for
-    images that do not fit.
+    Images that are open already can stand in place of a spec. `where`: further arguments of `open_images`, or of the
+    function `open_with` in its place. Raises DataError for images that do not fit.
     """
-    if spec in SYNTHETIC:
+    if isinstance(spec, str) and spec in SYNTHETIC:
         random = np.random.default_rng([seed, SYNTHETIC.index(spec)])
         pixels = random.integers(0, 256, (n, *(shape if spec == "noise" else (shape[0], 1, 1))), dtype=np.uint8)
         return from_array(np.ascontiguousarray(np.broadcast_to(pixels, (n, *shape))), name=spec)
-    source = open_with(spec, split="test", **where)
+    source = open_with(spec, split="test", **where) if isinstance(spec, str) else spec
     return source if source.shape == shape else Adapted(source, shape)
 
 

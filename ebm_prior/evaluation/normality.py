@@ -16,20 +16,29 @@ SMALLEST_SPREAD = 1e-9  # of a term, relative to its mean; a smaller standard de
 
 
 def code_length(images: Tensor) -> Array:
-    """Nats of the PNG file of each image, (B,), for images (B, C, H, W) in [0, 1], rounded to 8 bits.
+    """The length in nats of the PNG file of each image.
 
-    It measures complexity: a simple image has a high density under any model of pixels (Serrà et al. 2020). Three
-    channels are coded as RGB; other numbers of channels are coded as grey images below one another.
+    A simple image has a high density under any model of pixels, and a short code (Serrà et al. 2020).
+
+    Args:
+        images: (B, C, H, W) in [0, 1]; they are rounded to 8 bits. Three channels are coded as RGB; other numbers of
+            channels are coded as grey images below one another, with 1 bit per pixel where all are black or white.
+
+    Returns:
+        The lengths, (B,).
     """
-    pixels = (images * 255).round().byte().cpu()
+    pixels = (images.float() * 255).round().clamp(0, 255).byte().cpu()
     colour = images.shape[1] == 3
     arrays = pixels.permute(0, 2, 3, 1) if colour else pixels.flatten(1, 2)
     return np.array([8 * math.log(2) * _png_bytes(each) for each in arrays.contiguous().numpy()])
 
 
 def _png_bytes(pixels: NDArray[np.uint8]) -> int:
+    image = Image.fromarray(pixels)
+    if pixels.ndim == 2 and ((pixels == 0) | (pixels == 255)).all():
+        image = image.convert("1", dither=Image.Dither.NONE)
     file = BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    image.save(file, "PNG", optimize=True)
     return file.tell()
 
 

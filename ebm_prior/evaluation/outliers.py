@@ -2,11 +2,12 @@
 
 Besides the forms of `ebm_prior.model.scores` there are three modes of L^{>0} (`DERIVED`) that are made of others:
 
-    complexity   L^{>0} iw, a bound on log p(x), plus the nats of a lossless code of the image (Serrà et al. 2020)
+    complexity   L^{>0} iw, a bound on log p(x), plus the nats of a lossless code of x (Serrà et al. 2020)
     typicality   − |L^{>0} iw − its mean over the reference images| (Nalisnick et al. 2019)
     composite    the log density of the image's terms (`EBMPrior.terms`) under a Gaussian fitted to the reference images
 
-Reference images are normal ones that are not among the images scored. No outlier has a part in any of the three.
+x is what the likelihood models, for instance binarised pixels. Reference images are normal ones that are not among the
+images scored. No outlier has a part in any of the three.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ebm_prior.evaluation.detection import Detection, detection, interval, resam
 from ebm_prior.evaluation.normality import TermDensity, code_length
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.scores import DERIVED, MODES, Derived, Form, Lower, Mode
+from ebm_prior.model.scores import DERIVED, MODES, Derived, Form, Lower, Mode, observed
 from ebm_prior.model.terms import CEILING, ENERGY
 from ebm_prior.settings import require_kinds, require_positive, require_seed, setting
 
@@ -61,7 +62,7 @@ class Scored(NamedTuple):
     rows: NDArray[np.int64]  # (N,): which images of the source
     values: Array  # (N, number of forms), nats
     terms: dict[str, Array]  # by name, (N,) nats each
-    code: Array  # (N,): nats of a lossless code
+    code: Array  # (N,): nats of a lossless code of what the likelihood models
 
 
 class Sizes(NamedTuple):
@@ -105,7 +106,7 @@ def score_set(
         found = prior.scores(batch, forms, draws=config.draws, seed=config.seed, first=first, chunk=config.chunk)
         parts.append(torch.stack([found[form] for form in forms], dim=1).double().cpu().numpy())
         terms.append(prior.terms(batch, draws=config.draws, seed=config.seed, first=first, chunk=config.chunk))
-        codes.append(code_length(batch))
+        codes.append(code_length(observed(prior.backbone, batch, seed=config.seed, first=first)))
         progress.advance(len(batch))
     joined = {name: torch.cat([part[name] for part in terms]).double().cpu().numpy() for name in terms[0]}
     return Scored(images.name, rows.numpy(), np.concatenate(parts), joined, np.concatenate(codes))

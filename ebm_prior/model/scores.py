@@ -151,17 +151,15 @@ class Batch:
         seed: int,
         first: int,
     ) -> None:
-        like = next(backbone.parameters())
         self.backbone, self.f, self.sampler, self.walk = backbone, f, sampler, walk
-        self.seed, self.first, self.size, self.device = seed, first, len(images), like.device
-        self.x = backbone.observe(images.to(like.device, like.dtype), generator=self.generator(_OBSERVATION))
+        self.seed, self.first, self.size, self.device = seed, first, len(images), next(backbone.parameters()).device
+        self.x = observed(backbone, images, seed=seed, first=first)
         self._posterior: tuple[tuple[int, int], Posterior] | None = None
         self._summands: tuple[tuple[int, int, Lower], Summands] | None = None
 
     def generator(self, purpose: int, *words: int) -> BlockGenerator:
         """A random generator for a purpose. Image i of the set gets the same numbers in any batch."""
-        seed = derived_seed(self.seed, Purpose.SCORES, purpose + 1, *(word + 1 for word in words))
-        return BlockGenerator(seed, self.first, self.size, self.device)
+        return _stream(self.seed, self.first, self.size, self.device, purpose, *words)
 
     def summands(self, number: int, k: int, lower: Lower, energy: bool) -> Summands:
         """The terms of Eq. 20 at draw `number`."""
@@ -275,6 +273,22 @@ class FreeGroups:
     def alone(self) -> bool:
         """Whether only one group is free. Then its prior is fixed, and its energy needs no traversal."""
         return len(self.fixed) == len(self.backbone.groups) - 1
+
+
+@torch.no_grad()
+def observed(backbone: Backbone, images: Tensor, *, seed: int = 0, first: int = 0) -> Tensor:
+    """The observations x̃ of images (B, C, H, W) that `scores` draws for the same `seed` and `first`: (B, C, H, W).
+
+    They are what the likelihood models (`Backbone.observe`), for instance binarised pixels.
+    """
+    like = next(backbone.parameters())
+    generator = _stream(seed, first, len(images), like.device, _OBSERVATION)
+    return backbone.observe(images.to(like.device, like.dtype), generator=generator)
+
+
+def _stream(seed: int, first: int, size: int, device: torch.device, purpose: int, *words: int) -> BlockGenerator:
+    seed = derived_seed(seed, Purpose.SCORES, purpose + 1, *(word + 1 for word in words))
+    return BlockGenerator(seed, first, size, device)
 
 
 def list_of_forms(forms: object) -> list[Form]:

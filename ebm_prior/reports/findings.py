@@ -169,9 +169,12 @@ def _pixels(result: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def outlier_tables(result: Mapping[str, Any]) -> str:
-    """The result of ood or anomaly as text, with the files that were written."""
-    return text([*outlier_blocks(result), *(["", files_written(result)] if "files" in result else [])])
+def outlier_tables(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
+    """One or several results of ood or anomaly as text, each with the files that were written."""
+    blocks: list[Block] = []
+    for each in [results] if isinstance(results, Mapping) else results:
+        blocks += ["", *outlier_blocks(each), *(["", files_written(each)] if "files" in each else [])]
+    return text(blocks[1:])
 
 
 def outlier_blocks(result: Mapping[str, Any]) -> list[Block]:

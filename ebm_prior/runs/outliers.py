@@ -38,7 +38,8 @@ def write_scores(path: Path, forms: Sequence[Form], scored: Sequence[Scored]) ->
 def write_terms(path: Path, scored: Sequence[Scored]) -> None:
     """Write an .npz: `terms`, names of columns; `sets`, names; for set i `values_i` (N, columns), `rows_i`, `code_i`.
 
-    The columns are `EBMPrior.terms`; `code_i` (N,) is the length of a lossless code of each image. Both are in nats.
+    The columns are `EBMPrior.terms`; `code_i` (N,) is the length of a lossless code (PNG) of each image, as the
+    likelihood sees it. Both are in nats.
     """
     arrays: dict[str, Any] = {"terms": np.array(list(scored[0].terms)), "sets": _names(scored)}
     for index, each in enumerate(scored):

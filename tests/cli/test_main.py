@@ -58,6 +58,8 @@ def test_options_that_would_be_ignored_are_refused(workshop: Workshop, fit_words
         ([*fit_words, "--ratios", "one", "--stage-moves", 3], "leave out --stage-moves"),
         ([*fit_words, "--objective", "mle", "--ratios", "one"], "leave out --ratios"),
         ([*fit_words, "--objective", "mle", "--noise-weight", 2], "leave out --noise-weight"),
+        (["train", "--data", "x", "--noise-weight", 2], "--noise-weight: train learns by maximum likelihood alone"),
+        (["train", "--data", "x", "--objective", "nce"], "then fit --noise-weight M on the backbone"),
         ([*fit_words, "--bn-readjust", "--precision", "bf16"], "leave out --precision bf16"),
     ):
         result = workshop.run(*words, code=2)

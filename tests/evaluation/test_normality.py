@@ -25,6 +25,17 @@ def test_a_code_is_a_png_file(channels: int, tmp_path: Path) -> None:
         assert (np.asarray(Image.open(tmp_path / "image.png")) == array).all()
 
 
+def test_black_and_white_takes_one_bit_a_pixel() -> None:
+    random = torch.Generator().manual_seed(6)
+    binary = (torch.rand(2, 1, 40, 40, generator=random) < 0.5).float()
+    shades = binary * 254 / 255
+    packed, eight_bits = code_length(binary), code_length(shades)
+    bound = 40 * 40 * math.log(2)
+    assert (packed > bound).all()
+    assert (packed < bound + 8 * math.log(2) * (40 + 100)).all()  # a byte per row, and less than 100 of headers
+    assert (eight_bits > packed).all()
+
+
 def test_simple_images_have_short_codes() -> None:
     generator = torch.Generator().manual_seed(1)
     noise, flat = torch.rand(1, 3, 32, 32, generator=generator), torch.full((1, 3, 32, 32), 0.3)

@@ -103,9 +103,11 @@ def score_set(
     parts, terms, codes = [], [], []
     for first, count in chunks(len(rows), config.chunk):
         batch = images.batch(rows[first : first + count])
-        found = prior.scores(batch, forms, draws=config.draws, seed=config.seed, first=first, chunk=config.chunk)
+        found, own_terms = prior.scores_and_terms(
+            batch, forms, draws=config.draws, seed=config.seed, first=first, chunk=config.chunk
+        )
         parts.append(torch.stack([found[form] for form in forms], dim=1).double().cpu().numpy())
-        terms.append(prior.terms(batch, draws=config.draws, seed=config.seed, first=first, chunk=config.chunk))
+        terms.append(own_terms)
         codes.append(code_length(observed(prior.backbone, batch, seed=config.seed, first=first)))
         progress.advance(len(batch))
     joined = {name: torch.cat([part[name] for part in terms]).double().cpu().numpy() for name in terms[0]}

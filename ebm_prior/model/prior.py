@@ -33,7 +33,7 @@ from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.latents import require_latents, require_upper
 from ebm_prior.model.samplers import Potential, SamplerConfig, effective_sample_size, graphed
 from ebm_prior.model.samples import Samples, decoded, joined
-from ebm_prior.model.scores import Form, FreeGroups, list_of_forms, scores
+from ebm_prior.model.scores import Batch, Form, FreeGroups, list_of_forms, scores
 from ebm_prior.model.terms import ImageTerms
 
 Regime = Literal["calibrated", "refiner"]
@@ -267,12 +267,13 @@ class EBMPrior(_Kept, ImageTerms):
         seed: int = 0,
         first: int = 0,
         chunk: int = 256,
+        watch: Callable[[Batch, int], None] | None = None,
     ) -> dict[Form, Tensor]:
         """Scores of images (B, C, H, W) in [0, 1] (Eqs. 20, 21): for each form a tensor (B,) in nats, on shared draws.
 
         sampler: draws the lower groups; None takes the one recorded with the prior. The draws of image i depend on
-        (seed, first + i) alone, not on `chunk`; `first` must be a multiple of 64. Raises RegimeError for a refiner if a
-        form uses f, and the errors of `model.scores.scores`.
+        (seed, first + i) alone, not on `chunk`; `first` must be a multiple of 64. watch: called with each chunk and
+        number of a draw. Raises RegimeError for a refiner if a form uses f, and the errors of `model.scores.scores`.
         """
         forms = list_of_forms(forms)
         require_images(images, self.backbone.image_shape)
@@ -291,6 +292,7 @@ class EBMPrior(_Kept, ImageTerms):
                 walk=self.walk,
                 seed=seed,
                 first=first + start,
+                watch=watch,
             )
             for start, count in chunks(len(images), chunk)
         ]

@@ -106,13 +106,15 @@ def scores(
     walk: Callable[[], Walk] | None = None,
     seed: int = 0,
     first: int = 0,
+    watch: Callable[[Batch, int], None] | None = None,
 ) -> dict[Form, Tensor]:
     """The scores of images (B, C, H, W) in [0, 1]: for every form a tensor (B,) in nats, on shared draws.
 
     draws: S, the number of draws of the latents; the expectation of Eq. 20 is the mean over them. The observation
     x̃ ~ `observe` is drawn once.  sampler: draws the lower groups from p_α.  walk: begins a walk over the terms of τ f,
-    which a sampler by groups needs.  first: the number of the first image in its set, a multiple of 64. Raises
-    ConfigurationError for a form that the backbone does not have, and DivergenceError where a chain is not finite.
+    which a sampler by groups needs.  first: the number of the first image in its set, a multiple of 64.  watch: called
+    with the batch and the number of each draw of the latents. Raises ConfigurationError for a form that the backbone
+    does not have, and DivergenceError where a chain is not finite.
     """
     forms = list(forms)
     _check(forms, len(backbone.groups), draws)
@@ -126,6 +128,8 @@ def scores(
         {(_lower(form), form.k, form.energy) for form in needed}, key=lambda each: (each[0] == "mean", each)
     )
     for number in range(draws):
+        if watch is not None:
+            watch(batch, number)
         for lower, k, energy in passes:
             summands = batch.summands(number, k, lower, energy)
             for form, column in values.items():
@@ -136,6 +140,14 @@ def scores(
         form: level[form._replace(k=0, ratio=False)] - level[form._replace(ratio=False)] if form.ratio else level[form]
         for form in forms
     }
+
+
+class Whole(NamedTuple):
+    """One draw of all groups from q(z | x): the draw, its traversal of the backbone, and log p(x | z), (B,)."""
+
+    posterior: Posterior
+    trace: Trace
+    log_likelihood: Tensor
 
 
 class Batch:
@@ -156,6 +168,7 @@ class Batch:
         self.x = observed(backbone, images, seed=seed, first=first)
         self._posterior: tuple[tuple[int, int], Posterior] | None = None
         self._summands: tuple[tuple[int, int, Lower], Summands] | None = None
+        self._whole: tuple[int, Whole] | None = None
 
     def generator(self, purpose: int, *words: int) -> BlockGenerator:
         """A random generator for a purpose. Image i of the set gets the same numbers in any batch."""
@@ -172,14 +185,27 @@ class Batch:
         return found if energy else found._replace(f=torch.zeros_like(found.f))
 
     @torch.no_grad()
+    def whole(self, number: int) -> Whole:
+        """The traversal with draw `number` of all groups."""
+        if self._whole is None or self._whole[0] != number:
+            posterior = self.posterior(number, 0)
+            trace = self.backbone.given(posterior.z)
+            self._whole = number, Whole(posterior, trace, self.backbone.likelihood(trace.features).log_prob(self.x))
+        return self._whole[1]
+
+    @torch.no_grad()
     def _at(self, number: int, k: int, energy: bool, *, sampled: bool) -> Summands:
-        posterior = self.posterior(number, 0 if sampled else k)
+        if not k:
+            posterior, trace, log_likelihood = self.whole(number)
+        else:
+            posterior = self.posterior(number, 0 if sampled else k)
+            free = FreeGroups(self.backbone, self.f, posterior.z[:-k], self.size, self.walk)
+            generator = self.generator(_LOWER, number, k)
+            trace = free.sample(self.sampler if energy else None, generator) if sampled else free.trace(None)
+            log_likelihood = self.backbone.likelihood(trace.features).log_prob(self.x)
         upper = len(self.backbone.groups) - k
-        free = FreeGroups(self.backbone, self.f, posterior.z[:upper], self.size, self.walk)
-        generator = self.generator(_LOWER, number, k)
-        trace = free.sample(self.sampler if energy else None, generator) if sampled else free.trace(None)
         return Summands(
-            log_likelihood=self.backbone.likelihood(trace.features).log_prob(self.x),
+            log_likelihood=log_likelihood,
             log_p_upper=trace.log_prior[:, :upper].sum(1),
             log_q_upper=posterior.log_q[:, :upper].sum(1),
             log_p_lower=trace.log_prior[:, upper:].sum(1),

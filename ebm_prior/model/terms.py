@@ -9,19 +9,16 @@ terms can weigh them by their values at images of the known kind.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from ebm_prior.compute.isolation import isolated
-from ebm_prior.compute.randomness import chunks
-from ebm_prior.model.arguments import require_calibrated, require_count, require_images
-from ebm_prior.model.backbone import Backbone, Gaussian
+from ebm_prior.model.arguments import require_calibrated
+from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import JointEnergy
-from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.model.scores import Batch
+from ebm_prior.model.scores import Batch, Form, Whole
 
 LIKELIHOOD, ENERGY, CEILING = "log p(x|z)", "f", "f(ceiling)"
 """Names of terms: of the likelihood, the beginning of those of the energy, and of the nats that a ceiling takes."""
@@ -32,18 +29,24 @@ class ImageTerms:
 
     backbone: Backbone
     energy: JointEnergy
-    sampler: SamplerConfig
     tau: float
     ceiling: float
     regime: Literal["calibrated", "refiner"]
 
     if TYPE_CHECKING:
 
-        def f(
-            self, z: Sequence[Tensor], eps: Sequence[Tensor] | None = None, priors: Sequence[Gaussian] | None = None
-        ) -> Tensor: ...
+        def scores(
+            self,
+            images: Tensor,
+            forms: Iterable[Form],
+            *,
+            draws: int = 8,
+            seed: int = 0,
+            first: int = 0,
+            chunk: int = 256,
+            watch: Callable[[Batch, int], None] | None = None,
+        ) -> dict[Form, Tensor]: ...
 
-    @isolated()
     def terms(
         self, images: Tensor, *, draws: int = 8, seed: int = 0, first: int = 0, chunk: int = 256
     ) -> dict[str, Tensor]:
@@ -69,16 +72,30 @@ class ImageTerms:
         >>> terms["log p(x|z)"].shape
         torch.Size([4])
         """
-        require_images(images, self.backbone.image_shape)
+        return self.scores_and_terms(images, [], draws=draws, seed=seed, first=first, chunk=chunk)[1]
+
+    def scores_and_terms(
+        self,
+        images: Tensor,
+        forms: Iterable[Form],
+        *,
+        draws: int = 8,
+        seed: int = 0,
+        first: int = 0,
+        chunk: int = 256,
+    ) -> tuple[dict[Form, Tensor], dict[str, Tensor]]:
+        """What `scores` and `terms` return for the same arguments, from the same passes through the network."""
         require_calibrated(self.regime, "the terms of a score")
-        draws, seed = require_count("draws", draws, least=1), require_count("seed", seed)
-        parts = [
-            self._terms(images[start : start + count], draws, seed, first + start)
-            for start, count in chunks(len(images), require_count("chunk", chunk, least=1))
-        ]
+        found: dict[int, list[Tensor]] = {}  # number of a chunk's first image -> the terms at each draw
+
+        def read(batch: Batch, number: int) -> None:
+            found.setdefault(batch.first, []).append(self._terms(batch.whole(number)))
+
+        scored = self.scores(images, forms, draws=draws, seed=seed, first=first, chunk=chunk, watch=read)
         names = self._names()
+        parts = [torch.stack(of_draws).mean(0) for of_draws in found.values()]
         columns = torch.cat(parts).unbind(1) if parts else [images.new_empty(0) for _ in names]
-        return dict(zip(names, columns, strict=True))
+        return scored, dict(zip(names, columns, strict=True))
 
     def _names(self) -> list[str]:
         groups, energy = [group.name for group in self.backbone.groups], self.energy
@@ -92,17 +109,11 @@ class ImageTerms:
         ]
 
     @torch.no_grad()
-    def _terms(self, images: Tensor, draws: int, seed: int, first: int) -> Tensor:
-        """The terms of one chunk, (B, number of terms), as means over the draws."""
-        batch = Batch(self.backbone, self.f, images, self.sampler, None, seed, first)
-        found = []
-        for number in range(draws):
-            posterior = batch.posterior(number, 0)
-            trace = self.backbone.given(posterior.z)
-            summands = self.tau * self.energy.terms(self.energy.inputs(trace.z, trace.eps, trace.priors))
-            likelihood = self.backbone.likelihood(trace.features).log_prob(batch.x)
-            columns = [likelihood[:, None], trace.log_prior, -posterior.log_q, summands]
-            if self.ceiling < math.inf:
-                columns.append((self.ceiling - summands.sum(1, keepdim=True)).clamp(max=0))
-            found.append(torch.cat(columns, dim=1))
-        return torch.stack(found).mean(0)
+    def _terms(self, draw: Whole) -> Tensor:
+        """The terms at one draw of the latents of a batch, (B, number of terms)."""
+        posterior, trace, log_likelihood = draw
+        summands = self.tau * self.energy.terms(self.energy.inputs(trace.z, trace.eps, trace.priors))
+        columns = [log_likelihood[:, None], trace.log_prior, -posterior.log_q, summands]
+        if self.ceiling < math.inf:
+            columns.append((self.ceiling - summands.sum(1, keepdim=True)).clamp(max=0))
+        return torch.cat(columns, dim=1)

@@ -256,7 +256,7 @@ def test_anomalies_by_label(workshop: Workshop, prior: Path, tmp_path: Path) -> 
     expected = detection(-values[1][:, column], -values[0][:, column])
     assert row["f"]["auprc"] == pytest.approx(expected.auprc)
     assert row["f"]["auprc_trapezoid"] == pytest.approx(expected.auprc_trapezoid)
-    own = "--mode composite --mode prior --draws 1 --resamples 5 --json --out".split() + [tmp_path / "own"]
+    own = ["--mode", "composite", "--mode", "prior", *options[2:4], "--json", "--out", tmp_path / "own"]
     result = json.loads(workshop.run("anomaly", prior, *words, *own).stdout)
     assert (result["images"], result["reference"]) == ([20, 20], 20)  # half of the 40 normal images are the reference
     assert [row["mode"] for row in result["sets"][0]["rows"]] == ["composite", "prior"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -62,7 +63,22 @@ def test_terms_depend_neither_on_chunks_nor_on_the_other_images(toy: EBMPrior, p
     assert {name: len(term) for name, term in toy.terms(pictures[:0]).items()} == dict.fromkeys(whole, 0)
 
 
-class Whole(nn.Module):
+def test_scores_and_terms_share_the_passes(toy: EBMPrior, pictures: Tensor) -> None:
+    """They are equal in bits to those found one by one, and the scores' own traversals of the network suffice."""
+    forms = [Form(0, mode="elbo"), Form(0, mode="iw", energy=False)]
+    scores, terms = toy.scores_and_terms(pictures, forms, draws=3, seed=9, chunk=64)
+    for name, term in toy.terms(pictures, draws=3, seed=9, chunk=64).items():
+        assert torch.equal(terms[name], term)
+    with mock.patch.object(ToyConv, "top_down", autospec=True, side_effect=ToyConv.top_down) as traversed:
+        alone = toy.scores(pictures, forms, draws=3, seed=9, chunk=64)
+        calls = traversed.call_count
+        toy.scores_and_terms(pictures, forms, draws=3, seed=9, chunk=64)
+        assert traversed.call_count == 2 * calls
+    for form in forms:
+        assert torch.equal(scores[form], alone[form])
+
+
+class Unsplit(nn.Module):
     """An energy that is no sum over groups."""
 
     def __init__(self) -> None:
@@ -76,7 +92,7 @@ class Whole(nn.Module):
 
 def test_an_energy_that_is_no_sum_is_one_term(pictures: Tensor) -> None:
     backbone = ToyConv().double().eval()
-    energy = energy_of(backbone.groups, EnergyConfig(conditional=False), Whole())
+    energy = energy_of(backbone.groups, EnergyConfig(conditional=False), Unsplit())
     with torch.no_grad():
         for parameter in energy.parameters():
             parameter.add_(0.3)

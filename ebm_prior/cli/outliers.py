@@ -101,8 +101,8 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace earlier resu
     "--reverse",
     type=PRIOR_FILE,
     multiple=True,
-    help="Prior fitted to the kind of images of the first --outliers, for a table of the other direction, in which "
-    "these are the known images and those of --in the outliers; repeat the option for the second --outliers, and so on",
+    help="Prior fitted to images like those of the first --outliers, which it tells from the images of --in for the "
+    "other direction; repeat the option for the further --outliers in their order",
 )
 @DATA_ROOT
 @click.option(
@@ -172,9 +172,9 @@ def ood(
         return loaded
 
     def direction(path: Path, loaded: EBMPrior, specs: Sequence[str | ImageSource], to: Path) -> Direction:
-        shape, number = loaded.backbone.image_shape, {"n": config.samples, "seed": config.seed}
-        open_set = partial(outlier_sets.open_set, shape=shape, open_with=opener(path).typed, **number)
-        return Direction(path, loaded, [*map(open_set, specs)], forms_of(loaded), to)
+        shape, n, open_with = loaded.backbone.image_shape, config.samples, opener(path).typed
+        sets = [outlier_sets.open_set(spec, shape, n, seed=config.seed, open_with=open_with) for spec in specs]
+        return Direction(path, loaded, sets, forms_of(loaded), to)
 
     def forms_of(loaded: EBMPrior) -> list[Form]:
         return every_form(parsed_k(ks or "all", len(loaded.backbone.groups)), modes or MODES, lowers or LOWERS)

@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,14 @@ from ebm_prior.data.image_files import open_regular, reading, refuse_bomb
 from ebm_prior.data.source import Split
 from ebm_prior.errors import DataError, few
 
+Order = Literal["<", ">"]
+"""The byte order of a file: little or big endian."""
+
 _STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # type -> dtype
 _MATRIX, _COMPRESSED = 14, 15
 _NUMBERS = ("double", "single", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 _KINDS = dict(enumerate(("cell", "struct", "object", "char", "sparse", *_NUMBERS), start=1))  # as MATLAB calls them
-_ORDERS = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}  # version 1 in the byte order of the file
+_ORDERS: dict[bytes, Order] = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}  # version 1 in the byte order of the file
 _COMPLEX = 0x800  # flag of a variable
 _MOST_HEADER = 4_096  # bytes of dimensions or of a name
 SVHN_FILE = "{split}_32x32.mat"
@@ -41,7 +44,7 @@ class _Variable(NamedTuple):
     shape: tuple[int, ...]
     kind: str  # in `_KINDS`
     stream: BinaryIO  # the values' element comes next
-    order: str  # byte order, < or >
+    order: Order
     packed: int  # bytes that the variable takes in the file
 
     @property
@@ -106,14 +109,14 @@ def _variables(file: BinaryIO, path: Path) -> Iterator[_Variable]:
             raise ValueError(f"it should have {at:,} bytes and has {size:,}")
         stream: BinaryIO = file
         if kind == _COMPRESSED:
-            stream = io.BufferedReader(_Inflated(file, packed))  # type: ignore[assignment]
+            stream = io.BufferedReader(_Inflated(file, packed))
             kind, _, inline = _tag(stream, order)
             if inline is not None or kind != _MATRIX:
                 raise ValueError(f"a compressed element of type {kind} where a variable should be")
         yield _header(stream, order, packed)
 
 
-def _header(stream: BinaryIO, order: str, packed: int) -> _Variable:
+def _header(stream: BinaryIO, order: Order, packed: int) -> _Variable:
     flags = _element(stream, order, _MOST_HEADER)
     if len(flags) != 2 or flags.dtype != np.uint32:
         raise ValueError("a variable without flags")
@@ -121,7 +124,7 @@ def _header(stream: BinaryIO, order: str, packed: int) -> _Variable:
     if kind is None:  # objects of newer kinds, whose headers differ
         return _Variable("?", (), "unknown", stream, order, packed)
     shape, name = (_element(stream, order, _MOST_HEADER) for _ in range(2))
-    if shape.dtype != np.int32 or (shape < 0).any():
+    if shape.dtype != np.int32 or min(shape.tolist(), default=-1) < 0:
         raise ValueError("a variable without dimensions")
     kind = "complex " * bool(int(flags[0]) & _COMPLEX) + kind
     return _Variable(name.tobytes().decode("latin-1"), tuple(shape.tolist()), kind, stream, order, packed)
@@ -139,7 +142,7 @@ def _values(variable: _Variable, path: Path) -> NDArray[np.generic]:
     return values.reshape(variable.shape, order="F")
 
 
-def _tag(stream: BinaryIO, order: str) -> tuple[int, int, bytes | None]:
+def _tag(stream: BinaryIO, order: Order) -> tuple[int, int, bytes | None]:
     """Type and number of bytes of the next element, and its content where that is short enough to be in the tag."""
     tag = _read(stream, 8)
     first, size = np.frombuffer(tag, f"{order}u4").tolist()
@@ -150,7 +153,7 @@ def _tag(stream: BinaryIO, order: str) -> tuple[int, int, bytes | None]:
     return first, size, None
 
 
-def _element(stream: BinaryIO, order: str, most: int) -> NDArray[np.generic]:
+def _element(stream: BinaryIO, order: Order, most: int) -> NDArray[np.generic]:
     """The numbers of the next element, of `most` bytes at most."""
     kind, size, content = _tag(stream, order)
     dtype = np.dtype(_STORED.get(kind, "V1")).newbyteorder(order)

@@ -185,8 +185,9 @@ def outlier_blocks(result: Mapping[str, Any]) -> list[Block]:
     draws = f"{result['draws']} draw{'s' * (result['draws'] != 1)}"
     lines: list[Block] = [
         f"{count}, {draws} each, seed {result['seed']}, τ = {result['tau']:.3f}{chance}",
-        f"lower groups, where sampled: {sampler_text(result['sampler'])}",
     ]
+    if any(row["lower"] == "sample" for each in result["sets"] for row in each["rows"]):
+        lines.append(f"lower groups, where sampled: {sampler_text(result['sampler'])}")
     if "reference" in result:
         lines.append(
             f"reference for typicality and composite: {result['reference']:,} further images of {result['in']}"

@@ -14,6 +14,8 @@ from torch import Tensor
 Array = NDArray[np.float64]
 SMALLEST_SPREAD = 1e-9  # of a term, relative to its mean; a smaller standard deviation is rounding
 
+LEAST_SHARE = 1e-6  # of the identity in a covariance
+
 
 def code_length(images: Tensor) -> Array:
     """The length in nats of the PNG file of each image.
@@ -71,7 +73,8 @@ class TermDensity:
 def shrunk_covariance(x: Array) -> Array:
     """The covariance of centred values (N, T), moved towards a multiple of the identity by as much as is best.
 
-    The best share is the one of Ledoit & Wolf (2004), which has the least expected squared error as N grows.
+    The best share is the one of Ledoit & Wolf (2004), which has the least expected squared error as N grows. For two
+    images it would be 0; `LEAST_SHARE` keeps the covariance invertible.
     """
     n, size = x.shape
     sample = x.T @ x / n
@@ -79,6 +82,6 @@ def shrunk_covariance(x: Array) -> Array:
     target = level * np.eye(size)
     distance = float(np.square(sample - target).sum())
     noise = float(np.square(np.square(x).sum(1)).sum() / n - np.square(sample).sum()) / n
-    share = min(1.0, noise / distance) if distance > 0 else 1.0
+    share = min(1.0, max(LEAST_SHARE, noise / distance)) if distance > 0 else 1.0
     found: Array = share * target + (1 - share) * sample
     return found

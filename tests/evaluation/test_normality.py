@@ -76,6 +76,16 @@ def test_the_density_asks_neither_for_units_nor_for_terms_that_never_change() ->
     np.testing.assert_allclose(constant, found)
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_few_images_have_a_density(n: int) -> None:
+    random = np.random.default_rng(7)
+    terms = random.normal(size=(n, 6))
+    density = TermDensity(terms)
+    inside, outside = density.log_density(terms.mean(0, keepdims=True)), density.log_density(terms[:1] + 9)
+    assert np.isfinite([inside, outside]).all()
+    assert (inside > outside).all()
+
+
 def test_images_unlike_the_normal_ones_in_either_direction_are_less_dense() -> None:
     """Two-sided, and blind to no correlation: (2, −2) lies within both terms' spread, and far from their line."""
     random = np.random.default_rng(5)

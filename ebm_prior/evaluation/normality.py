@@ -13,7 +13,6 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 SMALLEST_SPREAD = 1e-9  # of a term, relative to its mean; a smaller standard deviation is rounding
-
 LEAST_SHARE = 1e-6  # of the identity in a covariance
 
 

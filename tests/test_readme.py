@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIVE = "## Your own pretrained VAE in five commands"
 SHORT = {  # options that make a long command short
-    "doctor": "--samples 500 --gauge-iterations 60",
-    "fit": "--iterations 4 --batch-size 16 --held-out 20 --evaluate-every 2",
+    "doctor": "--samples 800 --pairs 1 --gauge-iterations 40 --gauge-batch-size 64",
+    "fit": "--iterations 4 --batch-size 16 --held-out 20 --evaluate-every 2 --sampler-proposals 2 --sampler-steps 1",
     "sample": "-n 4 --proposals 2 --steps 1",
     "eval": "--samples 64 --gauge-iterations 5 --proposals 2 --steps 1",
     "report": "",

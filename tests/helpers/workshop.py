@@ -25,7 +25,7 @@ SMALL_FIT: dict[str, Any] = {
     "held_out": 20,
     "warmup": 0,
     "energy": {"channels": 4, "hidden": 8, "joint": 8},
-    "sampler": {"proposals": 2},
+    "sampler": {"proposals": 2, "steps": 4},
 }
 
 # The stand-ins of third_party.py: their names, and their classes.

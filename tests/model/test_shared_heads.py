@@ -34,6 +34,7 @@ GROUPS = [
     *(LatentGroup(f"point{k}", (2, 1, 1)) for k in range(2)),
     *(LatentGroup(f"map{k}", (2, 8, 8)) for k in range(4)),
 ]
+FEW = {"particles": 12, "held_out": 8}  # draws of a stage
 SHARING = {"vector": [1, 2, 3], "map": [6, 7, 8, 9]}
 
 
@@ -169,7 +170,7 @@ def test_a_file_from_before_there_were_shared_heads_has_a_head_for_each_group(de
 
 def test_shared_heads_are_fitted_in_stages(deep: VDVAE) -> None:
     images = torch.rand(120, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    prior = fit(deep, images, SMALL_FIT | {"iterations": 8, "ratios": "staged"})
+    prior = fit(deep, images, SMALL_FIT | {"iterations": 8, "ratios": "staged", "stage": FEW})
     assert len(prior.energy.shared) == 1
     assert (prior.f(deep.sample(4)) != 0).all()
     assert (prior.energy.heads["z1"].body.gain != 0).any()  # type: ignore[union-attr, operator]

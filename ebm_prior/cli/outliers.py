@@ -165,68 +165,60 @@ def ood(
         raise click.UsageError(f"--reverse is given {len(reverse)} times, and --outliers {len(outside)} times")
     stored = read_parts(config_file, ood=OutlierConfig, sampler=SamplerConfig)
     config = resolve(OutlierConfig(), given | {"seed": seed}, stored["ood"])
-
-    def load(path: Path, **where: Any) -> EBMPrior:
-        loaded = load_prior(path, device=passes.device, dtype=passes.dtype, **where)
+    sides: list[Side] = []
+    for path in (prior, *reverse):
+        place, forced = (None, False) if sides else (checkpoint, force)
+        loaded = load_prior(path, checkpoint=place, force=forced, device=passes.device, dtype=passes.dtype)
         loaded.sampler = resolve(loaded.sampler, given, stored["sampler"])
-        return loaded
-
-    def direction(path: Path, loaded: EBMPrior, specs: Sequence[str | ImageSource], to: Path) -> Direction:
-        shape, n, open_with = loaded.backbone.image_shape, config.samples, opener(path).typed
-        sets = [outlier_sets.open_set(spec, shape, n, seed=config.seed, open_with=open_with) for spec in specs]
-        return Direction(path, loaded, sets, forms_of(loaded), to)
-
-    def forms_of(loaded: EBMPrior) -> list[Form]:
-        return every_form(parsed_k(ks or "all", len(loaded.backbone.groups)), modes or MODES, lowers or LOWERS)
-
-    def opener(path: Path) -> Opener:
-        return Opener(data_root, download, of_prior(path))
-
-    first, others = load(prior, checkpoint=checkpoint, force=force), [load(path) for path in reverse]
-    refuse_unused_options(given | {"k": ks, "lower": lowers or None}, modes, forms_of(first))
+        forms = every_form(parsed_k(ks or "all", len(loaded.backbone.groups)), modes or MODES, lowers or LOWERS)
+        sides.append(Side(path, loaded, Opener(data_root, download, of_prior(path)), forms, config))
+    refuse_unused_options(given | {"k": ks, "lower": lowers or None}, modes, sides[0].forms)
     folder = chosen or places.next_free(places.beside(prior), "ood")
-    folders = [folder, *(folder.with_name(f"{folder.name}-reverse-{i}") for i in range(1, len(others) + 1))]
+    folders = [folder, *(folder.with_name(f"{folder.name}-reverse-{i}") for i in range(1, len(sides)))]
     for each in folders:
         require_folder(each, overwrite)
         own(each)
-    known: str | ImageSource
-    if inside is not None:
-        known = inside
-    else:
-        named = partial(backbones.named_data, prior_record(prior)["record"], str(prior), option="--in")
-        known = opener(prior).held_out(otherwise=named, shape=first.backbone.image_shape, option="--in")[0]
-    directions = [direction(prior, first, [known, *outside], folder)]
-    directions += [
-        direction(path, loaded, [theirs, known], to)
-        for path, loaded, theirs, to in zip(reverse, others, outside, folders[1:], strict=False)
-    ]
-    with Bar("ood", sum(each.work(config) for each in directions)) as bar:
-        results = [each.measured(config, bar) for each in directions]
+    known = sides[0].recorded() if inside is None else inside
+    specs = [[known, *outside], *([theirs, known] for theirs in outside[: len(reverse)])]
+    sets = [side.opened(named) for side, named in zip(sides, specs, strict=True)]
+    with Bar("ood", sum(map(Side.work, sides, sets))) as bar:
+        results = [side.measured(each, to, bar) for side, each, to in zip(sides, sets, folders, strict=True)]
     show_result(results if reverse else results[0], as_json, findings.outlier_tables)
 
 
-class Direction(NamedTuple):
-    """A prior, the images that it knows and the sets of outliers behind them, and where the results go."""
+class Side(NamedTuple):
+    """A prior of `ood`, what opens images for it, the forms of its scores, and the settings."""
 
     path: Path
     prior: EBMPrior
-    sets: list[Images]
+    opener: Opener
     forms: list[Form]
-    folder: Path
+    config: OutlierConfig
 
-    def work(self, config: OutlierConfig) -> int:
+    def recorded(self) -> ImageSource:
+        """Held-out images of the kind on which the prior was trained. Raises ConfigurationError, DataError."""
+        named = partial(backbones.named_data, prior_record(self.path)["record"], str(self.path), option="--in")
+        shape = self.prior.backbone.image_shape
+        return self.opener.held_out(otherwise=named, shape=shape, option="--in")[0]
+
+    def opened(self, specs: Sequence[str | ImageSource]) -> list[Images]:
+        """The sets of images that `specs` name, in the shape of the backbone's images. Raises DataError."""
+        shape, n, seed = self.prior.backbone.image_shape, self.config.samples, self.config.seed
+        return [outlier_sets.open_set(spec, shape, n, seed=seed, open_with=self.opener.typed) for spec in specs]
+
+    def work(self, sets: Sequence[Images]) -> int:
         """Number of images to score. Raises DataError where there are too few."""
-        sizes = set_sizes(self.sets[0], self.sets[1:], self.forms, config)
-        return len(self.sets) * sizes.each + sizes.reference
+        sizes = set_sizes(sets[0], sets[1:], self.forms, self.config)
+        return len(sets) * sizes.each + sizes.reference
 
-    def measured(self, config: OutlierConfig, progress: Progress) -> dict[str, Any]:
-        """Compare every set of outliers with the known images, and write the folder; returns the result."""
+    def measured(self, sets: Sequence[Images], folder: Path, progress: Progress) -> dict[str, Any]:
+        """Compare each further set with the first, the known images, and write the folder; returns the result."""
         result, columns, scored = find_outliers(
-            self.prior, self.sets[0], self.sets[1:], self.forms, config, progress=progress
+            self.prior, sets[0], sets[1:], self.forms, self.config, progress=progress
         )
         title = f"{scored[0].name} (in) and {few(each.name for each in scored[1:])} (out)"
         result |= {"prior": str(self.path), "command": typed_command()}
-        result["files"] = write_results(self.folder, result, columns, scored, title)
+        result["files"] = write_results(folder, result, columns, scored, title)
         return result
 
 

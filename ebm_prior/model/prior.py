@@ -296,9 +296,7 @@ class EBMPrior(_Kept, ImageTerms):
             )
             for start, count in chunks(len(images), chunk)
         ]
-        if not parts:  # no images
-            return {form: images.new_empty(0) for form in forms}
-        return {form: torch.cat([part[form] for part in parts]) for form in forms}
+        return {form: torch.cat([part[form] for part in parts]) if parts else images.new_empty(0) for form in forms}
 
 
 def _drawn(

@@ -118,7 +118,7 @@ def sample(
     samples.require_place(out, overwrite)
     if not out.suffix and processes.first:
         own(out)
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype).sampling
     sampler = resolve(loaded.sampler, given, stored["sampler"])
     preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)
     loaded.backbone = passes.apply(loaded.backbone)
@@ -212,10 +212,11 @@ def evaluate(
     config = replace(config, gauge=replace(config.gauge, seed=config.seed))
     loaded = _loaded(priors, checkpoint, force, passes, given, stored["sampler"])
     backbone = loaded[0].backbone
-    preflight(for_samples(loaded[0], config.samples, config.chunk, loaded[0].sampler, passes), passes.device)
+    drawing = loaded[0].sampling
+    preflight(for_samples(drawing, config.samples, config.chunk, drawing.sampler, passes), passes.device)
     backbone = passes.apply(backbone)
     for prior in loaded:
-        prior.backbone = backbone
+        prior.backbone = prior.sampling.backbone = backbone
     test, train = _held_out(data, Opener(data_root, download, of_prior(priors[0])), priors[0], backbone.image_shape)
     networks = [
         load_inception(inception, mode=mode, download=download, device=passes.device)
@@ -296,7 +297,7 @@ def _loaded(
     first = load_prior(paths[0], checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     loaded = [first, *(load_prior(path, first.backbone, force=force) for path in paths[1:])]
     for prior in loaded:
-        prior.sampler = resolve(prior.sampler, given, stored)
+        prior.sampling.sampler = resolve(prior.sampling.sampler, given, stored)
     return loaded
 
 
@@ -362,7 +363,7 @@ def show(
         raise click.UsageError(f"the picture {what} fixes no groups: leave out --fix")
     stored = read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
     seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
+    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype).sampling
     long = {"steps": LONG_RUN} if what == "energy" else {}
     loaded.sampler = resolve(loaded.sampler, given, long | stored["sampler"])
     out = out or places.next_free(places.beside(prior), what, ".png")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import BlockGenerator, Purpose, chunks, derived_seed
-from ebm_prior.errors import ConfigurationError, RegimeError, described
+from ebm_prior.errors import ConfigurationError, RegimeError, described, few
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.arguments import (
     require_backbone,
@@ -53,6 +53,12 @@ class _Kept:
     tau: float
     regime: Regime
     record: dict[str, Any]
+    refiner: EBMPrior | None
+
+    @property
+    def sampling(self) -> EBMPrior:
+        """The prior that draws the samples: the refiner if there is one, else this prior."""
+        return self.refiner or cast(EBMPrior, self)
 
     def to(self: Owned, device: torch.device | str) -> Owned:
         """Move backbone and heads to a device, in place; returns the prior.
@@ -63,6 +69,8 @@ class _Kept:
         place = usable_device(device)
         self.backbone.to(place)
         self.energy.to(place)
+        if self.refiner:
+            self.refiner.to(place)
         return self
 
     def walk(self) -> HeadsWalk:
@@ -92,7 +100,7 @@ class _Kept:
         count = sum(parameter.numel() for parameter in self.energy.parameters())
         return (
             f"<EBMPrior {self.regime} on {kind}: {len(groups)} groups ({few}), {count:,} parameters, "
-            f"tau {self.tau:.3g}{gain}>"
+            f"tau {self.tau:.3g}{gain}{', samples by a refiner' if self.refiner else ''}>"
         )
 
 
@@ -102,7 +110,9 @@ class EBMPrior(_Kept):
     `tau` multiplies f (tempering after training). τ f is clipped at `ceiling` nats, as f is not reliable far from the
     latents of training. `regime`: "calibrated" (f is a log density ratio, so that scores and log Z have a meaning) or
     "refiner" (short-run dynamics as published, for samples only). `target`: "exact", the density of Appendix A.3, or
-    "published", which has log p_β(T(ε)) in place of log N(ε), for replication only.
+    "published", which has log p_β(T(ε)) in place of log N(ε), for replication only. A calibrated prior may have a
+    `refiner` on the same backbone, a prior of its own: samples are then the refiner's, and densities, scores and log Z
+    are those of this prior.
 
     >>> samples = prior.sample(4, seed=1)
     >>> samples.images.shape, prior.f(samples.z).shape  # in [0, 1]; nats
@@ -120,6 +130,7 @@ class EBMPrior(_Kept):
         target: Target = "exact",
         sampler: SamplerConfig | None = None,
         record: Mapping[str, Any] | None = None,
+        refiner: EBMPrior | None = None,
     ) -> None:
         require_backbone(backbone)
         require_usable(backbone)
@@ -133,6 +144,7 @@ class EBMPrior(_Kept):
         self.regime, self.target = regime, target
         self.sampler = sampler or SamplerConfig()
         self.record = dict(record or {})
+        self.refiner = _refiner_for(self, refiner)
 
     @isolated()
     def f(
@@ -201,6 +213,8 @@ class EBMPrior(_Kept):
         Sample i depends on (seed, i) alone, not on `chunk` (rounded to blocks of 64). The `processes` share the chunks.
         sampler: None takes the one recorded with the prior. Raises DivergenceError where a chain is not finite.
         """
+        if self.refiner:
+            return self.refiner.map_chunks(see, n, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
         n, seed, chunk = require_count("n", n), require_count("seed", seed), require_count("chunk", chunk, least=1)
         sampler = _chosen(sampler, self)
         device = next(self.backbone.parameters()).device
@@ -249,6 +263,8 @@ class EBMPrior(_Kept):
         z.expand(n, …) draws n times for one code. Draw i depends on upper[…][i] and (seed, i) alone, not on `chunk`.
         norm and ess_fraction are those of the lower groups' ε. sampler and errors: as in `sample`.
         """
+        if self.refiner:
+            return self.refiner.complete(upper, seed=seed, sampler=sampler, chunk=chunk)
         require_upper("upper", upper, self.backbone.groups, next(self.backbone.parameters()))
         seed, chunk = require_count("seed", seed), require_count("chunk", chunk, least=1)
         sampler = _chosen(sampler, self)
@@ -343,6 +359,18 @@ def _require_consistent(energy: object, regime: Regime, target: Target) -> None:
         raise RegimeError(
             "target published needs regime refiner, because f is no log density ratio on it; found calibrated"
         )
+
+
+def _refiner_for(prior: EBMPrior, refiner: EBMPrior | None) -> EBMPrior | None:
+    """`refiner`, after a check that it is one and that `prior` can have it."""
+    if refiner is not None:
+        roles, groups = (refiner.regime, prior.regime), refiner.backbone.groups
+        if roles != ("refiner", "calibrated") or groups != prior.backbone.groups:
+            raise RegimeError(
+                "refiner: expected a prior of regime refiner on the backbone of a calibrated prior, found a "
+                f"{roles[0]} prior for a {roles[1]} one, with the groups {few(group.name for group in groups)}"
+            )
+    return refiner
 
 
 def _chosen(sampler: SamplerConfig | None, prior: EBMPrior) -> SamplerConfig:

@@ -24,10 +24,21 @@ def fit_summary(result: Mapping[str, Any]) -> str:
             f"{result['cpu_seconds']:.0f} CPU-seconds; heads {count['heads']:,} parameters, {count['ratio']:.1%} of "
             "the backbone's",
             f"sampler: {sampler_text(result['sampler'])}",
+            *_said_of_roles(result),
             f"wrote {result['prior']} and {result['picture']}",
             f"next: ebm-prior sample {result['prior']} --out samples.png",
         ]
     )
+
+
+def _said_of_roles(result: Mapping[str, Any]) -> list[str]:
+    """Which role of a fitted prior does what; after stages without a refiner, how to add one."""
+    if "roles" in result:
+        who = "the refiner" if result["sampled_by"] == "refiner" else "the calibrated prior, whose are nearer"
+        return [f"samples are drawn by {who}; scores and log Z are the calibrated prior's", *_compared(result["roles"])]
+    if result["stages"]:
+        return ["nearer samples: the same command with --resume --refine 900 adds a refiner, which draws them"]
+    return []
 
 
 def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
@@ -130,6 +141,8 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
         rows.append(["shared heads", "groups of one shape", f"{record['heads']['shared']:,}"])
     if "joint" in record["heads"]:
         rows.append(["joint head", "all groups", f"{record['heads']['joint']:,}"])
+    if "refiner" in record:
+        rows.append(["refiner", "all groups", f"{record['heads']['refiner']:,}"])
     ceiling = f", f at most {record['ceiling']:.4g} nats" if record.get("ceiling") is not None else ""
     lines: list[Block] = [
         f"energy-based prior, {record['regime']}, τ = {record['tau']:.4g}{ceiling}, written by ebm-prior "
@@ -137,7 +150,7 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
         f"backbone: {backbone['adapter']}, {backbone['checkpoint']}, fingerprint {backbone['fingerprint'][:12]}",
         f"parameters: backbone {backbone['parameters']:,}, heads {heads:,} ({heads / backbone['parameters']:.1%})",
         Table(["group (top first)", "shape", "head parameters"], rows),
-        f"sampler: {sampler_text(record['sampler'])}",
+        *_roles(record),
     ]
     if keeps_to(READJUSTMENT, training.get("bn_readjust")):
         lines.append(
@@ -152,6 +165,32 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
             f"{gain['ess_fraction']:.1%}"
         )
     return lines
+
+
+def _roles(record: Mapping[str, Any]) -> list[str]:
+    """The sampler of a prior file, or where it holds a refiner what each of the two does."""
+    if "refiner" not in record:
+        return [f"sampler: {sampler_text(record['sampler'])}"]
+    refiner = record["refiner"]
+    return [
+        f"samples (sample, eval, show) are drawn by the refiner: {sampler_text(refiner['sampler'])}",
+        f"scores, gain and log Z (ood, anomaly) are those of the calibrated f; its sampler: "
+        f"{sampler_text(record['sampler'])}",
+        *_compared(record["record"].get("roles")),
+    ]
+
+
+_ROLES = fields({"calibrated": measured, "refiner": measured, "images": whole()})
+
+
+def _compared(roles: Any) -> list[str]:
+    """How near the samples of both roles came to held-out images; nothing for a record without such figures."""
+    if not keeps_to(_ROLES, roles):
+        return []
+    return [
+        f"distance to {roles['images']:,} held-out reconstructions (smaller is better): refiner "
+        f"{roles['refiner']:.3g}, calibrated {roles['calibrated']:.3g}"
+    ]
 
 
 def backbone_card(described: Mapping[str, Any]) -> str:

@@ -30,14 +30,14 @@ def parameters(backbone: Backbone, energy: EnergyConfig, own: nn.Module | None =
 
 
 def head_parameters(path: Path) -> dict[str, int]:
-    """Parameters per head of a prior file (the standardisation constants are not counted)."""
+    """Parameters per head of a prior file, and those of its refiner together (not the standardisation constants)."""
     tensors = read_tensors(prior_file(path), PRIOR_KEY, "an ebm-prior file")[0]
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
-        head = (
-            name.split(".")[1] if name.startswith("heads.") else name.split(".")[0]
-        )  # joint, or a module of one's own
-        if not name.endswith((".shift", ".scale")) and name not in ("factor", "offset"):
+        role, _, own = name.rpartition("/")
+        head = own.split(".")[1] if own.startswith("heads.") else own.split(".")[0]  # joint, or a module of one's own
+        head = role or head  # all heads of a refiner together
+        if not own.endswith((".shift", ".scale")) and own not in ("factor", "offset"):
             counts[head] = counts.get(head, 0) + tensor.numel()
     return counts
 

@@ -29,11 +29,14 @@ from ebm_prior.runs.folder import Run, run_inputs
 from ebm_prior.runs.samples import write_comparison
 from ebm_prior.runs.training import pictures, timed
 from ebm_prior.runs.watch import UNWATCHED, Watch
-from ebm_prior.storage.checkpoint import bundled, save_prior
+from ebm_prior.storage.checkpoint import bundled, load_prior, save_prior
 from ebm_prior.storage.registry import energy_named
 from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.fit import fit
-from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.fit_config import FitConfig, refining
+from ebm_prior.training.sampling import HeldOutViews
+
+REFINER = "refiner"  # the folder, in that of a run, where its refiner is fitted
 
 
 def fit_into(
@@ -45,6 +48,7 @@ def fit_into(
     checkpoint: str,
     bn_readjust: bool = False,
     energy: str | None = None,
+    refine: int = 0,
     passes: Passes = PLAIN,
     resume: bool = False,
     overwrite: bool = False,
@@ -56,6 +60,8 @@ def fit_into(
 
     `bn_readjust`: first re-adjust the batch norms of `backbone`; the changed one is written to backbone.safetensors
     and becomes the backbone of the prior. `energy`: the registered name of an energy to fit in place of the heads.
+    `refine`: the iterations of a refiner that is fitted afterwards, in the folder `REFINER` of the run; where its
+    samples are nearer to held-out images, it becomes the refiner of the prior, and draws its samples.
     `passes`: how cells are computed. Where training diverges twice, the best prior so far is written before
     DivergenceError is raised. Only the first of the `processes` writes files and reports to `progress`.
     """
@@ -89,12 +95,45 @@ def fit_into(
 
     told = {"processes": processes, **(_told(run, config, progress, watch) if processes.first else {})}
     prior, seconds = timed(partial(fit, backbone, images, config, energy=module, **told), keep, path)
+    counted = {"parameters": parameters(backbone, config.heads, module), "cpu_seconds": seconds}
+    if refine:
+        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress, "processes": processes}
+        found = str(own.resolve()) if settings is not None else checkpoint
+        counted["refiner"] = _refine(prior, directory / REFINER, images, refining(config, refine), found, energy, how)
+        keep(prior, None)
     before_after = directory / "before-after.png"
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed, progress=progress)
-    files = {"prior": str(path), "picture": str(before_after)}
-    counted = {"parameters": parameters(backbone, config.heads, module), "cpu_seconds": seconds}
-    return files | counted | _summary(prior)
+    return {"prior": str(path), "picture": str(before_after), **counted, **_summary(prior)}
+
+
+def _refine(
+    prior: EBMPrior,
+    directory: Path,
+    images: ImageSource,
+    config: FitConfig,
+    checkpoint: str,
+    energy: str | None,
+    how: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Fit a refiner in a run directory, and give it to `prior` if its samples are nearer to held-out images.
+
+    `how`: the arguments of `fit_into` about resuming, progress and processes. Returns its result.
+    """
+    processes, progress = how["processes"], how["progress"]
+    result = fit_into(directory, prior.backbone, images, config, checkpoint=checkpoint, energy=energy, **how)
+    processes.of_first(lambda: None)  # the others wait until the first has written the file
+    refiner = load_prior(result["prior"], prior.backbone)
+    held_out = HeldOutViews.of(prior.backbone, images, config)
+    progress.begin("which role samples", 2)
+    distances = {}
+    for role in (prior, refiner):
+        distances[role.regime] = held_out.distance(role, processes=processes)
+        progress.advance(1)
+    prior.record["roles"] = {"images": len(held_out.views), **distances}
+    if distances["refiner"] < distances["calibrated"]:
+        prior.refiner = refiner
+    return result
 
 
 def _told(run: Run, config: FitConfig, progress: Progress, watch: Watch) -> dict[str, Any]:
@@ -123,10 +162,13 @@ def _bn_settings(seed: int) -> dict[str, Any]:
 def _summary(prior: EBMPrior) -> dict[str, Any]:
     """The prior in plain values, and the parts of its record that the command shows."""
     keys = ("config", "iterations", "best_iteration", "rollbacks", "held_out", "saturated", "stages")
+    roles = {"roles": prior.record["roles"]} if "roles" in prior.record else {}
     return {
+        **roles,
+        "sampled_by": prior.sampling.regime,
         "tau": prior.tau,
         "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
         "regime": prior.regime,
-        "sampler": asdict(prior.sampler),
+        "sampler": asdict(prior.sampling.sampler),
         **{key: prior.record[key] for key in (*keys, *(["groups"] if "groups" in prior.record else []))},
     }

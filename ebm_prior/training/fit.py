@@ -28,8 +28,9 @@ from ebm_prior.settings import recorded
 from ebm_prior.training.course import Course, Workbench
 from ebm_prior.training.courses import first_course, resumed
 from ebm_prior.training.fit_config import FitConfig
-from ebm_prior.training.latents import Draws
+from ebm_prior.training.latents import Draws, split
 from ebm_prior.training.loop import Training
+from ebm_prior.training.sampling import LENGTHS, HeldOutViews, choose_steps
 from ebm_prior.training.steps import (
     FIT_GAP_LIMIT,
     batch_indices,
@@ -117,7 +118,7 @@ class Fitting(Training):
                 "ratios: groupwise needs heads of single groups, found an energy of all: leave out one"
             )
         draws = Draws(self.backbone, images, heads, config, processes, progress)
-        training, held_out = draws.split()
+        training, held_out = split(self.backbone, images, config)
         latents = draws.held_out(held_out)
         if config.energy.standardize:
             heads.standardize(draws.moments(training[:2_000]))
@@ -205,11 +206,11 @@ class Fitting(Training):
 
     def finish(self) -> EBMPrior:
         """The best prior so far, tempered or clipped on the held-out latents, with a record of its training."""
-        course = self.course
+        course, config = self.course, self.course.config
         plain, tempered, ceiling, narrow, clipped, stages, groups = course.finish()
         trained_on = len(self.bench.training)
         record = {
-            "config": recorded(course.config),
+            "config": recorded(config),
             "data": {"name": self.images.name, "training": trained_on, "held_out": len(self.images) - trained_on},
             "precision": self.backbone.precision,
             "iterations": self.iteration,
@@ -222,7 +223,11 @@ class Fitting(Training):
             "stages": stages,
             **({} if groups is None else {"groups": groups}),
         }
-        return self.prior(tau=tempered.tau, ceiling=ceiling, record=record)
+        prior = self.prior(tau=tempered.tau, ceiling=ceiling, record=record)
+        if config.choose_steps and config.sampler.steps is None:
+            self.progress.begin("number of steps", LENGTHS)
+            choose_steps(prior, HeldOutViews.of(self.backbone, self.images, config), self.processes, self.progress)
+        return prior
 
     def prior(
         self, *, tau: float = 1.0, ceiling: float = math.inf, record: Mapping[str, Any] | None = None

@@ -75,6 +75,11 @@ class FitConfig:
         "Let a refiner's chains that leave the typical set of posterior latents begin anew (only with --regime "
         "refiner)",
     )
+    choose_steps: bool = later_setting(
+        False,
+        "Choose the number of a refiner's steps on held-out images, at the end: those of training, or 2 or 4 times as "
+        "many (only with --regime refiner)",
+    )
     gradient_clip: float = later_setting(
         0.0, "Largest norm of a gradient; a larger one is scaled down to it; 0: no limit"
     )
@@ -114,6 +119,8 @@ class FitConfig:
         with within("energy"):
             alone = "must be off: ratios groupwise turns it on"
             require(self.energy, "groupwise", not self.energy.groupwise, alone)
+        chosen = "must be off unless the regime is refiner, whose chains have no end of their own"
+        require(self, "choose_steps", not self.choose_steps or self.regime == "refiner", chosen)
         require_seed(self)
         _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together
         exact = "must be exact with regime calibrated (published is not the density that f then describes)"
@@ -195,7 +202,26 @@ def refiner_preset() -> FitConfig:
         batch_size=32,
         learning_rate=2e-3,
         gradient_clip=1.0,
+        choose_steps=True,
         regime="refiner",
+    )
+
+
+def refining(config: FitConfig, iterations: int) -> FitConfig:
+    """The refiner that goes with a fit of settings `config`: the preset, on the same images held out and heads.
+
+    Its batch is the smallest from 32 on that has as many parts.
+    """
+    preset = refiner_preset()
+    return replace(
+        preset,
+        iterations=iterations,
+        batch_size=-(-preset.batch_size // config.parts) * config.parts,
+        parts=config.parts,
+        energy=config.energy,
+        held_out=config.held_out,
+        evaluate_every=config.evaluate_every,
+        seed=config.seed,
     )
 
 

@@ -26,6 +26,7 @@ FITS: dict[str, list[object]] = {
     "nce": [],
     "staged": ["--ratios", "staged", "--stage-particles", 13, "--stage-held-out", 8, "--stage-ess", 0.99],
     "mle": ["--objective", "mle", "--chains", "persistent", "--chain-steps", 2, "--refresh", 0.3],
+    "refined": ["--refine", 4],
 }
 
 

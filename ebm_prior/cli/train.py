@@ -96,19 +96,13 @@ START = click.option(
 @click.option(
     "--energy", help="Energy of your own in place of the heads: its name among the entry points ebm_prior.energies"
 )
-@click.option(
-    "--refine",
-    type=click.IntRange(1),
-    metavar="ITERATIONS",
-    help="Fit a refiner afterwards (--preset refiner; 900 is usual), which draws the samples if they are nearer to "
-    "held-out images; scores and log Z stay those of the calibrated prior",
-)
 @config_options(
     FitConfig,
     skip=("seed", "by_group"),
     wording={
         "chain_": "{help} (only with --objective mle)  [default: {default}]",
         "sampler_": "{help}  [default: as the preset has it]",
+        "refine": "{help}  [default: where one ratio saturates, as long as the stages]",
     },
     also={"iterations": ["--max-steps"]},
 )
@@ -130,7 +124,6 @@ def fit(
     bn_readjust: bool,
     preset: str,
     energy: str | None,
-    refine: int | None,
     seed: int | None,
     passes: Passes,
     watch: Watch,
@@ -144,8 +137,6 @@ def fit(
     if given["parts"] is None and config.parts == 1:
         config = replace(config, parts=processes.count)
     _refuse_unused_settings(config, given, energy)
-    if refine and config.regime != "calibrated":
-        raise click.UsageError("--refine adds a refiner to a calibrated prior, and this one is a refiner itself")
     if bn_readjust and passes.dtype == torch.bfloat16:
         raise click.UsageError("--bn-readjust computes in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
@@ -168,7 +159,6 @@ def fit(
             checkpoint=checkpoint,
             bn_readjust=bn_readjust,
             energy=energy,
-            refine=refine or 0,
             passes=passes,
             resume=resume,
             overwrite=overwrite,

@@ -17,9 +17,11 @@ from ebm_prior.cli.options import Drawing, config_options
 from ebm_prior.cli.preflight import for_samples
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
+    CALIBRATED,
     CONFIG,
     DATA_FORMS,
     DATA_ROOT,
+    ITS_BACKBONE,
     JSON,
     PASSES,
     PLACE,
@@ -28,6 +30,7 @@ from ebm_prior.cli.shared import (
     RUN_SEED,
     data_or,
     launched_processes,
+    opened_prior,
     own,
     preflight,
     show_result,
@@ -42,7 +45,6 @@ from ebm_prior.evaluation.inception import MODES, load_inception
 from ebm_prior.evaluation.inception import Mode as InceptionMode
 from ebm_prior.evaluation.metrics import FeatureExtractor
 from ebm_prior.model.passes import Passes
-from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.pictures.film import MOVING, save_film, transitions_film
 from ebm_prior.pictures.sheets import save_page
@@ -52,7 +54,7 @@ from ebm_prior.runs import backbones, samples
 from ebm_prior.runs.data import of_prior
 from ebm_prior.settings import read_parts, resolve
 from ebm_prior.storage import places
-from ebm_prior.storage.checkpoint import load_prior, prior_record
+from ebm_prior.storage.checkpoint import prior_record
 
 
 @click.command(
@@ -71,10 +73,8 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
     "--compare", is_flag=True, help="Show the backbone's own samples beside those of the prior, in a .png grid"
 )
 @click.option("--overwrite", is_flag=True, help="Replace what exists at --out")
-@click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted")
-@click.option(
-    "--force", is_flag=True, help="Use the backbone even if its weights differ from those recorded in the prior"
-)
+@ITS_BACKBONE
+@CALIBRATED
 @click.option(
     "--chunk",
     type=click.IntRange(1),
@@ -95,6 +95,7 @@ def sample(
     overwrite: bool,
     checkpoint: str | None,
     force: bool,
+    calibrated: bool,
     chunk: int,
     config_file: Path | None,
     seed: int | None,
@@ -118,7 +119,7 @@ def sample(
     samples.require_place(out, overwrite)
     if not out.suffix and processes.first:
         own(out)
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype).sampling
+    loaded = opened_prior(prior, passes, checkpoint=checkpoint, force=force, calibrated=calibrated).sampling
     sampler = resolve(loaded.sampler, given, stored["sampler"])
     preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)
     loaded.backbone = passes.apply(loaded.backbone)
@@ -140,10 +141,8 @@ def sample(
 )
 @click.argument("priors", type=PRIOR_FILE, nargs=-1, required=True)
 @data_or("held-out images of the data that the prior was trained on")
-@click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted")
-@click.option(
-    "--force", is_flag=True, help="Use the backbone even if its weights differ from those recorded in the prior"
-)
+@ITS_BACKBONE
+@CALIBRATED
 @click.option(
     "--classifier",
     type=PATH,
@@ -188,6 +187,7 @@ def evaluate(
     download: bool,
     checkpoint: str | None,
     force: bool,
+    calibrated: bool,
     classifier: Path | None,
     own: str | None,
     inception: Path | None,
@@ -210,9 +210,17 @@ def evaluate(
     stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
     config = resolve(EvalConfig(), given | {"seed": seed}, stored["eval"])
     config = replace(config, gauge=replace(config.gauge, seed=config.seed))
-    loaded = _loaded(priors, checkpoint, force, passes, given, stored["sampler"])
-    backbone = loaded[0].backbone
-    drawing = loaded[0].sampling
+    first = opened_prior(priors[0], passes, checkpoint=checkpoint, force=force, calibrated=calibrated)
+    loaded = [
+        first,
+        *(
+            opened_prior(path, passes, force=force, calibrated=calibrated, backbone=first.backbone)
+            for path in priors[1:]
+        ),
+    ]
+    for prior in loaded:
+        prior.sampling.sampler = resolve(prior.sampling.sampler, given, stored["sampler"])
+    backbone, drawing = first.backbone, first.sampling
     preflight(for_samples(drawing, config.samples, config.chunk, drawing.sampler, passes), passes.device)
     backbone = passes.apply(backbone)
     for prior in loaded:
@@ -285,26 +293,11 @@ def _require_one_network(named: Sequence[object], modes: Sequence[str], given: M
         raise click.UsageError(f"{names}: only for Inception's features; pass --fid or --inception too")
 
 
-def _loaded(
-    paths: Sequence[Path],
-    checkpoint: str | None,
-    force: bool,
-    passes: Passes,
-    given: Mapping[str, Any],
-    stored: Mapping[str, Any],
-) -> list[EBMPrior]:
-    """The priors on one shared backbone. Sampler settings of the command line or --config replace the recorded ones."""
-    first = load_prior(paths[0], checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
-    loaded = [first, *(load_prior(path, first.backbone, force=force) for path in paths[1:])]
-    for prior in loaded:
-        prior.sampling.sampler = resolve(prior.sampling.sampler, given, stored)
-    return loaded
-
-
 @click.command(
     cls=Command, first=("data", "data_root", "number", "fix", "out", "overwrite", "steps", "seed", "device", "as_json")
 )
 @PRIOR
+@CALIBRATED
 @click.argument("what", type=click.Choice(list(PICTURES)))
 @click.option("--data", help=f"Images to start from: {DATA_FORMS}  [default: what the prior was trained on]")
 @DATA_ROOT
@@ -334,6 +327,7 @@ def show(
     what: str,
     checkpoint: str | None,
     force: bool,
+    calibrated: bool,
     data: str | None,
     data_root: Path | None,
     download: bool,
@@ -363,7 +357,8 @@ def show(
         raise click.UsageError(f"the picture {what} fixes no groups: leave out --fix")
     stored = read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
     seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype).sampling
+    loaded = opened_prior(prior, passes, checkpoint=checkpoint, force=force, calibrated=calibrated)
+    loaded = loaded if what == "energy" else loaded.sampling  # a refiner has no energy to speak of
     long = {"steps": LONG_RUN} if what == "energy" else {}
     loaded.sampler = resolve(loaded.sampler, given, long | stored["sampler"])
     out = out or places.next_free(places.beside(prior), what, ".png")

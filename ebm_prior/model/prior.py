@@ -111,8 +111,8 @@ class EBMPrior(_Kept):
     latents of training. `regime`: "calibrated" (f is a log density ratio, so that scores and log Z have a meaning) or
     "refiner" (short-run dynamics as published, for samples only). `target`: "exact", the density of Appendix A.3, or
     "published", which has log p_β(T(ε)) in place of log N(ε), for replication only. A calibrated prior may have a
-    `refiner` on the same backbone, a prior of its own: samples are then the refiner's, and densities, scores and log Z
-    are those of this prior.
+    `refiner`, a prior of its own on the same backbone: it draws the samples, by its own sampler, while densities,
+    scores and log Z are those of this prior. `prior.refiner = None` lets this prior draw them.
 
     >>> samples = prior.sample(4, seed=1)
     >>> samples.images.shape, prior.f(samples.z).shape  # in [0, 1]; nats
@@ -238,8 +238,8 @@ class EBMPrior(_Kept):
     ) -> Samples:
         """Draw n samples of p_α; image i depends on (seed, i) alone, not on `chunk`. n = 0 gives empty tensors.
 
-        sampler: None takes the one recorded with the prior.  progress: advances by the draws. Raises ConfigurationError
-        for a number out of its range, and DivergenceError where a chain is not finite.
+        sampler: None takes that of `sampling`, the role that draws.  progress: advances by the draws. Raises
+        ConfigurationError for a number out of its range, and DivergenceError where a chain is not finite.
         """
         done = 0
 

@@ -75,7 +75,6 @@ EVALUATION = fields(
         "auc_before_per_group": mapping(measured),
         "auc_after_per_group": mapping(measured),
         "auc_budget": text(),
-        **dict.fromkeys(("restarted", "beyond_limit"), COUNT),
         "sampled_by": text(),
     },
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ebm_prior.reports.text import Block, Table, table
 from ebm_prior.reports.text import text as as_text
-from ebm_prior.storage.records import FIT_SUMMARY, READJUSTMENT, fields, keeps_to, measured, text, whole
+from ebm_prior.storage.records import FIT_SUMMARY, READJUSTMENT, fields, keeps_to, listed, measured, text, whole
 
 
 def files_written(result: Mapping[str, Any]) -> str:
@@ -21,8 +21,8 @@ def fit_summary(result: Mapping[str, Any]) -> str:
     return as_text(
         [
             *fit_blocks(result),
-            f"{result['cpu_seconds']:.0f} CPU-seconds; heads {count['heads']:,} parameters, {count['ratio']:.1%} of "
-            "the backbone's",
+            f"{result['cpu_seconds']:.0f} CPU-seconds{_of_refiner(result)}; heads {count['heads']:,} parameters, "
+            f"{count['ratio']:.1%} of the backbone's",
             f"sampler: {sampler_text(result['sampler'])}",
             *_said_of_roles(result),
             f"wrote {result['prior']} and {result['picture']}",
@@ -31,13 +31,17 @@ def fit_summary(result: Mapping[str, Any]) -> str:
     )
 
 
+def _of_refiner(result: Mapping[str, Any]) -> str:
+    """The time that the refiner of a fit took, where one was fitted."""
+    return f" and {result['refiner']['cpu_seconds']:.0f} for the refiner" if "refiner" in result else ""
+
+
 def _said_of_roles(result: Mapping[str, Any]) -> list[str]:
-    """Which role of a fitted prior does what; after stages without a refiner, how to add one."""
+    """What each role of a fitted prior is for; for a deep hierarchy without a refiner, how to add one."""
     if "roles" in result:
-        who = "the refiner" if result["sampled_by"] == "refiner" else "the calibrated prior, whose are nearer"
-        return [f"samples are drawn by {who}; scores and log Z are the calibrated prior's", *_compared(result["roles"])]
-    if result["stages"]:
-        return ["nearer samples: the same command with --resume --refine 900 adds a refiner, which draws them"]
+        return _what_for(result["sampled_by"] == "refiner", result["roles"])
+    if (result["stages"] or result.get("groups")) and "refine" not in result["config"]:
+        return ["for nearer samples, add a refiner: the same command with --resume --refine 900"]
     return []
 
 
@@ -169,28 +173,44 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
 
 def _roles(record: Mapping[str, Any]) -> list[str]:
     """The sampler of a prior file, or where it holds a refiner what each of the two does."""
+    told = _what_for("refiner" in record, record["record"].get("roles"))
+    told += _choice_of_steps(record.get("refiner", record)["record"].get("steps"))
     if "refiner" not in record:
-        return [f"sampler: {sampler_text(record['sampler'])}"]
-    refiner = record["refiner"]
+        return [f"sampler: {sampler_text(record['sampler'])}", *told]
     return [
-        f"samples (sample, eval, show) are drawn by the refiner: {sampler_text(refiner['sampler'])}",
-        f"scores, gain and log Z (ood, anomaly) are those of the calibrated f; its sampler: "
-        f"{sampler_text(record['sampler'])}",
-        *_compared(record["record"].get("roles")),
+        f"sampler of the refiner: {sampler_text(record['refiner']['sampler'])}",
+        f"sampler of the calibrated f: {sampler_text(record['sampler'])}",
+        *told,
     ]
 
 
 _ROLES = fields({"calibrated": measured, "refiner": measured, "images": whole()})
+_STEPS = fields({"tried": listed(fields({"steps": whole(), "distance": measured}), 1, 3), "images": whole()})
 
 
-def _compared(roles: Any) -> list[str]:
-    """How near the samples of both roles came to held-out images; nothing for a record without such figures."""
-    if not keeps_to(_ROLES, roles):
+def _what_for(refined: bool, roles: Any) -> list[str]:
+    """What each role is for, and how near the samples of both came to held-out images.
+
+    refined: whether the refiner draws the samples. Nothing is said of a prior that has one role and a `roles` without
+    figures.
+    """
+    compared = ""
+    if keeps_to(_ROLES, roles):
+        compared = (
+            f" (distance to {roles['images']:,} held-out reconstructions: refiner {roles['refiner']:.3g}, calibrated "
+            f"{roles['calibrated']:.3g})"
+        )
+    if refined:
+        return [f"the refiner draws the samples{compared}; the calibrated f gives scores, gain and log Z"]
+    return [f"the calibrated f does everything: a refiner's samples were no nearer{compared}"] if compared else []
+
+
+def _choice_of_steps(steps: Any) -> list[str]:
+    """How near a refiner's samples came to held-out images after several numbers of steps, where that was measured."""
+    if not keeps_to(_STEPS, steps):
         return []
-    return [
-        f"distance to {roles['images']:,} held-out reconstructions (smaller is better): refiner "
-        f"{roles['refiner']:.3g}, calibrated {roles['calibrated']:.3g}"
-    ]
+    found = ", ".join(f"{each['steps']} steps {each['distance']:.3g}" for each in steps["tried"])
+    return [f"number of steps chosen by the distance to {steps['images']:,} held-out reconstructions: {found}"]
 
 
 def backbone_card(described: Mapping[str, Any]) -> str:

@@ -33,8 +33,8 @@ from ebm_prior.storage.checkpoint import bundled, load_prior, save_prior
 from ebm_prior.storage.registry import energy_named
 from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.fit import fit
-from ebm_prior.training.fit_config import FitConfig, refining
-from ebm_prior.training.sampling import HeldOutViews
+from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.sampling import add_refiner
 
 REFINER = "refiner"  # the folder, in that of a run, where its refiner is fitted
 
@@ -48,7 +48,6 @@ def fit_into(
     checkpoint: str,
     bn_readjust: bool = False,
     energy: str | None = None,
-    refine: int = 0,
     passes: Passes = PLAIN,
     resume: bool = False,
     overwrite: bool = False,
@@ -60,8 +59,8 @@ def fit_into(
 
     `bn_readjust`: first re-adjust the batch norms of `backbone`; the changed one is written to backbone.safetensors
     and becomes the backbone of the prior. `energy`: the registered name of an energy to fit in place of the heads.
-    `refine`: the iterations of a refiner that is fitted afterwards, in the folder `REFINER` of the run; where its
-    samples are nearer to held-out images, it becomes the refiner of the prior, and draws its samples.
+    A refiner that follows (`config.refine`) is a run of its own in the folder `REFINER`; if its samples are nearer to
+    held-out images, it draws those of the prior.
     `passes`: how cells are computed. Where training diverges twice, the best prior so far is written before
     DivergenceError is raised. Only the first of the `processes` writes files and reports to `progress`.
     """
@@ -76,7 +75,8 @@ def fit_into(
         adjustable(backbone)
         if where == str(own.resolve()):
             raise OutputError(f"{own} is the backbone that is to be re-adjusted: choose another --out")
-    run = processes.of_first(lambda: Run(directory, asdict(config), inputs, resume=resume, overwrite=overwrite))
+    asked = {key: value for key, value in asdict(config).items() if (key, value) != ("refine", None)}
+    run = processes.of_first(lambda: Run(directory, asked, inputs, resume=resume, overwrite=overwrite))
     processes.of_first(lambda: remember(directory, images, inputs["images"]))
     images = with_kept_name(directory, images, inputs["images"])
     if settings is not None:
@@ -95,45 +95,23 @@ def fit_into(
 
     told = {"processes": processes, **(_told(run, config, progress, watch) if processes.first else {})}
     prior, seconds = timed(partial(fit, backbone, images, config, energy=module, **told), keep, path)
-    counted = {"parameters": parameters(backbone, config.heads, module), "cpu_seconds": seconds}
-    if refine:
-        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress, "processes": processes}
+    counted: dict[str, Any] = {"parameters": parameters(backbone, config.heads, module), "cpu_seconds": seconds}
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress, "processes": processes}
+
+    def refiner(second: FitConfig) -> EBMPrior:
         found = str(own.resolve()) if settings is not None else checkpoint
-        counted["refiner"] = _refine(prior, directory / REFINER, images, refining(config, refine), found, energy, how)
+        part = fit_into(directory / REFINER, prior.backbone, images, second, checkpoint=found, energy=energy, **how)
+        counted["refiner"] = part
+        processes.of_first(lambda: None)  # the others wait until the first has written the file
+        return load_prior(part["prior"], prior.backbone)
+
+    add_refiner(prior, images, config, refiner, processes, progress)
+    if "roles" in prior.record:
         keep(prior, None)
     before_after = directory / "before-after.png"
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed, progress=progress)
     return {"prior": str(path), "picture": str(before_after), **counted, **_summary(prior)}
-
-
-def _refine(
-    prior: EBMPrior,
-    directory: Path,
-    images: ImageSource,
-    config: FitConfig,
-    checkpoint: str,
-    energy: str | None,
-    how: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Fit a refiner in a run directory, and give it to `prior` if its samples are nearer to held-out images.
-
-    `how`: the arguments of `fit_into` about resuming, progress and processes. Returns its result.
-    """
-    processes, progress = how["processes"], how["progress"]
-    result = fit_into(directory, prior.backbone, images, config, checkpoint=checkpoint, energy=energy, **how)
-    processes.of_first(lambda: None)  # the others wait until the first has written the file
-    refiner = load_prior(result["prior"], prior.backbone)
-    held_out = HeldOutViews.of(prior.backbone, images, config)
-    progress.begin("which role samples", 2)
-    distances = {}
-    for role in (prior, refiner):
-        distances[role.regime] = held_out.distance(role, processes=processes)
-        progress.advance(1)
-    prior.record["roles"] = {"images": len(held_out.views), **distances}
-    if distances["refiner"] < distances["calibrated"]:
-        prior.refiner = refiner
-    return result
 
 
 def _told(run: Run, config: FitConfig, progress: Progress, watch: Watch) -> dict[str, Any]:

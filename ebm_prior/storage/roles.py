@@ -65,7 +65,7 @@ def built_prior(backbone: Backbone, energies: Sequence[JointEnergy], record: Map
     refiner = built_prior(backbone, others, record["refiner"]) if others else None
     ceiling = record.get("ceiling")
     return EBMPrior(
-        backbone,
+        refiner.backbone if refiner else backbone,  # made faster once for both roles
         energy,
         tau=record["tau"],
         ceiling=math.inf if ceiling is None else ceiling,

@@ -7,6 +7,7 @@ decoded, because nats in latent space say little about pictures, and reduced to 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import MOST_STEPS, SamplerConfig
-from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.fit_config import FitConfig, refining
 from ebm_prior.training.latents import split
 
 DRAWS = 256  # held-out images, and draws of each prior or sampler
@@ -70,7 +71,40 @@ def choose_steps(
         progress.advance(1)
     if found:
         prior.sampler = replace(prior.sampler, steps=min(found, key=lambda steps: found[steps]))
-    prior.record["steps"] = {"images": len(held_out.views), "distances": {str(k): v for k, v in found.items()}}
+    tried = [{"steps": steps, "distance": distance} for steps, distance in found.items()]
+    prior.record["steps"] = {"images": len(held_out.views), "tried": tried}
+
+
+def add_refiner(
+    prior: EBMPrior,
+    images: Images,
+    config: FitConfig,
+    train: Callable[[FitConfig], EBMPrior],
+    processes: Processes = ALONE,
+    progress: Progress = SILENT,
+) -> None:
+    """Fit the refiner that follows a calibrated prior, if one does, and let it draw the samples if they are nearer.
+
+    config: the settings of the prior's fit.  train: fits a refiner with the settings that it is given.  The distances
+    of both roles to held-out images are recorded. A refiner that diverges is left out, with a remark.
+    """
+    second = refining(config, prior.record)
+    if second is None:
+        return
+    progress.remark(f"now a refiner, for nearer samples: {second.iterations:,} iterations (--refine 0: no refiner)")
+    try:
+        refiner = train(second)
+        held_out, found = HeldOutViews.of(prior.backbone, images, config), dict[str, float]()
+        progress.begin("which role draws the samples", 2)
+        for role in (prior, refiner):
+            found[role.regime] = held_out.distance(role, processes=processes)
+            progress.advance(1)
+    except DivergenceError as error:
+        progress.remark(f"the prior has no refiner: {error}")
+        return
+    prior.record["roles"] = {"images": len(held_out.views), **found}
+    if found["refiner"] < found["calibrated"]:
+        prior.refiner = refiner
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:

@@ -38,7 +38,7 @@ def nearer(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def joint(workshop: Workshop, backbone: Backbone, images: ImageSource, tmp_path: Path, nearer: list[str]) -> Path:
-    into(tmp_path / "joint", workshop, backbone, images, small(), refine=4)
+    into(tmp_path / "joint", workshop, backbone, images, small(refine=4))
     return tmp_path / "joint"
 
 
@@ -87,7 +87,7 @@ def test_the_role_whose_samples_are_farther_does_not_sample(
     workshop: Workshop, backbone: Backbone, images: ImageSource, tmp_path: Path, nearer: list[str]
 ) -> None:
     nearer[:] = ["calibrated"]
-    into(tmp_path / "joint", workshop, backbone, images, small(), refine=4)
+    into(tmp_path / "joint", workshop, backbone, images, small(refine=4))
     prior = load_prior(tmp_path / "joint")
     assert prior.sampling is prior
     assert prior.record["roles"] == {"images": 12, "calibrated": 0.25, "refiner": 0.5}
@@ -104,16 +104,16 @@ def test_an_interrupted_run_of_two_fits_goes_on_as_if_nothing_had_been(
         if shown["iteration"] == after and (cut / REFINER).exists() == (where == "refiner"):
             raise Interrupted
 
-    how: dict[str, Any] = {"refine": 4}
+    config = small(refine=4)
     with pytest.raises(Interrupted):
-        into(cut, workshop, backbone, images, small(), progress=Listener(stop), **how)
+        into(cut, workshop, backbone, images, config, progress=Listener(stop))
     assert (cut / "prior.safetensors").exists() == (where == "refiner")  # the calibrated one alone
     whole = (joint / "prior.safetensors").read_bytes()
-    assert into(cut, workshop, backbone, images, small(), resume=True, **how) == whole
+    assert into(cut, workshop, backbone, images, config, resume=True) == whole
     for part in ("", REFINER):
         assert metrics(cut / part) == metrics(joint / part)
-    assert into(cut, workshop, backbone, images, small(), resume=True, **how) == whole
-    assert into(cut, workshop, backbone, images, small(), overwrite=True, **how) == whole
+    assert into(cut, workshop, backbone, images, config, resume=True) == whole
+    assert into(cut, workshop, backbone, images, config, overwrite=True) == whole
 
 
 def test_a_finished_fit_is_given_a_refiner_later(
@@ -121,7 +121,7 @@ def test_a_finished_fit_is_given_a_refiner_later(
 ) -> None:
     into(tmp_path / "later", workshop, backbone, images, small())
     whole = (joint / "prior.safetensors").read_bytes()
-    assert into(tmp_path / "later", workshop, backbone, images, small(), resume=True, refine=4) == whole
+    assert into(tmp_path / "later", workshop, backbone, images, small(refine=4), resume=True) == whole
 
 
 def test_a_refiner_is_refused_where_it_is_none(joint: Path, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def _roles(record: Mapping[str, Any]) -> list[str]:
 
 
 _ROLES = fields({"calibrated": measured, "refiner": measured, "images": whole()})
-_STEPS = fields({"tried": listed(fields({"steps": whole(), "distance": measured}), 1, 3), "images": whole()})
+_TRIED = fields({"tried": listed(fields({"steps": whole(), "distance": measured}), 1, 3), "images": whole()})
 
 
 def _what_for(refined: bool, roles: Any) -> list[str]:
@@ -207,7 +207,7 @@ def _what_for(refined: bool, roles: Any) -> list[str]:
 
 def _choice_of_steps(steps: Any) -> list[str]:
     """How near a refiner's samples came to held-out images after several numbers of steps, where that was measured."""
-    if not keeps_to(_STEPS, steps):
+    if not keeps_to(_TRIED, steps):
         return []
     found = ", ".join(f"{each['steps']} steps {each['distance']:.3g}" for each in steps["tried"])
     return [f"number of steps chosen by the distance to {steps['images']:,} held-out reconstructions: {found}"]

@@ -224,11 +224,11 @@ def refining(config: FitConfig, record: Mapping[str, Any]) -> FitConfig | None:
     `config.refine`. Where that is None, a refiner follows a ratio that has saturated. Its chains then take as many
     steps through the network as the draws of the stages took, so that the second fit lasts about as long as the first.
     """
-    preset, iterations = refiner_preset(), config.refine
+    preset, iterations, saturated = refiner_preset(), config.refine, record.get("saturated")
     batch = -(-preset.batch_size // config.parts) * config.parts
-    if iterations is None:
-        since = record["saturated"]["iteration"] if record["saturated"] else record["iterations"]
-        stage, draws = config.stage, min(config.staging(since).batch_size, config.stage.particles)
+    if iterations is None and saturated:
+        since, stage = saturated["iteration"], config.stage
+        draws = min(config.staging(since).batch_size, stage.particles)
         steps = (record["iterations"] - since) * draws * stage.moves * stage.leapfrogs
         iterations = steps // (batch * preset.chain.steps)
     if not iterations:

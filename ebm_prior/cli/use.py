@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from ebm_prior.evaluation.inception import MODES, load_inception
 from ebm_prior.evaluation.inception import Mode as InceptionMode
 from ebm_prior.evaluation.metrics import FeatureExtractor
 from ebm_prior.model.passes import Passes
+from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.pictures.film import MOVING, save_film, transitions_film
 from ebm_prior.pictures.sheets import save_page
@@ -203,24 +204,15 @@ def evaluate(
 
     FD and KID use the features of the bundled classifier for such images, or those of another network. For several
     PRIORS (of several training seeds, say) mean and standard deviation are printed too. With --fid the published
-    figures are added: FID, KID and Inception Score of many draws against all images of a split, with everything that
-    they depend on.
+    figures are added: FID, KID and Inception Score of many draws against all images of a split, with their conditions.
     """
     _require_one_network((classifier, own, inception, fid), modes, given)
     stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
     config = resolve(EvalConfig(), given | {"seed": seed}, stored["eval"])
     config = replace(config, gauge=replace(config.gauge, seed=config.seed))
-    first = opened_prior(priors[0], passes, checkpoint=checkpoint, force=force, calibrated=calibrated)
-    loaded = [
-        first,
-        *(
-            opened_prior(path, passes, force=force, calibrated=calibrated, backbone=first.backbone)
-            for path in priors[1:]
-        ),
-    ]
-    for prior in loaded:
-        prior.sampling.sampler = resolve(prior.sampling.sampler, given, stored["sampler"])
-    backbone, drawing = first.backbone, first.sampling
+    how = {"passes": passes, "force": force, "calibrated": calibrated}
+    loaded = _loaded(priors, partial(opened_prior, **how), checkpoint, given, stored["sampler"])
+    backbone, drawing = loaded[0].backbone, loaded[0].sampling
     preflight(for_samples(drawing, config.samples, config.chunk, drawing.sampler, passes), passes.device)
     backbone = passes.apply(backbone)
     for prior in loaded:
@@ -291,6 +283,21 @@ def _require_one_network(named: Sequence[object], modes: Sequence[str], given: M
     if lacking and not (inception or fid):
         names = few(f"--{key.replace('_', '-')}" for key in lacking)
         raise click.UsageError(f"{names}: only for Inception's features; pass --fid or --inception too")
+
+
+def _loaded(
+    paths: Sequence[Path],
+    opened: Callable[..., EBMPrior],
+    checkpoint: str | None,
+    given: Mapping[str, Any],
+    stored: Mapping[str, Any],
+) -> list[EBMPrior]:
+    """The priors on one shared backbone. Sampler settings of the command line or --config replace the recorded ones."""
+    first = opened(paths[0], checkpoint=checkpoint)
+    loaded = [first, *(opened(path, backbone=first.backbone) for path in paths[1:])]
+    for prior in loaded:
+        prior.sampling.sampler = resolve(prior.sampling.sampler, given, stored)
+    return loaded
 
 
 @click.command(

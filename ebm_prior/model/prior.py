@@ -111,8 +111,7 @@ class EBMPrior(_Kept):
     latents of training. `regime`: "calibrated" (f is a log density ratio, so that scores and log Z have a meaning) or
     "refiner" (short-run dynamics as published, for samples only). `target`: "exact", the density of Appendix A.3, or
     "published", which has log p_β(T(ε)) in place of log N(ε), for replication only. A calibrated prior may have a
-    `refiner`, a prior of its own on the same backbone: it draws the samples, by its own sampler, while densities,
-    scores and log Z are those of this prior. `prior.refiner = None` lets this prior draw them.
+    `refiner`, a prior of its own on the same backbone, which then draws the samples by its own sampler.
 
     >>> samples = prior.sample(4, seed=1)
     >>> samples.images.shape, prior.f(samples.z).shape  # in [0, 1]; nats
@@ -134,16 +133,13 @@ class EBMPrior(_Kept):
     ) -> None:
         require_backbone(backbone)
         require_usable(backbone)
-        _require_ranges(tau, ceiling)
-        _require_consistent(energy, regime, target)
+        _require_consistent(energy, regime, target, tau, ceiling)
         like = next(backbone.parameters())
         self.backbone = backbone.for_inference()
         self.checkpoint = backbone.checkpoint  # where the backbone was loaded from, for `save`
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
-        self.tau, self.ceiling = tau, ceiling
-        self.regime, self.target = regime, target
-        self.sampler = sampler or SamplerConfig()
-        self.record = dict(record or {})
+        self.tau, self.ceiling, self.regime, self.target = tau, ceiling, regime, target
+        self.sampler, self.record = sampler or SamplerConfig(), dict(record or {})
         self.refiner = _refiner_for(self, refiner)
 
     @isolated()
@@ -211,17 +207,15 @@ class EBMPrior(_Kept):
         """Draw n samples in chunks, call `see` with each chunk, and return its results in order.
 
         Sample i depends on (seed, i) alone, not on `chunk` (rounded to blocks of 64). The `processes` share the chunks.
-        sampler: None takes the one recorded with the prior. Raises DivergenceError where a chain is not finite.
+        sampler: None takes that of `sampling`, the role that draws. Raises DivergenceError where a chain is not finite.
         """
-        if self.refiner:
-            return self.refiner.map_chunks(see, n, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
         n, seed, chunk = require_count("n", n), require_count("seed", seed), require_count("chunk", chunk, least=1)
-        sampler = _chosen(sampler, self)
+        role, sampler = self.sampling, _chosen(sampler, self.sampling)
         device = next(self.backbone.parameters()).device
-        potential = graphed(self.potential, device)
+        potential = graphed(role.potential, device)
 
         def drawn(part: tuple[int, int]) -> Seen:
-            return see(_drawn(self, potential, sampler, part[1], BlockGenerator(seed, *part, device)))
+            return see(_drawn(role, potential, sampler, part[1], BlockGenerator(seed, *part, device)))
 
         return processes.map(drawn, chunks(n, chunk))
 
@@ -238,8 +232,8 @@ class EBMPrior(_Kept):
     ) -> Samples:
         """Draw n samples of p_α; image i depends on (seed, i) alone, not on `chunk`. n = 0 gives empty tensors.
 
-        sampler: None takes that of `sampling`, the role that draws.  progress: advances by the draws. Raises
-        ConfigurationError for a number out of its range, and DivergenceError where a chain is not finite.
+        sampler: as in `map_chunks`.  progress: advances by the draws. Raises ConfigurationError for a number out of its
+        range, and DivergenceError where a chain is not finite.
         """
         done = 0
 
@@ -263,12 +257,10 @@ class EBMPrior(_Kept):
         z.expand(n, …) draws n times for one code. Draw i depends on upper[…][i] and (seed, i) alone, not on `chunk`.
         norm and ess_fraction are those of the lower groups' ε. sampler and errors: as in `sample`.
         """
-        if self.refiner:
-            return self.refiner.complete(upper, seed=seed, sampler=sampler, chunk=chunk)
         require_upper("upper", upper, self.backbone.groups, next(self.backbone.parameters()))
         seed, chunk = require_count("seed", seed), require_count("chunk", chunk, least=1)
-        sampler = _chosen(sampler, self)
-        parts = [_completed(self, upper, sampler, seed, part) for part in chunks(len(upper[0]), chunk)]
+        role, sampler = self.sampling, _chosen(sampler, self.sampling)
+        parts = [_completed(role, upper, sampler, seed, part) for part in chunks(len(upper[0]), chunk)]
         return joined(self.backbone, parts)
 
     @isolated()
@@ -350,7 +342,8 @@ def _f(prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None, prior
     return value if prior.ceiling == math.inf else value.clamp(max=prior.ceiling)
 
 
-def _require_consistent(energy: object, regime: Regime, target: Target) -> None:
+def _require_consistent(energy: object, regime: Regime, target: Target, tau: float, ceiling: float) -> None:
+    _require_ranges(tau, ceiling)
     if not isinstance(energy, nn.Module) or not hasattr(energy, "inputs"):
         raise ConfigurationError(
             f"energy: expected a JointEnergy, found {described(energy)}: fit(…, energy=module) takes your own"

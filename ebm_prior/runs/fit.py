@@ -59,10 +59,9 @@ def fit_into(
 
     `bn_readjust`: first re-adjust the batch norms of `backbone`; the changed one is written to backbone.safetensors
     and becomes the backbone of the prior. `energy`: the registered name of an energy to fit in place of the heads.
-    A refiner that follows (`config.refine`) is a run of its own in the folder `REFINER`; if its samples are nearer to
-    held-out images, it draws those of the prior.
-    `passes`: how cells are computed. Where training diverges twice, the best prior so far is written before
-    DivergenceError is raised. Only the first of the `processes` writes files and reports to `progress`.
+    `passes`: how cells are computed. A refiner that follows is fitted as a run of its own in the folder `REFINER`.
+    Where training diverges twice, the best prior so far is written before DivergenceError is raised. Only the first of
+    the `processes` writes files and reports to `progress`.
     """
     watch.require()
     settings = _bn_settings(config.seed) if bn_readjust else None
@@ -72,11 +71,8 @@ def fit_into(
     path, own = directory / "prior.safetensors", directory / "backbone.safetensors"
     where = checkpoint if checkpoint in bundled() else str(Path(checkpoint).resolve())
     if settings is not None:
-        adjustable(backbone)
-        if where == str(own.resolve()):
-            raise OutputError(f"{own} is the backbone that is to be re-adjusted: choose another --out")
-    asked = {key: value for key, value in asdict(config).items() if (key, value) != ("refine", None)}
-    run = processes.of_first(lambda: Run(directory, asked, inputs, resume=resume, overwrite=overwrite))
+        _require_adjustable(backbone, where, own)
+    run = processes.of_first(lambda: Run(directory, _asked(config), inputs, resume=resume, overwrite=overwrite))
     processes.of_first(lambda: remember(directory, images, inputs["images"]))
     images = with_kept_name(directory, images, inputs["images"])
     if settings is not None:
@@ -88,30 +84,52 @@ def fit_into(
 
     def keep(prior: EBMPrior, _: str | None) -> None:
         prior.record["data"]["fingerprint"] = inputs["images"]  # by which `eval` knows them again
-        if settings is not None:
-            prior.record["bn_readjust"] = settings
+        prior.record |= {"bn_readjust": settings} if settings else {}
         if processes.first:
             save_prior(prior, path, checkpoint=where)
 
     told = {"processes": processes, **(_told(run, config, progress, watch) if processes.first else {})}
     prior, seconds = timed(partial(fit, backbone, images, config, energy=module, **told), keep, path)
-    counted: dict[str, Any] = {"parameters": parameters(backbone, config.heads, module), "cpu_seconds": seconds}
-    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress, "processes": processes}
-
-    def refiner(second: FitConfig) -> EBMPrior:
-        found = str(own.resolve()) if settings is not None else checkpoint
-        part = fit_into(directory / REFINER, prior.backbone, images, second, checkpoint=found, energy=energy, **how)
-        counted["refiner"] = part
-        processes.of_first(lambda: None)  # the others wait until the first has written the file
-        return load_prior(part["prior"], prior.backbone)
-
-    add_refiner(prior, images, config, refiner, processes, progress)
-    if "roles" in prior.record:
+    counted = {"parameters": parameters(backbone, config.heads, module), "cpu_seconds": seconds}
+    how = {"checkpoint": checkpoint if settings is None else str(own.resolve()), "energy": energy}
+    how |= {"resume": resume, "overwrite": overwrite, "progress": progress, "processes": processes}
+    if second := _refined(prior, directory / REFINER, images, config, how):
         keep(prior, None)
     before_after = directory / "before-after.png"
     if processes.first:
         write_comparison(prior, before_after, seed=config.seed, progress=progress)
-    return {"prior": str(path), "picture": str(before_after), **counted, **_summary(prior)}
+    return {"prior": str(path), "picture": str(before_after), **counted, **second, **_summary(prior)}
+
+
+def _refined(
+    prior: EBMPrior, directory: Path, images: ImageSource, config: FitConfig, how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fit the refiner that follows a fit as a run in `directory`, and choose the role that draws the samples.
+
+    how: the other arguments of `fit_into`. Returns {"refiner": its result}, or nothing where no refiner is fitted.
+    """
+    processes: Processes = how["processes"]
+    results: dict[str, Any] = {}
+
+    def train(second: FitConfig) -> EBMPrior:
+        results["refiner"] = fit_into(directory, prior.backbone, images, second, **how)
+        processes.of_first(lambda: None)  # the others wait until the first has written the file
+        return load_prior(results["refiner"]["prior"], prior.backbone)
+
+    add_refiner(prior, images, config, train, processes, how["progress"])
+    return results
+
+
+def _require_adjustable(backbone: Backbone, where: str, out: Path) -> None:
+    """Refuse to re-adjust batch norms that there are none of, or those of the very file `out` that is to be written."""
+    adjustable(backbone)
+    if where == str(out.resolve()):
+        raise OutputError(f"{out} is the backbone that is to be re-adjusted: choose another --out")
+
+
+def _asked(config: FitConfig) -> dict[str, Any]:
+    """The settings by which a run is known. One that leaves the refiner open can be given one later."""
+    return {key: value for key, value in asdict(config).items() if (key, value) != ("refine", None)}
 
 
 def _told(run: Run, config: FitConfig, progress: Progress, watch: Watch) -> dict[str, Any]:

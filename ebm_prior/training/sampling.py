@@ -119,5 +119,5 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 def viewed(images: Tensor) -> Tensor:
     """Images (B, C, H, W) as means of areas, (B, D) float64 on the CPU."""
-    sides = [min(SIDE, side) for side in images.shape[2:]]
+    sides = min(SIDE, images.shape[2]), min(SIDE, images.shape[3])
     return F.adaptive_avg_pool2d(images.detach().to("cpu", torch.float64), sides).flatten(1)

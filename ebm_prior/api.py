@@ -17,6 +17,7 @@ from ebm_prior.errors import ConfigurationError, described
 from ebm_prior.evaluation.classifier import bundled_classifier, load_classifier
 from ebm_prior.evaluation.evaluate import EvalConfig, Reference
 from ebm_prior.evaluation.evaluate import evaluate as measured
+from ebm_prior.evaluation.roles import add_refiner, with_steps
 from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
 from ebm_prior.model.arguments import require_backbone
 from ebm_prior.model.backbone import Backbone
@@ -25,7 +26,6 @@ from ebm_prior.settings import configured
 from ebm_prior.testing.contract import check_foreign
 from ebm_prior.training import fit as trainer
 from ebm_prior.training.fit_config import FitConfig
-from ebm_prior.training.sampling import add_refiner
 
 
 @isolated(grad=True)
@@ -78,7 +78,7 @@ def fit(
         fitted = trainer.fit(backbone, source, config, energy=energy, run=run, **told)
         if isinstance(source, ImageSource):
             fitted.record["data"]["fingerprint"] = source.fingerprint()  # by which `evaluate` recognises them
-        return fitted
+        return with_steps(fitted, source, config, processes, progress)
 
     prior = part(backbone, settings, run)
     add_refiner(prior, source, settings, partial(part, prior.backbone), processes, progress)

@@ -16,6 +16,7 @@ from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import Purpose, seeded
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import OutputError
+from ebm_prior.evaluation.roles import add_refiner, with_steps
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.batch_norm import BATCH_SIZE, ITERATIONS, adjustable
@@ -34,9 +35,9 @@ from ebm_prior.storage.registry import energy_named
 from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
-from ebm_prior.training.sampling import add_refiner
 
 REFINER = "refiner"  # the folder, in that of a run, where its refiner is fitted
+FILES = "prior.safetensors", "backbone.safetensors", "before-after.png"
 
 
 def fit_into(
@@ -68,7 +69,7 @@ def fit_into(
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
     inputs |= {"energy": energy} if energy else {}
     module = None if energy is None else named_energy(energy, backbone, config.seed)
-    path, own = directory / "prior.safetensors", directory / "backbone.safetensors"
+    path, own, picture = (directory / name for name in FILES)
     where = checkpoint if checkpoint in bundled() else str(Path(checkpoint).resolve())
     if settings is not None:
         _require_adjustable(backbone, where, own)
@@ -89,16 +90,16 @@ def fit_into(
             save_prior(prior, path, checkpoint=where)
 
     told = {"processes": processes, **(_told(run, config, progress, watch) if processes.first else {})}
-    prior, seconds = timed(partial(fit, backbone, images, config, energy=module, **told), keep, path)
+    train = partial(fit, backbone, images, config, energy=module, **told)
+    prior, seconds = timed(lambda: with_steps(train(), images, config, processes, progress), keep, path)
     counted = {"parameters": parameters(backbone, config.heads, module), "cpu_seconds": seconds}
     how = {"checkpoint": checkpoint if settings is None else str(own.resolve()), "energy": energy}
     how |= {"resume": resume, "overwrite": overwrite, "progress": progress, "processes": processes}
     if second := _refined(prior, directory / REFINER, images, config, how):
         keep(prior, None)
-    before_after = directory / "before-after.png"
     if processes.first:
-        write_comparison(prior, before_after, seed=config.seed, progress=progress)
-    return {"prior": str(path), "picture": str(before_after), **counted, **second, **_summary(prior)}
+        write_comparison(prior, picture, seed=config.seed, progress=progress)
+    return {"prior": str(path), "picture": str(picture), **counted, **second, **_summary(prior)}
 
 
 def _refined(

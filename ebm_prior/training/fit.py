@@ -30,7 +30,6 @@ from ebm_prior.training.courses import first_course, resumed
 from ebm_prior.training.fit_config import FitConfig
 from ebm_prior.training.latents import Draws, split
 from ebm_prior.training.loop import Training
-from ebm_prior.training.sampling import LENGTHS, HeldOutViews, choose_steps
 from ebm_prior.training.steps import (
     FIT_GAP_LIMIT,
     batch_indices,
@@ -206,11 +205,11 @@ class Fitting(Training):
 
     def finish(self) -> EBMPrior:
         """The best prior so far, tempered or clipped on the held-out latents, with a record of its training."""
-        course, config = self.course, self.course.config
+        course = self.course
         plain, tempered, ceiling, narrow, clipped, stages, groups = course.finish()
         trained_on = len(self.bench.training)
         record = {
-            "config": recorded(config),
+            "config": recorded(course.config),
             "data": {"name": self.images.name, "training": trained_on, "held_out": len(self.images) - trained_on},
             "precision": self.backbone.precision,
             "iterations": self.iteration,
@@ -223,11 +222,7 @@ class Fitting(Training):
             "stages": stages,
             **({} if groups is None else {"groups": groups}),
         }
-        prior = self.prior(tau=tempered.tau, ceiling=ceiling, record=record)
-        if config.choose_steps and config.sampler.steps is None:
-            self.progress.begin("number of steps", LENGTHS)
-            choose_steps(prior, HeldOutViews.of(self.backbone, self.images, config), self.processes, self.progress)
-        return prior
+        return self.prior(tau=tempered.tau, ceiling=ceiling, record=record)
 
     def prior(
         self, *, tau: float = 1.0, ceiling: float = math.inf, record: Mapping[str, Any] | None = None

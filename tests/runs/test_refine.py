@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from workshop import Workshop
 from ebm_prior import api
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import CheckpointError, ConfigurationError, DivergenceError, RegimeError
+from ebm_prior.evaluation.roles import HeldOutGauge
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.scores import Form
@@ -23,8 +25,7 @@ from ebm_prior.runs import fit as runs
 from ebm_prior.runs.fit import REFINER
 from ebm_prior.storage.checkpoint import PRIOR_KEY, load_prior, save_prior
 from ebm_prior.storage.weights import read_tensors
-from ebm_prior.training import sampling
-from ebm_prior.training.sampling import HeldOutViews
+from ebm_prior.training import fit_config
 
 TWO = small(refine=4)
 
@@ -34,10 +35,10 @@ def nearer(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The regimes whose samples are the nearer ones; the refiner's, unless a test changes the list."""
     regimes = ["refiner"]
 
-    def distance(self: HeldOutViews, prior: EBMPrior, *_: Any, **__: Any) -> float:
+    def distance(self: HeldOutGauge, prior: EBMPrior, *_: Any, **__: Any) -> float:
         return 0.25 if prior.regime in regimes else 0.5
 
-    monkeypatch.setattr(HeldOutViews, "distance", distance)
+    monkeypatch.setattr(HeldOutGauge, "distance", distance)
     return regimes
 
 
@@ -107,13 +108,10 @@ def test_a_ratio_that_saturates_has_one_unless_it_is_refused(
     refine: int | None,
 ) -> None:
     monkeypatch.setattr("ebm_prior.training.courses.SATURATED_SHARE", 1.0)
-    preset = sampling.refining.__globals__["refiner_preset"]
-    short = runs.FitConfig(**vars(preset()) | {"batch_size": 2, "chain": small().chain})
-    monkeypatch.setattr("ebm_prior.training.fit_config.refiner_preset", lambda: short)
+    short = replace(fit_config.refiner_preset(), batch_size=2)
+    monkeypatch.setattr(fit_config, "refiner_preset", lambda: short)
     said, out = Listener(), tmp_path / "run"
-    config = small(**{name: vars(SATURATING)[name] for name in ("iterations", "ess_floor", "learning_rate", "ema")})
-    config = runs.FitConfig(**vars(config) | {"stage": SATURATING.stage, "refine": refine})
-    into(out, workshop, backbone, images, config, progress=said)
+    into(out, workshop, backbone, images, replace(SATURATING, refine=refine), progress=said)
     prior = load_prior(out)
     since = prior.record["saturated"]["iteration"]
     moved = (prior.record["iterations"] - since) * 4 * 5  # half the batch of 8 draws, five leapfrogs each

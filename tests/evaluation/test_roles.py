@@ -7,47 +7,40 @@ from typing import Any
 
 import pytest
 import torch
+from listener import Listener
 from small_fits import CHAIN, small
 from small_priors import bent
 
+from ebm_prior.api import fit
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import DivergenceError, SettingError
+from ebm_prior.evaluation.classifier import bundled_classifier
+from ebm_prior.evaluation.roles import COLOUR, GREY, HeldOutGauge, add_refiner, features_of, with_steps
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
-from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig, may_follow, refiner_preset, refining
 from ebm_prior.training.latents import split
-from ebm_prior.training.sampling import HeldOutViews, choose_steps, energy_distance, viewed
 
 SATURATED: dict[str, Any] = {"saturated": {"iteration": 100, "ess_fraction": 0.001}, "iterations": 900}
 REFINER = replace(small(iterations=4), objective="mle", regime="refiner", chain=CHAIN, sampler=SamplerChanges())
 
 
-def test_the_distance_is_the_energy_distance() -> None:
-    """By hand: 2 E|a − b| = 2 · 5/2, E|a − a'| = 1 and E|b − b'| = 2 over different pairs."""
-    a, b = torch.tensor([[0.0], [1.0]]).double(), torch.tensor([[2.0], [4.0]]).double()
-    assert energy_distance(a, b) == energy_distance(b, a) == pytest.approx(2.0)
-
-
-def test_equal_distributions_have_distance_0_on_average() -> None:
+def test_images_of_any_kind_have_features() -> None:
+    """Images that the classifier knows are seen as they are; others are resized, and grey unless of three channels."""
     generator = torch.Generator().manual_seed(0)
-    found = [
-        energy_distance(*torch.randn(2, 20, 3, generator=generator, dtype=torch.float64).unbind()) for _ in range(400)
-    ]
-    mean, error = torch.tensor(found).mean(), torch.tensor(found).std() / 20
-    assert abs(mean) < 3 * error < 0.02
+    for shape in (COLOUR, GREY):
+        classifier, images = bundled_classifier(shape), torch.rand(3, *shape, generator=generator)
+        known = classifier.features(images)
+        assert torch.equal(features_of(images, classifier), known)
+        plain = torch.rand(3, shape[0], 1, 1, generator=generator).double()  # of one colour each
+        small, large = (features_of(plain.expand(3, -1, *size), classifier) for size in ((8, 6), (64, 80)))
+        assert torch.allclose(small, large, atol=1e-4)
+        assert torch.allclose(small, features_of(plain.expand(3, *shape), classifier), atol=1e-4)
+    assert torch.allclose(features_of(images.expand(3, 5, 28, 28), classifier), known, atol=1e-4)
 
 
-def test_views_are_means_of_areas() -> None:
-    images = torch.arange(32.0).view(1, 2, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)  # 16 × 16
-    seen = viewed(images)
-    assert seen.shape == (1, 2 * 8 * 8)
-    assert torch.equal(seen.view(2, 8, 8)[:, ::2, ::2], torch.arange(32.0).view(2, 4, 4).double())
-    assert torch.equal(viewed(images[..., :5, :3]), images[..., :5, :3].flatten(1).double())
-
-
-def test_views_are_of_held_out_images_alone(backbone: Backbone, images: ImageSource) -> None:
+def test_a_gauge_is_of_held_out_images_alone(backbone: Backbone, images: ImageSource) -> None:
     asked: list[int] = []
 
     class Spied:
@@ -60,16 +53,21 @@ def test_views_are_of_held_out_images_alone(backbone: Backbone, images: ImageSou
             asked.extend(indices.tolist())
             return images.batch(indices)
 
-    views = HeldOutViews.of(backbone, Spied(), small())
+    gauge = HeldOutGauge.of(backbone, Spied(), small())
     training, held_out = split(backbone, images, small())
     assert asked == held_out.tolist()
     assert not set(asked) & set(training.tolist())
-    assert torch.equal(HeldOutViews.of(backbone, images, small()).views, views.views)
+    again = HeldOutGauge.of(backbone, images, small())
+    assert gauge is not None
+    assert again is not None
+    assert gauge.reference.digest == again.reference.digest
+    assert gauge.images == len(held_out)
 
 
 def test_samples_that_are_farther_have_the_larger_distance(backbone: Backbone, images: ImageSource) -> None:
     """Draws of p_β against chains that end at three times its spread."""
-    held_out, prior = HeldOutViews.of(backbone, images, small()), bent(backbone, 0.0)
+    held_out, prior = HeldOutGauge.of(backbone, images, small()), bent(backbone, 0.0)
+    assert held_out is not None
     hot = SamplerConfig(proposals=1, kernel="langevin", steps=40, step_size=0.2, temperature=3.0)
     assert held_out.distance(prior, ANCESTRAL) < held_out.distance(prior, hot)
 
@@ -87,15 +85,15 @@ def test_samples_that_are_farther_have_the_larger_distance(backbone: Backbone, i
 def test_the_number_of_steps_is_the_nearest_of_three(
     backbone: Backbone, images: ImageSource, monkeypatch: pytest.MonkeyPatch, distances: dict[int, float], chosen: int
 ) -> None:
-    def distance(self: HeldOutViews, prior: EBMPrior, sampler: SamplerConfig, *_: Any) -> float:
+    def distance(self: HeldOutGauge, prior: EBMPrior, sampler: SamplerConfig, *_: Any) -> float:
         if sampler.steps not in distances:
             raise DivergenceError("too far")
         return distances[sampler.steps]
 
     prior = bent(backbone)
     prior.sampler = SamplerConfig(steps=6)
-    monkeypatch.setattr(HeldOutViews, "distance", distance)
-    choose_steps(prior, HeldOutViews.of(backbone, images, small()))
+    monkeypatch.setattr(HeldOutGauge, "distance", distance)
+    assert with_steps(prior, images, replace(REFINER, choose_steps=True)) is prior
     assert prior.sampler == SamplerConfig(steps=chosen)
     tried = [{"steps": steps, "distance": value} for steps, value in distances.items()]
     assert prior.record["steps"] == {"images": 12, "tried": tried}
@@ -142,6 +140,14 @@ def test_what_may_follow_is_known_before_the_fit() -> None:
     assert may_follow(FitConfig(ratios="one", refine=5)) == replace(refiner_preset(), iterations=5)
     for config in (FitConfig(ratios="one"), FitConfig(refine=0), refiner_preset()):
         assert may_follow(config) is None
+
+
+def test_a_single_held_out_image_chooses_nothing(backbone: Backbone, images: ImageSource) -> None:
+    few, said, prior = images.subset(range(10)), Listener(), bent(backbone)
+    assert HeldOutGauge.of(backbone, few, small()) is None
+    assert with_steps(prior, few, replace(REFINER, choose_steps=True)).record == {}
+    add_refiner(prior, few, small(refine=4), lambda second: pytest.fail("a refiner is fitted"), progress=said)
+    assert said.remarks == ["the prior has no refiner: a single held-out image cannot tell whose samples are nearer"]
 
 
 @pytest.mark.parametrize("wrong", [{"refine": -1}, {"choose_steps": True}, {"refine": 3, "regime": "refiner"}])

@@ -210,8 +210,8 @@ def evaluate(
     stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
     config = resolve(EvalConfig(), given | {"seed": seed}, stored["eval"])
     config = replace(config, gauge=replace(config.gauge, seed=config.seed))
-    how = {"passes": passes, "force": force, "calibrated": calibrated}
-    loaded = _loaded(priors, partial(opened_prior, **how), checkpoint, given, stored["sampler"])
+    opened = partial(opened_prior, passes=passes, force=force, calibrated=calibrated)
+    loaded = _loaded(priors, opened, checkpoint, given, stored["sampler"])
     backbone, drawing = loaded[0].backbone, loaded[0].sampling
     preflight(for_samples(drawing, config.samples, config.chunk, drawing.sampler, passes), passes.device)
     backbone = passes.apply(backbone)

@@ -93,8 +93,8 @@ def fit_into(
     train = partial(fit, backbone, images, config, energy=module, **told)
     prior, seconds = timed(lambda: with_steps(train(), images, config, processes, progress), keep, path)
     counted = {"parameters": parameters(backbone, config.heads, module), "cpu_seconds": seconds}
-    how = {"checkpoint": checkpoint if settings is None else str(own.resolve()), "energy": energy}
-    how |= {"resume": resume, "overwrite": overwrite, "progress": progress, "processes": processes}
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress, "processes": processes}
+    how |= {"checkpoint": checkpoint if settings is None else str(own.resolve()), "energy": energy}
     if second := _refined(prior, directory / REFINER, images, config, how):
         keep(prior, None)
     if processes.first:

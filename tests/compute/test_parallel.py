@@ -79,7 +79,7 @@ def shared(
 
 
 def test_exit_codes_are_those_of_one_process(shared: Shared) -> None:
-    assert shared.codes == [[0, 0, 0, 0, 0, 0, 3, 1]] * 2
+    assert shared.codes == [[0, 0, 0, 0, 0, 0, 0, 3, 1]] * 2
     assert "several processes share fit, pretrain, sample, eval; backbones runs in one" in shared.err
 
 

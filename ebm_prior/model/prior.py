@@ -57,7 +57,7 @@ class _Kept:
 
     @property
     def sampling(self) -> EBMPrior:
-        """The prior that draws the samples: the refiner if there is one, else this prior."""
+        """The prior that draws the samples: the refiner, or this one where it is None (`prior.refiner = None`)."""
         return self.refiner or cast(EBMPrior, self)
 
     def to(self: Owned, device: torch.device | str) -> Owned:

@@ -14,6 +14,7 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.storage.checkpoint import PRIOR_KEY, backbone_record, bundled, bundled_priors, prior_file, prior_record
 from ebm_prior.storage.registry import adapter, registered
+from ebm_prior.storage.roles import PREFIX
 from ebm_prior.storage.weights import count_parameters, fingerprint, read_tensors
 from ebm_prior.training.fit_config import FitConfig, paper_preset
 
@@ -34,9 +35,9 @@ def head_parameters(path: Path) -> dict[str, int]:
     tensors = read_tensors(prior_file(path), PRIOR_KEY, "an ebm-prior file")[0]
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
-        role, _, own = name.rpartition("/")
+        own = name.removeprefix(PREFIX)
         head = own.split(".")[1] if own.startswith("heads.") else own.split(".")[0]  # joint, or a module of one's own
-        head = role or head  # all heads of a refiner together
+        head = head if own == name else "refiner"  # all heads of a refiner together
         if not own.endswith((".shift", ".scale")) and own not in ("factor", "offset"):
             counts[head] = counts.get(head, 0) + tensor.numel()
     return counts

@@ -22,9 +22,10 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.scores import Form
 from ebm_prior.runs import fit as runs
+from ebm_prior.runs.describe import head_parameters
 from ebm_prior.runs.fit import REFINER
 from ebm_prior.storage.checkpoint import PRIOR_KEY, load_prior, save_prior
-from ebm_prior.storage.weights import read_tensors
+from ebm_prior.storage.weights import read_tensors, write_tensors
 from ebm_prior.training import fit_config
 
 TWO = small(refine=4)
@@ -263,3 +264,10 @@ def test_a_dry_run_tells_of_the_second_fit(workshop: Workshop, small_options: li
     assert "a refiner follows: 7 steps of " in workshop.run(*words, "--refine", 7).stdout
     assert "then also a refiner, which takes about as long again" in workshop.run(*words).stdout
     assert "refiner" not in workshop.run(*words, "--refine", 0).stdout
+
+
+def test_heads_are_counted_by_role_whatever_groups_are_called(tmp_path: Path) -> None:
+    path = tmp_path / "prior.safetensors"
+    names = {"heads.block/1.last.weight": 3, "joint.last.weight": 5, "refiner/heads.block/1.last.weight": 7}
+    write_tensors(path, {name: torch.zeros(count) for name, count in names.items()}, PRIOR_KEY, {})
+    assert head_parameters(path) == {"block/1": 3, "joint": 5, "refiner": 7}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ebm_prior.errors import ConfigurationError, described
 from ebm_prior.evaluation.classifier import bundled_classifier, load_classifier
 from ebm_prior.evaluation.evaluate import EvalConfig, Reference
 from ebm_prior.evaluation.evaluate import evaluate as measured
+from ebm_prior.evaluation.roles import add_refiner, with_steps
 from ebm_prior.interfaces import SILENT, Callback, Images, Progress, Recorder
 from ebm_prior.model.arguments import require_backbone
 from ebm_prior.model.backbone import Backbone
@@ -47,12 +49,13 @@ def fit(
         config: a FitConfig, or a dictionary of the settings that differ from the defaults: {"iterations": 500}.
         energy: a torch module of your own for f, from a list of (B, *group.shape) to (B,) nats, which must be 0 before
             training (`ebm_prior.model.own_energy`). None: the built-in heads.
-        run: stores state and metrics, so that the fit can be resumed.
+        run: stores state and metrics, so that the fit can be resumed; a refiner that follows begins anew then.
         progress: shows the progress. on_evaluate: is called at each evaluation with {"iteration", "prior", …}.
         processes: several processes that share the parts of a batch.
 
     Returns:
-        The prior with the best held-out gain, with a record of its training.
+        The prior with the best held-out gain, with a record of its training. Where one density ratio saturates, or the
+        setting `refine` asks for it, a refiner is fitted too; it draws the samples if they are nearer to held-out ones.
 
     Raises:
         ConfigurationError: for arguments that make no sense.
@@ -69,10 +72,16 @@ def fit(
     source = as_images(images, backbone.image_shape)
     if not backbone.training:  # which is a mistake that the trainer names
         check_foreign(backbone, source)
-    told: dict[str, Any] = {"run": run, "progress": progress, "on_evaluate": on_evaluate}
-    prior = trainer.fit(backbone, source, settings, energy=energy, **told, processes=processes)
-    if isinstance(source, ImageSource):
-        prior.record["data"]["fingerprint"] = source.fingerprint()  # by which `evaluate` recognises them
+    told: dict[str, Any] = {"progress": progress, "on_evaluate": on_evaluate, "processes": processes}
+
+    def part(backbone: Backbone, config: FitConfig, run: Recorder | None = None) -> EBMPrior:
+        fitted = trainer.fit(backbone, source, config, energy=energy, run=run, **told)
+        if isinstance(source, ImageSource):
+            fitted.record["data"]["fingerprint"] = source.fingerprint()  # by which `evaluate` recognises them
+        return with_steps(fitted, source, config, processes, progress)
+
+    prior = part(backbone, settings, run)
+    add_refiner(prior, source, settings, partial(part, prior.backbone), processes, progress)
     return prior
 
 

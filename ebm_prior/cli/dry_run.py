@@ -20,7 +20,7 @@ from ebm_prior.model.passes import Passes
 from ebm_prior.storage import places
 from ebm_prior.storage.weights import count_parameters
 from ebm_prior.training.fit import Fitting
-from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.fit_config import FitConfig, may_follow
 from ebm_prior.training.joint import JointTraining
 from ebm_prior.training.joint_config import JointConfig
 from ebm_prior.training.loop import Training
@@ -49,6 +49,12 @@ def fit(
     remarks = ["patience or saturation may end it sooner"] if config.regime == "calibrated" else []
     if config.may_stage:
         remarks.append("should one ratio saturate, a third of the steps follow in stages, which take longer")
+        if config.refine is None:
+            remarks.append("then also a refiner, which takes about as long again (--refine 0: no refiner)")
+    if config.refine and (second := may_follow(config)):
+        refiner = Fitting(training.backbone, _few(images, second.batch_size), replace(second, held_out=16))
+        seconds = _seconds(refiner)
+        remarks.append(f"a refiner follows: {config.refine:,} steps of {seconds:.3g} s")
     files = [*IN_RUN, "prior.safetensors", "before-after.png"]
     _show(training, images, need, memory, _folder(out, "fit"), files, as_json, remarks)
 

@@ -27,7 +27,7 @@ from ebm_prior.model.own_energy import energy_of
 from ebm_prior.model.passes import PLAIN, Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig, kernel_of, start
-from ebm_prior.training.fit_config import FitConfig
+from ebm_prior.training.fit_config import FitConfig, may_follow
 from ebm_prior.training.held_images import held_bytes
 from ebm_prior.training.latents import PRIOR_DRAWS, held_out_count
 from ebm_prior.training.pretrain import EVALUATED, Pretraining, evaluate_elbo
@@ -76,8 +76,15 @@ def for_fit(
 ) -> Need:
     """Memory for a fit to a number of `images`: what it stores, and the largest of the steps that it alternates.
 
-    `passes`: how the backbone is going to be computed. `own`: the user's own energy in place of the heads, or None.
+    A refiner that may follow takes no memory at the same time, but perhaps more. `passes`: how the backbone is going to
+    be computed. `own`: the user's own energy in place of the heads, or None.
     """
+    fits = [config, *([refiner] if (refiner := may_follow(config)) else [])]
+    return max((_for_one(backbone, each, images, passes, own) for each in fits), key=lambda need: need.bytes)
+
+
+def _for_one(backbone: Backbone, config: FitConfig, images: int, passes: Passes, own: nn.Module | None) -> Need:
+    """Memory for a fit without the refiner that may follow."""
     heads = energy_of(backbone.groups, config.heads, own)
     prior = _measured(EBMPrior(backbone, heads, regime=config.regime, target=config.target), passes)
     device, rows = next(backbone.parameters()).device, config.batch_size // config.parts

@@ -24,11 +24,15 @@ from ebm_prior.compute.parallel import ALONE, Processes, own_device
 from ebm_prior.data import images
 from ebm_prior.data.source import ImageSource, Mode
 from ebm_prior.errors import AssumptionWarning, ConfigurationError, few
+from ebm_prior.model.arguments import require_calibrated
+from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.passes import Passes
+from ebm_prior.model.prior import EBMPrior
 from ebm_prior.plain import all_printable
 from ebm_prior.runs.watch import Watch
 from ebm_prior.storage import places
 from ebm_prior.storage.atomic import without_nan
+from ebm_prior.storage.checkpoint import load_prior
 from ebm_prior.storage.lock import owned
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -267,6 +271,27 @@ def run_directory(out: Path | None, command: str, resume: bool) -> Path:
     return directory
 
 
+def opened_prior(
+    path: Path,
+    passes: Passes,
+    *,
+    checkpoint: str | None = None,
+    force: bool = False,
+    calibrated: bool = False,
+    backbone: Backbone | None = None,
+) -> EBMPrior:
+    """The prior at `path`, on its own backbone or the given one; without its refiner if the `calibrated` f is to draw.
+
+    Raises RegimeError where that is asked of a file with a refiner alone.
+    """
+    where: dict[str, Any] = {"checkpoint": checkpoint, "device": passes.device, "dtype": passes.dtype}
+    prior = load_prior(path, backbone, force=force, **where)
+    if calibrated:
+        require_calibrated(prior.regime, "--calibrated")
+        prior.refiner = None
+    return prior
+
+
 def own(folder: Path) -> None:
     """Lock a folder of results until the command ends. Raises OutputError where another process has locked it."""
     click.get_current_context().with_resource(owned(folder))
@@ -334,12 +359,17 @@ def show_result(result: Any, as_json: bool, human: Callable[[Any], str]) -> None
 RECORDED = "{help}  [default: as recorded]"
 
 
-PRIOR = together(
-    click.argument("prior", type=PRIOR_FILE),
+ITS_BACKBONE = together(
     click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted"),
     click.option(
         "--force",
         is_flag=True,
         help="Use the backbone even if its weights differ from those recorded in the prior",
     ),
+)
+PRIOR = together(click.argument("prior", type=PRIOR_FILE), ITS_BACKBONE)
+CALIBRATED = click.option(
+    "--calibrated",
+    is_flag=True,
+    help="Let the calibrated f draw, also where the prior has a refiner that draws nearer samples",
 )

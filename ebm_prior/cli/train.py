@@ -77,6 +77,7 @@ START = click.option(
         *PLACES,
         "preset",
         "iterations",
+        "refine",
         "objective",
         "seed",
         "device",
@@ -102,6 +103,7 @@ START = click.option(
     wording={
         "chain_": "{help} (only with --objective mle)  [default: {default}]",
         "sampler_": "{help}  [default: as the preset has it]",
+        "refine": "{help}  [default: where one ratio saturates, as long as the stages]",
     },
     also={"iterations": ["--max-steps"]},
 )
@@ -172,6 +174,9 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
     """Refuse options of `fit` that have no effect under these settings."""
     mle, density = config.objective == "mle", config.regime == "calibrated"
     refuse_unused(given, ("chain", "refresh", "penalty"), mle, "only mle has chains and a penalty (--objective mle)")
+    refuse_unused(
+        given, ("refuse", "choose_steps"), mle and not density, "only a refiner refuses chains or chooses their steps"
+    )
     refuse_unused(
         given, ("patience", "ess_floor"), density, "only a calibrated prior has a held-out gain, and a refiner is none"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,11 @@ from ebm_prior.cli.options import Drawing, config_options
 from ebm_prior.cli.preflight import for_samples
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
+    CALIBRATED,
     CONFIG,
     DATA_FORMS,
     DATA_ROOT,
+    ITS_BACKBONE,
     JSON,
     PASSES,
     PLACE,
@@ -28,6 +30,7 @@ from ebm_prior.cli.shared import (
     RUN_SEED,
     data_or,
     launched_processes,
+    opened_prior,
     own,
     preflight,
     show_result,
@@ -52,7 +55,7 @@ from ebm_prior.runs import backbones, samples
 from ebm_prior.runs.data import of_prior
 from ebm_prior.settings import read_parts, resolve
 from ebm_prior.storage import places
-from ebm_prior.storage.checkpoint import load_prior, prior_record
+from ebm_prior.storage.checkpoint import prior_record
 
 
 @click.command(
@@ -71,10 +74,8 @@ from ebm_prior.storage.checkpoint import load_prior, prior_record
     "--compare", is_flag=True, help="Show the backbone's own samples beside those of the prior, in a .png grid"
 )
 @click.option("--overwrite", is_flag=True, help="Replace what exists at --out")
-@click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted")
-@click.option(
-    "--force", is_flag=True, help="Use the backbone even if its weights differ from those recorded in the prior"
-)
+@ITS_BACKBONE
+@CALIBRATED
 @click.option(
     "--chunk",
     type=click.IntRange(1),
@@ -95,6 +96,7 @@ def sample(
     overwrite: bool,
     checkpoint: str | None,
     force: bool,
+    calibrated: bool,
     chunk: int,
     config_file: Path | None,
     seed: int | None,
@@ -118,7 +120,7 @@ def sample(
     samples.require_place(out, overwrite)
     if not out.suffix and processes.first:
         own(out)
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
+    loaded = opened_prior(prior, passes, checkpoint=checkpoint, force=force, calibrated=calibrated).sampling
     sampler = resolve(loaded.sampler, given, stored["sampler"])
     preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)
     loaded.backbone = passes.apply(loaded.backbone)
@@ -140,10 +142,8 @@ def sample(
 )
 @click.argument("priors", type=PRIOR_FILE, nargs=-1, required=True)
 @data_or("held-out images of the data that the prior was trained on")
-@click.option("--ckpt", "checkpoint", help="Path of the backbone, if it has moved since the prior was fitted")
-@click.option(
-    "--force", is_flag=True, help="Use the backbone even if its weights differ from those recorded in the prior"
-)
+@ITS_BACKBONE
+@CALIBRATED
 @click.option(
     "--classifier",
     type=PATH,
@@ -188,6 +188,7 @@ def evaluate(
     download: bool,
     checkpoint: str | None,
     force: bool,
+    calibrated: bool,
     classifier: Path | None,
     own: str | None,
     inception: Path | None,
@@ -203,19 +204,19 @@ def evaluate(
 
     FD and KID use the features of the bundled classifier for such images, or those of another network. For several
     PRIORS (of several training seeds, say) mean and standard deviation are printed too. With --fid the published
-    figures are added: FID, KID and Inception Score of many draws against all images of a split, with everything that
-    they depend on.
+    figures are added: FID, KID and Inception Score of many draws against all images of a split, with their conditions.
     """
     _require_one_network((classifier, own, inception, fid), modes, given)
     stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
     config = resolve(EvalConfig(), given | {"seed": seed}, stored["eval"])
     config = replace(config, gauge=replace(config.gauge, seed=config.seed))
-    loaded = _loaded(priors, checkpoint, force, passes, given, stored["sampler"])
-    backbone = loaded[0].backbone
-    preflight(for_samples(loaded[0], config.samples, config.chunk, loaded[0].sampler, passes), passes.device)
+    opened = partial(opened_prior, passes=passes, force=force, calibrated=calibrated)
+    loaded = _loaded(priors, opened, checkpoint, given, stored["sampler"])
+    backbone, drawing = loaded[0].backbone, loaded[0].sampling
+    preflight(for_samples(drawing, config.samples, config.chunk, drawing.sampler, passes), passes.device)
     backbone = passes.apply(backbone)
     for prior in loaded:
-        prior.backbone = backbone
+        prior.backbone = prior.sampling.backbone = backbone
     test, train = _held_out(data, Opener(data_root, download, of_prior(priors[0])), priors[0], backbone.image_shape)
     networks = [
         load_inception(inception, mode=mode, download=download, device=passes.device)
@@ -286,17 +287,16 @@ def _require_one_network(named: Sequence[object], modes: Sequence[str], given: M
 
 def _loaded(
     paths: Sequence[Path],
+    opened: Callable[..., EBMPrior],
     checkpoint: str | None,
-    force: bool,
-    passes: Passes,
     given: Mapping[str, Any],
     stored: Mapping[str, Any],
 ) -> list[EBMPrior]:
     """The priors on one shared backbone. Sampler settings of the command line or --config replace the recorded ones."""
-    first = load_prior(paths[0], checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
-    loaded = [first, *(load_prior(path, first.backbone, force=force) for path in paths[1:])]
+    first = opened(paths[0], checkpoint=checkpoint)
+    loaded = [first, *(opened(path, backbone=first.backbone) for path in paths[1:])]
     for prior in loaded:
-        prior.sampler = resolve(prior.sampler, given, stored)
+        prior.sampling.sampler = resolve(prior.sampling.sampler, given, stored)
     return loaded
 
 
@@ -304,6 +304,7 @@ def _loaded(
     cls=Command, first=("data", "data_root", "number", "fix", "out", "overwrite", "steps", "seed", "device", "as_json")
 )
 @PRIOR
+@CALIBRATED
 @click.argument("what", type=click.Choice(list(PICTURES)))
 @click.option("--data", help=f"Images to start from: {DATA_FORMS}  [default: what the prior was trained on]")
 @DATA_ROOT
@@ -333,6 +334,7 @@ def show(
     what: str,
     checkpoint: str | None,
     force: bool,
+    calibrated: bool,
     data: str | None,
     data_root: Path | None,
     download: bool,
@@ -362,7 +364,8 @@ def show(
         raise click.UsageError(f"the picture {what} fixes no groups: leave out --fix")
     stored = read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
     seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
-    loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
+    loaded = opened_prior(prior, passes, checkpoint=checkpoint, force=force, calibrated=calibrated)
+    loaded = loaded if what == "energy" else loaded.sampling  # a refiner has no energy to speak of
     long = {"steps": LONG_RUN} if what == "energy" else {}
     loaded.sampler = resolve(loaded.sampler, given, long | stored["sampler"])
     out = out or places.next_free(places.beside(prior), what, ".png")

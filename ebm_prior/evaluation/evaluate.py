@@ -221,18 +221,21 @@ def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILE
 
     fd_*: Fréchet distance to held-out images; fdrec_*: to their decoded posterior samples; kid_*: kernel distance to
     held-out images. gap_closed*: share of the distance between backbone prior and reconstructions that is closed. They
-    are left out where there is no extractor of features; statistics of pixels, gain and AUC need none.
+    are left out where there is no extractor of features; statistics of pixels, gain and AUC need none. Where a
+    calibrated prior has a refiner, the samples are the refiner's, and gain and f are the calibrated prior's.
     """
     config = reference.config
     progress.stage("sampling the prior")
-    latents, drawn, info = reference.sampled(prior, prior.sampler)
+    sampling = prior.sampling
+    latents, drawn, info = reference.sampled(sampling, sampling.sampler)
     progress.stage("distances")
     result: dict[str, Any] = {
         "data": reference.data,
         "samples": reference.n,
         "held_out_images": reference.n,
         "seed": config.seed,
-        "sampler": asdict(prior.sampler),
+        "sampled_by": sampling.regime,
+        "sampler": asdict(sampling.sampler),
         **_distances(reference, drawn),
         **_pixels(reference, drawn),
         **info,

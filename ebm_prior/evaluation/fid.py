@@ -217,9 +217,9 @@ def published(
     before = measured(EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig())), ANCESTRAL)
     cards = []
     for prior in priors:
-        after = measured(prior, prior.sampler)
+        after = measured(prior.sampling, prior.sampling.sampler)
         sets = zip(networks, references, before, after, strict=True)
-        cards.append([_card(*each, prior.sampler, config, seed) for each in sets])
+        cards.append([_card(*each, prior.sampling.sampler, config, seed) for each in sets])
     return cards
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import BlockGenerator, Purpose, chunks, derived_seed
-from ebm_prior.errors import ConfigurationError, RegimeError, described
+from ebm_prior.errors import ConfigurationError, RegimeError, described, few
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.arguments import (
     require_backbone,
@@ -54,6 +54,12 @@ class _Kept:
     tau: float
     regime: Regime
     record: dict[str, Any]
+    refiner: EBMPrior | None
+
+    @property
+    def sampling(self) -> EBMPrior:
+        """The prior that draws the samples: the refiner, or this one where it is None (`prior.refiner = None`)."""
+        return self.refiner or cast(EBMPrior, self)
 
     def to(self: Owned, device: torch.device | str) -> Owned:
         """Move backbone and heads to a device, in place; returns the prior.
@@ -64,6 +70,8 @@ class _Kept:
         place = usable_device(device)
         self.backbone.to(place)
         self.energy.to(place)
+        if self.refiner:
+            self.refiner.to(place)
         return self
 
     def walk(self) -> HeadsWalk:
@@ -93,7 +101,7 @@ class _Kept:
         count = sum(parameter.numel() for parameter in self.energy.parameters())
         return (
             f"<EBMPrior {self.regime} on {kind}: {len(groups)} groups ({few}), {count:,} parameters, "
-            f"tau {self.tau:.3g}{gain}>"
+            f"tau {self.tau:.3g}{gain}{', samples by a refiner' if self.refiner else ''}>"
         )
 
 
@@ -103,7 +111,8 @@ class EBMPrior(_Kept, ImageTerms):
     `tau` multiplies f (tempering after training). τ f is clipped at `ceiling` nats, as f is not reliable far from the
     latents of training. `regime`: "calibrated" (f is a log density ratio, so that scores and log Z have a meaning) or
     "refiner" (short-run dynamics as published, for samples only). `target`: "exact", the density of Appendix A.3, or
-    "published", which has log p_β(T(ε)) in place of log N(ε), for replication only.
+    "published", which has log p_β(T(ε)) in place of log N(ε), for replication only. A calibrated prior may have a
+    `refiner`, a prior of its own on the same backbone, which then draws the samples by its own sampler.
 
     >>> samples = prior.sample(4, seed=1)
     >>> samples.images.shape, prior.f(samples.z).shape  # in [0, 1]; nats
@@ -121,19 +130,18 @@ class EBMPrior(_Kept, ImageTerms):
         target: Target = "exact",
         sampler: SamplerConfig | None = None,
         record: Mapping[str, Any] | None = None,
+        refiner: EBMPrior | None = None,
     ) -> None:
         require_backbone(backbone)
         require_usable(backbone)
-        _require_ranges(tau, ceiling)
-        _require_consistent(energy, regime, target)
+        _require_consistent(energy, regime, target, tau, ceiling)
         like = next(backbone.parameters())
         self.backbone = backbone.for_inference()
         self.checkpoint = backbone.checkpoint  # where the backbone was loaded from, for `save`
         self.energy = energy.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
-        self.tau, self.ceiling = tau, ceiling
-        self.regime, self.target = regime, target
-        self.sampler = sampler or SamplerConfig()
-        self.record = dict(record or {})
+        self.tau, self.ceiling, self.regime, self.target = tau, ceiling, regime, target
+        self.sampler, self.record = sampler or SamplerConfig(), dict(record or {})
+        self.refiner = _refiner_for(self, refiner)
 
     @isolated()
     def f(
@@ -200,15 +208,15 @@ class EBMPrior(_Kept, ImageTerms):
         """Draw n samples in chunks, call `see` with each chunk, and return its results in order.
 
         Sample i depends on (seed, i) alone, not on `chunk` (rounded to blocks of 64). The `processes` share the chunks.
-        sampler: None takes the one recorded with the prior. Raises DivergenceError where a chain is not finite.
+        sampler: None takes that of `sampling`, the role that draws. Raises DivergenceError where a chain is not finite.
         """
         n, seed, chunk = require_count("n", n), require_count("seed", seed), require_count("chunk", chunk, least=1)
-        sampler = _chosen(sampler, self)
+        role, sampler = self.sampling, _chosen(sampler, self.sampling)
         device = next(self.backbone.parameters()).device
-        potential = graphed(self.potential, device)
+        potential = graphed(role.potential, device)
 
         def drawn(part: tuple[int, int]) -> Seen:
-            return see(_drawn(self, potential, sampler, part[1], BlockGenerator(seed, *part, device)))
+            return see(_drawn(role, potential, sampler, part[1], BlockGenerator(seed, *part, device)))
 
         return processes.map(drawn, chunks(n, chunk))
 
@@ -225,8 +233,8 @@ class EBMPrior(_Kept, ImageTerms):
     ) -> Samples:
         """Draw n samples of p_α; image i depends on (seed, i) alone, not on `chunk`. n = 0 gives empty tensors.
 
-        sampler: None takes the one recorded with the prior.  progress: advances by the draws. Raises ConfigurationError
-        for a number out of its range, and DivergenceError where a chain is not finite.
+        sampler: as in `map_chunks`.  progress: advances by the draws. Raises ConfigurationError for a number out of its
+        range, and DivergenceError where a chain is not finite.
         """
         done = 0
 
@@ -252,8 +260,8 @@ class EBMPrior(_Kept, ImageTerms):
         """
         require_upper("upper", upper, self.backbone.groups, next(self.backbone.parameters()))
         seed, chunk = require_count("seed", seed), require_count("chunk", chunk, least=1)
-        sampler = _chosen(sampler, self)
-        parts = [_completed(self, upper, sampler, seed, part) for part in chunks(len(upper[0]), chunk)]
+        role, sampler = self.sampling, _chosen(sampler, self.sampling)
+        parts = [_completed(role, upper, sampler, seed, part) for part in chunks(len(upper[0]), chunk)]
         return joined(self.backbone, parts)
 
     @isolated()
@@ -335,7 +343,8 @@ def _f(prior: EBMPrior, z: Sequence[Tensor], eps: Sequence[Tensor] | None, prior
     return value if prior.ceiling == math.inf else value.clamp(max=prior.ceiling)
 
 
-def _require_consistent(energy: object, regime: Regime, target: Target) -> None:
+def _require_consistent(energy: object, regime: Regime, target: Target, tau: float, ceiling: float) -> None:
+    _require_ranges(tau, ceiling)
     if not isinstance(energy, nn.Module) or not hasattr(energy, "inputs"):
         raise ConfigurationError(
             f"energy: expected a JointEnergy, found {described(energy)}: fit(…, energy=module) takes your own"
@@ -344,6 +353,18 @@ def _require_consistent(energy: object, regime: Regime, target: Target) -> None:
         raise RegimeError(
             "target published needs regime refiner, because f is no log density ratio on it; found calibrated"
         )
+
+
+def _refiner_for(prior: EBMPrior, refiner: EBMPrior | None) -> EBMPrior | None:
+    """`refiner`, after a check that it is one and that `prior` can have it."""
+    if refiner is not None:
+        roles, groups = (refiner.regime, prior.regime), refiner.backbone.groups
+        if roles != ("refiner", "calibrated") or groups != prior.backbone.groups:
+            raise RegimeError(
+                "refiner: expected a prior of regime refiner on the backbone of a calibrated prior, found a "
+                f"{roles[0]} prior for a {roles[1]} one, with the groups {few(group.name for group in groups)}"
+            )
+    return refiner
 
 
 def _chosen(sampler: SamplerConfig | None, prior: EBMPrior) -> SamplerConfig:

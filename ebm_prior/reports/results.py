@@ -75,6 +75,7 @@ EVALUATION = fields(
         "auc_before_per_group": mapping(measured),
         "auc_after_per_group": mapping(measured),
         "auc_budget": text(),
+        "sampled_by": text(),
     },
 )
 _QUALITY = {"auroc": measured, "auprc": measured}
@@ -151,7 +152,7 @@ def _together(keys: tuple[str, ...], check: Check) -> Check:
 def _evaluation(value: Any, where: str) -> Any:
     found = _together(("f_posterior", "f_backbone", "f_prior"), EVALUATION)(value, where)
     auc = ("auc_before", "auc_after", "auc_before_per_group", "auc_after_per_group", "auc_budget")
-    for keys in (auc, FEATURES, PIXELS):
+    for keys in (auc, FEATURES, PIXELS, ("restarted", "beyond_limit")):
         found = _together(keys, lambda value, where: value)(found, where)
     if "auc_before" in found and set(found["auc_before_per_group"]) != set(found["auc_after_per_group"]):
         raise InvalidError(where, "an AUC of each group before and after", found["auc_after_per_group"])

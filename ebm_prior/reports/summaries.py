@@ -7,7 +7,7 @@ from typing import Any
 
 from ebm_prior.reports.text import Block, Table, table
 from ebm_prior.reports.text import text as as_text
-from ebm_prior.storage.records import FIT_SUMMARY, READJUSTMENT, fields, keeps_to, measured, text, whole
+from ebm_prior.storage.records import FIT_SUMMARY, READJUSTMENT, fields, keeps_to, listed, measured, text, whole
 
 
 def files_written(result: Mapping[str, Any]) -> str:
@@ -21,13 +21,28 @@ def fit_summary(result: Mapping[str, Any]) -> str:
     return as_text(
         [
             *fit_blocks(result),
-            f"{result['cpu_seconds']:.0f} CPU-seconds; heads {count['heads']:,} parameters, {count['ratio']:.1%} of "
-            "the backbone's",
+            f"{result['cpu_seconds']:.0f} CPU-seconds{_of_refiner(result)}; heads {count['heads']:,} parameters, "
+            f"{count['ratio']:.1%} of the backbone's",
             f"sampler: {sampler_text(result['sampler'])}",
+            *_said_of_roles(result),
             f"wrote {result['prior']} and {result['picture']}",
             f"next: ebm-prior sample {result['prior']} --out samples.png",
         ]
     )
+
+
+def _of_refiner(result: Mapping[str, Any]) -> str:
+    """The time that the refiner of a fit took, where one was fitted."""
+    return f" and {result['refiner']['cpu_seconds']:.0f} for the refiner" if "refiner" in result else ""
+
+
+def _said_of_roles(result: Mapping[str, Any]) -> list[str]:
+    """What each role of a fitted prior is for; for a deep hierarchy without a refiner, how to add one."""
+    if "roles" in result:
+        return _what_for(result["sampled_by"] == "refiner", result["roles"])
+    if (result["stages"] or result.get("groups")) and "refine" not in result["config"]:
+        return ["for nearer samples, add a refiner: the same command with --resume --refine 900"]
+    return []
 
 
 def fit_blocks(record: Mapping[str, Any]) -> list[Block]:
@@ -130,6 +145,8 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
         rows.append(["shared heads", "groups of one shape", f"{record['heads']['shared']:,}"])
     if "joint" in record["heads"]:
         rows.append(["joint head", "all groups", f"{record['heads']['joint']:,}"])
+    if "refiner" in record:
+        rows.append(["refiner", "all groups", f"{record['heads']['refiner']:,}"])
     ceiling = f", f at most {record['ceiling']:.4g} nats" if record.get("ceiling") is not None else ""
     lines: list[Block] = [
         f"energy-based prior, {record['regime']}, τ = {record['tau']:.4g}{ceiling}, written by ebm-prior "
@@ -137,7 +154,7 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
         f"backbone: {backbone['adapter']}, {backbone['checkpoint']}, fingerprint {backbone['fingerprint'][:12]}",
         f"parameters: backbone {backbone['parameters']:,}, heads {heads:,} ({heads / backbone['parameters']:.1%})",
         Table(["group (top first)", "shape", "head parameters"], rows),
-        f"sampler: {sampler_text(record['sampler'])}",
+        *_roles(record),
     ]
     if keeps_to(READJUSTMENT, training.get("bn_readjust")):
         lines.append(
@@ -152,6 +169,48 @@ def prior_blocks(record: Mapping[str, Any]) -> list[Block]:
             f"{gain['ess_fraction']:.1%}"
         )
     return lines
+
+
+def _roles(record: Mapping[str, Any]) -> list[str]:
+    """The sampler of a prior file, or where it holds a refiner what each of the two does."""
+    told = _what_for("refiner" in record, record["record"].get("roles"))
+    told += _choice_of_steps(record.get("refiner", record)["record"].get("steps"))
+    if "refiner" not in record:
+        return [f"sampler: {sampler_text(record['sampler'])}", *told]
+    return [
+        f"sampler of the refiner: {sampler_text(record['refiner']['sampler'])}",
+        f"sampler of the calibrated f: {sampler_text(record['sampler'])}",
+        *told,
+    ]
+
+
+_ROLES = fields({"calibrated": measured, "refiner": measured, "images": whole()})
+_TRIED = fields({"tried": listed(fields({"steps": whole(), "distance": measured}), 1, 3), "images": whole()})
+
+
+def _what_for(refined: bool, roles: Any) -> list[str]:
+    """What each role is for, and how near the samples of both came to held-out images.
+
+    refined: whether the refiner draws the samples. Nothing is said of a prior that has one role and a `roles` without
+    figures.
+    """
+    compared = ""
+    if keeps_to(_ROLES, roles):
+        compared = (
+            f" (distance to {roles['images']:,} held-out reconstructions: refiner {roles['refiner']:.3g}, calibrated "
+            f"{roles['calibrated']:.3g})"
+        )
+    if refined:
+        return [f"the refiner draws the samples{compared}; the calibrated f gives scores, gain and log Z"]
+    return [f"the calibrated f does everything: a refiner's samples were no nearer{compared}"] if compared else []
+
+
+def _choice_of_steps(steps: Any) -> list[str]:
+    """How near a refiner's samples came to held-out images after several numbers of steps, where that was measured."""
+    if not keeps_to(_TRIED, steps):
+        return []
+    found = ", ".join(f"{each['steps']} steps {each['distance']:.3g}" for each in steps["tried"])
+    return [f"number of steps chosen by the distance to {steps['images']:,} held-out reconstructions: {found}"]
 
 
 def backbone_card(described: Mapping[str, Any]) -> str:

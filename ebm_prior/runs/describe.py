@@ -14,6 +14,7 @@ from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
 from ebm_prior.storage.checkpoint import PRIOR_KEY, backbone_record, bundled, bundled_priors, prior_file, prior_record
 from ebm_prior.storage.registry import adapter, registered
+from ebm_prior.storage.roles import PREFIX
 from ebm_prior.storage.weights import count_parameters, fingerprint, read_tensors
 from ebm_prior.training.fit_config import FitConfig, paper_preset
 
@@ -30,14 +31,14 @@ def parameters(backbone: Backbone, energy: EnergyConfig, own: nn.Module | None =
 
 
 def head_parameters(path: Path) -> dict[str, int]:
-    """Parameters per head of a prior file (the standardisation constants are not counted)."""
+    """Parameters per head of a prior file, and those of its refiner together (not the standardisation constants)."""
     tensors = read_tensors(prior_file(path), PRIOR_KEY, "an ebm-prior file")[0]
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
-        head = (
-            name.split(".")[1] if name.startswith("heads.") else name.split(".")[0]
-        )  # joint, or a module of one's own
-        if not name.endswith((".shift", ".scale")) and name not in ("factor", "offset"):
+        own = name.removeprefix(PREFIX)
+        head = own.split(".")[1] if own.startswith("heads.") else own.split(".")[0]  # joint, or a module of one's own
+        head = head if own == name else "refiner"  # all heads of a refiner together
+        if not own.endswith((".shift", ".scale")) and own not in ("factor", "offset"):
             counts[head] = counts.get(head, 0) + tensor.numel()
     return counts
 

@@ -115,7 +115,8 @@ def model_card(
         f"`{backbone['fingerprint']}`",
         f"- Latent groups, the top one first: {groups}",
         f"- Kind: {record['regime']}"
-        + (", whose f is a log density ratio in nats" if record["regime"] == "calibrated" else ", for samples only"),
+        + (", whose f is a log density ratio in nats" if record["regime"] == "calibrated" else ", for samples only")
+        + (", with a refiner that draws the samples" if "refiner" in record else ""),
         f"- Licence: {licence or 'TO BE FILLED IN by whoever passes these files on (also in the header)'}",
         "",
         "## Use",
@@ -217,7 +218,10 @@ def _told(record: Mapping[str, Any], with_backbone: bool) -> dict[str, Any]:
     backbone = dict(record["backbone"])
     where = str(backbone["checkpoint"])
     backbone["checkpoint"] = BACKBONE if with_backbone else where if where in bundled() else Path(where).name
-    return {**record, "backbone": backbone, "record": _without_paths(record["record"])}
+    told = {**record, "backbone": backbone, "record": _without_paths(record["record"])}
+    if "refiner" in record:
+        told["refiner"] = {**record["refiner"], "record": _without_paths(record["refiner"]["record"])}
+    return told
 
 
 def _without_paths(trained: Mapping[str, Any]) -> dict[str, Any]:

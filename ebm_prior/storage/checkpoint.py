@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ebm_prior
 from ebm_prior.compute.isolation import isolated, require_precision
@@ -24,21 +23,16 @@ from ebm_prior.errors import (
     shown,
 )
 from ebm_prior.model.arguments import require_backbone, usable_device
-from ebm_prior.model.backbone import Backbone, LatentGroup, require_groups
-from ebm_prior.model.energy import EnergyConfig, JointEnergy, shapes_seen, shared_shapes
+from ebm_prior.model.backbone import Backbone, require_groups
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.settings import of_plain, recorded
-from ebm_prior.storage.own_energies import own_energy_record, stored_energy
 from ebm_prior.storage.records import BACKBONE_RECORD, PRIOR_RECORD, checked
 from ebm_prior.storage.registry import adapter, adapter_name
+from ebm_prior.storage.roles import built_prior, load_widened, role_record, role_tensors, stored_energies
 from ebm_prior.storage.skeleton import build_described
 from ebm_prior.storage.weights import (
-    build_strictly,
     count_parameters,
     fingerprint,
-    load_strictly,
     read_tensors,
     require_finite,
     require_path,
@@ -166,7 +160,7 @@ def _load_own(name: str | None, path: Path) -> Backbone:
             f"{shown(architecture)}. Copy or make it again"
         )
     backbone = build_described(kind, architecture, tensors, path)
-    _load_widened(backbone, tensors, path)
+    load_widened(backbone, tensors, path)
     return backbone
 
 
@@ -231,18 +225,14 @@ def save_prior(prior: EBMPrior, path: str | Path, *, checkpoint: str | Path | No
             "groups": _groups(prior.backbone),
             "parameters": count_parameters(prior.backbone),
         },
-        "energy": recorded(prior.energy.config),
-        **own_energy_record(prior.energy),
-        "tau": prior.tau,
-        "ceiling": None if prior.ceiling == math.inf else prior.ceiling,
-        "regime": prior.regime,
-        "target": prior.target,
-        "sampler": recorded(prior.sampler),
-        "record": prior.record,
+        **role_record(prior),
     }
+    if prior.refiner:
+        record["refiner"] = role_record(prior.refiner)
     checked(PRIOR_RECORD, record, path, "nothing was written: give the prior values within their ranges")
-    require_finite(prior.energy.state_dict(), "the heads", "nothing was written: the training that gave them failed")
-    write_tensors(path, prior.energy.state_dict(), PRIOR_KEY, record)
+    tensors = role_tensors(prior)
+    require_finite(tensors, "the heads", "nothing was written: the training that gave them failed")
+    write_tensors(path, tensors, PRIOR_KEY, record)
 
 
 def prior_record(path: str | Path) -> dict[str, Any]:
@@ -287,8 +277,8 @@ def load_prior(
     """
     path = prior_file(path)
     tensors, record = _read_prior(path)
-    trained_on, ceiling = record["backbone"], record.get("ceiling")
-    energy = _energy_of(path, tensors, record)
+    trained_on = record["backbone"]
+    energies = stored_energies(path, tensors, record)
     if backbone is None:
         backbone = _backbone_of(path, trained_on, checkpoint, Passes(usable_device(device), dtype))
     if _groups(backbone) != trained_on["groups"]:
@@ -304,34 +294,9 @@ def load_prior(
             "(--ckpt), or use --force if you know better"
         )
     try:
-        return EBMPrior(
-            backbone,
-            energy,
-            tau=record["tau"],
-            ceiling=math.inf if ceiling is None else ceiling,
-            regime=record["regime"],
-            target=record["target"],
-            sampler=of_plain(SamplerConfig, record["sampler"]),
-            record=record["record"],
-        )
+        return built_prior(backbone, energies, record)
     except RegimeError as error:
         raise CheckpointError(f"{path} describes no prior that this version can build: {error}") from error
-
-
-def _energy_of(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> JointEnergy:
-    """The energy that a prior file describes, with its weights; nothing is allocated before the names are compared."""
-    config = of_plain(EnergyConfig, record["energy"])
-    groups = [LatentGroup(name, tuple(shape)) for name, shape in record["backbone"]["groups"]]
-    own = record.get("own_energy")
-    if own is not None:
-        try:
-            energy = stored_energy(groups, config, own)
-        except (RuntimeError, ConfigurationError) as error:
-            raise CheckpointError(f"{path} has an energy that cannot be built: {error}") from error
-        _load_widened(energy, tensors, path)
-        return energy
-    _require_as_many(groups, config, len(tensors), path)
-    return build_strictly(lambda: JointEnergy(groups, config), tensors, path)
 
 
 def _backbone_of(path: Path, trained_on: Mapping[str, Any], given: str | Path | None, passes: Passes) -> Backbone:
@@ -361,25 +326,6 @@ def _backbone_path(prior: Path, recorded: str) -> str:
     beside = prior.parent / Path(recorded).name
     moved = Path(recorded).name == recorded or not os.path.exists(recorded)
     return str(beside) if moved and os.path.exists(beside) else recorded
-
-
-def _load_widened(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load weights into a new module without rounding: for a float64 file it is widened from float32 first."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
-        module.double()
-    load_strictly(module, tensors, path)
-
-
-def _require_as_many(groups: Sequence[LatentGroup], config: EnergyConfig, tensors: int, path: Path) -> None:
-    """Refuse a record of heads with far more parts than the file has tensors, before any part is made."""
-    shapes = shapes_seen(groups, config)
-    spared = sum(count - 1 for shape, count in shared_shapes(shapes, config).items() if len(shape) < 3)
-    layers = config.vector_layers * (sum(len(shape) < 3 for shape in shapes) - spared)
-    if 4 * len(groups) + 2 * layers > tensors + 1_000:
-        raise CheckpointError(
-            f"{path} describes {len(groups):,} heads with {layers:,} layers, but has only {tensors:,} tensors: it is "
-            "damaged, copy it again, or fit it again"
-        )
 
 
 def _groups(backbone: Backbone) -> list[list[Any]]:

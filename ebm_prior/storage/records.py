@@ -184,6 +184,18 @@ def group(value: Any, where: str) -> Any:
     return [name, shape]
 
 
+ROLE = {
+    "energy": config(EnergyConfig, own_heads=MOST_GROUPS),
+    "tau": number(0, TAU_LIMIT),
+    "regime": one_of(*get_args(Regime)),
+    "target": one_of(*get_args(Target)),
+    "sampler": config(SamplerConfig),
+    "record": fields({}),
+}
+GIVEN = {
+    "ceiling": number(-CEILING_LIMIT, CEILING_LIMIT, or_none=True),  # not in files of before there was one
+    "own_energy": fields({"name": text(), "architecture": fields({})}),  # in files of an energy of one's own
+}
 PRIOR_RECORD = fields(
     {
         "format": whole(1, 1),
@@ -197,19 +209,11 @@ PRIOR_RECORD = fields(
                 "parameters": whole(1),
             }
         ),
-        "energy": config(EnergyConfig, own_heads=MOST_GROUPS),
-        "tau": number(0, TAU_LIMIT),
-        "regime": one_of(*get_args(Regime)),
-        "target": one_of(*get_args(Target)),
-        "sampler": config(SamplerConfig),
-        "record": fields({}),
+        **ROLE,
     },
-    {
-        "ceiling": number(-CEILING_LIMIT, CEILING_LIMIT, or_none=True),  # not in files of before there was one
-        "own_energy": fields({"name": text(), "architecture": fields({})}),  # in files of an energy of one's own
-    },
+    {**GIVEN, "refiner": fields(ROLE, GIVEN)},
 )
-"""The record of a prior file. Its entry `record`, about the training, is not checked."""
+"""The record of a prior file. Its entries `record`, about the training of a role, are not checked."""
 
 GAIN = fields({"nats": measured, "ess_fraction": measured, "tau": measured})
 READJUSTMENT = fields(

@@ -28,7 +28,7 @@ from ebm_prior.settings import recorded
 from ebm_prior.training.course import Course, Workbench
 from ebm_prior.training.courses import first_course, resumed
 from ebm_prior.training.fit_config import FitConfig
-from ebm_prior.training.latents import Draws
+from ebm_prior.training.latents import Draws, split
 from ebm_prior.training.loop import Training
 from ebm_prior.training.steps import (
     FIT_GAP_LIMIT,
@@ -117,7 +117,7 @@ class Fitting(Training):
                 "ratios: groupwise needs heads of single groups, found an energy of all: leave out one"
             )
         draws = Draws(self.backbone, images, heads, config, processes, progress)
-        training, held_out = draws.split()
+        training, held_out = split(self.backbone, images, config)
         latents = draws.held_out(held_out)
         if config.energy.standardize:
             heads.standardize(draws.moments(training[:2_000]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ebm_prior.model.energy import MOST_GROUPS, EnergyConfig
 from ebm_prior.model.prior import Regime, Target
@@ -78,6 +79,16 @@ class FitConfig:
     noise_weight: float = later_setting(
         1.0, "Weight of the prior draws against the posterior draws in the loss (only with --objective nce)"
     )
+    choose_steps: bool = later_setting(
+        False,
+        "Choose the number of a refiner's steps on held-out images, at the end: those of training, or 2 or 4 times as "
+        "many (only with --regime refiner)",
+    )
+    refine: int | None = later_setting(
+        None,
+        "Iterations of a refiner that is fitted afterwards and draws the samples if they are nearer to held-out "
+        "images, while scores and log Z stay those of the calibrated f; 0: no refiner",
+    )
     gradient_clip: float = later_setting(
         0.0, "Largest norm of a gradient; a larger one is scaled down to it; 0: no limit"
     )
@@ -118,6 +129,12 @@ class FitConfig:
         with within("energy"):
             alone = "must be off: ratios groupwise turns it on"
             require(self.energy, "groupwise", not self.energy.groupwise, alone)
+        refiner = self.regime == "refiner"
+        chosen = "must be off unless the regime is refiner, whose samples depend on the number of steps"
+        require(self, "choose_steps", refiner or not self.choose_steps, chosen)
+        require(self, "refine", (self.refine or 0) >= 0, "must not be negative")
+        second = "must be 0 with regime refiner: it adds a refiner to a calibrated prior"
+        require(self, "refine", not (refiner and self.refine), second)
         require_seed(self)
         _ = self.recorded_sampler  # raises ConfigurationError where its settings do not fit together
         exact = "must be exact with regime calibrated (published is not the density that f then describes)"
@@ -199,8 +216,43 @@ def refiner_preset() -> FitConfig:
         batch_size=32,
         learning_rate=2e-3,
         gradient_clip=1.0,
+        choose_steps=True,
         regime="refiner",
     )
+
+
+def refining(config: FitConfig, record: Mapping[str, Any]) -> FitConfig | None:
+    """The settings of the refiner that follows a calibrated fit with this record, or None where none follows.
+
+    It is the preset with the heads, the parts, the seed and the held-out images of the fit. Its iterations are
+    `config.refine`. Where that is None, a refiner follows a ratio that has saturated. Its chains then take as many
+    steps through the network as the draws of the stages took, so that the second fit lasts about as long as the first.
+    """
+    preset, iterations, saturated = refiner_preset(), config.refine, record.get("saturated")
+    batch = -(-preset.batch_size // config.parts) * config.parts
+    if iterations is None and saturated:
+        since, stage = saturated["iteration"], config.stage
+        draws = min(config.staging(since).batch_size, stage.particles)
+        steps = (record["iterations"] - since) * draws * stage.moves * stage.leapfrogs
+        iterations = steps // (batch * preset.chain.steps)
+    if not iterations:
+        return None
+    return replace(
+        preset,
+        iterations=iterations,
+        batch_size=batch,
+        parts=config.parts,
+        energy=config.energy,
+        held_out=config.held_out,
+        evaluate_every=config.evaluate_every,
+        seed=config.seed,
+    )
+
+
+def may_follow(config: FitConfig) -> FitConfig | None:
+    """The settings of the refiner that may follow a fit, with any number of iterations; None where none can follow."""
+    possible = config.may_stage if config.refine is None else config.refine > 0
+    return refining(replace(config, refine=config.refine or 1), {}) if possible else None
 
 
 PRESETS = {"default": FitConfig, "refiner": refiner_preset, "paper": paper_preset}

@@ -32,6 +32,7 @@ from ebm_prior.model.by_group import HeadsWalk, own_potential
 from ebm_prior.model.energy import JointEnergy, values
 from ebm_prior.model.samplers import ChainState, Potential, effective_sample_size, pcn_langevin_step, start
 from ebm_prior.training.course import Best, Course, Finished, Pairs
+from ebm_prior.training.latents import split
 from ebm_prior.training.objectives import Gain, gain
 
 SCORE_STEP = 1e-3  # nats by which the held-out score must be better to count as better
@@ -97,7 +98,7 @@ class GroupwiseRatios(Course):
     def _normalisers(self) -> list[Normaliser]:
         """log Z_i of each group of the average, over the z_<i of held-out posterior latents."""
         draws, average = self.bench.draws, self.bench.average
-        _, held_out = draws.split()
+        _, held_out = split(draws.backbone, draws.images, self.config)
 
         def weights(batch: tuple[int, Tensor]) -> Tensor:
             generator = derived_generator(

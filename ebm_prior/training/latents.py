@@ -35,6 +35,16 @@ def held_out_count(backbone: Backbone, config: FitConfig, images: int) -> int:
     return min(config.held_out, most, images // 10)
 
 
+def split(backbone: Backbone, images: Images, config: FitConfig) -> tuple[Tensor, Tensor]:
+    """Indices of the training and the held-out images, chosen by the seed, within `HELD_OUT_BYTES` of latents."""
+    n = len(images)
+    held_out = held_out_count(backbone, config, n)
+    if held_out < 1:
+        raise ConfigurationError(f"expected at least 10 images to fit a prior, found {n}")
+    order = torch.randperm(n, generator=derived_generator(config.seed, Purpose.HELD_OUT_SPLIT))
+    return order[held_out:], order[:held_out]
+
+
 class HeldOut(NamedTuple):
     """Heads' inputs that training never sees: posterior draws of held-out images, and draws of p_β."""
 
@@ -69,15 +79,6 @@ class Draws:
         parts = self.config.parts
         own = [()] if parts == 1 else [(part + 1,) for part in range(parts)]
         return [derived_generator(self.config.seed, *words, *word, device=self.like.device) for word in own]
-
-    def split(self) -> tuple[Tensor, Tensor]:
-        """Indices of the training and the held-out images, chosen by the seed, within `HELD_OUT_BYTES` of latents."""
-        n = len(self.images)
-        held_out = held_out_count(self.backbone, self.config, n)
-        if held_out < 1:
-            raise ConfigurationError(f"expected at least 10 images to fit a prior, found {n}")
-        order = torch.randperm(n, generator=derived_generator(self.config.seed, Purpose.HELD_OUT_SPLIT))
-        return order[held_out:], order[:held_out]
 
     def observed(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Images as the likelihood models them, (B, C, H, W)."""

@@ -26,6 +26,7 @@ FITS: dict[str, list[object]] = {
     "nce": [],
     "staged": ["--ratios", "staged", "--stage-particles", 13, "--stage-held-out", 8, "--stage-ess", 0.99],
     "mle": ["--objective", "mle", "--chains", "persistent", "--chain-steps", 2, "--refresh", 0.3],
+    "refined": ["--refine", 4],
 }
 
 
@@ -78,7 +79,7 @@ def shared(
 
 
 def test_exit_codes_are_those_of_one_process(shared: Shared) -> None:
-    assert shared.codes == [[0, 0, 0, 0, 0, 0, 3, 1]] * 2
+    assert shared.codes == [[0, 0, 0, 0, 0, 0, 0, 3, 1]] * 2
     assert "several processes share fit, pretrain, sample, eval; backbones runs in one" in shared.err
 
 

@@ -75,7 +75,7 @@ def mutations(record: Any, every: int) -> Iterator[Any]:
     for way in ways(record):
         if any(isinstance(key, int) and key > 1 for key in way):
             continue  # groups or rows like those before
-        if way[0] == "record" and len(way) > 2 and way[1] == "config":
+        if "config" in way[1:-1]:
             continue  # of which nothing is read but the objective
         for value in [*ODD, ...]:
             number += 1
@@ -103,6 +103,19 @@ def stored(prior: Path, tmp_path: Path) -> Stored:
     """The prior of a real fit, with the record of its making."""
     path = tmp_path / "prior.safetensors"
     path.write_bytes(prior.read_bytes())
+    return Stored(path, PRIOR_KEY)
+
+
+@pytest.fixture
+def both(prior: Path, backbone: Backbone, tmp_path: Path) -> Stored:
+    """A prior with a refiner, and with the records that a fit of both writes."""
+    path = tmp_path / "both.safetensors"
+    loaded, refiner = load_prior(prior, backbone), load_prior(prior, backbone)
+    refiner.regime = "refiner"
+    refiner.record["steps"] = {"images": 12, "tried": [{"steps": 20, "distance": 0.5}]}
+    loaded.record["roles"] = {"images": 12, "calibrated": 0.5, "refiner": 0.25}
+    loaded.refiner = refiner
+    save_prior(loaded, path, checkpoint="toy.safetensors")
     return Stored(path, PRIOR_KEY)
 
 
@@ -134,6 +147,46 @@ def test_every_field_of_a_prior_with_every_odd_value(stored: Stored, backbone: B
         refused += told(lambda: use(stored.path, backbone))
     assert count > 1000 / every
     assert refused > count / 2
+
+
+@pytest.mark.parametrize("every", [9, longer(1)])
+def test_every_field_of_a_prior_with_a_refiner_with_every_odd_value(
+    both: Stored, backbone: Backbone, every: int
+) -> None:
+    """The second role is checked as the first one is."""
+    assert not told(lambda: use(both.path, backbone))
+    count = refused = 0
+    for record in mutations(both.record, every):
+        both.write(record)
+        count += 1
+        refused += told(lambda: use(both.path, backbone))
+    assert count > 1500 / every
+    assert refused > count / 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"regime": "calibrated"},
+        {"tau": -1},
+        {"sampler": {"steps": 10**9}},
+        {"sampler": {"step_size": "x"}},
+        {"energy": {"channels": 10**9}},
+    ],
+)
+def test_a_second_role_that_is_none(both: Stored, backbone: Backbone, change: dict[str, Any]) -> None:
+    both.write(both.record | {"refiner": both.record["refiner"] | change})
+    assert told(lambda: use(both.path, backbone))
+
+
+def test_a_second_role_whose_tensors_are_others(both: Stored, backbone: Backbone) -> None:
+    second = [name for name in both.tensors if name.startswith("refiner/")]
+    both.write(both.record, {name: value for name, value in both.tensors.items() if name != second[0]})
+    assert told(lambda: use(both.path, backbone))
+    both.write(both.record, both.tensors | {"refiner/more": torch.zeros(3)})
+    assert told(lambda: use(both.path, backbone))
+    both.write(without(both.record, ("refiner",)))
+    assert told(lambda: use(both.path, backbone))
 
 
 @FUZZ

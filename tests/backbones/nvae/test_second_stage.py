@@ -121,10 +121,12 @@ def test_the_prior_is_that_of_the_readjusted_backbone(
 def test_equal_seeds_give_equal_bytes_of_backbone_and_prior(
     workshop: Workshop, readjusting: list[object], tmp_path: Path
 ) -> None:
+    """Also with a refiner, which is fitted on the re-adjusted backbone."""
     a, b, c = (tmp_path / name for name in "abc")
-    workshop.run(*readjusting, a)
-    workshop.run(*readjusting, b)
+    workshop.run(*readjusting, a, "--refine", 2)
+    workshop.run(*readjusting, b, "--refine", 2)
     workshop.run(*readjusting, c, "--seed", 2)
+    assert load_prior(a / "refiner").record["iterations"] == 2
     for name in ("backbone.safetensors", "prior.safetensors"):
         whole = (a / name).read_bytes()
         assert (b / name).read_bytes() == whole

@@ -1,4 +1,4 @@
-"""log Z = log E_{p_β}[e^{τf}] of a prior: an estimate by importance weights, or bounds on both sides by annealed chains.
+"""log Z = log E_{p_β}[e^{τf}] of a prior: an estimate by importance weights, or bounds on both sides by annealing.
 
 The bounds take four steps. A pilot population chooses a ladder of τ and the moves on it, and is thrown away. Chains
 climb the ladder from N(0, I): they bound log Z from below. Those that descend it must start from draws of the prior.
@@ -51,7 +51,7 @@ class AnnealingConfig:
     )
     rungs: int = setting(500, "Largest number of steps of τ between the backbone's prior and the energy-based one")
     leapfrogs: int = setting(5, "Leapfrog steps of each move of an annealed chain")
-    moves: int = setting(20, "Moves at τ = 1 by which the chains of the upper bound settle before they are annealed")
+    moves: int = setting(40, "Moves at τ = 1 by which the chains of the upper bound settle before they are annealed")
 
     def __post_init__(self) -> None:
         require_kinds(self)

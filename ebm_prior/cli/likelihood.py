@@ -46,9 +46,10 @@ def likelihood(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Bound log Z from both sides, and log p(x) of held-out images from below, with f and without.
+    """Bound log Z from both sides, and log p(x) from below, with f and without.
 
-    Where the bounds on log Z differ by more than half a nat, or their chains have not settled, the result says so.
+    The images are held-out ones. Where the bounds on log Z differ by more than half a nat, or their chains have not
+    settled, the result says so.
     """
     config = resolve(LikelihoodConfig(), given | {"seed": seed}, config_file)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)

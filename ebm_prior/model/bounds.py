@@ -36,12 +36,9 @@ class Difference(NamedTuple):
     @classmethod
     def of(cls, a: Tensor, b: Tensor | None = None) -> Difference:
         """Of the mean of a (N,) from that of b (M,), two independent samples; without b, from 0."""
-        a = a.double()
-        square = float(a.var()) / len(a)
-        if b is None:
-            return cls(float(a.mean()), math.sqrt(square))
-        b = b.double()
-        return cls(float(a.mean() - b.mean()), math.sqrt(square + float(b.var()) / len(b)))
+        mean, error = _mean_and_error(a)
+        other, its_error = (0.0, 0.0) if b is None else _mean_and_error(b)
+        return cls(mean - other, math.hypot(error, its_error))
 
     @property
     def clear(self) -> bool:
@@ -109,7 +106,8 @@ def _log_means(log_weights: Tensor, repetitions: int) -> Tensor:
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean of independent values (R,) and its standard error; the error of a single one is NaN."""
+    """The mean of independent values (N,) and its standard error; the error of a single one is NaN."""
+    values = values.double()
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), error
 

@@ -13,7 +13,7 @@ in neither bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -25,7 +25,7 @@ from ebm_prior.compute.isolation import isolated
 from ebm_prior.compute.randomness import BLOCK, BlockGenerator, Purpose, chunks, derived_seed
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import SILENT, Progress
-from ebm_prior.model.annealing import climb, descend, find_ladder, stay
+from ebm_prior.model.annealing import Ladder, climb, descend, find_ladder, stay
 from ebm_prior.model.arguments import require_calibrated, require_count, require_images
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.bounds import Bounds, Difference, bounds_of
@@ -174,19 +174,8 @@ def annealed(
     Raises:
         DivergenceError: where f is not finite on the way.
     """
-    device = next(backbone.parameters()).device
-    pilot = BlockGenerator(derived_seed(seed, Purpose.ANNEALING_PILOT), 0, BLOCK, device)
-    progress.begin("ladder of τ", 0)
-    ladder = find_ladder(
-        potential,
-        backbone.standard_normal(BLOCK, generator=pilot),
-        pilot,
-        ess=config.ess,
-        leapfrogs=config.leapfrogs,
-        most=config.rungs,
-        told=partial(progress.advance, 1),
-    )
-    parts = chunks(config.total, chunk)
+    ladder = _piloted(backbone, potential, config, seed, progress)
+    device, parts = next(backbone.parameters()).device, chunks(config.total, chunk)
     progress.begin("log Z", len(parts) * (2 * ladder.rungs + config.moves))
 
     def both_ways(part: tuple[int, int]) -> _Annealed:
@@ -201,8 +190,30 @@ def annealed(
         last, acceptance = stay(potential, half, ladder, config.moves - config.moves // 2, generator, told)
         return _Annealed(climbed, descend(potential, last, ladder, generator, told), half.value, last.value, acceptance)
 
-    found = map(both_ways, parts)
-    climbed, descended, halfway, settled, acceptance = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    return _concluded(map(both_ways, parts), ladder, config, posterior is not None)
+
+
+def _piloted(
+    backbone: Backbone, potential: Potential, config: AnnealingConfig, seed: int, progress: Progress
+) -> Ladder:
+    """The ladder that a block of chains of their own finds."""
+    device = next(backbone.parameters()).device
+    generator = BlockGenerator(derived_seed(seed, Purpose.ANNEALING_PILOT), 0, BLOCK, device)
+    progress.begin("ladder of τ", 0)
+    return find_ladder(
+        potential,
+        backbone.standard_normal(BLOCK, generator=generator),
+        generator,
+        ess=config.ess,
+        leapfrogs=config.leapfrogs,
+        most=config.rungs,
+        told=partial(progress.advance, 1),
+    )
+
+
+def _concluded(parts: Iterable[_Annealed], ladder: Ladder, config: AnnealingConfig, two_starts: bool) -> Bounds:
+    """The bounds from the findings of all chunks; two_starts: every second chain began at a posterior latent."""
+    climbed, descended, halfway, settled, acceptance = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     lower, upper, lower_error, upper_error = bounds_of(climbed, descended, config.repetitions)
     return Bounds(
         lower,
@@ -216,7 +227,7 @@ def annealed(
         moves=config.moves,
         acceptance=float(acceptance.mean()),
         drift=Difference.of(settled - halfway),
-        apart=None if posterior is None else Difference.of(settled[::2], settled[1::2]),
+        apart=Difference.of(settled[::2], settled[1::2]) if two_starts else None,
     )
 
 

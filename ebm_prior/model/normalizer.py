@@ -70,7 +70,7 @@ class Normalised:
     """The part of a prior that knows log Z."""
 
     backbone: Backbone
-    regime: str
+    regime: Literal["calibrated", "refiner"]
 
     if TYPE_CHECKING:
 

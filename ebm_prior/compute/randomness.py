@@ -72,6 +72,7 @@ class Purpose(IntEnum):
     ANNEALING_PILOT = 70
     ANNEALING = 71
     ANNEALING_POSTERIOR = 72
+    DIAGNOSIS = 73
     BLOCK = 0xB10C
     BATCH_NORM = 0xBA7C
     ELBO = 0xE1B0

@@ -36,14 +36,14 @@ from ebm_prior.storage.checkpoint import load_prior
 AUTO = "auto"
 
 
-class _Steps(click.ParamType):
+class _Steps(click.types.IntParamType):
     """A number of steps, or the word auto."""
 
     name = "integer|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The number, or the word."""
-        return AUTO if value == AUTO else click.INT.convert(value, param, ctx)
+        return AUTO if value == AUTO else super().convert(value, param, ctx)
 
 
 @click.command(

@@ -62,9 +62,10 @@ def _halves(values: Tensor) -> Tensor:
 
 def _normal_scores(values: Tensor) -> Tensor:
     """Standard normal quantiles of the ranks among all values; equal values share the mean of their ranks."""
-    _, inverse, counts = values.flatten().unique(return_inverse=True, return_counts=True)
-    ranks = counts.cumsum(0) - 0.5 * (counts - 1)
-    return torch.special.ndtri((ranks[inverse] - 0.375) / (values.numel() + 0.25)).reshape(values.shape)
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+    ranks: Tensor = (counts.cumsum(0) - 0.5 * (counts - 1))[inverse]
+    scores: Tensor = torch.special.ndtri((ranks - 0.375) / (values.numel() + 0.25))
+    return scores
 
 
 def _r_hat(values: Tensor) -> float:

@@ -52,12 +52,14 @@ class Bounds:
 
     lower, upper: stochastic bounds, below and above log Z in expectation (see the module for the upper one's premise).
     lower_error, upper_error: their standard errors over the repetitions.
+    spread: standard deviations of log w of single chains, of those that climb and of those that descend. The gap falls
+        with their squares over `chains`; a finer ladder makes them smaller.
     drift: of the mean f of the chains that descend later, over the second half of their moves at τ = 1.
     apart: of the mean f where these chains descend, of those that began at posterior latents from those that began at
         annealed draws; None where there are no posterior latents.
 
-    >>> found = Bounds(-0.1, 0.1, 0.02, 0.03, repetitions=32, chains=8, rungs=20, leapfrogs=5, moves=20,
-    ...     acceptance=0.7, drift=Difference(0.0, 0.1), apart=None)
+    >>> found = Bounds(-0.1, 0.1, 0.02, 0.03, repetitions=32, chains=8, spread=(0.9, 1.1), rungs=20,
+    ...     leapfrogs=5, moves=20, acceptance=0.7, drift=Difference(0.0, 0.1), apart=None)
     >>> [round(end, 3) for end in found.limits()], found.closed
     ([-0.215, 0.215], True)
     """
@@ -68,6 +70,7 @@ class Bounds:
     upper_error: float
     repetitions: int
     chains: int  # of each repetition, in each direction
+    spread: tuple[float, float]
     rungs: int
     leapfrogs: int  # of each move
     moves: int  # at τ = 1, of the chains that descend later

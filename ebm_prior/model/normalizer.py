@@ -222,6 +222,7 @@ def _concluded(parts: Iterable[_Annealed], ladder: Ladder, config: AnnealingConf
         upper_error,
         repetitions=config.repetitions,
         chains=config.chains,
+        spread=(float(climbed.std()), float(descended.std())),
         rungs=ladder.rungs,
         leapfrogs=config.leapfrogs,
         moves=config.moves,

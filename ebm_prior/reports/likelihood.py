@@ -50,6 +50,7 @@ def _log_z(z: Mapping[str, Any]) -> list[Block]:
         Table(["log Z (nats)", "mean", "standard error", "97.5 % limit"], rows),
         f"{z['repetitions']} repetitions of {z['chains']} chains in each direction, {z['rungs']} steps of τ, "
         f"{z['leapfrogs']} leapfrogs a move, acceptance {z['acceptance']:.2f}",
+        "log weights of single chains: standard deviation {:.2f} nats upwards, {:.2f} downwards".format(*z["spread"]),
         f"the upper bound's chains: {z['moves']} moves at τ = 1, in whose second half f drifted by "
         f"{_difference(z['drift'])} nats",
     ]

@@ -14,6 +14,7 @@ FOUND = Bounds(
     *(-0.1, 0.1, 0.02, 0.03),
     repetitions=32,
     chains=8,
+    spread=(0.9, 1.1),
     rungs=20,
     leapfrogs=5,
     moves=20,

@@ -43,8 +43,11 @@ def test_the_limits_hold_the_truth(name: str, dimensions: int, times: int) -> No
 
 def test_more_chains_bring_the_bounds_closer() -> None:
     target = TARGETS["gaussian"](10)
-    gaps = [annealed(Standard(10), target.g, AnnealingConfig(chains=chains, ess=0.9)).gap for chains in (2, 32)]
-    assert gaps[1] < 0.5 * gaps[0]
+    few, many = (annealed(Standard(10), target.g, AnnealingConfig(chains=chains, ess=0.9)) for chains in (2, 32))
+    assert many.gap < 0.5 * few.gap
+    assert many.spread == pytest.approx(few.spread, rel=0.4)
+    fine = annealed(Standard(10), target.g, AnnealingConfig(chains=2, ess=0.99))
+    assert max(fine.spread) < min(few.spread)
 
 
 def spiked(eps: Sequence[Tensor]) -> Tensor:

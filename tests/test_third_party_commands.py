@@ -174,6 +174,13 @@ def evaluated(shop: Shop) -> None:
     (shop.prior.parent / "eval.json").write_text(result.stdout)
 
 
+def likelihood(shop: Shop) -> None:
+    few = ("--samples", 10, "--draws", 2, "--annealing-repetitions", 2, "--annealing-chains", 2, "--annealing-moves", 2)
+    found = shop.json("likelihood", shop.prior, "--data", shop.images, *few)
+    assert found["log_z"]["repetitions"] == 2
+    assert (found["dimensions"] is None) == (not load_backbone(None, shop.backbone).discretised)
+
+
 def report(shop: Shop) -> None:
     page = shop.folder / "report.html"
     shop.workshop.run("report", shop.prior.parent, "--out", page)
@@ -257,6 +264,7 @@ COMMANDS: dict[str, Callable[[Shop], None]] = {
     "doctor": doctor,
     "sample": sample,
     "eval": evaluated,
+    "likelihood": likelihood,
     "report": report,
     "ood": ood,
     "anomaly": anomaly,

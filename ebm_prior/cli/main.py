@@ -18,8 +18,9 @@ SECTIONS = {
     "Use a prior": {
         "demo": Entry("inspect:demo", "Fit a prior to the bundled BIVA and show samples before and after."),
         "fit": Entry("train:fit", "Train an energy-based prior on a frozen, pretrained VAE."),
-        "sample": Entry("use:sample", "Draw images from a prior."),
+        "sample": Entry("sample:sample", "Draw images from a prior."),
         "eval": Entry("use:evaluate", "Measure priors of one backbone against held-out images."),
+        "likelihood": Entry("likelihood:likelihood", "Bound log Z from both sides, and log p(x) from below."),
         "report": Entry("inspect:report", "Make one HTML page of a fit."),
         "export": Entry("inspect:export", "Write a prior with a model card, to share or to publish."),
         "doctor": Entry("inspect:doctor", "Say whether a VAE has a prior hole that an energy can fill."),

@@ -27,6 +27,7 @@ SECTIONS = {  # beginning of an option's name -> section of --help-all
     "sampler_": "The sampler that is recorded in the prior",
     "gauge_": "Classifier test between latents",
     "fid_": "FID",
+    "annealing_": "Annealed chains, which bound log Z",
 }
 COLOUR = ClassifierConfig.suited((3, 32, 32))
 SUITED = {

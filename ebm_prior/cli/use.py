@@ -1,4 +1,4 @@
-"""The commands that use a trained prior: sample, eval, show."""
+"""The commands that measure a trained prior and show it: eval, show."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from ebm_prior.cli.shared import (
     data_or,
     launched_processes,
     opened_prior,
-    own,
     preflight,
     show_result,
 )
@@ -51,88 +50,11 @@ from ebm_prior.pictures.film import MOVING, save_film, transitions_film
 from ebm_prior.pictures.sheets import save_page
 from ebm_prior.pictures.show import LONG_RUN, PICTURES, WITH_CHAINS, WITH_IMAGES, draw_picture
 from ebm_prior.reports import findings, summaries
-from ebm_prior.runs import backbones, samples
+from ebm_prior.runs import backbones
 from ebm_prior.runs.data import of_prior
 from ebm_prior.settings import read_parts, resolve
 from ebm_prior.storage import places
 from ebm_prior.storage.checkpoint import prior_record
-
-
-@click.command(
-    cls=Command,
-    first=("number", "out", "compare", "overwrite", "checkpoint", "steps", "temperature", "seed", "device", "as_json"),
-)
-@click.argument("prior", type=PRIOR_FILE, required=False)
-@click.option("-n", "--number", type=click.IntRange(1), default=64, show_default=True, help="Number of samples to draw")
-@click.option(
-    "--out",
-    type=PATH,
-    help="File or folder to write: a .png grid, .npz arrays, or (without suffix) a folder of PNG files  "
-    "[default: the next free drawn-001.png, drawn-002.png, … beside PRIOR]",
-)
-@click.option(
-    "--compare", is_flag=True, help="Show the backbone's own samples beside those of the prior, in a .png grid"
-)
-@click.option("--overwrite", is_flag=True, help="Replace what exists at --out")
-@ITS_BACKBONE
-@CALIBRATED
-@click.option(
-    "--chunk",
-    type=click.IntRange(1),
-    default=128,
-    show_default=True,
-    help="Samples computed at a time, rounded to blocks of 64; no result depends on it",
-)
-@CONFIG
-@config_options(SamplerConfig, wording={"": RECORDED}, section="Sampler")
-@RUN_SEED
-@PASSES
-@JSON
-def sample(
-    prior: Path | None,
-    number: int,
-    out: Path | None,
-    compare: bool,
-    overwrite: bool,
-    checkpoint: str | None,
-    force: bool,
-    calibrated: bool,
-    chunk: int,
-    config_file: Path | None,
-    seed: int | None,
-    passes: Passes,
-    as_json: bool,
-    **given: Any,
-) -> None:
-    """Draw images from a prior, by the sampler recorded in it unless options say otherwise.
-
-    Without PRIOR it is the newest one under ./runs.
-    """
-    processes, stored = launched_processes(), read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
-    seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
-    if prior is None:
-        prior = places.newest_prior()
-        click.echo(f"prior: {prior}, the newest under ./runs", err=True)
-    out = out or places.next_drawing(prior)
-    require_suffix(out, ".png", ".npz", "", why="without a suffix it is a folder")
-    if compare and out.suffix != ".png":
-        raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
-    samples.require_place(out, overwrite)
-    if not out.suffix and processes.first:
-        own(out)
-    loaded = opened_prior(prior, passes, checkpoint=checkpoint, force=force, calibrated=calibrated).sampling
-    sampler = resolve(loaded.sampler, given, stored["sampler"])
-    preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)
-    loaded.backbone = passes.apply(loaded.backbone)
-    with Bar("sample", number) as bar:
-        drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, progress=bar, processes=processes)
-    if not processes.first:
-        return
-    files = samples.write_samples(loaded, drawn, out, seed=seed, compare=compare)
-    result = samples.describe_samples(drawn, sampler, seed, files)
-    if refused := summaries.refusal_text(result):
-        click.echo(f"remark: {refused}", err=True)
-    show_result(result, as_json, summaries.sample_summary)
 
 
 @click.command(

@@ -26,6 +26,7 @@ from ebm_prior.evaluation.metrics import (
     gap_closed,
     kernel_distance,
 )
+from ebm_prior.evaluation.paired import Paired, differences
 from ebm_prior.evaluation.pixels import descriptors, spectrum_distance
 from ebm_prior.evaluation.pixels import statistics as pixel_statistics
 from ebm_prior.interfaces import SILENT, Images, Progress
@@ -217,7 +218,12 @@ class Reference:
 
 
 def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILENT) -> dict[str, Any]:
-    """Distances, gap closed, held-out gain and AUC of a prior. Plain numbers, ready for JSON.
+    """Distances, gap closed, held-out gain and AUC of a prior. Plain numbers, ready for JSON; see `measure`."""
+    return measure(prior, reference, progress=progress)[0]
+
+
+def measure(prior: EBMPrior, reference: Reference, *, progress: Progress = SILENT) -> tuple[dict[str, Any], Paired]:
+    """Distances, gap closed, held-out gain and AUC of a prior as plain numbers, and what other priors are compared by.
 
     fd_*: Fréchet distance to held-out images; fdrec_*: to their decoded posterior samples; kid_*: kernel distance to
     held-out images. gap_closed*: share of the distance between backbone prior and reconstructions that is closed. They
@@ -242,7 +248,8 @@ def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILE
     }
     device = next(prior.energy.parameters()).device
     f_q, f_p, f_drawn = (values(prior.f, z, device) for z in (reference.posterior, reference.backbone_latents, latents))
-    if (prior.record.get("stages") or prior.record.get("groups")) and keeps_to(FIT_RECORD, prior.record):
+    normalised = (prior.record.get("stages") or prior.record.get("groups")) and keeps_to(FIT_RECORD, prior.record)
+    if normalised:
         # The fit has set log Z to 0. Here it cannot be estimated: draws of p_β alone do not reach that far.
         held_out = Gain(float(f_q.mean()), prior.record["held_out"]["tempered"]["ess_fraction"], 1.0)
     else:
@@ -259,7 +266,7 @@ def evaluate(prior: EBMPrior, reference: Reference, *, progress: Progress = SILE
             "auc_after_per_group": after.per_group,
             "auc_budget": after.budget,
         }
-    return result
+    return result, Paired(f_q, None if normalised else f_p, drawn.features)
 
 
 def _distances(reference: Reference, drawn: Seen) -> dict[str, Any]:
@@ -323,6 +330,8 @@ def evaluate_all(
 ) -> list[dict[str, Any]]:
     """Evaluate priors of one backbone against the same reference; one result per prior, in order.
 
+    Each but the first is also compared with the first: "paired" holds differences with 95 % intervals.
+
     names: of the priors, for the results.  train: images for the floor of FDrec, unless they are the `test` images.
     extractor: None leaves out what needs features.  progress: gets `parts` in all.
     """
@@ -333,14 +342,14 @@ def evaluate_all(
     reference = Reference(
         priors[0].backbone, test, extractor, config, training_images=other, processes=processes, progress=progress
     )
-    return [
-        {
-            "prior": name,
-            "held_out": not _trained_on(prior, test.name, shown),
-            **evaluate(prior, reference, progress=progress),
-        }
-        for name, prior in zip(names, priors, strict=True)
-    ]
+    results, compared = list[dict[str, Any]](), list[Paired]()
+    for name, prior in zip(names, priors, strict=True):
+        found, paired = measure(prior, reference, progress=progress)
+        compared.append(paired)
+        results.append({"prior": name, "held_out": not _trained_on(prior, test.name, shown), **found})
+        if len(compared) > 1:
+            results[-1]["paired"] = {"with": names[0], **differences(paired, compared[0], reference.real.features)}
+    return results
 
 
 def parts(priors: int, groups: int, images: int, config: EvalConfig) -> int:

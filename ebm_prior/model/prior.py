@@ -31,7 +31,8 @@ from ebm_prior.model.by_group import HeadsWalk, draw_by_group
 from ebm_prior.model.drawing import draw
 from ebm_prior.model.energy import JointEnergy
 from ebm_prior.model.latents import require_latents, require_upper
-from ebm_prior.model.samplers import Potential, SamplerConfig, effective_sample_size, graphed
+from ebm_prior.model.normalizer import Normalised
+from ebm_prior.model.samplers import Potential, SamplerConfig, graphed
 from ebm_prior.model.samples import Samples, decoded, joined
 from ebm_prior.model.scores import Batch, Form, FreeGroups, list_of_forms, scores
 from ebm_prior.model.terms import ImageTerms
@@ -105,7 +106,7 @@ class _Kept:
         )
 
 
-class EBMPrior(_Kept, ImageTerms):
+class EBMPrior(_Kept, ImageTerms, Normalised):
     """A trained (or, with f = 0, untrained) energy-based prior p_α(z) ∝ exp(τ f(z)) p_β(z) (Eq. 6).
 
     `tau` multiplies f (tempering after training). τ f is clipped at `ceiling` nats, as f is not reliable far from the
@@ -175,24 +176,6 @@ class EBMPrior(_Kept, ImageTerms):
         require_calibrated(self.regime, "log_prior")
         trace = self.backbone.given(z)
         return _f(self, z, trace.eps, trace.priors) + trace.log_prior.sum(1)
-
-    @isolated()
-    def log_normalizer(self, *, n: int = 10_000, seed: int = 0, chunk: int = 128) -> tuple[float, float]:
-        """log Z = log E_{p_β}[e^{τf}] from n ancestral draws, and the ESS of the estimate as a fraction of n.
-
-        Forward importance sampling underestimates log Z where the ESS is small.
-        """
-        require_calibrated(self.regime, "log_normalizer")
-        n, seed = require_count("n", n, least=1), require_count("seed", seed)
-        device = next(self.backbone.parameters()).device
-        parts: list[Tensor] = []
-        with torch.no_grad():
-            for first, count in chunks(n, chunk):
-                eps = self.backbone.standard_normal(count, generator=BlockGenerator(seed, first, count, device))
-                trace = self.backbone.transform(eps)
-                parts.append(_f(self, trace.z, eps, trace.priors).double())
-        f = torch.cat(parts)
-        return float(f.logsumexp(0)) - math.log(n), float(effective_sample_size(f)) / n
 
     @isolated(grad=False)
     def map_chunks(

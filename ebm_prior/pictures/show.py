@@ -20,6 +20,7 @@ from ebm_prior.compute.randomness import BlockGenerator, Purpose, derived_genera
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.interpolation import interpolate
+from ebm_prior.model.mixing import Mixing
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import ChainInfo, ChainState, graphed, kernel_of, run_chain, start
 from ebm_prior.model.scores import FreeGroups
@@ -57,8 +58,8 @@ def transitions(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = 
 def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILENT) -> Page:
     """Energy per head along a short run and all steps of the sampler, with images beneath (Fig. 8).
 
-    The caption says by how much the total energy still moves after the first `SETTLED` steps: the mean slope of the
-    chains with its standard error.
+    The caption says whether the chains have mixed in the total energy (`Mixing`), and by how much it still moves after
+    the first `SETTLED` steps: the mean slope of the chains with its standard error.
     """
     steps = chain_steps(prior)
     short = min(SHORT_RUN, steps)
@@ -91,7 +92,14 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILEN
     if prior.ceiling < math.inf:
         held = int((totals[-1] <= -prior.ceiling).sum())
         caption.append(f"f is clipped at {prior.ceiling:.4g} nats, where {held} of {n} chains are at the end.")
+    mixing = Mixing.of(torch.from_numpy(totals[1:]))
+    if math.isfinite(mixing.r_hat):
+        caption.append(
+            f"Total energy over all {steps:,} steps: split R̂ {mixing.r_hat:.3f}, bulk ESS {mixing.bulk_ess:.0f} and "
+            f"tail ESS {mixing.tail_ess:.0f} of {n} chains, autocorrelation time {mixing.time:.1f} steps."
+        )
     arrays = {"energy": energies, "total": totals, "heads": np.array(names), "steps": np.array(at)}
+    arrays["mixing"] = np.array(mixing)
     arrays["images"] = torch.stack([frames[step] for step in at]).cpu().numpy()
     if steps > SETTLED + 1:
         slope, error = trend(totals[SETTLED:])

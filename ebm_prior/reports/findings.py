@@ -23,12 +23,27 @@ def evaluation_blocks(results: Sequence[Mapping[str, Any]]) -> list[Block]:
         blocks += ["", *_evaluation(result)]
         for card in result.get("published", ()):
             blocks += ["", *fid_card(card)]
+    blocks += _paired(results)
     if len(results) > 1:
         rows = [
             [_LABELS.get(k, k), f"{m:.4g}", f"{s:.2g}"] for k, (m, s) in mean_and_sd(results).items() if k in _LABELS
         ]
         blocks += ["", f"mean and standard deviation over {len(results)} priors", Table(["", "mean", "sd"], rows)]
     return blocks[1:]
+
+
+def _paired(results: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """The paired differences between priors, if there are any."""
+    rows = [
+        [f"{result['prior']}, {title}", f"{found['difference']:+.4g}", f"{found['low']:+.4g} to {found['high']:+.4g}"]
+        for result in results
+        for key, title in (("gain_nats", "gain (nats)"), ("fd_prior", "FD"))
+        if (found := result.get("paired", {}).get(key))
+    ]
+    if not rows:
+        return []
+    first = next(result["paired"]["with"] for result in results if "paired" in result)
+    return ["", Table([f"less the same of {first}, on the same images and draws", "difference", "95 % interval"], rows)]
 
 
 def fid_card(card: Mapping[str, Any]) -> list[Block]:

@@ -45,6 +45,7 @@ CARD = fields(
         "prior": _DISTANCES,
     }
 )
+_INTERVAL = fields(dict.fromkeys(("difference", "low", "high"), measured))
 _EVALUATED = ("backbone", "prior", "reconstruction")
 _DISTANCE_NAMES = tuple(f"{distance}_{of}" for distance in ("fd", "fdrec", "kid") for of in _EVALUATED)
 FEATURES = (*_DISTANCE_NAMES, "gap_closed", "gap_closed_rec", "extractor", "statistics")  # without any: left out
@@ -67,6 +68,7 @@ EVALUATION = fields(
         **dict.fromkeys(("extractor", "statistics"), text()),
         **dict.fromkeys((*PIXELS, *(f"spectrum_{of}" for of in _EVALUATED)), measured),
         "published": listed(CARD),
+        "paired": fields({"with": text(), "gain_nats": _INTERVAL}, {"fd_prior": _INTERVAL}),
         "prior": text(),
         "command": text(),
         "held_out": flag,

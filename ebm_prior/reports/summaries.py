@@ -9,6 +9,11 @@ from ebm_prior.reports.text import Block, Table, table
 from ebm_prior.reports.text import text as as_text
 from ebm_prior.storage.records import FIT_SUMMARY, READJUSTMENT, fields, keeps_to, listed, measured, text, whole
 
+_OPTIMISM = (
+    "the held-out images have also chosen iteration, τ and ceiling, which can flatter the gain: `ebm-prior likelihood` "
+    "bounds it on others"
+)
+
 
 def files_written(result: Mapping[str, Any]) -> str:
     """The line that says which files were written."""
@@ -21,6 +26,7 @@ def fit_summary(result: Mapping[str, Any]) -> str:
     return as_text(
         [
             *fit_blocks(result),
+            *([_OPTIMISM] if result["config"]["regime"] == "calibrated" else []),
             f"{result['cpu_seconds']:.0f} CPU-seconds{_of_refiner(result)}; heads {count['heads']:,} parameters, "
             f"{count['ratio']:.1%} of the backbone's",
             f"sampler: {sampler_text(result['sampler'])}",

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from ebm_prior.compute.randomness import Generator, Purpose, derived_generator, standard_normal
 from ebm_prior.errors import DivergenceError
+from ebm_prior.model.annealing import tempered_step
 from ebm_prior.model.by_group import HeadsWalk, own_potential
 from ebm_prior.model.energy import JointEnergy, values
-from ebm_prior.model.samplers import ChainState, Potential, effective_sample_size, pcn_langevin_step, start
+from ebm_prior.model.samplers import Potential, effective_sample_size, start
 from ebm_prior.training.course import Best, Course, Finished, Pairs
 from ebm_prior.training.latents import split
 from ebm_prior.training.objectives import Gain, gain
@@ -148,19 +149,8 @@ def annealed_weights(potential: Potential, like: Tensor, generator: Generator) -
     for step in range(1, ANNEALING_STEPS + 1):
         weights += state.value / ANNEALING_STEPS
         if step < ANNEALING_STEPS:
-            state = _moved(state, potential, step / ANNEALING_STEPS, step_size, generator)
+            state, _ = tempered_step(state, potential, step / ANNEALING_STEPS, step_size, generator)
     return weights
-
-
-def _moved(state: ChainState, g: Potential, tau: float, step_size: Tensor, generator: Generator) -> ChainState:
-    """The state of g after a step under τg."""
-
-    def scaled(eps: Sequence[Tensor]) -> Tensor:
-        return tau * g(eps)
-
-    now = ChainState(state.eps, tau * state.value, [tau * gradient for gradient in state.gradient])
-    moved, _ = pcn_langevin_step(now, scaled, step_size, generator)
-    return ChainState(moved.eps, moved.value / tau, [gradient / tau for gradient in moved.gradient])
 
 
 def calibration(f_q: Tensor, f_p: Tensor) -> float:

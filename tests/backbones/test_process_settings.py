@@ -28,7 +28,9 @@ from ebm_prior.data.images import from_dataset
 from ebm_prior.errors import ConfigurationError, ContractError
 from ebm_prior.evaluation.classifier import ClassifierConfig, save_classifier, train_classifier
 from ebm_prior.model.backbone import Backbone, LatentGroup
+from ebm_prior.model.bounds import Bounds
 from ebm_prior.model.energy import EnergyConfig, JointEnergy
+from ebm_prior.model.normalizer import Normalised
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.model.scores import Form
@@ -168,6 +170,13 @@ OF_PRIORS: dict[str, Callable[[EBMPrior, Any, Any, Any], Any]] = {
     "log_density": lambda p, z, eps, _: p.log_density(eps),
     "log_prior": lambda p, z, eps, _: p.log_prior(z),
     "log_normalizer": lambda p, *_: torch.tensor(p.log_normalizer(n=8, seed=1), dtype=torch.float64, device="cpu"),
+    "log_normalizer by annealing": lambda p, z, eps, images: torch.tensor(
+        _ends(
+            p.log_normalizer(method="ais", images=images, config={"repetitions": 2, "chains": 1, "moves": 1}, seed=1)
+        ),
+        dtype=torch.float64,
+        device="cpu",
+    ),
     "map_chunks": lambda p, *_: p.map_chunks(lambda part: part.images, 3, seed=1),
     "sample": lambda p, *_: p.sample(3, seed=1),
     "complete": lambda p, z, *_: p.complete(z[:1], seed=1),
@@ -187,6 +196,10 @@ OF_BACKBONES: dict[str, Callable[[Backbone, Any, Any, Any], Any]] = {
 }
 
 
+def _ends(bounds: Bounds) -> tuple[float, float]:
+    return bounds.lower, bounds.upper
+
+
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(2)
 
@@ -200,7 +213,8 @@ def public(kind: type[Any], but: set[str]) -> set[str]:
 
 
 def test_every_public_method_is_in_the_test_of_settings() -> None:
-    assert public(EBMPrior, {"to", "save", "load"}) == set(OF_PRIORS) - {"f at eps"}
+    own = public(EBMPrior, {"to", "save", "load"}) | public(Normalised, set())
+    assert own == set(OF_PRIORS) - {"f at eps", "log_normalizer by annealing"}
     contract = {"top_down", "encode", "likelihood", "observe", "for_inference", "checkpointing", "compiled", "trace"}
     assert public(Backbone, contract | {"for_training", "regularization"}) == set(OF_BACKBONES)
 

@@ -112,3 +112,30 @@ def test_another_backbone_needs_force(workshop: Workshop, prior: Path, tmp_path:
     assert "--force" in workshop.error(*words)
     workshop.run(*words, "--force")
     assert (tmp_path / "a.png").is_file()
+
+
+def test_a_diagnosis_of_the_chains(workshop: Workshop, prior: Path, tmp_path: Path) -> None:
+    words = ("sample", prior, "-n", 2, "--proposals", 1, "--out", tmp_path / "a.npz", "--overwrite")
+    crawling = workshop.run(*words, "--steps", 12, "--step-size", 1e-4, "--diagnose")
+    assert "split R̂" in crawling.stdout
+    assert "16 chains of 12 steps" in crawling.stdout
+    assert "remark: chains of 12 steps do not show that they mix" in crawling.stderr
+    first = (tmp_path / "a.npz").read_bytes()
+    found = json.loads(workshop.run(*words, "--steps", 12, "--step-size", 1e-4, "--diagnose", "--json").stdout)[
+        "mixing"
+    ]
+    assert set(found["quantities"]) == {"f", "‖ε‖ dense", "‖ε‖ point", "‖ε‖ conv"}
+    assert found["steps"] == 12
+    undiagnosed = workshop.run(*words, "--steps", 12, "--step-size", 1e-4)
+    assert (tmp_path / "a.npz").read_bytes() == first  # which a diagnosis does not change
+    assert "do not show" not in undiagnosed.stderr
+    assert "needs chains" in workshop.error(*words, "--steps", 0, "--diagnose")
+
+
+def test_steps_that_choose_themselves(workshop: Workshop, prior: Path, tmp_path: Path) -> None:
+    words = ("sample", prior, "-n", 2, "--out", tmp_path / "a.npz", "--step-size", 1, "--steps", "auto", "--json")
+    result = workshop.run(*words)
+    chosen = json.loads(result.stdout)["sampler"]["steps"]
+    assert f"steps: {chosen}, chosen by 16 chains of" in result.stderr
+    assert chosen >= 10
+    assert "'automatic' is not a valid integer" in workshop.run(*words[:-2], "automatic", code=2).stderr

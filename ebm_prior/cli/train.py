@@ -174,9 +174,8 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
     """Refuse options of `fit` that have no effect under these settings."""
     mle, density = config.objective == "mle", config.regime == "calibrated"
     refuse_unused(given, ("chain", "refresh", "penalty"), mle, "only mle has chains and a penalty (--objective mle)")
-    refuse_unused(
-        given, ("refuse", "choose_steps"), mle and not density, "only a refiner refuses chains or chooses their steps"
-    )
+    refiner = "only a refiner refuses chains or chooses steps"
+    refuse_unused(given, ("refuse", "choose_steps"), mle and not density, refiner)
     refuse_unused(
         given, ("patience", "ess_floor"), density, "only a calibrated prior has a held-out gain, and a refiner is none"
     )

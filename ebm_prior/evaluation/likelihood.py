@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from ebm_prior.evaluation.outliers import OutlierConfig, score_set
+from ebm_prior.evaluation.outliers import OutlierConfig, order_of, score_set
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.arguments import require_calibrated
 from ebm_prior.model.bounds import Bounds
@@ -67,7 +67,8 @@ def measure_likelihood(
     forms = [Form(0, mode=mode, energy=energy) for mode in BOUNDS_ON_X.values() for energy in (False, True)]
     progress.begin("posterior latents", n)
     scoring = OutlierConfig(samples=n, draws=config.draws, chunk=config.chunk, seed=config.seed)
-    scored = score_set(prior, images, forms, scoring, n=n, progress=progress)
+    rows = order_of(images, n, config.seed)[:n].sort().values
+    scored = score_set(prior, images, forms, scoring, rows=rows, progress=progress)
     begun = torch.from_numpy(scored.rows[: -(-config.annealing.total // 2)])
     bounds = prior.log_normalizer(
         method="ais",

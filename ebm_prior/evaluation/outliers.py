@@ -90,6 +90,13 @@ def needs_reference(forms: Sequence[Form]) -> bool:
     return any(form.mode in ("typicality", "composite") for form in forms)
 
 
+def order_of(images: Images, n: int, seed: int) -> Tensor:
+    """The rows of a set of images, in a random order where there are more than n, of which the first n are to be used."""
+    if len(images) <= n:
+        return torch.arange(len(images))
+    return torch.randperm(len(images), generator=derived_generator(seed, Purpose.OUTLIER_CHOICE))
+
+
 def score_set(
     prior: EBMPrior,
     images: Images,
@@ -134,9 +141,7 @@ def score_sets(
     measured += [form for form in bounds if form.energy in used and form not in measured]
     scored, held_out = [], None
     for number, (images, n) in enumerate(sets):
-        rows = torch.arange(len(images))
-        if len(images) > n:
-            rows = torch.randperm(len(images), generator=derived_generator(config.seed, Purpose.OUTLIER_CHOICE))
+        rows = order_of(images, n, config.seed)
         if number == 0 and reference:
             beside = rows[n : n + reference].sort().values
             held_out = score_set(prior, images, measured, config, rows=beside, progress=progress)

@@ -91,7 +91,7 @@ def needs_reference(forms: Sequence[Form]) -> bool:
 
 
 def order_of(images: Images, n: int, seed: int) -> Tensor:
-    """The rows of a set of images, in a random order where there are more than n, of which the first n are to be used."""
+    """The rows of a set of images, in a random order where there are more than the n of which the first are used."""
     if len(images) <= n:
         return torch.arange(len(images))
     return torch.randperm(len(images), generator=derived_generator(seed, Purpose.OUTLIER_CHOICE))

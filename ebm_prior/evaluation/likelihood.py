@@ -13,6 +13,7 @@ by the normal approximation. With log Z, it joins such an interval of 97.5 % and
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,8 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import norm
+from torch import Tensor
 
-from ebm_prior.evaluation.outliers import OutlierConfig, order_of, score_set
+from ebm_prior.compute.randomness import chunks
+from ebm_prior.evaluation.outliers import order_of
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.arguments import require_calibrated
 from ebm_prior.model.bounds import Bounds
@@ -66,10 +69,9 @@ def measure_likelihood(
     n = min(config.samples, len(images))
     forms = [Form(0, mode=mode, energy=energy) for mode in BOUNDS_ON_X.values() for energy in (False, True)]
     progress.begin("posterior latents", n)
-    scoring = OutlierConfig(samples=n, draws=config.draws, chunk=config.chunk, seed=config.seed)
     rows = order_of(images, n, config.seed)[:n].sort().values
-    scored = score_set(prior, images, forms, scoring, rows=rows, progress=progress)
-    begun = torch.from_numpy(scored.rows[: -(-config.annealing.total // 2)])
+    scores = _scores(prior, images, rows, forms, config, progress)
+    begun = rows[: -(-config.annealing.total // 2)]
     bounds = prior.log_normalizer(
         method="ais",
         images=images.batch(begun),
@@ -78,7 +80,7 @@ def measure_likelihood(
         chunk=config.chunk,
         progress=progress,
     )
-    columns = dict(zip(forms, scored.values.T, strict=True))
+    columns = dict(zip(forms, scores.T, strict=True))
     dimensions = math.prod(prior.backbone.image_shape) if prior.backbone.discretised else None
     found: dict[str, Any] = {
         "data": images.name,
@@ -98,6 +100,20 @@ def measure_likelihood(
         }
     elbo, tilted = (columns[Form(0, mode="elbo", energy=energy)] for energy in (False, True))
     return found | {"f_posterior": _mean(tilted - elbo)}
+
+
+def _scores(
+    prior: EBMPrior, images: Images, rows: Tensor, forms: Sequence[Form], config: LikelihoodConfig, progress: Progress
+) -> Array:
+    """The scores of the images `rows` in nats, (N, number of forms)."""
+    parts = []
+    for first, count in chunks(len(rows), config.chunk):
+        batch = images.batch(rows[first : first + count])
+        found = prior.scores(batch, forms, draws=config.draws, seed=config.seed, first=first, chunk=config.chunk)
+        parts.append(torch.stack([found[form] for form in forms], dim=1))
+        progress.advance(len(batch))
+    scores: Array = torch.cat(parts).double().cpu().numpy()
+    return scores
 
 
 def described(bounds: Bounds) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from ebm_prior.cli.help import Command
 from ebm_prior.cli.images import Opener
 from ebm_prior.cli.options import Drawing, config_options
-from ebm_prior.cli.preflight import for_samples
+from ebm_prior.cli.preflight import Kept, for_samples
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
     CONFIG,
@@ -109,22 +109,24 @@ def sample(
     processes, stored = launched_processes(), read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
     seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
     if prior is None:
-        prior = places.newest_prior()
+        prior = processes.of_first(places.newest_prior)
         click.echo(f"prior: {prior}, the newest under ./runs", err=True)
-    out = out or places.next_drawing(prior)
+    out = out or processes.of_first(partial(places.next_drawing, prior))
     require_suffix(out, ".png", ".npz", "", why="without a suffix it is a folder")
     if compare and out.suffix != ".png":
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
-    samples.require_place(out, overwrite)
+    processes.of_first(partial(samples.require_place, out, overwrite))
     if not out.suffix and processes.first:
         own(out)
     loaded = load_prior(prior, checkpoint=checkpoint, force=force, device=passes.device, dtype=passes.dtype)
     sampler = resolve(loaded.sampler, given, stored["sampler"])
-    preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)
+    kept = Kept.LATENTS if samples.holds_latents(out) else Kept.PIXELS
+    preflight(for_samples(loaded, number, chunk, sampler, passes, kept=kept), passes.device)
     loaded.backbone = passes.apply(loaded.backbone)
     with Bar("sample", number) as bar:
-        drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, progress=bar, processes=processes)
-    if not processes.first:
+        told: dict[str, Any] = {"progress": bar, "processes": processes}
+        drawn = samples.draw_samples(loaded, number, out, seed=seed, sampler=sampler, chunk=chunk, **told)
+    if drawn is None:  # in all processes but the first
         return
     files = samples.write_samples(loaded, drawn, out, seed=seed, compare=compare)
     result = samples.describe_samples(drawn, sampler, seed, files)
@@ -207,7 +209,7 @@ def evaluate(
     they depend on.
     """
     _require_one_network((classifier, own, inception, fid), modes, given)
-    stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
+    stored, processes = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig), launched_processes()
     config = resolve(EvalConfig(), given | {"seed": seed}, stored["eval"])
     config = replace(config, gauge=replace(config.gauge, seed=config.seed))
     loaded = _loaded(priors, checkpoint, force, passes, given, stored["sampler"])
@@ -216,13 +218,13 @@ def evaluate(
     backbone = passes.apply(backbone)
     for prior in loaded:
         prior.backbone = backbone
-    test, train = _held_out(data, Opener(data_root, download, of_prior(priors[0])), priors[0], backbone.image_shape)
+    memory = processes.of_first(partial(of_prior, priors[0]))
+    test, train = _held_out(data, Opener(data_root, download, memory), priors[0], backbone.image_shape)
     networks = [
         load_inception(inception, mode=mode, download=download, device=passes.device)
         for mode in (dict.fromkeys(modes or ("clean",)) if inception or fid else ())
     ]
     extractor = networks[0] if networks else _features(test, classifier, own, passes.device)
-    processes = launched_processes()
     with Bar("eval", parts(len(loaded), len(backbone.groups), len(test), config)) as bar:
         results = evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar, processes)
     if networks:

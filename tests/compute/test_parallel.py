@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,30 @@ class Shared:
             [*self.pretrain, "--out", folder / "pretrained"],
             ["sample", prior, "-n", 200, "--chunk", 64, *broken, "--out", folder / "broken.png"],
             ["backbones"],
-            [*fit_words, "--out", folder / "killed"],
         ]
-        file = folder / "commands.json"
-        file.write_text(json.dumps([[str(word) for word in words] for words in commands]))
+        given = {"slow": [*fit_words, "--out", folder / "slow"], "killed": [*fit_words, "--out", folder / "killed"]}
+        file = written(folder / "commands.json", commands, **given)
         launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
         with workshop.popen(*launch, HELPERS / "two_processes.py", file, stdout=subprocess.PIPE) as process:
             out, err = process.communicate()  # the script ends itself if it hangs
+        ended = time.time()
         self.code, self.out, self.err = process.returncode, out.decode(), err.decode()
-        self.codes = [json.loads(file.with_suffix(f".codes{rank}").read_text()) for rank in range(2)]
+        died = file.with_suffix(".killed")
+        assert died.exists(), self.err
+        self.survived = ended - float(died.read_text())
+        self.codes = codes_beside(file)
+
+
+def written(file: Path, commands: list[list[object]], **more: list[object]) -> Path:
+    """The commands in a file for two_processes.py."""
+    texts = {name: [str(word) for word in words] for name, words in more.items()}
+    file.write_text(json.dumps({"commands": [[str(word) for word in words] for words in commands], **texts}))
+    return file
+
+
+def codes_beside(file: Path) -> list[list[int]]:
+    """The exit codes of the commands in both processes."""
+    return [json.loads(file.with_suffix(f".codes{rank}").read_text()) for rank in range(2)]
 
 
 def _small_nvae(path: Path) -> Path:
@@ -78,7 +94,7 @@ def shared(
 
 
 def test_exit_codes_are_those_of_one_process(shared: Shared) -> None:
-    assert shared.codes == [[0, 0, 0, 0, 0, 0, 3, 1]] * 2
+    assert shared.codes == [[0, 0, 0, 0, 0, 0, 3, 1, 0]] * 2
     assert "several processes share fit, pretrain, sample, eval; backbones runs in one" in shared.err
 
 
@@ -114,7 +130,22 @@ def test_pretraining(shared: Shared, workshop: Workshop, tmp_path: Path) -> None
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
 
 
-def test_a_killed_process_ends_the_run_which_one_process_can_resume(
+def test_a_share_may_take_longer_than_every_time_out(shared: Shared) -> None:
+    slow, two = shared.folder / "slow", shared.folder / "nce"
+    assert (slow / "prior.safetensors").read_bytes() == (two / "prior.safetensors").read_bytes()
+    assert metrics(slow) == metrics(two)
+
+
+def test_a_killed_process_ends_the_run_within_seconds_in_one_true_line(shared: Shared) -> None:
+    """The other one had a minute of work left before it would have met it."""
+    assert shared.survived < 10
+    (said,) = [line for line in shared.err.splitlines() if "has ended" in line]
+    assert said.startswith("ebm-prior: error: process 1 of 2 has ended without a word")
+    assert said.endswith("--resume goes on from its last state")
+    assert "stopping when" not in shared.err
+
+
+def test_a_killed_process_leaves_a_run_which_one_process_can_resume(
     shared: Shared, workshop: Workshop, tmp_path: Path
 ) -> None:
     killed, two = shared.folder / "killed", shared.folder / "nce"

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 BEAT = 0.2  # seconds between two signs of life of a process
 SILENCE = 120.0  # seconds without a sign of life after which a process counts as lost
-GRACE = 4.0  # seconds that a process has to end by itself when another one is lost
+GRACE = 2.0  # seconds that a process has to end by itself when another one is lost
 
 
 class State(IntEnum):
@@ -40,7 +40,7 @@ class State(IntEnum):
 HAPPENED = {
     State.STOPPED: "was stopped",
     State.FAILED: "has ended because of an error, which it has printed",
-    State.GONE: "has ended without a word, as a process does that is killed or runs out of memory",
+    State.GONE: "has ended without a word (killed, or out of memory)",
     State.SILENT: "has given no sign of life for {SILENCE:.0f} s",
     State.TOLD: "has lost another process, which it names",
 }
@@ -68,7 +68,9 @@ class Heartbeat:
             return None
         rank, state = self._lost
         happened = HAPPENED[state].format(SILENCE=SILENCE)
-        return f"process {rank} of {self.count} {happened}, so the run ends; --resume goes on from its last state"
+        return (
+            f"process {rank} of {self.count} {happened}, so all end; a training goes on from its last state by --resume"
+        )
 
     @property
     def killed(self) -> bool:

@@ -140,8 +140,8 @@ def test_a_killed_process_ends_the_run_within_seconds_in_one_true_line(shared: S
     """The other one had a minute of work left before it would have met it."""
     assert shared.survived < 10
     (said,) = [line for line in shared.err.splitlines() if "has ended" in line]
-    assert said.startswith("ebm-prior: error: process 1 of 2 has ended without a word")
-    assert said.endswith("--resume goes on from its last state")
+    assert said.startswith("ebm-prior: error: process 1 of 2 has ended without a word (killed, or out of memory)")
+    assert said.endswith("so all end; a training goes on from its last state by --resume")
     assert "stopping when" not in shared.err
 
 

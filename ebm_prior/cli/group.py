@@ -8,7 +8,8 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from ebm_prior.compute.stopping import begun, stoppable
 from ebm_prior.errors import DivergenceError, EbmPriorError, ProcessError, SettingError, Stopped
 from ebm_prior.plain import printable
 
+NOTICED = 1.0  # seconds within which the end of another process is noticed
 WORDS = "ebm_prior.words"  # key in click's context: the words of the command line
 SHARED_WORK = "ebm_prior.shared_work"  # key in click's context: what ends with the command, and sees its error
 RUN_FOLDER = "ebm_prior.run"  # key in click's context: the folder of the run that the command has begun
@@ -160,9 +162,23 @@ def _way_on(ctx: click.Context, stopped: Stopped) -> str:
 
 
 def _say_that_it_will_stop(ctx: click.Context) -> None:
-    """Tell the user that the command will stop. Written unbuffered, because a signal can interrupt a buffered write."""
-    if getattr(ctx.obj, "lost", None):  # it was not the user: torchrun stops the others where a process has ended
+    """Tell the user that the command will stop: of several processes a moment later, unless one of them has ended.
+
+    In that case torchrun stops the others, and the user is told of the loss instead.
+    """
+    if sys.stderr is not sys.__stderr__:  # it is caught, or this is one of the other processes, which say nothing
         return
-    if sys.stderr is sys.__stderr__:  # not where it is caught, and not in the other processes, which say nothing
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nebm-prior: stopping when this step is done and saved; Ctrl-C again stops at once\n")
+    if getattr(ctx.obj, "count", 1) == 1:
+        _say_now()
+        return
+    later = threading.Timer(NOTICED, _say_now, [lambda: ctx.obj.lost is None])
+    later.daemon = True
+    later.start()
+
+
+def _say_now(still: Callable[[], bool] = lambda: True) -> None:
+    """Say that the command will stop, if it `still` will. Unbuffered: a signal can interrupt a buffered write."""
+    if not still():
+        return
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nebm-prior: stopping when this step is done and saved; Ctrl-C again stops at once\n")

@@ -73,7 +73,14 @@ class MemoryLimitError(EbmPriorError):
 
 
 class ProcessError(EbmPriorError):
-    """Another process of the same run has ended, or cannot be reached."""
+    """Another process of the same run has ended, or cannot be reached.
+
+    `repeated`: whether another process tells the user the same, so that the command line need not.
+    """
+
+    def __init__(self, message: str, *, repeated: bool = False) -> None:
+        super().__init__(message)
+        self.repeated = repeated
 
 
 class DivergenceError(EbmPriorError):

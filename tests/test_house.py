@@ -38,7 +38,7 @@ MATHEMATICS = ("compute", "model", "training")
 FILES = {"pathlib", "os", "io", "shutil", "tempfile", "sys", "json"}
 OF_FILES = {
     **{"backbone": {"pathlib"}, "prior": {"pathlib"}, "parallel": {"io"}, "memory": {"os", "pathlib"}},
-    "stopping": {"os", "sys"},
+    **{"stopping": {"os", "sys"}, "heartbeat": {"os"}},
 }
 """What the mathematics knows of files: signatures, bytes to send, where Linux says how much memory is free, and how a
 process ends."""

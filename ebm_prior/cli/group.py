@@ -8,17 +8,21 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import click
 
 from ebm_prior.compute.stopping import begun, stoppable
-from ebm_prior.errors import DivergenceError, EbmPriorError, SettingError, Stopped
+from ebm_prior.errors import DivergenceError, EbmPriorError, ProcessError, SettingError, Stopped
 from ebm_prior.plain import printable
 
+NOTICED = 1.0  # seconds within which the end of another process is noticed
 WORDS = "ebm_prior.words"  # key in click's context: the words of the command line
+SHARED_WORK = "ebm_prior.shared_work"  # key in click's context: what ends with the command, and sees its error
 RUN_FOLDER = "ebm_prior.run"  # key in click's context: the folder of the run that the command has begun
 
 
@@ -82,7 +86,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; exit code 3 where training diverged, 1 at any other stated error, 128 + n at signal n."""
         try:
-            with stoppable(_say_that_it_will_stop):
+            with stoppable(partial(_say_that_it_will_stop, ctx)), contextlib.ExitStack() as shared:
+                ctx.meta[SHARED_WORK] = shared
                 return super().invoke(ctx)
         except Stopped as stopped:
             if getattr(ctx.obj, "first", True):  # of several processes, all of which have stopped after the same step
@@ -95,7 +100,8 @@ class Group(click.Group):
             complain(f"error: {self._option(ctx, error.name)} {error.says}")
             ctx.exit(1)
         except EbmPriorError as error:
-            complain(f"error: {error}")
+            if not (isinstance(error, ProcessError) and error.repeated):
+                complain(f"error: {error}")
             ctx.exit(1)
         except OSError as error:  # a disk or path error that the command itself has not explained
             if error.errno == errno.EPIPE:  # whoever read stdout has had enough, of which click says nothing
@@ -131,9 +137,19 @@ def resume_command(words: Sequence[str], folder: object, processes: int = 1) -> 
     threads = os.environ.get("OMP_NUM_THREADS")  # the result depends on it to the last bit
     program = ["ebm-prior"]
     if processes > 1:
-        program = ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "ebm_prior"]
+        program = ["torchrun", *_launch(processes), "-m", "ebm_prior"]
     command = shlex.join([*program, *kept, "--resume", "--out", str(folder)])
     return f"OMP_NUM_THREADS={shlex.quote(threads)} {command}" if threads else command
+
+
+def _launch(processes: int) -> list[str]:
+    """The options by which torchrun starts as many processes on as many machines as now."""
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if nodes == 1:
+        return ["--standalone", "--nproc-per-node", str(processes)]
+    place = f"{os.environ.get('MASTER_ADDR', 'HOST')}:29400"
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", place]
+    return ["--nnodes", str(nodes), "--nproc-per-node", str(processes // nodes), *meeting]
 
 
 def _way_on(ctx: click.Context, stopped: Stopped) -> str:
@@ -145,8 +161,24 @@ def _way_on(ctx: click.Context, stopped: Stopped) -> str:
     return f"stopped {what}. Go on with: {resume_command(ctx.meta[WORDS], folder, getattr(ctx.obj, 'count', 1))}"
 
 
-def _say_that_it_will_stop() -> None:
-    """Tell the user that the command will stop. Written unbuffered, because a signal can interrupt a buffered write."""
-    if sys.stderr is sys.__stderr__:  # not where it is caught, and not in the other processes, which say nothing
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nebm-prior: stopping when this step is done and saved; Ctrl-C again stops at once\n")
+def _say_that_it_will_stop(ctx: click.Context) -> None:
+    """Tell the user that the command will stop: of several processes a moment later, unless one of them has ended.
+
+    In that case torchrun stops the others, and the user is told of the loss instead.
+    """
+    if sys.stderr is not sys.__stderr__:  # it is caught, or this is one of the other processes, which say nothing
+        return
+    if getattr(ctx.obj, "count", 1) == 1:
+        _say_now()
+        return
+    later = threading.Timer(NOTICED, _say_now, [lambda: ctx.obj.lost is None])
+    later.daemon = True
+    later.start()
+
+
+def _say_now(still: Callable[[], bool] = lambda: True) -> None:
+    """Say that the command will stop, if it `still` will. Unbuffered: a signal can interrupt a buffered write."""
+    if not still():
+        return
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nebm-prior: stopping when this step is done and saved; Ctrl-C again stops at once\n")

@@ -11,7 +11,7 @@ import click
 
 import ebm_prior
 from ebm_prior.cli.allocator import keep_freed_memory
-from ebm_prior.cli.group import Entry, Group
+from ebm_prior.cli.group import SHARED_WORK, Entry, Group
 from ebm_prior.errors import ConfigurationError
 
 SECTIONS = {
@@ -68,7 +68,7 @@ def main() -> None:
     keep_freed_memory()
     context = click.get_current_context()
     context.with_resource(plain_remarks())
-    processes = context.obj = context.with_resource(launched())
+    processes = context.obj = context.meta[SHARED_WORK].enter_context(launched())
     if processes.count > 1 and context.invoked_subcommand not in SHARED:
         raise ConfigurationError(
             f"several processes share {', '.join(SHARED)}; {context.invoked_subcommand} runs in one: leave out torchrun"

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -55,8 +56,18 @@ class Need(NamedTuple):
     remedy: str  # the options that reduce it
 
 
-def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig, passes: Passes = PLAIN) -> Need:
-    """Memory for n draws in chunks: the chains of one chunk, and z, ε and images of all draws.
+class Kept(Enum):
+    """The part of each draw that is kept until all are drawn."""
+
+    ALL = "z, ε and the image"
+    LATENTS = "z, and the image in bytes, on the host"
+    PIXELS = "the image in bytes, on the host"
+
+
+def for_samples(
+    prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig, passes: Passes = PLAIN, *, kept: Kept = Kept.ALL
+) -> Need:
+    """Memory for n draws in chunks: the chains of one chunk, and what is `kept` of all draws.
 
     The results count twice, because the chunks and their concatenation exist together for a moment. `passes`: how the
     backbone is going to be computed.
@@ -65,7 +76,9 @@ def for_samples(prior: EBMPrior, n: int, chunk: int, sampler: SamplerConfig, pas
     chains = min(n, max(BLOCK, chunk // BLOCK * BLOCK))
     smaller = [f"-n or --samples below {n}", *([f"--chunk {BLOCK}"] if chains > BLOCK else [])]
     like = next(prior.backbone.parameters())
-    draws = 2 * n * (2 * _draw_bytes(prior.backbone) + math.prod(prior.backbone.image_shape) * like.dtype.itemsize)
+    latents, pixels = _draw_bytes(prior.backbone), math.prod(prior.backbone.image_shape)
+    each = {Kept.ALL: 2 * latents + pixels * like.dtype.itemsize, Kept.LATENTS: latents + pixels, Kept.PIXELS: pixels}
+    draws = 2 * n * each[kept] * (kept is Kept.ALL or like.device.type == "cpu")
     at_work = chains * chain_bytes(prior, sampler) if sampler.steps else 0
     remedy = _one_of(*smaller, *_cells(prior.backbone))
     return Need(int(OVERHEAD * (draws + at_work)), f"{n} draws, {chains} at a time", remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from ebm_prior.cli.help import Command, Option
 from ebm_prior.cli.options import Drawing, config_options
-from ebm_prior.cli.preflight import for_samples
+from ebm_prior.cli.preflight import Kept, for_samples
 from ebm_prior.cli.progress import Bar
 from ebm_prior.cli.shared import (
     CALIBRATED,
@@ -118,23 +119,25 @@ def sample(
     processes, stored = launched_processes(), read_parts(config_file, drawing=Drawing, sampler=SamplerConfig)
     seed = resolve(Drawing(), {"seed": seed}, stored["drawing"]).seed
     if prior is None:
-        prior = places.newest_prior()
+        prior = processes.of_first(places.newest_prior)
         click.echo(f"prior: {prior}, the newest under ./runs", err=True)
-    out = out or places.next_drawing(prior)
+    out = out or processes.of_first(partial(places.next_drawing, prior))
     require_suffix(out, ".png", ".npz", "", why="without a suffix it is a folder")
     if compare and out.suffix != ".png":
         raise click.UsageError(f"--compare shows samples in a grid: it needs --out with .png, found {out}")
-    samples.require_place(out, overwrite)
+    processes.of_first(partial(samples.require_place, out, overwrite))
     if not out.suffix and processes.first:
         own(out)
     loaded = opened_prior(prior, passes, checkpoint=checkpoint, force=force, calibrated=calibrated).sampling
     sampler = resolve(loaded.sampler, given | {"steps": None if steps == AUTO else steps}, stored["sampler"])
-    preflight(for_samples(loaded, number, chunk, sampler, passes), passes.device)
+    kept = Kept.LATENTS if samples.holds_latents(out) else Kept.PIXELS
+    preflight(for_samples(loaded, number, chunk, sampler, passes, kept=kept), passes.device)
     loaded.backbone = passes.apply(loaded.backbone)
     sampler, found = _diagnosis(loaded, sampler, seed, steps == AUTO, diagnosed)
     with Bar("sample", number) as bar:
-        drawn = loaded.sample(number, seed=seed, sampler=sampler, chunk=chunk, progress=bar, processes=processes)
-    if not processes.first:
+        told: dict[str, Any] = {"progress": bar, "processes": processes}
+        drawn = samples.draw_samples(loaded, number, out, seed=seed, sampler=sampler, chunk=chunk, **told)
+    if drawn is None:  # in all processes but the first
         return
     files = samples.write_samples(loaded, drawn, out, seed=seed, compare=compare)
     result = samples.describe_samples(drawn, sampler, seed, files)

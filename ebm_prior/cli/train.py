@@ -141,7 +141,9 @@ def fit(
     if bn_readjust and passes.dtype == torch.bfloat16:
         raise click.UsageError("--bn-readjust computes in float32 or float64: leave out --precision bf16")
     backbone = load_backbone(adapter_name, checkpoint, device=passes.device, dtype=passes.dtype)
-    memory = (remembered(out) if resume and out is not None else None) or of_backbone(checkpoint, backbone)
+    memory = processes.of_first(
+        lambda: (remembered(out) if resume and out is not None else None) or of_backbone(checkpoint, backbone)
+    )
     images = Opener(data_root, download, memory).training(
         data, otherwise=partial(own_data, checkpoint, backbone), shape=backbone.image_shape
     )

@@ -129,7 +129,7 @@ def evaluate(
     figures are added: FID, KID and Inception Score of many draws against all images of a split, with their conditions.
     """
     _require_one_network((classifier, own, inception, fid), modes, given)
-    stored = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig)
+    stored, processes = read_parts(config_file, eval=EvalConfig, sampler=SamplerConfig), launched_processes()
     config = resolve(EvalConfig(), given | {"seed": seed}, stored["eval"])
     config = replace(config, gauge=replace(config.gauge, seed=config.seed))
     opened = partial(opened_prior, passes=passes, force=force, calibrated=calibrated)
@@ -139,13 +139,13 @@ def evaluate(
     backbone = passes.apply(backbone)
     for prior in loaded:
         prior.backbone = prior.sampling.backbone = backbone
-    test, train = _held_out(data, Opener(data_root, download, of_prior(priors[0])), priors[0], backbone.image_shape)
+    memory = processes.of_first(partial(of_prior, priors[0]))
+    test, train = _held_out(data, Opener(data_root, download, memory), priors[0], backbone.image_shape)
     networks = [
         load_inception(inception, mode=mode, download=download, device=passes.device)
         for mode in (dict.fromkeys(modes or ("clean",)) if inception or fid else ())
     ]
     extractor = networks[0] if networks else _features(test, classifier, own, passes.device)
-    processes = launched_processes()
     with Bar("eval", parts(len(loaded), len(backbone.groups), len(test), config)) as bar:
         results = evaluate_all(loaded, [str(p) for p in priors], test, train, extractor, config, bar, processes)
     if networks:

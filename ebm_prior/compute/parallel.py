@@ -6,14 +6,19 @@ Every process runs the same program with the same settings. The work is shared b
 result of an item never depends on the process that computes it. Items are chunks of samples, parts of a batch, or
 batches of held-out images. So a run gives the same bits with any number of processes on machines of one kind. Results
 (gradients, moved chains, samples) are exchanged through the hosts (gloo), even on GPUs: most of them are small.
+
+A share may take as long as it takes. That the other processes are alive is known from their signs of life
+(`ebm_prior.compute.heartbeat`). The processes need no disk in common: the first one alone reads and writes a run's
+folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -21,10 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ebm_prior.errors import EbmPriorError, ProcessError
+from ebm_prior.compute.heartbeat import Heartbeat, State
+from ebm_prior.errors import EbmPriorError, ProcessError, Stopped
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+LONG = timedelta(days=1000)  # time-out of an exchange: that a process works slowly is no reason to end
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,17 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    heartbeat: Heartbeat | None = field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def lost(self) -> str | None:
+        """What has happened to a process that is lost, in one line; None as long as all others work."""
+        return self.heartbeat.lost if self.heartbeat else None
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`function` of every item, in order: each process computes a contiguous share, and all get all results.
@@ -47,18 +60,32 @@ class Processes:
         """
         if self.count == 1:
             return [function(item) for item in items]
-        begin, end = (-(-len(items) * rank // self.count) for rank in (self.rank, self.rank + 1))
-        results: list[Result] = []
-        failure: EbmPriorError | None = None
-        try:
-            results = [function(item) for item in items[begin:end]]
-        except EbmPriorError as error:
-            failure = error
+        results, failure = self._computed(function, items)
         shares = self._exchange((results, failure))
-        failures = [error for _, error in shares if error is not None]
-        if failures:
-            raise failures[0]
+        _raise_first(failure for _, failure in shares)
         return [result for found, _ in shares for result in found]
+
+    def gather(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`map` for the first process, which alone gets the results, one after another; the others get an empty list.
+
+        For results that are large, or that only the first process needs.
+        """
+        if self.count == 1:
+            return [function(item) for item in items]
+        results, failure = self._computed(function, items)
+        _raise_first(self._exchange(failure))
+        if not self.first:
+            for result in results:
+                with self._connected():
+                    dist.send_object_list([_packed(result)], dst=0)
+            return []
+        for rank in range(1, self.count):
+            for _ in range(*self._share(len(items), rank)):
+                sent: list[Any] = [None]
+                with self._connected():
+                    dist.recv_object_list(sent, src=rank)
+                results.append(_unpacked(sent[0]))
+        return results
 
     def total(self, function: Callable[[Item], list[Any]], items: Sequence[Item]) -> list[Any]:
         """The sum over all items of the lists of tensors that `function` returns, tensor by tensor.
@@ -72,26 +99,64 @@ class Processes:
         """The result of `make`, which only the first process calls; all processes get it."""
         return self.map(lambda _: make(), range(1))[0]
 
+    def _share(self, items: int, rank: int) -> tuple[int, int]:
+        """The first item of a process's share, and the one after its last."""
+        return -(-items * rank // self.count), -(-items * (rank + 1) // self.count)
+
+    def _computed(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> tuple[list[Result], EbmPriorError | None]:
+        """The results of this process's share, or the error that ended it."""
+        begin, end = self._share(len(items), self.rank)
+        try:
+            return [function(item) for item in items[begin:end]], None
+        except EbmPriorError as error:
+            return [], error
+
     def _exchange(self, own: Any) -> list[Any]:
         """Hand `own` to every process; returns the values of all processes, by rank."""
-        buffer = io.BytesIO()
-        torch.save(own, buffer)
         found: list[Any] = [None] * self.count
+        with self._connected():
+            dist.all_gather_object(found, _packed(own))
+        return [own if rank == self.rank else _unpacked(sent) for rank, sent in enumerate(found)]
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Turn a broken connection inside the block into a ProcessError that says why it has broken."""
         try:
-            dist.all_gather_object(found, buffer.getvalue())
-        except RuntimeError as error:  # gloo's connection has broken
-            raise ProcessError(
-                f"another of the {self.count} processes of this run has ended, so this one (number {self.rank}) ends, "
-                "too. See what it said; a fit goes on from its last state with --resume"
-            ) from error
-        return [
-            own if rank == self.rank else torch.load(io.BytesIO(sent), map_location=_here, weights_only=False)
-            for rank, sent in enumerate(found)
-        ]
+            yield
+        except RuntimeError as error:  # gloo's
+            raise self._broken(str(error).splitlines()[0]) from error
+
+    def _broken(self, reason: str) -> ProcessError:
+        """The error for a broken connection."""
+        found = self.heartbeat.found() if self.heartbeat else None
+        speaks = self.heartbeat is None or self.heartbeat.speaks
+        return ProcessError(
+            found or f"one of the {self.count} processes of this run no longer answers, so all end ({reason})",
+            repeated=not speaks,
+        )
 
 
 ALONE = Processes()
 """The processes of a run that has only one."""
+_launched: list[Processes] = []  # the processes that `launched` has connected, if it has
+
+
+def _raise_first(failures: Iterable[EbmPriorError | None]) -> None:
+    for failure in failures:
+        if failure is not None:
+            raise failure
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(sent: bytes) -> Any:
+    return torch.load(io.BytesIO(sent), map_location=_here, weights_only=False)
 
 
 def _plus(total: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor | None]:
@@ -104,24 +169,47 @@ def _plus(total: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor
 def launched() -> Iterator[Processes]:
     """The processes that torchrun has started, connected if they were not yet; without torchrun, this process alone.
 
-    Raises ProcessError where they cannot be connected.
+    Raises ProcessError where they cannot be connected, and in place of Stopped where one of them was killed: torchrun
+    then stops the others.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield ALONE
         return
-    if dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size())
+    if dist.is_initialized():  # by an outer block, or by the program, whose own time-out then holds
+        yield _launched[0] if _launched else Processes(dist.get_rank(), dist.get_world_size())
         return
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=LONG)
+        rank, count = dist.get_rank(), dist.get_world_size()
+        heartbeat = Heartbeat(rank, count)
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"the processes that torchrun started cannot reach one another: {str(error).splitlines()[0]}"
         ) from error
+    _launched.append(Processes(rank, count, heartbeat))
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        with _leaving(heartbeat):
+            yield _launched[0]
     finally:
+        _launched.clear()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _leaving(heartbeat: Heartbeat) -> Iterator[None]:
+    """Tell the other processes how the block has ended."""
+    try:
+        yield
+    except Stopped as stopped:
+        heartbeat.leave(State.STOPPED)
+        if heartbeat.killed:
+            raise ProcessError(str(heartbeat.lost), repeated=not heartbeat.speaks) from stopped
+        raise
+    except BaseException as error:
+        done = isinstance(error, SystemExit) and not error.code
+        heartbeat.leave(State.DONE if done else State.FAILED)
+        raise
+    heartbeat.leave(State.DONE)
 
 
 def own_device(name: str) -> str:

@@ -93,7 +93,8 @@ class Reference:
     """The parts of an evaluation that are the same for all priors of a backbone and are computed once.
 
     They are the pixel statistics, and the features if there is an extractor, of held-out images, of their
-    reconstructions and of the backbone's samples. The `processes` share drawing and decoding.
+    reconstructions and of the backbone's samples. The `processes` share drawing, decoding and the parts of the AUC; the
+    first one computes distances.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Reference:
         self.floor = 0.0
         if extractor is not None and training_images is not None and len(training_images) >= self.n:
             other = self._reconstruct(training_images, stream=1)[1]
-            self.floor = frechet_distance(other.statistics, self.reconstructed.statistics)
+            self.floor = processes.of_first(lambda: frechet_distance(other.statistics, self.reconstructed.statistics))
         untrained = EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig()))
         self.backbone_latents, self.drawn = self.sampled(untrained, ANCESTRAL)[:2]
 
@@ -135,8 +136,8 @@ class Reference:
     def auc(self, latents: list[Tensor]) -> GaugeResult:
         """The AUC with which a fresh classifier tells posterior latents from the given ones, overall and per group."""
         device = next(self.backbone.parameters()).device
-        groups, gauge = self.backbone.groups, self.config.gauge
-        return gauge_auc(self.posterior, latents, groups, config=gauge, device=device, progress=self.progress)
+        told: dict[str, Any] = {"device": device, "progress": self.progress, "processes": self.processes}
+        return gauge_auc(self.posterior, latents, self.backbone.groups, config=self.config.gauge, **told)
 
     def sampled(self, prior: EBMPrior, sampler: SamplerConfig) -> tuple[list[Tensor], Seen, dict[str, float]]:
         """Latents of n draws and what is seen of them (distances compare at equal N), and the sampler's diagnostics."""
@@ -144,7 +145,7 @@ class Reference:
 
         def see(part: Samples) -> tuple[list[Tensor], Seen, Tensor]:
             found = [z.cpu() for z in part.z], self._seen(part.images), torch.stack(part[3:]).cpu()
-            self.progress.advance(1)
+            self.progress.advance(self.processes.count)  # the others are about as far
             return found
 
         parts = prior.map_chunks(
@@ -203,7 +204,7 @@ class Reference:
             posterior = self.backbone.infer(torch.cat(observed), noise=joined)
             real, decoded = torch.cat(batches), self.backbone.likelihood(posterior.features).mean
             errors = (real - decoded).double().square().flatten(1).mean(1).cpu()
-            self.progress.advance(1)
+            self.progress.advance(self.processes.count)  # the others are about as far
             return self._seen(real), self._seen(decoded), [z.cpu() for z in posterior.z], errors
 
         chunks = [blocks[first : first + size] for first in range(0, len(blocks), size)]
@@ -242,8 +243,7 @@ def measure(prior: EBMPrior, reference: Reference, *, progress: Progress = SILEN
         "seed": config.seed,
         "sampled_by": sampling.regime,
         "sampler": asdict(sampling.sampler),
-        **_distances(reference, drawn),
-        **_pixels(reference, drawn),
+        **reference.processes.of_first(lambda: _distances(reference, drawn) | _pixels(reference, drawn)),
         **info,
     }
     device = next(prior.energy.parameters()).device

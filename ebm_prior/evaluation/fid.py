@@ -96,15 +96,21 @@ def reference_statistics(
     }
     name = f"{len(images)}-{network.mode}-{str(provenance['images_sha256'])[:16]}-{network.sha256[:16]}.npz"
     path = (cache_dir or user_cache() / "statistics") / name
-    if path.is_file():
+    found = processes.of_first(lambda: _read(path, provenance) if path.is_file() else None)
+    if found is not None:
         progress.advance(len(images))
-        return _read(path, provenance)
+        return found
 
     def seen(rows: Tensor) -> Tensor:
         progress.advance(processes.count * len(rows))  # the others are about as far
         return extract(network, images.batch(rows))
 
-    features = torch.cat(processes.map(seen, torch.split(torch.arange(len(images)), 250)))
+    features = processes.gather(seen, torch.split(torch.arange(len(images)), 250))
+    return processes.of_first(lambda: _written(torch.cat(features), path, provenance))
+
+
+def _written(features: Tensor, path: Path, provenance: dict[str, Any]) -> ReferenceStatistics:
+    """The statistics of features (N, D), which are written to the file `path`."""
     chosen = torch.randperm(len(features), generator=derived_generator(0, Purpose.KERNEL_ROWS))[:KERNEL_ROWS]
     moments = FeatureStatistics.of(features)
     buffer = BytesIO()
@@ -115,9 +121,8 @@ def reference_statistics(
     }
     text = json.dumps(provenance, sort_keys=True)
     np.savez(buffer, **arrays, provenance=np.array(text), sha256=np.array(_digest(arrays, text)))
-    if processes.first:
-        remove_leftovers(path.parent, of=path.name)
-        write_atomically(path, buffer.getvalue())
+    remove_leftovers(path.parent, of=path.name)
+    write_atomically(path, buffer.getvalue())
     return ReferenceStatistics(moments, features[chosen], provenance, path)
 
 
@@ -196,8 +201,8 @@ def published(
     """One card per prior and network: its figures and the backbone's, with all that they depend on. Plain values.
 
     `priors`: of one backbone. Every sample is drawn once, by the prior's own sampler, and seen by all networks.
-    `images`: those of `config.split`. progress: advances by the images, `amount` in all,
-    of all `processes`, which share the work.
+    `images`: those of `config.split`. progress: advances by the images, `amount` in all, of all `processes`. These
+    share the work; the first one gathers the features and computes the figures.
     """
     references = [
         reference_statistics(images, config.split, network, cache_dir=cache_dir, progress=progress, processes=processes)
@@ -206,12 +211,16 @@ def published(
 
     def measured(prior: EBMPrior, sampler: SamplerConfig) -> list[dict[str, float]]:
         def see(part: Samples) -> list[Tensor]:
-            progress.advance(processes.count * len(part.images))  # the others are about as far
             return [extract(network, part.images) for network in networks]
 
-        seen = prior.map_chunks(see, config.samples, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
-        sets = zip(zip(*seen, strict=True), networks, references, strict=True)
-        return [figures(torch.cat(features), network, reference, seed) for features, network, reference in sets]
+        told: dict[str, Any] = {"progress": progress, "processes": processes, "first_only": True}
+        seen = prior.map_chunks(see, config.samples, seed=seed, sampler=sampler, chunk=chunk, **told)
+
+        def computed() -> list[dict[str, float]]:
+            sets = zip(zip(*seen, strict=True), networks, references, strict=True)
+            return [figures(torch.cat(features), network, reference, seed) for features, network, reference in sets]
+
+        return processes.of_first(computed)
 
     backbone = priors[0].backbone
     before = measured(EBMPrior(backbone, JointEnergy(backbone.groups, EnergyConfig())), ANCESTRAL)

@@ -8,13 +8,14 @@ of the classifier. So the budget is printed with it, and only AUCs at equal budg
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.compute.randomness import Purpose, derived_generator, derived_seed, seeded
 from ebm_prior.errors import DataError, few
 from ebm_prior.evaluation.metrics import auroc
@@ -98,6 +99,7 @@ def gauge_auc(
     config: GaugeConfig | None = None,
     device: torch.device | None = None,
     progress: Progress = SILENT,
+    processes: Processes = ALONE,
 ) -> GaugeResult:
     """Cross-fitted AUC with which a fresh classifier tells posterior z from prior z, overall and per group.
 
@@ -105,8 +107,8 @@ def gauge_auc(
     independent, so one per image. Each part is scored by networks trained on the other parts, with early stopping on an
     inner split; the AUCs of the parts are averaged. A network that finds no difference stays at f = 0, with an AUC of
     exactly .5. `device`: where to train the networks (default: where the latents are); latents are moved there batch by
-    batch. progress: advances by `networks` in all. Raises DataError for other shapes, NaN, or fewer latents than
-    `config.least`. The global random state is not changed.
+    batch. progress: advances by `networks` in all. The `processes` share the parts. Raises DataError for other shapes,
+    NaN, or fewer latents than `config.least`. The global random state is not changed.
     """
     config = config or GaugeConfig()
     _check(posterior, prior, groups, config)
@@ -117,24 +119,27 @@ def gauge_auc(
         )
         for which, z in enumerate((posterior, prior))
     ]
-    areas: dict[str, list[float]] = {group.name: [] for group in groups}
-    overall: list[float] = []
-    for fold in range(config.folds):
+    at_once = min(processes.count, config.folds)
+
+    def scored(fold: int) -> tuple[float, list[float], int]:
+        """The AUC of all groups together and of each alone on a part, and the size of the network of all groups."""
         held = [_rows(z, part[fold]) for z, part in zip((posterior, prior), parts, strict=True)]
         train_q, train_p = (
             _rows(z, torch.cat([*part[:fold], *part[fold + 1 :]]))
             for z, part in zip((posterior, prior), parts, strict=True)
         )
-        whole, alone = _networks(train_q, train_p, groups, config, device, fold, progress)
-        overall.append(auroc(*(values(whole, z, device) for z in held)))
-        for index, (group, network) in enumerate(zip(groups, alone, strict=True)):
-            areas[group.name].append(auroc(*(values(network, [z[index]], device) for z in held)))
+        whole, alone = _networks(train_q, train_p, groups, config, device, fold, lambda: progress.advance(at_once))
+        areas = [auroc(*(values(network, [z[index]], device) for z in held)) for index, network in enumerate(alone)]
+        return auroc(*(values(whole, z, device) for z in held)), areas, sum(p.numel() for p in whole.parameters())
+
+    overall, areas, sizes = zip(*processes.map(scored, range(config.folds)), strict=True)
     budget = (
         f"{len(posterior[0]):,} posterior and {len(prior[0]):,} prior latents, {config.folds} folds, at most "
         f"{config.iterations:,} iterations of {config.batch_size} + {config.batch_size}, "
-        f"{sum(p.numel() for p in whole.parameters()):,} parameters"
+        f"{sizes[0]:,} parameters"
     )
-    return GaugeResult(_mean(overall), {name: _mean(folds) for name, folds in areas.items()}, budget)
+    per_group = {group.name: _mean(folds) for group, folds in zip(groups, zip(*areas, strict=True), strict=True)}
+    return GaugeResult(_mean(overall), per_group, budget)
 
 
 def networks(groups: int, config: GaugeConfig) -> int:
@@ -149,13 +154,14 @@ def _networks(
     config: GaugeConfig,
     device: torch.device,
     fold: int,
-    progress: Progress,
+    trained_one: Callable[[], None],
 ) -> tuple[JointEnergy, list[JointEnergy]]:
     """A classifier of all groups together, and one for each group alone.
 
     The one of all groups starts from the heads of the others. Trained from scratch it would overfit a large group
     without signal, and be stopped before it had found the signal of small groups. So its joint head is trained first,
     on the heads' features, and then all of it; both trainings keep the state that is best on the inner split.
+    `trained_one` is called after each network.
     """
     with seeded(device, config.seed, Purpose.GAUGE_WEIGHTS, fold):  # initial weights and dropout
         alone = []
@@ -164,7 +170,7 @@ def _networks(
             network.standardize(network.moments([posterior[index]]))
             network.to(device)
             alone.append(_train(network, [posterior[index]], [prior[index]], config, device, 1.0, (fold, index)))
-            progress.advance(1)
+            trained_one()
         if len(groups) == 1:
             return alone[0], alone
         whole = JointEnergy(groups, replace(config.energy, own_heads=len(groups))).to(device, posterior[0].dtype)
@@ -174,7 +180,7 @@ def _networks(
         whole = _train(whole, posterior, prior, config, device, 1.0, (fold, len(groups)))
         whole.requires_grad_(True)
         whole = _train(whole, posterior, prior, config, device, FINE_TUNING, (fold, len(groups) + 1))
-        progress.advance(1)
+        trained_one()
         return whole, alone
 
 
@@ -224,7 +230,7 @@ def _loss(network: JointEnergy, posterior: list[Tensor], prior: list[Tensor], de
     return float(nce_loss(values(network, posterior, device), values(network, prior, device)))
 
 
-def _mean(areas: list[float]) -> float:
+def _mean(areas: Sequence[float]) -> float:
     return sum(areas) / len(areas)
 
 

@@ -186,22 +186,31 @@ class EBMPrior(_Kept, ImageTerms, Normalised):
         seed: int = 0,
         sampler: SamplerConfig | None = None,
         chunk: int = 128,
+        progress: Progress = SILENT,
         processes: Processes = ALONE,
+        first_only: bool = False,
     ) -> list[Seen]:
         """Draw n samples in chunks, call `see` with each chunk, and return its results in order.
 
-        Sample i depends on (seed, i) alone, not on `chunk` (rounded to blocks of 64). The `processes` share the chunks.
-        sampler: None takes that of `sampling`, the role that draws. Raises DivergenceError where a chain is not finite.
+        Sample i depends on (seed, i) alone, not on `chunk` (rounded to blocks of 64). The `processes` share the chunks;
+        `first_only`: the first one gets all results, the others none. sampler: None takes that of `sampling`, the role
+        that draws. progress: advances by the draws. Raises DivergenceError where a chain is not finite.
         """
         n, seed, chunk = require_count("n", n), require_count("seed", seed), require_count("chunk", chunk, least=1)
         role, sampler = self.sampling, _chosen(sampler, self.sampling)
         device = next(self.backbone.parameters()).device
-        potential = graphed(role.potential, device)
+        potential, done = graphed(role.potential, device), 0
 
         def drawn(part: tuple[int, int]) -> Seen:
-            return see(_drawn(role, potential, sampler, part[1], BlockGenerator(seed, *part, device)))
+            nonlocal done
+            found = see(_drawn(role, potential, sampler, part[1], BlockGenerator(seed, *part, device)))
+            now = min(n, done + processes.count * part[1])  # the others are about as far
+            progress.advance(now - done)
+            done = now
+            return found
 
-        return processes.map(drawn, chunks(n, chunk))
+        share = processes.gather if first_only else processes.map
+        return share(drawn, chunks(n, chunk))
 
     @isolated()
     def sample(
@@ -219,16 +228,8 @@ class EBMPrior(_Kept, ImageTerms, Normalised):
         sampler: as in `map_chunks`.  progress: advances by the draws. Raises ConfigurationError for a number out of its
         range, and DivergenceError where a chain is not finite.
         """
-        done = 0
-
-        def see(part: Samples) -> Samples:
-            nonlocal done
-            now = min(n, done + processes.count * len(part.images))  # the others are about as far
-            progress.advance(now - done)
-            done = now
-            return part
-
-        parts = self.map_chunks(see, n, seed=seed, sampler=sampler, chunk=chunk, processes=processes)
+        told: dict[str, Any] = {"progress": progress, "processes": processes}
+        parts = self.map_chunks(lambda part: part, n, seed=seed, sampler=sampler, chunk=chunk, **told)
         return joined(self.backbone, parts)
 
     @isolated(grad=False)

@@ -37,7 +37,7 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def grid(images: Tensor, *, columns: int, scale: int | None = None) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1], C = 1 or 3, row by row on white.
+    """Images (N, C, H, W) in [0, 1], or of `in_bytes`, C = 1 or 3, row by row on white.
 
     A pixel value v becomes round(255·v) in every image. Contrast is never stretched per image, because that makes faint
     samples look strong, hides a shift of brightness, and shows another picture than the one that was scored. `scale`
@@ -45,7 +45,7 @@ def grid(images: Tensor, *, columns: int, scale: int | None = None) -> Image.Ima
 
     Raises ConfigurationError for another shape, NaN, or values outside [0, 1].
     """
-    pixels = _bytes(images)
+    pixels = _pixels(images)
     if columns < 1 or (scale is not None and scale < 1):
         raise ConfigurationError(f"columns and scale: expected 1 or more, found {columns} and {scale}")
     count, height, width, _ = pixels.shape
@@ -106,8 +106,8 @@ def titled_grids(
 
 
 def picture(image: Tensor) -> Image.Image:
-    """One image (C, H, W) in [0, 1] as it is: mode L for C = 1, RGB for C = 3. Raises as `grid` does."""
-    pixels = _bytes(image[None])[0].numpy()
+    """One image (C, H, W) as `grid` takes them, as it is: mode L for C = 1, RGB for C = 3. Raises as `grid` does."""
+    pixels = _pixels(image[None])[0].numpy()
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0]) if len(image) == 1 else pixels)
 
 
@@ -118,8 +118,11 @@ def save_png(image: Image.Image, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _bytes(images: Tensor) -> Tensor:
-    """(N, C, H, W) floats in [0, 1] as uint8 (N, H, W, 3)."""
+def in_bytes(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] with C = 1 or 3 as uint8 on the CPU: a value v becomes round(255·v).
+
+    Raises ConfigurationError for another shape, NaN, or values outside [0, 1].
+    """
     if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3) or not images.is_floating_point():
         raise ConfigurationError(
             f"expected float images (N, C, H, W) with C = 1 or 3, found {images.dtype} of shape {tuple(images.shape)}"
@@ -128,8 +131,13 @@ def _bytes(images: Tensor) -> Tensor:
     low, high = float(images.amin()), float(images.amax())
     if not (low >= -1e-4 and high <= 1 + 1e-4):  # false for NaN; a decoder may be off by rounding
         raise ConfigurationError(f"expected images in [0, 1] without NaN, found values from {low:g} to {high:g}")
-    pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return pixels.expand(-1, -1, -1, 3).contiguous()
+    return images.mul(255).round().to(torch.uint8)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Images for `grid` as uint8 (N, H, W, 3)."""
+    rounded = images if images.dtype == torch.uint8 else in_bytes(images)
+    return rounded.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
 
 
 def wrap(text: str, font: _Font, width: int) -> list[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.data.images import DATA_SET_NAMES, known_data_set
 from ebm_prior.errors import ConfigurationError, few
 from ebm_prior.interfaces import SILENT, Progress
@@ -77,21 +79,35 @@ def readjusted(
     *,
     resume: bool = False,
     progress: Progress = SILENT,
+    processes: Processes = ALONE,
 ) -> Backbone:
     """Re-adjust a backbone's batch norms, write it to `path` in our own form, and return it as read from there.
 
     settings: keyword arguments of `readjust_batch_norm`, which changes `backbone` in place.  checkpoint: where the
     backbone comes from, for the record.  resume: take the file at `path` if there is one.  progress: gets remarks.
+    The first of the `processes` does that, and sends the file's content to the others.
     """
-    if not resume:
-        path.unlink(missing_ok=True)  # of an earlier run; a kill while this one works must not leave it to a resume
-    if not path.exists():
-        progress.remark("re-adjusting batch norms to {iterations} batches of {batch_size} samples".format(**settings))
-        readjust_batch_norm(backbone, **settings, progress=progress)
-        record = {**source_record(checkpoint, backbone), "stage": "bn-readjust", "bn_readjust": dict(settings)}
-        save_backbone(backbone, path, record=record)
     like = next(backbone.parameters())
-    return load_backbone(None, path, device=like.device, dtype=like.dtype)
+    placed: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+
+    def made() -> bytes:
+        if not resume:
+            path.unlink(missing_ok=True)  # of an earlier run; a kill while this one works must not leave it to a resume
+        if not path.exists():
+            progress.remark(
+                "re-adjusting batch norms to {iterations} batches of {batch_size} samples".format(**settings)
+            )
+            readjust_batch_norm(backbone, **settings, progress=progress)
+            record = {**source_record(checkpoint, backbone), "stage": "bn-readjust", "bn_readjust": dict(settings)}
+            save_backbone(backbone, path, record=record)
+        return path.read_bytes() if processes.count > 1 else b""
+
+    content = processes.of_first(made)
+    if processes.first:
+        return load_backbone(None, path, **placed)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, path.name).write_bytes(content)
+        return load_backbone(None, Path(folder, path.name), **placed)
 
 
 _BARE_TEXT = re.compile("[a-z0-9][a-z0-9_.,:-]*")  # no capitals: Python's True, False and None are refused

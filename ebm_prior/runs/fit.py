@@ -77,9 +77,8 @@ def fit_into(
     processes.of_first(lambda: remember(directory, images, inputs["images"]))
     images = with_kept_name(directory, images, inputs["images"])
     if settings is not None:
-        adjust = partial(readjusted, backbone, own, checkpoint, settings)
-        processes.of_first(lambda: adjust(resume=resume, progress=progress) and None)
-        backbone = adjust(resume=True)  # the others read what the first has written
+        shared: dict[str, Any] = {"progress": progress, "processes": processes}
+        backbone = readjusted(backbone, own, checkpoint, settings, resume=resume, **shared)
         where = own.name  # beside the prior: wherever the run is, equal runs give equal bytes
     backbone = passes.apply(backbone)
 

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.errors import OutputError
 from ebm_prior.interfaces import SILENT, Progress
 from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
 from ebm_prior.model.samples import Samples, refusals
-from ebm_prior.pictures.grids import grid, picture, save_png, titled_grids
+from ebm_prior.pictures.grids import grid, in_bytes, picture, save_png, titled_grids
 from ebm_prior.storage.atomic import temporary_affixes, write_atomically
 from ebm_prior.storage.lock import owned
 from ebm_prior.storage.places import require_absent, require_free, require_writable
@@ -60,27 +62,68 @@ def _is_sample(path: Path) -> bool:
     return path.suffix == ".png" and path.stem.isdigit()
 
 
-def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, compare: bool) -> list[Path]:
+class Drawn(NamedTuple):
+    """The part of samples that is written or described."""
+
+    images: Tensor  # (n, C, H, W) uint8
+    z: list[Tensor]  # (n, *group.shape) each; none where the file holds no latents
+    diagnostics: Tensor  # (4, n): acceptance, norm, ess_fraction and restarts of `Samples`
+
+
+def holds_latents(out: Path) -> bool:
+    """Whether samples are written to `out` together with their latents."""
+    return out.suffix == ".npz"
+
+
+def draw_samples(
+    prior: EBMPrior,
+    number: int,
+    out: Path,
+    *,
+    seed: int,
+    sampler: SamplerConfig,
+    chunk: int,
+    progress: Progress = SILENT,
+    processes: Processes = ALONE,
+) -> Drawn | None:
+    """Draw a number of samples to be written to `out`, in the memory that this takes alone. The `processes` share them.
+
+    Returns the samples in the first process, and None in the others. Arguments and errors: see `EBMPrior.sample`.
+    """
+
+    def see(part: Samples) -> Drawn:
+        z = [group.cpu() for group in part.z] if holds_latents(out) else []
+        return Drawn(in_bytes(part.images), z, torch.stack(part[3:]).cpu())
+
+    told: dict[str, Any] = {"progress": progress, "processes": processes, "first_only": True}
+    parts = prior.map_chunks(see, number, seed=seed, sampler=sampler, chunk=chunk, **told)
+    if not processes.first:
+        return None
+    images, latents, diagnostics = zip(*parts, strict=True)
+    z = [torch.cat(group) for group in zip(*latents, strict=True)]
+    return Drawn(torch.cat(images), z, torch.cat(diagnostics, dim=1))
+
+
+def write_samples(prior: EBMPrior, drawn: Drawn, out: Path, *, seed: int, compare: bool) -> list[Path]:
     """Write samples in the form that the suffix of `out` names: .png a grid, .npz arrays, none a folder of PNG files.
 
     compare: with a grid of the backbone's own samples beside it, drawn from `seed`. Returns the paths written.
     """
-    images = drawn.images.cpu()
+    images = drawn.images
     if out.suffix == ".png":
         columns = max(1, round(len(images) ** 0.5))
         if compare:
-            before = prior.sample(len(images), seed=seed, sampler=ANCESTRAL).images.cpu()
+            before = prior.sample(len(images), seed=seed, sampler=ANCESTRAL).images
             panels = [("the backbone's prior", before), ("the energy-based prior", images)]
             save_png(titled_grids(panels, columns=columns), out)
         else:
             save_png(grid(images, columns=columns), out)
         return [out]
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    if out.suffix == ".npz":
+    if holds_latents(out):
         names = [group.name for group in prior.backbone.groups]
-        latents: dict[str, Any] = {f"z_{name}": z.cpu().numpy() for name, z in zip(names, drawn.z, strict=True)}
+        latents: dict[str, Any] = {f"z_{name}": z.numpy() for name, z in zip(names, drawn.z, strict=True)}
         buffer = BytesIO()
-        np.savez_compressed(buffer, images=pixels, **latents)
+        np.savez_compressed(buffer, images=images.permute(0, 2, 3, 1).numpy(), **latents)
         write_atomically(out, buffer.getvalue())
         return [out]
     width = len(str(len(images) - 1))
@@ -103,15 +146,16 @@ def write_samples(prior: EBMPrior, drawn: Samples, out: Path, *, seed: int, comp
     return [out]
 
 
-def describe_samples(drawn: Samples, sampler: SamplerConfig, seed: int, files: Sequence[Path]) -> dict[str, Any]:
+def describe_samples(drawn: Drawn, sampler: SamplerConfig, seed: int, files: Sequence[Path]) -> dict[str, Any]:
     """The result of `ebm-prior sample`, as plain values: sampler, seed, mean diagnostics and files."""
+    acceptance, norm, ess_fraction, restarts = drawn.diagnostics
     return {
         "samples": len(drawn.images),
         "seed": seed,
         "sampler": asdict(sampler),
-        "acceptance": float(drawn.acceptance.mean()),
-        "norm": float(drawn.norm.mean()),
-        "ess_fraction": float(drawn.ess_fraction.mean()),
-        **refusals(drawn.norm, drawn.restarts, sampler.norm_limit),
+        "acceptance": float(acceptance.mean()),
+        "norm": float(norm.mean()),
+        "ess_fraction": float(ess_fraction.mean()),
+        **refusals(norm, restarts, sampler.norm_limit),
         "files": [str(file) for file in files],
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ import tiny_nvae
 import torch
 from run_folders import metrics
 from small_fits import small
+from two_processes import REPLACED
 from workshop import HELPERS, Workshop
 
 from ebm_prior.compute.parallel import ALONE, Processes
 from ebm_prior.data.images import ImageSource
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.training.fit import fit
 
@@ -34,11 +36,8 @@ class Shared:
     """What two processes did in one launch of torchrun, and the commands that they were given."""
 
     def __init__(self, workshop: Workshop, prior: Path, fit_words: list[object], folder: Path) -> None:
-        judge = folder / "judge.safetensors"
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            save_classifier(FeatureClassifier((1, 8, 8), 4, width=4).eval(), judge)
-        data = ["--data", workshop.images, "--classifier", judge, "--no-auc", "--samples", 120, "--chunk", 64]
+        data = ["--data", workshop.images, "--fid", "--fid-samples", 130, "--samples", 120, "--chunk", 64]
+        data += ["--gauge-iterations", 5]
         broken = ["--kernel", "langevin", "--step-size", 2.0, "--steps", 20, "--temperature", 1e38]
         self.fit_words, self.folder = fit_words, folder
         self.pretrain = ["pretrain", "--backbone", "nvae", "--architecture", _small_nvae(folder / "nvae.json")]
@@ -53,21 +52,43 @@ class Shared:
             [*self.pretrain, "--out", folder / "pretrained"],
             ["sample", prior, "-n", 200, "--chunk", 64, *broken, "--out", folder / "broken.png"],
             ["backbones"],
-            [*fit_words, "--out", folder / "killed"],
         ]
-        file = folder / "commands.json"
-        file.write_text(json.dumps([[str(word) for word in words] for words in commands]))
+        given = {"slow": [*fit_words, "--out", folder / "slow"], "killed": [*fit_words, "--out", folder / "killed"]}
+        file = written(folder / "commands.json", commands, **given)
         launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
         with workshop.popen(*launch, HELPERS / "two_processes.py", file, stdout=subprocess.PIPE) as process:
             out, err = process.communicate()  # the script ends itself if it hangs
+        ended = time.time()
         self.code, self.out, self.err = process.returncode, out.decode(), err.decode()
-        self.codes = [json.loads(file.with_suffix(f".codes{rank}").read_text()) for rank in range(2)]
+        died = file.with_suffix(".killed")
+        assert died.exists(), self.err
+        self.survived = ended - float(died.read_text())
+        self.codes = codes_beside(file)
+
+
+def written(file: Path, commands: list[list[object]], **more: list[object]) -> Path:
+    """The commands in a file for two_processes.py."""
+    texts = {name: [str(word) for word in words] for name, words in more.items()}
+    file.write_text(json.dumps({"commands": [[str(word) for word in words] for words in commands], **texts}))
+    return file
+
+
+def codes_beside(file: Path) -> list[list[int]]:
+    """The exit codes of the commands in both processes."""
+    return [json.loads(file.with_suffix(f".codes{rank}").read_text()) for rank in range(2)]
 
 
 def _small_nvae(path: Path) -> Path:
     changes = {"image_shape": [1, 8, 8], "likelihood": "bernoulli"}
     path.write_text(json.dumps({**tiny_nvae.tiny().architecture, **changes}))
     return path
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replacements of two_processes.py in this process."""
+    for replaced in REPLACED:
+        monkeypatch.setattr(*replaced)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +100,7 @@ def shared(
 
 
 def test_exit_codes_are_those_of_one_process(shared: Shared) -> None:
-    assert shared.codes == [[0, 0, 0, 0, 0, 0, 0, 3, 1]] * 2
+    assert shared.codes == [[0, 0, 0, 0, 0, 0, 0, 3, 1, 0]] * 2
     assert "several processes share fit, pretrain, sample, eval; backbones runs in one" in shared.err
 
 
@@ -90,10 +111,19 @@ def test_samples(shared: Shared, workshop: Workshop, tmp_path: Path) -> None:
         assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
-def test_an_evaluation_is_printed_once(shared: Shared, workshop: Workshop) -> None:
+def test_an_evaluation_is_printed_once(
+    shared: Shared, workshop: Workshop, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With FID: its statistics are kept by the first process alone, and the second one has another cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (printed,) = [line for line in shared.out.splitlines() if line.startswith("[")]
     one, two = json.loads(workshop.run(*shared.eval).stdout)[0], json.loads(printed)[0]
+    (one_card,), (two_card,) = one.pop("published"), two.pop("published")
+    assert Path(two_card.pop("statistics_file")).name == Path(one_card.pop("statistics_file")).name
+    assert one_card == two_card
     assert {key: one[key] for key in one if key != "command"} == {key: two[key] for key in two if key != "command"}
+    assert (shared.folder / "commands.cache0").exists()
+    assert not (shared.folder / "commands.cache1").exists()
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -115,7 +145,22 @@ def test_pretraining(shared: Shared, workshop: Workshop, tmp_path: Path) -> None
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
 
 
-def test_a_killed_process_ends_the_run_which_one_process_can_resume(
+def test_a_share_may_take_longer_than_every_time_out(shared: Shared) -> None:
+    slow, two = shared.folder / "slow", shared.folder / "nce"
+    assert (slow / "prior.safetensors").read_bytes() == (two / "prior.safetensors").read_bytes()
+    assert metrics(slow) == metrics(two)
+
+
+def test_a_killed_process_ends_the_run_within_seconds_in_one_true_line(shared: Shared) -> None:
+    """The other one had a minute of work left before it would have met it."""
+    assert shared.survived < 10
+    (said,) = [line for line in shared.err.splitlines() if "has ended" in line]
+    assert said.startswith("ebm-prior: error: process 1 of 2 has ended without a word (killed, or out of memory)")
+    assert said.endswith("so all end; a training goes on from its last state by --resume")
+    assert "stopping when" not in shared.err
+
+
+def test_a_killed_process_leaves_a_run_which_one_process_can_resume(
     shared: Shared, workshop: Workshop, tmp_path: Path
 ) -> None:
     killed, two = shared.folder / "killed", shared.folder / "nce"
@@ -126,6 +171,53 @@ def test_a_killed_process_ends_the_run_which_one_process_can_resume(
     workshop.run(*shared.fit_words, "--parts", 2, "--out", killed, "--resume")
     assert (killed / "prior.safetensors").read_bytes() == (two / "prior.safetensors").read_bytes()
     assert metrics(killed) == metrics(two)
+
+
+class Machines:
+    """What two processes did that two launches of torchrun started, as on two machines: they share no folder."""
+
+    def __init__(self, workshop: Workshop, network: Path, fit_words: list[object], folder: Path) -> None:
+        self.homes = [folder / "first", folder / "second"]
+        for home in self.homes:
+            home.mkdir(parents=True)
+        self.fit = ["fit", "--ckpt", network, "--data", workshop.data_root / "mnist.npz", *fit_words, "--bn-readjust"]
+        commands: list[list[object]] = [
+            [*self.fit, "--out", "run"],
+            ["sample", workshop.folder / "fitted" / "prior.safetensors", "-n", 100, "--steps", 1, "--chunk", 64],
+        ]
+        commands[1] += ["--out", "drawn"]
+        file = written(folder / "commands.json", commands)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        launch = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
+        launch += ["--master-addr", "127.0.0.1", "--master-port", port]
+        words = [[*launch, "--node-rank", rank, HELPERS / "two_processes.py", file] for rank in range(2)]
+        started = [workshop.popen(*each, cwd=home) for each, home in zip(words, self.homes, strict=True)]
+        self.said = [process.communicate()[1].decode() for process in started]
+        self.codes = codes_beside(file)
+
+
+@pytest.fixture(scope="module")
+def machines(shared: Shared, workshop: Workshop, small_options: list[str], tmp_path_factory: Any) -> Machines:
+    network = shared.folder / "pretrained" / "backbone.safetensors"
+    return Machines(workshop, network, small_options, tmp_path_factory.mktemp("machines"))
+
+
+def test_two_machines_make_what_one_makes(
+    machines: Machines, workshop: Workshop, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a backbone that the first one changes and writes: the second one, which cannot read it, is sent it."""
+    monkeypatch.chdir(tmp_path)
+    assert machines.codes == [[0, 0]] * 2, machines.said
+    workshop.run(*machines.fit, "--parts", 2, "--out", "run")
+    for name in ("backbone.safetensors", "prior.safetensors"):
+        assert (machines.homes[0] / "run" / name).read_bytes() == Path("run", name).read_bytes()
+    assert metrics(machines.homes[0] / "run") == metrics(Path("run"))
+
+
+def test_only_the_first_machine_writes(machines: Machines) -> None:
+    assert len(list((machines.homes[0] / "drawn").glob("*.png"))) == 100
+    assert list(machines.homes[1].iterdir()) == []
 
 
 def test_one_process_is_the_identity() -> None:

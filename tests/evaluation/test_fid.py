@@ -10,29 +10,17 @@ import numpy as np
 import pytest
 import torch
 from listener import Listener
-from torch import Tensor
+from small_inception import FEATURES, stand_in
 from workshop import Workshop
 
 from ebm_prior.data.images import ImageSource, from_array
 from ebm_prior.errors import CheckpointError, ConfigurationError
 from ebm_prior.evaluation import inception
 from ebm_prior.evaluation.fid import FidConfig, figures, published, reference_statistics
-from ebm_prior.evaluation.inception import MODES, Inception, Mode, Network, Weights
+from ebm_prior.evaluation.inception import MODES, Weights
 from ebm_prior.evaluation.metrics import FeatureStatistics, extract, frechet_distance, inception_score, kernel_distance
 from ebm_prior.model.prior import ANCESTRAL
 from ebm_prior.storage.checkpoint import load_prior
-
-FEATURES, CLASSES = 12, 5
-
-
-def pooled(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 255] -> (B, 12): what a stand-in takes for features, of any size of image."""
-    return torch.nn.functional.adaptive_avg_pool2d(images / 255, 2).flatten(1)
-
-
-def stand_in(mode: Mode = "legacy_tensorflow", *, classes: bool = True, sha256: str = "ab" * 32) -> Inception:
-    weights = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(0))
-    return Inception(Network(pooled, weights if classes else None), mode, sha256, torch.device("cpu"))
 
 
 def test_the_inception_score_of_known_classes() -> None:

@@ -56,12 +56,14 @@ class Workshop(NamedTuple):
         assert result.stdout == ""
         return lines[0]
 
-    def popen(self, *arguments: object, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    def popen(
+        self, *arguments: object, stdout: int = subprocess.DEVNULL, cwd: Path | None = None
+    ) -> subprocess.Popen[bytes]:
         """`python ARGUMENTS` as a process of its own, which sees the same adapters."""
         path = os.pathsep.join([str(self.folder), str(HELPERS), str(HELPERS.parents[1])])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *(str(a) for a in arguments)]
-        return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, cwd=cwd)
 
 
 def build(folder: Path) -> Workshop:

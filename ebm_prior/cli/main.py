@@ -17,7 +17,7 @@ from ebm_prior.errors import ConfigurationError
 SECTIONS = {
     "Use a prior": {
         "demo": Entry("inspect:demo", "Fit a prior to the bundled BIVA and show samples before and after."),
-        "fit": Entry("train:fit", "Train an energy-based prior on a frozen, pretrained VAE."),
+        "fit": Entry("fit:fit", "Train an energy-based prior on a frozen, pretrained VAE."),
         "sample": Entry("sample:sample", "Draw images from a prior."),
         "eval": Entry("use:evaluate", "Measure priors of one backbone against held-out images."),
         "likelihood": Entry("likelihood:likelihood", "Bound log Z from both sides, and log p(x) from below."),

@@ -172,6 +172,8 @@ def data_or(default: str) -> Callable[[Command], Command]:
     return together(click.option("--data", help=f"Images to use: {DATA_FORMS}  [default: {default}]"), DATA_ROOT)
 
 
+PLACES = ("data", "data_root", "out", "resume", "dry_run")  # of a training: options that its help shows first
+PRESET_HELP = "Name of the settings to start from; other options change single ones"
 CONFIG = click.option(
     "--config", "config_file", type=PATH, help="JSON file of settings; options of the command line override it"
 )

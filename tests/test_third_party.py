@@ -37,7 +37,13 @@ class Installed:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "my_vae.py").write_text(block("python"), encoding="utf-8")
-        self.python("-c", "import torch, my_vae; torch.save(my_vae.MyVAE().state_dict(), 'my_weights.pt')")
+
+    def session(self) -> None:
+        """The session that the README shows, on trained weights; doctest tells where it shows something else."""
+        (self.folder / "session.txt").write_text(block("pycon"), encoding="utf-8")
+        weights = "import torch, my_vae; torch.save(my_vae.MyVAE().state_dict(), 'my_weights.pt')"
+        shown = "import doctest, sys; sys.exit(doctest.testfile('session.txt', module_relative=False).failed)"
+        self.python("-c", f"{weights}; {shown}")
 
     def register(self) -> None:
         """Give the class its name, by the README's entry point."""
@@ -64,8 +70,7 @@ class Installed:
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """Its weights written in the own form by the session that the README shows, and then registered, as told there."""
     installed = Installed(tmp_path_factory.mktemp("third_party"))
-    (installed.folder / "session.txt").write_text(block("pycon"), encoding="utf-8")
-    installed.python("-m", "doctest", "session.txt")  # check_backbone raises in here, and doctest tells
+    installed.session()
     installed.register()
     return installed
 
@@ -90,7 +95,9 @@ def test_the_commands_work_on_it(third_party: Installed) -> None:
     np.save(third_party.folder / "images.npy", pixels)
     fit, sample = (shlex.split(line)[1:] for line in block("console").splitlines())
     assert (fit[0], sample[0]) == ("fit", "sample")
-    third_party.python("-m", "ebm_prior", *fit, "--iterations", "4", "--batch-size", "8", "--held-out", "8")
+    small = ["--iterations", "4", "--batch-size", "8", "--held-out", "8", "--sampler-proposals", "2"]
+    typed = [[*fit, *small, "--sampler-steps", "2"], [*sample, "--number", "4"]]
+    run = "from ebm_prior.cli.main import main; [main(words, standalone_mode=False) for words in {typed}]"
+    third_party.python("-c", run.format(typed=typed))
     assert (third_party.folder / "runs/mine/prior.safetensors").is_file()
-    third_party.python("-m", "ebm_prior", *sample, "--number", "4")
     assert (third_party.folder / "samples.png").is_file()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from tiny_biva import STAGES
 from tiny_biva import tiny as tiny_biva
 from tiny_hvae import tiny as tiny_hvae
 from tiny_nvae import tiny as tiny_nvae
+from workshop import Workshop
 
 from ebm_prior.errors import CheckpointError
 from ebm_prior.storage.checkpoint import BACKBONE_KEY, load_backbone
@@ -124,16 +123,16 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("case", ["shallow width: huge", "nvae latents: huge", "biva filters: huge"])
-def test_what_is_refused_takes_no_memory(tmp_path: Path, case: str) -> None:
+def test_what_is_refused_takes_no_memory(workshop: Workshop, tmp_path: Path, case: str) -> None:
     """In a process of its own, whose peak no earlier test has raised."""
     path = write(tmp_path, case)
-    command = [sys.executable, "-c", PROGRAM, str(path), case.split()[0]]
-    kind, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    with workshop.fork("-c", PROGRAM, path, case.split()[0]) as process:
+        kind, peak = process.communicate()[0].decode().split()
     assert kind == "CheckpointError"
     assert int(peak) < 300
 
 
-def test_a_sound_file_costs_a_small_multiple_of_itself(tmp_path: Path) -> None:
+def test_a_sound_file_costs_a_small_multiple_of_itself(workshop: Workshop, tmp_path: Path) -> None:
     from ebm_prior.backbones.shallow import ShallowGenerator
 
     from ebm_prior.storage.checkpoint import save_backbone
@@ -141,6 +140,6 @@ def test_a_sound_file_costs_a_small_multiple_of_itself(tmp_path: Path) -> None:
     path = tmp_path / "wide.safetensors"
     save_backbone(ShallowGenerator(width=64), path)
     program = PROGRAM.replace("load_backbone(None, sys.argv[1])\n", "load_backbone(None, sys.argv[1]); raise OSError\n")
-    command = [sys.executable, "-c", program, str(path), "shallow"]
-    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[1])
+    with workshop.fork("-c", program, path, "shallow") as process:
+        peak = int(process.communicate()[0].split()[1])
     assert peak < 4 * path.stat().st_size / 2**20 + 100

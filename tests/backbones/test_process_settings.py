@@ -341,11 +341,19 @@ def test_latent_groups_of_no_shape_are_refused(shape: tuple[Any, ...]) -> None:
             use()
 
 
+PRINTED = [["--help"], ["info", "--ckpt", "hvae_fashion_mnist"], ["fit", "--help-all"]]
+PROGRAM = f"""
+from ebm_prior.cli.main import main
+for words in {PRINTED}:
+    print(words, flush=True)
+    main(words, standalone_mode=False)
+"""
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-@pytest.mark.parametrize("command", [["--help"], ["fit", "--help-all"], ["info", "--ckpt", "hvae_fashion_mnist"]])
-def test_commands_print_in_any_encoding(command: list[str], encoding: str) -> None:
+def test_commands_print_in_any_encoding(encoding: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "ebm_prior", *command], env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
-    if "fit" in command and encoding == "latin-1":
-        assert rb"\u" in done.stdout  # what Latin-1 has no letter for
+    if encoding == "latin-1":
+        assert rb"\u" in done.stdout.partition(b"--help-all")[2]  # what Latin-1 has no letter for

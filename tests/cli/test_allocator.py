@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
 
 import pytest
+from workshop import Workshop
 
 MAPPED_BYTES = """
 import ctypes, sys, torch
@@ -24,10 +23,10 @@ print(mallinfo().field_4 - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
-def test_large_tensors_are_not_mapped_one_by_one() -> None:
+def test_large_tensors_are_not_mapped_one_by_one(workshop: Workshop) -> None:
     def mapped(mode: str) -> int:
-        command = [sys.executable, "-c", MAPPED_BYTES, mode]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        with workshop.fork("-c", MAPPED_BYTES, mode) as process:
+            return int(process.communicate()[0])
 
     assert mapped("default") >= 7 * 2**22
     assert mapped("keep") == 0

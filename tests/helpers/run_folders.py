@@ -75,7 +75,7 @@ def check_kills(
     workshop.run(*arguments, "--out", whole)
     for number, moment in enumerate(moments):
         more = ("--resume",) if number else ()
-        with workshop.popen("-m", "ebm_prior", *arguments, "--out", cut, *more) as process:
+        with workshop.fork("-m", "ebm_prior", *arguments, "--out", cut, *more) as process:
             try:
                 deadline = time.monotonic() + 240
                 while not moment(cut):

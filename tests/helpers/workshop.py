@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import click.testing
 import numpy as np
+from forked import Forked
 from toys import LinearGaussian, ToyConv
 
 from ebm_prior.cli.main import main
@@ -60,10 +61,18 @@ class Workshop(NamedTuple):
         self, *arguments: object, stdout: int = subprocess.DEVNULL, cwd: Path | None = None
     ) -> subprocess.Popen[bytes]:
         """`python ARGUMENTS` as a process of its own, which sees the same adapters."""
-        path = os.pathsep.join([str(self.folder), str(HELPERS), str(HELPERS.parents[1])])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *(str(a) for a in arguments)]
+        environment = os.environ | self.environment
         return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, cwd=cwd)
+
+    def fork(self, *arguments: object) -> Forked:
+        """The same where it does not matter that the process begins with the library imported."""
+        return Forked([str(a) for a in arguments], self.environment)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = os.pathsep.join([str(self.folder), str(HELPERS), str(HELPERS.parents[1])])
+        return {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def build(folder: Path) -> Workshop:

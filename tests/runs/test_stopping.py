@@ -6,18 +6,20 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from run_folders import metrics
 from workshop import HELPERS, Workshop
 
 from ebm_prior.cli.group import resume_command
+from ebm_prior.training import loop
 
 NEVER = 1e6  # seconds
 FIT = ("--iterations", 60, "--evaluate-every", 25, "--patience", 100, "--seed", 5)
@@ -39,6 +41,19 @@ def commands(workshop: Workshop, small_options: list[str]) -> dict[str, tuple[li
     }
 
 
+@pytest.fixture(scope="module")
+def uncut(workshop: Workshop, commands: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a whole run of a kind."""
+
+    @cache
+    def run(kind: str) -> Path:
+        out = tmp_path_factory.mktemp(kind) / "whole"
+        workshop.run(*commands[kind][0], "--out", out)
+        return out
+
+    return run
+
+
 def noted(out: Path) -> int:
     """The number of steps that a run has noted."""
     path = out / "progress.jsonl"
@@ -47,9 +62,9 @@ def noted(out: Path) -> int:
 
 def started(
     workshop: Workshop, words: list[object], out: Path, seconds: float, ready: Callable[[Path], bool]
-) -> subprocess.Popen[bytes]:
+) -> Forked:
     """A run in a process of its own, which saves its state every `seconds`, as soon as it is `ready`."""
-    process = workshop.popen(HELPERS / "stopped_commands.py", seconds, *words, "--out", out)
+    process = workshop.fork(HELPERS / "stopped_commands.py", seconds, *words, "--out", out)
     deadline = time.monotonic() + 240
     while not ready(out):
         assert process.poll() is None, process.communicate()[1].decode()
@@ -58,7 +73,7 @@ def started(
     return process
 
 
-def stopped(process: subprocess.Popen[bytes], *signals: signal.Signals) -> str:
+def stopped(process: Forked, *signals: signal.Signals) -> str:
     for number in signals:
         process.send_signal(number)
     return process.communicate(timeout=240)[1].decode()
@@ -74,12 +89,16 @@ def stopped(process: subprocess.Popen[bytes], *signals: signal.Signals) -> str:
     ],
 )
 def test_a_signal_saves_the_step_and_says_how_to_go_on(
-    workshop: Workshop, commands: Any, tmp_path: Path, kind: str, number: signal.Signals, code: int
+    workshop: Workshop,
+    commands: Any,
+    uncut: Callable[[str], Path],
+    tmp_path: Path,
+    kind: str,
+    number: signal.Signals,
+    code: int,
 ) -> None:
     """Also before the first evaluation, which a pretraining has after its first thousand iterations."""
-    words, result = commands[kind]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    workshop.run(*words, "--out", whole)
+    (words, result), whole, cut = commands[kind], uncut(kind), tmp_path / "cut"
     process = started(workshop, words, cut, NEVER, lambda out: noted(out) >= 3)
     said = stopped(process, number)
     assert process.returncode == code, said
@@ -115,20 +134,23 @@ def test_a_second_signal_stops_at_once(workshop: Workshop, commands: Any, tmp_pa
 
 @pytest.mark.parametrize("kind", ["fit", "pretrain", "train"])
 def test_a_kill_between_two_states_of_the_clock_loses_nothing(
-    workshop: Workshop, commands: Any, tmp_path: Path, kind: str
+    workshop: Workshop,
+    commands: Any,
+    uncut: Callable[[str], Path],
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The state is one between evaluations, and nothing before it is computed again."""
-    words, result = commands[kind]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    workshop.run(*words, "--out", whole)
+    (words, result), whole, cut = commands[kind], uncut(kind), tmp_path / "cut"
     process = started(workshop, words, cut, 0.0, lambda out: noted(out) >= 4)
     process.kill()
     process.communicate(timeout=240)
     reached = torch.load(cut / "state.pt", weights_only=True)["iteration"]
     assert reached >= 3
     evaluated = [line["iteration"] for line in metrics(whole)]
-    process = started(workshop, [*words, "--resume"], cut, NEVER, lambda out: (out / result).exists())
-    process.communicate(timeout=240)
+    monkeypatch.setattr(loop, "NOTE_SECONDS", 0.0)
+    workshop.run(*words, "--out", cut, "--resume")
     steps = [json.loads(line)["iteration"] for line in (cut / "progress.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)), "a step was noted twice"
     assert set(steps) | {reached} | set(evaluated) >= set(range(1, evaluated[-1]))
@@ -146,8 +168,7 @@ def test_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_command_without_a_run_is_stopped_at_once(workshop: Workshop, tmp_path: Path) -> None:
-    process = workshop.popen(HELPERS / "stopped_commands.py", NEVER, "demo", "--out", tmp_path / "demo")
-    assert process.stderr is not None
+    process = workshop.fork(HELPERS / "stopped_commands.py", NEVER, "demo", "--out", tmp_path / "demo")
     assert b"fitting" in process.stderr.readline()
     assert any(b"held-out latents" in line for line in process.stderr)  # its fit has begun
     said = stopped(process, signal.SIGINT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,8 @@ def test_a_prior_costs_no_more_memory_than_its_file(
 ) -> None:
     """An 11 kB prior that says `hidden: 60000` took 3 GB."""
     path = rewritten(prior, tmp_path, "energy", hidden=hidden)
-    process = workshop.popen("-c", PEAK, path, stdout=subprocess.PIPE)
-    said = process.communicate()[0].decode().split()
+    with workshop.fork("-c", PEAK, path) as process:
+        said = process.communicate()[0].decode().split()
     assert ("refused" in said) == (hidden == 60_000)
     assert int(said[-1]) < 200  # MiB, of which torch's first use takes some
 

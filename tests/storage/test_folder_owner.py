@@ -6,14 +6,13 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 from run_folders import content
 from workshop import Workshop
 
@@ -30,10 +29,9 @@ HOLD = (
 )
 
 
-def holder(workshop: Workshop, folder: Path) -> subprocess.Popen[bytes]:
+def holder(workshop: Workshop, folder: Path) -> Forked:
     """Another process that owns the folder."""
-    process = workshop.popen("-c", HOLD, folder, stdout=subprocess.PIPE)
-    assert process.stdout is not None
+    process = workshop.fork("-c", HOLD, folder)
     assert process.stdout.readline() == b"held\n"
     return process
 
@@ -206,21 +204,20 @@ def test_of_many_at_once_one_wins(workshop: Workshop, tmp_path: Path) -> None:
     """Over the lock of a dead process, where a careless one would remove the lock of the first that came."""
     program = (
         "import sys; from pathlib import Path; from ebm_prior.storage.lock import Hold\n"
-        "from ebm_prior.errors import OutputError\nsys.stdin.readline()\n"
-        "try: hold = Hold(Path(sys.argv[1])); print('won', flush=True)\n"
-        "except OutputError: print('lost', flush=True)\nsys.stdin.readline()"
+        "from ebm_prior.errors import OutputError\nfolder, start, end = map(Path, sys.argv[1:])\n"
+        "while not start.exists(): pass\n"
+        "try: hold = Hold(folder); print('won', flush=True)\n"
+        "except OutputError: print('lost', flush=True)\n"
+        "while not end.exists(): pass"
     )
-    as_of(tmp_path, pid=2**22 - 1)
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[2])])
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    several = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **pipes) for _ in range(4)]
-    for each in several:
-        each.stdin.write(b"\n")
-        each.stdin.flush()
+    folder, start, end = (tmp_path / name for name in ("folder", "start", "end"))
+    as_of(folder, pid=2**22 - 1)
+    several = [workshop.fork("-c", program, folder, start, end) for _ in range(4)]
+    start.touch()
     said = [each.stdout.readline() for each in several]
+    end.touch()
     for each in several:
-        each.communicate(b"\n")
+        each.communicate()
     assert sorted(said) == [b"lost\n"] * 3 + [b"won\n"]
 
 
@@ -266,7 +263,9 @@ def test_a_kill_in_a_write_leaves_what_the_next_owner_removes(workshop: Workshop
         f"os.fsync = lambda _: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
         "write_atomically(Path(sys.argv[1]) / 'prior.safetensors', b'half')"
     )
-    assert workshop.popen("-c", program, tmp_path).wait() == -signal.SIGKILL
+    with workshop.fork("-c", program, tmp_path) as process:
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert [path.name.startswith(".prior.safetensors.") for path in tmp_path.iterdir()] == [True]
     with owned(tmp_path):
         pass

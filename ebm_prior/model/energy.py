@@ -16,9 +16,11 @@ layer (Perez et al. 2018), which tell the shared layers which group they see.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -26,12 +28,13 @@ from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Gaussian, LatentGroup
-from ebm_prior.model.layers import ACTIVATIONS, HiddenLayers, SharedBody, hidden_layers
+from ebm_prior.model.layers import HiddenLayers, SharedBody
 from ebm_prior.settings import require, require_counts, require_kinds, require_shares, setting
 
 WIDEST, DEEPEST = 2**20, 1_000  # largest width and number of layers; more is a mistake or a damaged file
 MOST_GROUPS = 10_000  # more in a file are a mistake or damage
 LARGEST_BOUND = 1e9  # in units of posterior standard deviations
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "leaky_relu": partial(nn.LeakyReLU, 0.2)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class EnergyConfig:
     )
     # No option: `--ratios groupwise` has it. `joint` is then the width of `Above`; 0: without.
     groupwise: bool = field(default=False, metadata={"later": True})
-    # No option either: new groupwise heads have it. See `ebm_prior.model.layers.hidden_layers`.
+    # No option either: new groupwise heads have it. See `hidden_layers`.
     local: bool = field(default=False, metadata={"later": True})
 
     def __post_init__(self) -> None:
@@ -123,6 +126,38 @@ class Head(Input):
         """f_i from the features that `features` returned, (B,)."""
         value: Tensor = self.last(features)
         return value.squeeze(1)
+
+
+def hidden_layers(shape: tuple[int, ...], config: EnergyConfig) -> HiddenLayers:
+    """The hidden layers of a head, (B, *shape) to (B, width).
+
+    Maps (C, H, W): N × [conv(4, stride 2, pad 1), activation] and N × [Linear, activation], N = log2(side/4), the
+    paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
+    convolution on maps smaller than 6. Vectors: `vector_layers` linear layers.
+
+    `local` heads of maps of sides from 3: [conv(3, pad 1), activation], the same N convolutions, one linear layer, and
+    the sums of `HiddenLayers`.
+    """
+    activation = ACTIVATIONS[config.activation]
+    layers: list[nn.Module] = []
+    local = False
+    if len(shape) == 3:
+        halvings = max(0, round(math.log2(min(shape[1:]) / 4)))
+        channels, height, width = shape
+        if local := config.local and min(height, width) >= 3:
+            layers += [nn.Conv2d(channels, config.channels, 3, padding=1), activation()]
+            channels = config.channels
+        for _ in range(halvings):
+            layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1), activation()]
+            channels, height, width = config.channels, height // 2, width // 2
+        features, depth = channels * height * width, 1 if local else max(1, halvings)
+    else:
+        features, depth = math.prod(shape), config.vector_layers
+    layers.append(nn.Flatten())
+    for _ in range(depth):
+        layers += [nn.Linear(features, config.hidden), activation()]
+        features = config.hidden
+    return HiddenLayers(layers, local)
 
 
 class Above(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.errors import ConfigurationError
-from ebm_prior.model.energy import EnergyConfig, Head
-from ebm_prior.model.layers import SharedBody, hidden_layers
+from ebm_prior.model.energy import EnergyConfig, Head, hidden_layers
+from ebm_prior.model.layers import SharedBody
 from ebm_prior.settings import of_plain, recorded
 from ebm_prior.training.objectives import nce_loss
 

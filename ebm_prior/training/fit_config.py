@@ -22,7 +22,7 @@ from ebm_prior.settings import (
 from ebm_prior.training.stages import StageConfig
 
 # Groups differ in their best step size by a factor of ten, so each chain finds that of its group.
-GROUPWISE_SAMPLER = SamplerConfig(by_group=True, proposals=8, steps=30, step_size=0.5, adapt_steps=15)
+GROUPWISE_SAMPLER = SamplerConfig(by_group=True, proposals=8, steps=60, step_size=0.5, adapt_steps=20)
 
 
 @dataclass(frozen=True)

@@ -255,11 +255,13 @@ class JointEnergy(nn.Module):
     @torch.no_grad()
     def correct(self, index: int, factor: float, nats: float) -> None:
         """Replace f_i of the group `index` by `factor` · f_i + `nats`."""
-        head = self.head(index)
-        for last in [head.last, *([] if self.above is None else [self.above.last[index]])]:
-            for parameter in last.parameters():
-                parameter.mul_(factor)
-        head.last.bias.add_(nats)
+        for parameter in (parameter for last in self._last(index) for parameter in last.parameters()):
+            parameter.mul_(factor)
+        self.head(index).last.bias.add_(nats)
+
+    def is_constant(self, index: int) -> bool:
+        """Whether f_i of the group `index` is the same everywhere, as before training and after a `correct` by 0."""
+        return not any(bool(last.weight.any()) for last in self._last(index))
 
     def terms(self, inputs: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
         """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1).
@@ -333,6 +335,11 @@ class JointEnergy(nn.Module):
         last += [] if self.above is None else self.above.last
         for parameter in (parameter for layer in last for parameter in layer.parameters()):
             parameter.mul_(factor)
+
+    def _last(self, index: int) -> list[nn.Linear]:
+        """The last layers of f_i, a sum over them, in which it is linear."""
+        above = [] if self.above is None else [cast(nn.Linear, self.above.last[index])]
+        return [self.head(index).last, *above]
 
     def _heads(self) -> list[Input]:
         return [head for head in self.heads.values() if isinstance(head, Input)]

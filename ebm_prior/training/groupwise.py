@@ -44,6 +44,7 @@ from ebm_prior.training.course import Best, Course, Finished, Pairs
 from ebm_prior.training.objectives import Gain, gain
 
 SCORE_STEP = 1e-3  # nats by which the held-out score must be better to count as better
+LEAST_GAIN = 0.01  # nats; a group with less keeps p_β(z_i | z_<i), so that drawing it costs nothing
 ANNEALED_IMAGES = 512  # held-out images at most whose z_<i log Z is measured with
 LARGEST_TAU, ANNEALING_STEPS = 2.0, 96  # end of the path from τ = 0, and the number of equal steps to it
 ANNEALING_STEP_SIZE, ANNEALING_ADAPTATION = 0.5, 0.3  # δ at first; change of log δ by a batch's mean acceptance
@@ -138,14 +139,16 @@ class Tempered(NamedTuple):
 def likeliest(f_q: float, log_weights: Tensor, ess_floor: float = 0.05) -> Tempered:
     """τf with the largest gain among the τ of the path whose ESS is above the floor; τ = 0 is the backbone's own prior.
 
+    A gain below `LEAST_GAIN` counts as none.
     f_q: mean of f at posterior latents.  log_weights: (N, `ANNEALING_STEPS`) of `annealed_weights`.
     """
-    n, found = len(log_weights), [Tempered(0.0, 0.0, 0.0, 0.0, 1.0)]
+    n, found = len(log_weights), list[Tempered]()
     shares = effective_sample_size(log_weights.T) / n
     for step, (log_sum, share) in enumerate(zip(log_weights.logsumexp(0).tolist(), shares.tolist(), strict=True), 1):
         tau, log_z = LARGEST_TAU * step / ANNEALING_STEPS, log_sum - math.log(n)
         found.append(Tempered(tau, tau * f_q - log_z, log_z, math.sqrt(max(0.0, 1 / share - 1) / n), share))
-    return max((each for each in found if each.ess_fraction >= ess_floor), key=lambda each: each.gain)
+    enough = [each for each in found if each.ess_fraction >= ess_floor and each.gain >= LEAST_GAIN]
+    return max(enough, key=lambda each: each.gain, default=Tempered(0.0, 0.0, 0.0, 0.0, 1.0))
 
 
 def annealed_weights(potential: Potential, like: Tensor, generator: Generator) -> Tensor:

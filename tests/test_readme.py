@@ -53,9 +53,7 @@ def test_the_five_commands_run_as_typed(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "before-after.png").is_file()
 
 
-def test_its_python_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (program,) = blocks("python", "## From Python")
     short = program.replace("iterations=800", "iterations=4, batch_size=16, held_out=20, evaluate_every=2")

@@ -6,13 +6,15 @@ Where f = Σ_i f_i and E[e^{f_i}] = 1 under p_β(z_i | z_<i) for every z_<i, as 
     p_α(z) = Π_i p_β(z_i | z_<i) e^{f_i},   f_i a function of z_i and of z_<i.
 
 So z_i can be drawn as soon as z_<i is: by resampling among draws of p_β(z_i | z_<i), then by steps of a Markov kernel
-in ε_i. The gradient of such a step passes through one head, and not through the network. For an f whose factors are not
+in ε_i. The gradient of such a step passes through one head, and not through the network. Where f_i is constant, a draw
+of p_β(z_i | z_<i) is all. For an f whose factors are not
 normalised the result is Π_i p_β(z_i | z_<i) e^{f_i} / Z_i(z_<i), which is another density than p_α.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +33,9 @@ class Walk(Protocol):
     def f(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> Tensor:
         """τ f_i in nats, (B,), from z_i and ε_i (B, *group.shape), and p_β(z_i | z_<i)."""
 
+    def is_constant(self, index: int) -> bool:
+        """Whether f_i is the same everywhere, so that p_β(z_i | z_<i) itself is drawn from."""
+
     def go_on(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> None:
         """Take z_i as drawn, and go on to the next group."""
 
@@ -48,6 +53,10 @@ class HeadsWalk:
         features = head.features(seen(self._energy.config, index, z, eps, prior))
         value = head.energy(features)
         return self._tau * (value if above is None else value + above.term(index, features, self._context))
+
+    def is_constant(self, index: int) -> bool:
+        """See `Walk`."""
+        return self._energy.is_constant(index)
 
     def go_on(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> None:
         """See `Walk`."""
@@ -71,6 +80,7 @@ def draw_by_group(
     those of the groups drawn: ε, acceptance and step size as means over them, the ESS as the smallest of theirs.
     """
     like, found = next(backbone.parameters()), list[Sampled]()
+    plain = replace(sampler, proposals=1, steps=0, adapt_steps=0, leapfrogs=1, temperature=1.0)
 
     def at(index: int, prior: Gaussian, context: Any) -> Tensor:
         if index < len(fixed):
@@ -81,7 +91,8 @@ def draw_by_group(
         def propose() -> list[Tensor]:
             return [standard_normal(shape, generator, dtype=like.dtype, device=like.device)]
 
-        found.append(draw(own_potential(walk, index, prior), propose, sampler, generator))
+        chosen = plain if walk.is_constant(index) else sampler
+        found.append(draw(own_potential(walk, index, prior), propose, chosen, generator))
         (eps,) = found[-1].eps
         z = torch.addcmul(prior.mean, prior.std, eps)
         walk.go_on(index, z, eps, prior)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Gaussian, LatentGroup
+from ebm_prior.model.layers import HiddenLayers, SharedBody
 from ebm_prior.settings import require, require_counts, require_kinds, require_shares, setting
 
 WIDEST, DEEPEST = 2**20, 1_000  # largest width and number of layers; more is a mistake or a damaged file
@@ -60,6 +61,8 @@ class EnergyConfig:
     )
     # No option: `--ratios groupwise` has it. `joint` is then the width of `Above`; 0: without.
     groupwise: bool = field(default=False, metadata={"later": True})
+    # No option either: new groupwise heads have it. See `hidden_layers`.
+    local: bool = field(default=False, metadata={"later": True})
 
     def __post_init__(self) -> None:
         require_kinds(self)
@@ -69,6 +72,7 @@ class EnergyConfig:
         require(self, "joint", 0 <= self.joint <= WIDEST, f"must be from 0 to {WIDEST:,}")
         require_shares(self, "dropout", open=True)
         require(self, "bound", 0 <= self.bound <= LARGEST_BOUND, f"must be from 0 (none) to {LARGEST_BOUND:g}")
+        require(self, "local", self.groupwise or not self.local, "must be off unless groupwise is on")
         if self.activation not in ACTIVATIONS:
             raise ConfigurationError(f"expected activation {' or '.join(ACTIVATIONS)}, found {self.activation!r}")
 
@@ -103,14 +107,14 @@ class Input(nn.Module):
 class Head(Input):
     """The head of one latent group, f_i: z_i (B, *shape) -> (B,). Its last hidden layer also feeds the joint head."""
 
-    def __init__(self, shape: tuple[int, ...], config: EnergyConfig, body: nn.Module | None = None) -> None:
-        """`body`: the hidden layers, (B, *shape) to (B, hidden). None: layers of its own."""
+    def __init__(self, shape: tuple[int, ...], config: EnergyConfig, body: SharedBody | None = None) -> None:
+        """`body`: the hidden layers. None: layers of its own."""
         super().__init__(shape, config)
         self.body = hidden_layers(shape, config) if body is None else body
-        self.last = zero_linear(config.hidden)
+        self.last = zero_linear(self.body.width)
 
     def features(self, z: Tensor) -> Tensor:
-        """The last hidden layer, (B, hidden)."""
+        """The last hidden layer, (B, hidden); in local heads sums over places follow."""
         hidden: Tensor = self.body(self.standardized(z))
         return hidden
 
@@ -124,64 +128,48 @@ class Head(Input):
         return value.squeeze(1)
 
 
-def hidden_layers(shape: tuple[int, ...], config: EnergyConfig) -> nn.Sequential:
-    """The hidden layers of a head, (B, *shape) to (B, hidden).
+def hidden_layers(shape: tuple[int, ...], config: EnergyConfig) -> HiddenLayers:
+    """The hidden layers of a head, (B, *shape) to (B, width).
 
     Maps (C, H, W): N × [conv(4, stride 2, pad 1), activation] and N × [Linear, activation], N = log2(side/4), the
     paper's rule for sides 8 to 128 (Table 12), rounded for any other side; at least one linear layer, and no
     convolution on maps smaller than 6. Vectors: `vector_layers` linear layers.
+
+    `local` heads of maps of sides from 3: [conv(3, pad 1), activation], the same N convolutions, one linear layer, and
+    the sums of `HiddenLayers`.
     """
     activation = ACTIVATIONS[config.activation]
     layers: list[nn.Module] = []
+    local = False
     if len(shape) == 3:
         halvings = max(0, round(math.log2(min(shape[1:]) / 4)))
         channels, height, width = shape
+        if local := config.local and min(height, width) >= 3:
+            layers += [nn.Conv2d(channels, config.channels, 3, padding=1), activation()]
+            channels = config.channels
         for _ in range(halvings):
             layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1), activation()]
             channels, height, width = config.channels, height // 2, width // 2
-        features, depth = channels * height * width, max(1, halvings)
+        features, depth = channels * height * width, 1 if local else max(1, halvings)
     else:
         features, depth = math.prod(shape), config.vector_layers
     layers.append(nn.Flatten())
     for _ in range(depth):
         layers += [nn.Linear(features, config.hidden), activation()]
         features = config.hidden
-    return nn.Sequential(*layers)
-
-
-class SharedBody(nn.Module):
-    """Hidden layers that several groups share, as one of the groups sees them: (B, *shape) to (B, hidden).
-
-    The units h of the first hidden layer become (1 + gain) h + offset before their activation; both start at 0.
-    """
-
-    def __init__(self, layers: nn.Sequential) -> None:
-        super().__init__()
-        self.layers = (layers,)  # in a tuple, since their weights belong to the JointEnergy
-        self.first = int(isinstance(layers[0], nn.Flatten))
-        units, *_ = cast(Tensor, layers[self.first].weight).shape
-        each = (units, 1, 1) if isinstance(layers[self.first], nn.Conv2d) else (units,)
-        self.gain, self.offset = nn.Parameter(torch.zeros(each)), nn.Parameter(torch.zeros(each))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The last hidden layer, (B, hidden)."""
-        (layers,) = self.layers
-        for index, layer in enumerate(layers):
-            x = layer(x)
-            if index == self.first:
-                x = torch.addcmul(x + self.offset, x, self.gain)
-        return x
+    return HiddenLayers(layers, local)
 
 
 class Above(nn.Module):
-    """Terms of f that see a group together with the groups above it, through the features of their heads.
+    """Terms of f that see a group together with the groups above it, through the last hidden layers of their heads.
 
-    Group i hears the sum of what the groups above it tell, each by a linear map of its features, over √i. Groups that
+    Group i hears the sum of what the groups above it tell, each by a linear map of its layer, over √i. Groups that
     share a head share these maps. Since f_i sees no group below i, it stays a log density ratio given z_<i.
     """
 
     def __init__(self, parts: Sequence[Sequence[int]], config: EnergyConfig) -> None:
         super().__init__()
+        self.hidden = config.hidden
         self.part = {index: number for number, part in enumerate(parts) for index in part}
         bottom = len(self.part) - 1
         self.seen = nn.ModuleList(nn.Linear(config.hidden, config.joint) for _ in parts)
@@ -193,12 +181,12 @@ class Above(nn.Module):
         """What the groups down to `index` tell, (B, width), from its `features` and the `context` of those above it."""
         if index == len(self.last) - 1:  # there is none below it
             return context
-        told: Tensor = self.told[self.part[index]](features)
+        told: Tensor = self.told[self.part[index]](features[:, : self.hidden])
         return told if context is None else context + told
 
     def term(self, index: int, features: Tensor, context: Tensor | None) -> Tensor:
         """The term of the group `index`, (B,), from its `features` and what those above it tell."""
-        hidden: Tensor = self.seen[self.part[index]](features)
+        hidden: Tensor = self.seen[self.part[index]](features[:, : self.hidden])
         if context is not None:
             hidden = hidden + context * index**-0.5
         value: Tensor = self.last[index](self.activation(hidden))
@@ -228,7 +216,7 @@ class JointEnergy(nn.Module):
         self.heads = nn.ModuleDict()
         parts: dict[object, list[int]] = {}
         for index, (name, shape) in enumerate(zip(self.names, shapes, strict=True)):
-            layers = cast(nn.Sequential, self.shared[_named(shape)]) if shape in shared else None
+            layers = cast(HiddenLayers, self.shared[_named(shape)]) if shape in shared else None
             self.heads[name] = Head(shape, config, None if layers is None else SharedBody(layers))
             parts.setdefault(shape if shape in shared else index, []).append(index)
         self.parts = list(parts.values())  # the groups that have one head, and so one place in the joint head
@@ -267,11 +255,13 @@ class JointEnergy(nn.Module):
     @torch.no_grad()
     def correct(self, index: int, factor: float, nats: float) -> None:
         """Replace f_i of the group `index` by `factor` · f_i + `nats`."""
-        head = self.head(index)
-        for last in [head.last, *([] if self.above is None else [self.above.last[index]])]:
-            for parameter in last.parameters():
-                parameter.mul_(factor)
-        head.last.bias.add_(nats)
+        for parameter in (parameter for last in self._last(index) for parameter in last.parameters()):
+            parameter.mul_(factor)
+        self.head(index).last.bias.add_(nats)
+
+    def is_constant(self, index: int) -> bool:
+        """Whether f_i of the group `index` is the same everywhere, as before training and after a `correct` by 0."""
+        return not any(bool(last.weight.any()) for last in self._last(index))
 
     def terms(self, inputs: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
         """The summands of f in nats, (B, L) or, with a joint head as last column, (B, L + 1).
@@ -345,6 +335,11 @@ class JointEnergy(nn.Module):
         last += [] if self.above is None else self.above.last
         for parameter in (parameter for layer in last for parameter in layer.parameters()):
             parameter.mul_(factor)
+
+    def _last(self, index: int) -> list[nn.Linear]:
+        """The last layers of f_i, a sum over them, in which it is linear."""
+        above = [] if self.above is None else [cast(nn.Linear, self.above.last[index])]
+        return [self.head(index).last, *above]
 
     def _heads(self) -> list[Input]:
         return [head for head in self.heads.values() if isinstance(head, Input)]

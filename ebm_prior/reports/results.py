@@ -24,7 +24,7 @@ COUNT = whole(0, 10**15)
 SEED = whole(0, 10**300)
 SAMPLER = fields(
     {"proposals": COUNT, "steps": COUNT, "kernel": text(), "step_size": measured, "temperature": measured},
-    {"leapfrogs": COUNT, "norm_limit": measured, "by_group": flag},
+    {"leapfrogs": COUNT, "adapt_steps": COUNT, "norm_limit": measured, "by_group": flag},
 )
 _DISTANCES = fields({"fid": measured, "kid": measured}, {"inception_score": measured, "inception_score_sd": measured})
 CARD = fields(

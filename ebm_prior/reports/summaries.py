@@ -69,11 +69,11 @@ def _ratios(record: Mapping[str, Any]) -> str:
     """Which density ratios the heads were trained on, and the reason for it."""
     stages, saturated = record["stages"], record["saturated"]
     if groups := record.get("groups"):
-        furthest = max(groups, key=lambda group: abs(group["log_z"]))
+        furthest, taus = max(groups, key=lambda group: abs(group["log_z"])), [group["tau"] for group in groups]
         return (
             f"{len(groups)} groupwise density ratios, as asked: their gains add up, and their least ESS, of annealed "
-            f"weights, is the one above; log Z before it was set to 0, at most {furthest['log_z']:+.3f} ± "
-            f"{furthest['log_z_error']:.3f} ({furthest['name']})"
+            f"weights, is the one above; τ of each from {min(taus):.2f} to {max(taus):.2f}, log Z before it was set to "
+            f"0 at most {furthest['log_z']:+.3f} ± {furthest['log_z_error']:.3f} ({furthest['name']})"
         )
     if stages is None:
         return "maximum likelihood by chains, as asked"
@@ -293,8 +293,9 @@ def sampler_text(sampler: Mapping[str, Any]) -> str:
         each = f" of {leapfrogs} leapfrogs" if leapfrogs > 1 else ""
         limit = sampler.get("norm_limit", 0.0)
         again = f", anew where ‖ε‖/√D ends above {limit:.3f}" if limit else ""
-        parts.append(
-            f"{sampler['steps']} steps{each} of {sampler['kernel']} at step size {sampler['step_size']:g}{again}"
-        )
+        adapting = sampler.get("adapt_steps", 0)  # results need not say
+        adapted = f", adapted in the first {adapting}" if adapting else ""
+        size = f"{sampler['step_size']:g}{adapted}"
+        parts.append(f"{sampler['steps']} steps{each} of {sampler['kernel']} at step size {size}{again}")
     by_group = "group by group: " if sampler.get("by_group") and parts else ""  # older priors do not know this
     return by_group + ", then ".join(parts) or "ancestral draws"

@@ -22,6 +22,9 @@ from ebm_prior.settings import (
 )
 from ebm_prior.training.stages import StageConfig
 
+# Groups differ in their best step size by a factor of ten, so each chain finds that of its group.
+GROUPWISE_SAMPLER = SamplerConfig(by_group=True, proposals=8, steps=60, step_size=0.5, adapt_steps=20)
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -143,7 +146,8 @@ class FitConfig:
     @property
     def heads(self) -> EnergyConfig:
         """The settings of the heads that are fitted: `energy`, with what groupwise ratios require."""
-        return replace(self.energy, groupwise=self.ratios == "groupwise")
+        groupwise = self.ratios == "groupwise"
+        return replace(self.energy, groupwise=groupwise, local=groupwise)
 
     @property
     def may_stage(self) -> bool:
@@ -167,7 +171,7 @@ class FitConfig:
         For a calibrated prior it starts from the exact default, with groupwise ratios group by group; for a refiner, as
         published, from the training chain with twice its steps.
         """
-        start = SamplerConfig(by_group=True, steps=20) if self.ratios == "groupwise" else SamplerConfig()
+        start = GROUPWISE_SAMPLER if self.ratios == "groupwise" else SamplerConfig()
         if self.regime != "calibrated":
             start = replace(self.chain, steps=min(MOST_STEPS, 2 * self.chain.steps))
         with within("sampler"):

@@ -7,12 +7,14 @@ Then E[e^{f_i}] = 1 under p_β(z_i | z_<i) for every z_<i. So log Z of f = Σ_i 
 KL(q ‖ p_β), and samples can be drawn group by group (`ebm_prior.model.by_group`). All of this holds group by group,
 however deep the hierarchy is.
 
-In the end each f_i is corrected on held-out latents. First it is tempered, by the factor that minimises its logistic
-loss. Then log Z_i = log E[e^{f_i}], with z_<i from the posterior, is measured and subtracted. Where a group's prior is
-some nats away from the posterior, hardly any draw of it has weight, and log Z_i is therefore measured by annealed
-importance sampling (Neal 2001) from p_β(z_i | z_<i) to e^{f_i} p_β(z_i | z_<i), whose steps need one head and no pass
-through the network. As log E[Z_i] ≥ E[log Z_i], the gain E_q[f_i] − log Z_i is not flattered by a Z_i that varies with
-z_<i.
+In the end each f_i is corrected on held-out latents, by likelihood. Annealed importance sampling (Neal 2001) from
+p_β(z_i | z_<i) to e^{τ f_i} p_β(z_i | z_<i), with z_<i from the posterior, gives log Z_i(τ) = log E[e^{τ f_i}] along a
+path of τ; its steps need one head and no pass through the network. f_i becomes τ f_i − log Z_i(τ) at the τ with the
+largest gain τ E_q[f_i] − log Z_i(τ). There the slope E_q[f_i] − E_τ[f_i] is 0, so that f has the same mean over draws
+as over posterior latents. The logistic loss would choose another τ: it is decided where posterior and prior overlap,
+and a group with a gain of 10 nats has hardly any prior draw (one of e^10) where f says that most posterior latents are.
+For the same reason log Z_i before its correction is some tenths of a nat to some nats from 0 in such groups. As
+log E[Z_i] ≥ E[log Z_i], the gain is not flattered by a Z_i that varies with z_<i.
 """
 
 from __future__ import annotations
@@ -31,15 +33,16 @@ from ebm_prior.errors import DivergenceError
 from ebm_prior.model.annealing import tempered_step
 from ebm_prior.model.by_group import HeadsWalk, own_potential
 from ebm_prior.model.energy import JointEnergy, values
-from ebm_prior.model.samplers import Potential, effective_sample_size, start
+from ebm_prior.model.samplers import TARGET_ACCEPTANCE, Potential, effective_sample_size, start
 from ebm_prior.training.course import Best, Course, Finished, Pairs
 from ebm_prior.training.latents import split
 from ebm_prior.training.objectives import Gain, gain
 
 SCORE_STEP = 1e-3  # nats by which the held-out score must be better to count as better
-LARGEST_TAU = 2.0
+LEAST_GAIN = 0.01  # nats; a group with less keeps p_β(z_i | z_<i), so that drawing it costs nothing
 ANNEALED_IMAGES = 512  # held-out images at most whose z_<i log Z is measured with
-ANNEALING_STEPS, ANNEALING_STEP_SIZE = 64, 0.3
+LARGEST_TAU, ANNEALING_STEPS = 2.0, 96  # end of the path from τ = 0, and the number of equal steps to it
+ANNEALING_STEP_SIZE, ANNEALING_ADAPTATION = 0.5, 0.3  # δ at first; change of log δ by a batch's mean acceptance
 
 
 class GroupwiseRatios(Course):
@@ -70,17 +73,13 @@ class GroupwiseRatios(Course):
 
     def finish(self) -> Finished:
         """Temper each group, set its log Z to 0, and record what was found of it."""
-        average, names = self.bench.average, self.bench.average.names
+        average = self.bench.average
         average.load_state_dict(self.best.energy)
-        f_q, f_p = self._held_out()
-        taus = [calibration(*pair) for pair in zip(f_q.T, f_p.T, strict=True)]
-        for index, tau in enumerate(taus):
-            average.correct(index, tau, 0.0)
-        groups = []
-        for index, (tau, found) in enumerate(zip(taus, self._normalisers(), strict=True)):
-            average.correct(index, 1.0, -found.log_z)
-            nats = tau * float(f_q[:, index].mean()) - found.log_z
-            groups.append({"name": names[index], "tau": tau, "gain": nats, **found._asdict()})
+        f_q, groups = self._held_out()[0].mean(0).tolist(), []
+        for index, (name, mean, weights) in enumerate(zip(average.names, f_q, self._annealed(), strict=True)):
+            found = likeliest(mean, weights, self.config.ess_floor)
+            average.correct(index, found.tau, -found.log_z)
+            groups.append({"name": name, **found._asdict()})
         total = Gain(math.fsum(each["gain"] for each in groups), min(each["ess_fraction"] for each in groups), 1.0)
         return Finished(total, total, groups=groups)
 
@@ -96,8 +95,8 @@ class GroupwiseRatios(Course):
         return found[:, :count], found[:, count:]
 
     @torch.no_grad()
-    def _normalisers(self) -> list[Normaliser]:
-        """log Z_i of each group of the average, over the z_<i of held-out posterior latents."""
+    def _annealed(self) -> list[Tensor]:
+        """`annealed_weights` of each group of the average, over the z_<i of held-out posterior latents."""
         draws, average = self.bench.draws, self.bench.average
         _, held_out = split(draws.backbone, draws.images, self.config)
 
@@ -110,10 +109,10 @@ class GroupwiseRatios(Course):
             for index, (z, eps, prior) in enumerate(zip(trace.z, trace.eps, trace.priors, strict=True)):
                 columns.append(annealed_weights(own_potential(walk, index, prior), z, generator))
                 walk.go_on(index, z, eps, prior)
-            return torch.stack(columns, dim=1).double().cpu()
+            return torch.stack(columns, dim=2).double().cpu()
 
         batches = enumerate(torch.split(held_out[:ANNEALED_IMAGES], self.config.batch_size // self.config.parts))
-        return [Normaliser.of(column) for column in torch.cat(draws.processes.map(weights, list(batches))).T]
+        return list(torch.cat(draws.processes.map(weights, list(batches))).unbind(2))
 
 
 def _terms(energy: JointEnergy, inputs: Sequence[Tensor]) -> Tensor:
@@ -122,48 +121,46 @@ def _terms(energy: JointEnergy, inputs: Sequence[Tensor]) -> Tensor:
     return energy.terms(inputs, rows)
 
 
-class Normaliser(NamedTuple):
-    """log Z of one group, as annealed importance sampling found it before it was set to 0."""
+class Tempered(NamedTuple):
+    """The factor τ of one group's f, and what is known of τf before log Z is subtracted from it."""
 
-    log_z: float  # nats
+    tau: float
+    gain: float  # nats: τ E_q[f] − log Z
+    log_z: float  # nats: log E[e^{τf}] under p_β(z_i | z_<i)
     log_z_error: float  # its standard error
-    ess_fraction: float  # of the annealed weights
+    ess_fraction: float  # effective sample size of the annealed weights / their number
 
-    @classmethod
-    def of(cls, log_weights: Tensor) -> Normaliser:
-        """From log weights (N,)."""
-        n, share = len(log_weights), float(effective_sample_size(log_weights)) / len(log_weights)
-        error = math.sqrt(max(0.0, 1 / share - 1) / n)
-        return cls(float(log_weights.logsumexp(0)) - math.log(n), error, share)
+
+def likeliest(f_q: float, log_weights: Tensor, ess_floor: float = 0.05) -> Tempered:
+    """τf with the largest gain among the τ of the path whose ESS is above the floor; τ = 0 is the backbone's own prior.
+
+    A gain below `LEAST_GAIN` counts as none.
+    f_q: mean of f at posterior latents.  log_weights: (N, `ANNEALING_STEPS`) of `annealed_weights`.
+    """
+    n, found = len(log_weights), list[Tempered]()
+    shares = effective_sample_size(log_weights.T) / n
+    for step, (log_sum, share) in enumerate(zip(log_weights.logsumexp(0).tolist(), shares.tolist(), strict=True), 1):
+        tau, log_z = LARGEST_TAU * step / ANNEALING_STEPS, log_sum - math.log(n)
+        found.append(Tempered(tau, tau * f_q - log_z, log_z, math.sqrt(max(0.0, 1 / share - 1) / n), share))
+    enough = [each for each in found if each.ess_fraction >= ess_floor and each.gain >= LEAST_GAIN]
+    return max(enough, key=lambda each: each.gain, default=Tempered(0.0, 0.0, 0.0, 0.0, 1.0))
 
 
 def annealed_weights(potential: Potential, like: Tensor, generator: Generator) -> Tensor:
-    """Log weights (B,) of annealed importance sampling: the mean of their exponentials estimates E[e^{g(ε)}].
+    """Log weights (B, `ANNEALING_STEPS`) of annealed importance sampling along τ from 0 to `LARGEST_TAU`.
 
-    ε ~ N(0, I) is of the shape and type of `like`, (B, *shape). Between the densities e^{τg} N(ε; 0, I), with τ in
-    equal steps, it moves by a step of pCN-Langevin.
+    The mean of the exponentials of a column estimates E[e^{τ g(ε)}], with ε ~ N(0, I) of the shape and type of `like`,
+    (B, *shape). Between the densities e^{τ g} N(ε; 0, I) it moves by a step of pCN-Langevin, whose size follows the
+    acceptance.
     """
     eps = standard_normal(like.shape, generator, dtype=like.dtype, device=like.device)
-    state = start(potential, [eps])
+    state, columns = start(potential, [eps]), []
     weights, step_size = torch.zeros_like(state.value), torch.full_like(state.value, ANNEALING_STEP_SIZE)
     for step in range(1, ANNEALING_STEPS + 1):
-        weights += state.value / ANNEALING_STEPS
-        if step < ANNEALING_STEPS:
-            state, _ = tempered_step(state, potential, step / ANNEALING_STEPS, step_size, generator)
-    return weights
-
-
-def calibration(f_q: Tensor, f_p: Tensor) -> float:
-    """The τ in [0, `LARGEST_TAU`] with the least logistic loss of τf, from f at positives (N,) and negatives (M,).
-
-    The loss is convex in τ; τ is found by bisection on its slope. τ = 0 leaves the backbone's own prior.
-    """
-
-    def slope(tau: float) -> float:
-        return float((f_p * (tau * f_p).sigmoid()).mean() - (f_q * (-tau * f_q).sigmoid()).mean())
-
-    low, high = 0.0, LARGEST_TAU
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return low
+        weights = weights + state.value * (LARGEST_TAU / ANNEALING_STEPS)
+        columns.append(weights)
+        tau = LARGEST_TAU * step / ANNEALING_STEPS
+        state, info = tempered_step(state, potential, tau, step_size, generator)
+        move = ANNEALING_ADAPTATION * (info.acceptance.mean() - TARGET_ACCEPTANCE)
+        step_size = (step_size * move.exp()).clamp(max=2.0)
+    return torch.stack(columns, dim=1)

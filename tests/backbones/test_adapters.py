@@ -329,7 +329,8 @@ def test_official_files_convert_fit_and_sample(
     assert fingerprint(load_backbone(None, own)) == fingerprint(loaded)
     channels, side, _ = loaded.image_shape
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (40, side, side, channels), np.uint8))
-    words = ["--data", tmp_path / "images.npy", *small_options, "--iterations", 2, "--max-steps", 2, "--sampler-steps", 1]
+    words = ["--data", tmp_path / "images.npy", *small_options]
+    words += ["--iterations", 2, "--max-steps", 2, "--sampler-steps", 1]
     workshop.run("fit", "--backbone", adapter, "--ckpt", checkpoint, *words, "--out", run)
     for more in ((), ("--ckpt", own)):
         workshop.run("sample", run / "prior.safetensors", *more, "-n", 2, "--out", run / f"drawn{len(more)}.npz")

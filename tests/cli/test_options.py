@@ -160,7 +160,7 @@ def settings(kind: type[Any], prefix: str = "") -> list[str]:
         )
         if nested is not None:
             found += settings(nested, f"{prefix}{entry.name}-")
-        elif entry.name not in ("seed", "groupwise") and not (prefix and entry.name == "by_group"):
+        elif entry.name not in ("seed", "groupwise", "local") and not (prefix and entry.name == "by_group"):
             # Of a fit's heads and sampler --ratios groupwise decides these two.
             assert entry.metadata.get("help"), f"{kind.__name__}.{entry.name} has no help"
             found.append(f"--{prefix}{entry.name}".replace("_", "-"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +36,9 @@ class Ratio:
     def f(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> Tensor:
         q = Gaussian(SHIFT[index], torch.full_like(SHIFT[index], FACTOR))
         return q.log_prob(eps) - Gaussian(torch.zeros_like(eps), torch.ones_like(eps)).log_prob(eps)
+
+    def is_constant(self, index: int) -> bool:
+        return False
 
     def go_on(self, index: int, z: Tensor, eps: Tensor, prior: Gaussian) -> None:
         torch.testing.assert_close(prior.standardize(z), eps)
@@ -174,6 +179,21 @@ def test_a_sample_takes_one_pass(prior: EBMPrior, monkeypatch: pytest.MonkeyPatc
     again = prior.backbone.transform(drawn.eps)
     torch.testing.assert_close(flat(again.z), flat(drawn.z))
     torch.testing.assert_close(prior.backbone.likelihood(again.features).mean, drawn.images)
+
+
+def test_a_group_whose_f_is_constant_is_drawn_from_the_backbones_prior(prior: EBMPrior) -> None:
+    energy = copy.deepcopy(prior.energy)
+    for index in range(3):
+        assert not energy.is_constant(index)
+        energy.correct(index, 0.0, 0.7)
+        assert energy.is_constant(index)
+    flat_prior = EBMPrior(prior.backbone, energy, sampler=prior.sampler)
+    drawn = flat_prior.sample(5, seed=2)
+    torch.testing.assert_close(flat_prior.f(drawn.z), torch.full((5,), 2.1))
+    assert (drawn.acceptance == 1).all()
+    assert (drawn.ess_fraction == 1).all()
+    plain = flat_prior.sample(5, seed=2, sampler=replace(prior.sampler, proposals=1, steps=0))
+    assert torch.equal(drawn.images, plain.images)
 
 
 def test_a_draw_depends_on_its_number_alone(prior: EBMPrior) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from closed_form import SIZES, Z_LIMIT, ArrayImages, Problem, flat, images_of, posterior_draws
+from closed_form import SIZES, ArrayImages, Problem, flat, images_of, posterior_draws
 from small_fits import OBJECTIVES, small
 from torch import Tensor
 from toys import LinearGaussian
@@ -18,12 +19,12 @@ from ebm_prior.errors import ConfigurationError
 from ebm_prior.model.backbone import Backbone
 from ebm_prior.model.energy import EnergyConfig
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.model.samplers import Potential, SamplerConfig, effective_sample_size
 from ebm_prior.storage.checkpoint import load_prior
 from ebm_prior.storage.records import FIT_RECORD, keeps_to
 from ebm_prior.training.fit import fit
-from ebm_prior.training.fit_config import FitConfig
-from ebm_prior.training.groupwise import Normaliser, annealed_weights, calibration
+from ebm_prior.training.fit_config import GROUPWISE_SAMPLER, FitConfig
+from ebm_prior.training.groupwise import ANNEALING_STEPS, LARGEST_TAU, annealed_weights, likeliest
 
 FIT = FitConfig(
     ratios="groupwise",
@@ -59,13 +60,23 @@ def test_the_gains_of_the_groups_add_up_to_the_divergence(problem: Problem, fitt
 
 
 def test_log_z_of_each_group_is_0(fitted: EBMPrior) -> None:
-    """Before the correction, within its standard error; and after it, of all groups together under p_β."""
+    """Before the correction it is near 0, since f is near the ratio; after it, of all groups together under p_β."""
     for group in fitted.record["groups"]:
-        assert abs(group["log_z"]) < Z_LIMIT * group["log_z_error"] < 0.2
+        assert abs(group["log_z"]) < 0.3
+        assert group["log_z_error"] < 0.1
         assert 0.8 < group["tau"] < 1.2
     log_z, ess = fitted.log_normalizer(n=20_000)
     assert abs(log_z) < 0.1
     assert ess > 0.1
+
+
+def test_f_has_the_same_mean_over_draws_as_over_posterior_latents(problem: Problem, fitted: EBMPrior) -> None:
+    """The condition of the largest likelihood, which the default sampler's draws must be long enough to show."""
+    z = posterior_draws(LinearGaussian(*SIZES).double(), problem, 20_000, 6)
+    posterior, drawn = (
+        fitted.f(found).detach() for found in ([group.float() for group in z], fitted.sample(4_000, seed=2).z)
+    )
+    assert float(drawn.mean() - posterior.mean()) == pytest.approx(0, abs=0.1 * float(posterior.mean()))
 
 
 def test_draws_by_group_have_the_posteriors_moments(problem: Problem, fitted: EBMPrior) -> None:
@@ -78,29 +89,40 @@ def test_draws_by_group_have_the_posteriors_moments(problem: Problem, fitted: EB
     assert (z.T.cov() - covariance).abs().max() < 0.12
 
 
-def test_annealed_weights_estimate_a_normaliser_that_plain_ones_miss() -> None:
-    """g = ⟨a, ε⟩ − ½⟨a, a⟩ has E[e^g] = 1; here the divergence of the tilted density from N(0, I) is 8 nats."""
+def tilt(size: float) -> Potential:
+    """g = size · ⟨a, ε⟩ − ½⟨a, a⟩ with a = (2, 2, 2, 2); at size 1 the tilted density is 8 nats from N(0, I)."""
     a = torch.full((4,), 2.0).double()
-
-    def g(eps: list[Tensor]) -> Tensor:
-        return eps[0] @ a - 0.5 * a @ a
-
-    like = torch.zeros(1_000, 4).double()
-    annealed = Normaliser.of(annealed_weights(g, like, derived_generator(7)))  # type: ignore[arg-type]
-    plain = Normaliser.of(g([torch.randn(1_000, 4, generator=derived_generator(8)).double()]))
-    assert abs(annealed.log_z) < Z_LIMIT * annealed.log_z_error < 1
-    assert annealed.ess_fraction > 20 * plain.ess_fraction
+    return lambda eps: size * eps[0] @ a - 0.5 * a @ a
 
 
-def test_tempering_finds_the_factor_that_was_lost() -> None:
-    generator = derived_generator(9)
-    shift = 1.5
-    f_q, f_p = (
-        shift * (torch.randn(50_000, generator=generator).double() + move) - 0.5 * shift**2 for move in (shift, 0.0)
-    )
-    assert calibration(f_q, f_p) == pytest.approx(1, abs=0.05)
-    assert calibration(2 * f_q, 2 * f_p) == pytest.approx(0.5, abs=0.03)
-    assert calibration(-f_q, -f_p) == 0
+def test_annealed_weights_estimate_a_normaliser_that_plain_ones_miss() -> None:
+    """log E[e^{τg}] = 8 (τ² − τ)."""
+    weights = annealed_weights(tilt(1.0), torch.zeros(1_000, 4).double(), derived_generator(7))
+    for step in (ANNEALING_STEPS // 4, ANNEALING_STEPS // 2):
+        tau, column = LARGEST_TAU * step / ANNEALING_STEPS, weights[:, step - 1]
+        log_z = float(column.logsumexp(0)) - math.log(len(column))
+        assert log_z == pytest.approx(8 * (tau**2 - tau), abs=0.25)
+    plain = tilt(1.0)([torch.randn(1_000, 4, generator=derived_generator(8)).double()])
+    assert effective_sample_size(column) > 20 * effective_sample_size(plain)
+
+
+@pytest.mark.parametrize("lost", [0.7, 1.0, 1.6])
+def test_tempering_finds_the_factor_that_was_lost(lost: float) -> None:
+    """Of a g with a factor too much or too little: posterior draws are at mean a, where E[⟨a, ε⟩] = 16."""
+    weights = annealed_weights(tilt(lost), torch.zeros(1_000, 4).double(), derived_generator(9))
+    found = likeliest(lost * 16 - 8, weights)
+    assert found.tau == pytest.approx(1 / lost, abs=0.1)
+    assert found.gain == pytest.approx(8, abs=0.3)
+    assert found.log_z == pytest.approx(8 * (1 - found.tau), abs=0.5)
+    assert 0 < found.log_z_error < 0.2
+
+
+def test_tempering_leaves_a_useless_f_out_and_keeps_to_the_floor_of_the_ess() -> None:
+    weights = annealed_weights(tilt(1.0), torch.zeros(200, 4).double(), derived_generator(10))
+    assert likeliest(-8.0, weights) == (0, 0, 0, 0, 1)
+    bold = likeliest(40.0, weights, 0.8)
+    assert bold.ess_fraction >= 0.8
+    assert 0 < bold.tau < likeliest(40.0, weights).tau
 
 
 def test_a_prior_of_groupwise_ratios_is_saved_and_read(backbone: Backbone, images: ImageSource, tmp_path: Path) -> None:
@@ -110,7 +132,8 @@ def test_a_prior_of_groupwise_ratios_is_saved_and_read(backbone: Backbone, image
     prior.save(tmp_path / "prior.safetensors")
     again = load_prior(tmp_path / "prior.safetensors", backbone)
     assert again.energy.config == prior.energy.config
-    assert (again.energy.config.groupwise, again.energy.joint, again.sampler.by_group) == (True, None, True)
+    assert (again.energy.config.groupwise, again.energy.config.local, again.energy.joint) == (True, True, None)
+    assert again.sampler == prior.sampler == replace(GROUPWISE_SAMPLER, proposals=prior.sampler.proposals)
     assert torch.equal(again.sample(3).images, prior.sample(3).images)
     chains = SamplerConfig(proposals=2, steps=2)
     assert torch.equal(again.sample(3, sampler=chains).images, prior.sample(3, sampler=chains).images)

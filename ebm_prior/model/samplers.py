@@ -72,7 +72,7 @@ class SamplerConfig:
     )
     steps: int = setting(40, "Steps of the Markov kernel after the choice among the proposals")
     step_size: float = setting(0.15, "Step size of the Markov kernel: s of Eq. 12 for langevin, δ for pcn-langevin")
-    adapt_steps: int = setting(0, "Number of first steps in which pcn-langevin adapts its step size")
+    adapt_steps: int = setting(0, "Number of first steps in which pcn-langevin adapts its step size, at most all")
     leapfrogs: int = setting(
         1, "Leapfrog steps in each step of pcn-langevin; more than 1 make it Hamiltonian Monte Carlo"
     )
@@ -88,7 +88,7 @@ class SamplerConfig:
         require_kinds(self)
         require_counts(self, "proposals", most=MOST_PROPOSALS)
         require(self, "steps", 0 <= self.steps <= MOST_STEPS, f"must be from 0 to {MOST_STEPS:,}")
-        require(self, "adapt_steps", 0 <= self.adapt_steps <= self.steps, f"must be from 0 to the {self.steps} steps")
+        require(self, "adapt_steps", 0 <= self.adapt_steps <= MOST_STEPS, f"must be from 0 to {MOST_STEPS:,}")
         require_counts(self, "leapfrogs", most=MOST_LEAPFROGS)
         require(self, "step_size", 0 < self.step_size <= 2, "must be in (0, 2]")
         require_not_negative(self, "temperature", "norm_limit")

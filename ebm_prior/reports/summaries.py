@@ -293,7 +293,7 @@ def sampler_text(sampler: Mapping[str, Any]) -> str:
         each = f" of {leapfrogs} leapfrogs" if leapfrogs > 1 else ""
         limit = sampler.get("norm_limit", 0.0)
         again = f", anew where ‖ε‖/√D ends above {limit:.3f}" if limit else ""
-        adapting = sampler.get("adapt_steps", 0)  # results need not say
+        adapting = min(sampler.get("adapt_steps", 0), sampler["steps"])  # results need not say
         adapted = f", adapted in the first {adapting}" if adapting else ""
         size = f"{sampler['step_size']:g}{adapted}"
         parts.append(f"{sampler['steps']} steps{each} of {sampler['kernel']} at step size {size}{again}")

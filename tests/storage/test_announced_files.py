@@ -9,7 +9,7 @@ import torch
 from toys import ToyConv
 from workshop import Workshop
 
-from ebm_prior.cli import train
+from ebm_prior.cli import fit
 from ebm_prior.errors import CheckpointError, DivergenceError
 from ebm_prior.evaluation.classifier import FeatureClassifier, save_classifier
 from ebm_prior.runs.kept import diverged
@@ -41,7 +41,7 @@ def test_a_backbone_that_yields_nan_leaves_no_prior(
     earlier: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train, "check_foreign", lambda *_: None)  # which would refuse it before
+    monkeypatch.setattr(fit, "check_foreign", lambda *_: None)  # which would refuse it before
     out = tmp_path / "run"
     if earlier:
         words = ("fit", "--ckpt", workshop.backbone, "--data", workshop.images, "--out", out, *small_options)

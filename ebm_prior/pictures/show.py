@@ -92,14 +92,14 @@ def energy(prior: EBMPrior, n: int, *, seed: int = 0, progress: Progress = SILEN
     if prior.ceiling < math.inf:
         held = int((totals[-1] <= -prior.ceiling).sum())
         caption.append(f"f is clipped at {prior.ceiling:.4g} nats, where {held} of {n} chains are at the end.")
+    arrays = {"energy": energies, "total": totals, "heads": np.array(names), "steps": np.array(at)}
     mixing = Mixing.of(torch.from_numpy(totals[1:]))
     if math.isfinite(mixing.r_hat):
+        arrays["mixing"] = np.array(mixing)
         caption.append(
             f"Total energy over all {steps:,} steps: split R̂ {mixing.r_hat:.3f}, bulk ESS {mixing.bulk_ess:.0f} and "
             f"tail ESS {mixing.tail_ess:.0f} of {n} chains, autocorrelation time {mixing.time:.1f} steps."
         )
-    arrays = {"energy": energies, "total": totals, "heads": np.array(names), "steps": np.array(at)}
-    arrays["mixing"] = np.array(mixing)
     arrays["images"] = torch.stack([frames[step] for step in at]).cpu().numpy()
     if steps > SETTLED + 1:
         slope, error = trend(totals[SETTLED:])

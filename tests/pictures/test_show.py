@@ -84,6 +84,7 @@ def test_a_long_chain_settles_and_a_trend_is_found() -> None:
     shown = energy(prior, 24)
     slope, error = shown.arrays["trend"]
     assert abs(slope) < 4 * error
+    assert 0.99 < shown.arrays["mixing"][0] < 1.05  # split R̂
     total = shown.arrays["energy"].sum(2)
     assert total[0].mean() > total[500:].mean()
     exact = prior.sample(512, sampler=SamplerConfig(proposals=64, steps=20, step_size=0.4))

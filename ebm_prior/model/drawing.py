@@ -18,6 +18,7 @@ from ebm_prior.model.samplers import (
     Potential,
     SamplerConfig,
     kernel_of,
+    last_kernel_of,
     norm,
     require_finite_chains,
     resample,
@@ -96,6 +97,7 @@ def _drawn(
             generator=generator,
             callback=callback,
             may_leave=config.norm_limit > 0,
+            last=last_kernel_of(config),
         )
         eps, left = state.eps, ~state.value.isfinite()
     size = norm(eps).masked_fill_(left, math.inf).nan_to_num(nan=math.inf, posinf=math.inf)

@@ -26,7 +26,7 @@ from ebm_prior.model.arguments import (
     require_images,
     usable_device,
 )
-from ebm_prior.model.backbone import Backbone, Gaussian, require_usable
+from ebm_prior.model.backbone import Backbone, Gaussian, Trace, require_usable
 from ebm_prior.model.by_group import HeadsWalk, draw_by_group
 from ebm_prior.model.drawing import draw
 from ebm_prior.model.energy import JointEnergy
@@ -43,6 +43,7 @@ Seen = TypeVar("Seen")
 Owned = TypeVar("Owned", bound="_Kept")
 TAU_LIMIT, CEILING_LIMIT = 1e3, 1e9  # largest τ, and largest |ceiling| in nats; training stays far below
 
+_HALF_LOG = 0.5 * math.log(2 * math.pi)
 ANCESTRAL = SamplerConfig(proposals=1, steps=0)
 """The sampler that ignores f: the backbone's own prior."""
 
@@ -160,8 +161,8 @@ class EBMPrior(_Kept, ImageTerms, Normalised):
         trace = self.backbone.transform(eps)
         if self.target == "exact":
             return _f(self, trace.z, eps, trace.priors)
-        squares = torch.stack([e.square().flatten(1).sum(1) for e in eps], dim=1)
-        return _f(self, trace.z, eps, trace.priors) + (trace.log_prior + 0.5 * squares).sum(1)
+        # −½‖ε‖² is in log p_β(T(ε)), too, and the chains have it already.
+        return _f(self, trace.z, eps, trace.priors) + _log_scales(trace)
 
     @isolated()
     def log_density(self, eps: Sequence[Tensor]) -> Tensor:
@@ -209,8 +210,7 @@ class EBMPrior(_Kept, ImageTerms, Normalised):
             done = now
             return found
 
-        share = processes.gather if first_only else processes.map
-        return share(drawn, chunks(n, chunk))
+        return (processes.gather if first_only else processes.map)(drawn, chunks(n, chunk))
 
     @isolated()
     def sample(
@@ -372,6 +372,12 @@ def _require_ranges(tau: float, ceiling: float) -> None:
         raise ConfigurationError(f"expected tau from 0 to {TAU_LIMIT:g}, found {tau}")
     if not (-CEILING_LIMIT <= ceiling <= CEILING_LIMIT or ceiling == math.inf):
         raise ConfigurationError(f"expected a ceiling within ±{CEILING_LIMIT:g} nats or inf for none, found {ceiling}")
+
+
+def _log_scales(trace: Trace) -> Tensor:
+    """log p_β(T(ε)) + ½‖ε‖² in nats, (B,): −Σ log std − ½ D log 2π."""
+    logs = [(prior.std.log() + _HALF_LOG).expand_as(z) for prior, z in zip(trace.priors, trace.z, strict=True)]
+    return -torch.stack([each.flatten(1).sum(1) for each in logs]).sum(0)
 
 
 def _log_standard_normal(eps: Sequence[Tensor]) -> Tensor:

@@ -180,12 +180,26 @@ def langevin_step(
     state: ChainState, potential: Potential, step_size: Tensor, generator: Generator, *, temperature: float = 1.0
 ) -> tuple[ChainState, ChainInfo]:
     """Langevin (Eq. 12) on the ε-target: ε ← ε + s(∇g − ε) + √(2s)·τ·ξ. `step_size`: (B,)."""
+    moved = _langevin_move(state, step_size, generator, temperature)
+    return start(potential, moved), ChainInfo(torch.ones_like(step_size), norm(moved))
+
+
+def last_langevin_step(
+    state: ChainState, potential: Potential, step_size: Tensor, generator: Generator, *, temperature: float = 1.0
+) -> tuple[ChainState, ChainInfo]:
+    """`langevin_step` at the end of a chain: to the same ε, without the gradient there, which no step reads."""
+    moved = _langevin_move(state, step_size, generator, temperature)
+    with torch.no_grad():
+        value = potential(moved)
+    return ChainState(moved, value, []), ChainInfo(torch.ones_like(step_size), norm(moved))
+
+
+def _langevin_move(state: ChainState, step_size: Tensor, generator: Generator, temperature: float) -> list[Tensor]:
     s, noise = step_size, (2 * step_size).sqrt() * temperature
-    moved = [
+    return [
         torch.lerp(e, d, _rows(s, e)).addcmul_(_rows(noise, e), _noise_like(e, generator))
         for e, d in zip(state.eps, state.gradient, strict=True)
     ]
-    return start(potential, moved), ChainInfo(torch.ones_like(s), norm(moved))
 
 
 def pcn_langevin_step(
@@ -245,6 +259,11 @@ def kernel_of(config: SamplerConfig) -> Kernel:
     return partial(pcn_langevin_step, leapfrogs=config.leapfrogs)
 
 
+def last_kernel_of(config: SamplerConfig) -> Kernel | None:
+    """The kernel for the last step of a sampler's chain, where that can do with less than the others."""
+    return partial(last_langevin_step, temperature=config.temperature) if config.kernel == "langevin" else None
+
+
 def run_chain(
     kernel: Kernel,
     state: ChainState,
@@ -256,18 +275,23 @@ def run_chain(
     generator: Generator = None,
     callback: Callable[[int, ChainState, ChainInfo], None] | None = None,
     may_leave: bool = False,
+    last: Kernel | None = None,
 ) -> tuple[ChainState, Tensor, Tensor]:
     """Run `steps` of a kernel. Returns the last state, the mean acceptance (B,) and the step sizes (B,).
+
+    `last`: the kernel of the last step, if another one. With CUDA graphs it is the same: one more graph would take
+    memory.
 
     In the first `adapt_steps` each chain adapts its log step size towards the target acceptance (Robbins-Monro). After
     that the step size is fixed, so that the chain's target is exact. Unless chains `may_leave` the finite numbers,
     DivergenceError is raised when one, or g at its position, is no longer finite.
     """
     if isinstance(potential, GraphedPotential):
-        kernel = potential.steps(kernel)
+        kernel, last = potential.steps(kernel), None
     acceptance = torch.zeros_like(state.value)
     for step in range(steps):
-        state, info = kernel(state, potential, step_size, generator)
+        take = last if last is not None and step + 1 == steps else kernel
+        state, info = take(state, potential, step_size, generator)
         acceptance += info.acceptance
         if step < adapt_steps:
             move = (info.acceptance - TARGET_ACCEPTANCE) / math.sqrt(step + 1)

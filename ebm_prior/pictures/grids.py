@@ -121,12 +121,16 @@ def save_png(image: Image.Image, path: Path) -> None:
 def in_bytes(images: Tensor) -> Tensor:
     """Images (N, C, H, W) in [0, 1] with C = 1 or 3 as uint8 on the CPU: a value v becomes round(255·v).
 
-    Raises ConfigurationError for another shape, NaN, or values outside [0, 1].
+    Images that are uint8 already stay as they are. Raises ConfigurationError for another shape, NaN, or values outside
+    [0, 1].
     """
-    if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3) or not images.is_floating_point():
+    known = images.is_floating_point() or images.dtype == torch.uint8
+    if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3) or not known:
         raise ConfigurationError(
             f"expected float images (N, C, H, W) with C = 1 or 3, found {images.dtype} of shape {tuple(images.shape)}"
         )
+    if images.dtype == torch.uint8:
+        return images.cpu()
     images = images.detach().to("cpu", torch.float32)
     low, high = float(images.amin()), float(images.amax())
     if not (low >= -1e-4 and high <= 1 + 1e-4):  # false for NaN; a decoder may be off by rounding
@@ -136,8 +140,7 @@ def in_bytes(images: Tensor) -> Tensor:
 
 def _pixels(images: Tensor) -> Tensor:
     """Images for `grid` as uint8 (N, H, W, 3)."""
-    rounded = images if images.dtype == torch.uint8 else in_bytes(images)
-    return rounded.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
+    return in_bytes(images).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
 
 
 def wrap(text: str, font: _Font, width: int) -> list[str]:

@@ -270,6 +270,27 @@ def test_langevin_without_noise_climbs_the_log_density() -> None:
     torch.testing.assert_close(moved.eps, [e + s * d for e, d in zip(eps, slopes, strict=True)])
 
 
+def test_a_langevin_chain_differentiates_once_per_step() -> None:
+    """At its start and after all steps but the last; it ends where one with all gradients ends."""
+    config, eps = (
+        SamplerConfig(proposals=1, kernel="langevin", steps=4, step_size=0.05),
+        normal(6, derived_generator(9)),
+    )
+    g, gradients = make_potential(0.2, 0.5, 1.0), 0
+
+    def counted(at: Any) -> torch.Tensor:
+        nonlocal gradients
+        gradients += torch.is_grad_enabled()
+        return g(at)
+
+    ends = draw(counted, lambda: eps, config, derived_generator(10)).eps
+    assert gradients == config.steps
+    state, _, _ = run_chain(
+        langevin_step, start(g, eps), g, 4, step_size=steps_of(6, 0.05), generator=derived_generator(10)
+    )
+    assert all(map(torch.equal, ends, state.eps))
+
+
 @pytest.mark.parametrize("kernel", [langevin_step, pcn_langevin_step])
 def test_each_chain_has_its_own_step_size(kernel: Any) -> None:
     g, eps = make_potential(0.2, 0.5, 1.0), normal(6, derived_generator(8))

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ebm_prior.errors import ConfigurationError, OutputError
 from ebm_prior.pictures import grids
-from ebm_prior.pictures.grids import grid, save_png, titled_grids
+from ebm_prior.pictures.grids import grid, in_bytes, save_png, titled_grids
 
 
 def image_batch(n: int, channels: int = 3, height: int = 6, width: int = 4) -> torch.Tensor:
@@ -59,6 +59,11 @@ def test_a_faint_image_stays_faint() -> None:
     assert (page.min(), page.max()) == (26, 51)
 
 
+def test_images_in_bytes_make_the_same_grid() -> None:
+    images = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(as_array(grid(in_bytes(images), columns=2)), as_array(grid(images, columns=2)))
+
+
 def test_small_images_are_enlarged_until_a_person_can_see_them() -> None:
     for side, shown in {28: 84, 32: 64, 64: 64, 256: 256, 5: 65}.items():
         assert grid(torch.zeros(1, 1, side, side), columns=1).size == (shown, shown)
@@ -70,7 +75,8 @@ def test_small_images_are_enlarged_until_a_person_can_see_them() -> None:
         (torch.zeros(0, 1, 4, 4), r"\(N, C, H, W\)"),
         (torch.zeros(1, 4, 4), r"shape \(1, 4, 4\)"),
         (torch.zeros(1, 2, 4, 4), "C = 1 or 3"),
-        (torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "torch.uint8"),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(1, 4, 4, dtype=torch.uint8), r"shape \(1, 4, 4\)"),
         (torch.full((1, 1, 4, 4), torch.nan), "without NaN"),
         (torch.full((1, 1, 4, 4), 1.01), "values from 1.01"),
         (torch.full((1, 1, 4, 4), -0.01), "values from -0.01"),

@@ -12,6 +12,7 @@ from closed_form import SIZES, ArrayImages, Problem, flat, images_of, posterior_
 from small_fits import OBJECTIVES, small
 from torch import Tensor
 from toys import LinearGaussian
+from workshop import SMALL_FIT
 
 from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.data.images import ImageSource
@@ -133,7 +134,7 @@ def test_a_prior_of_groupwise_ratios_is_saved_and_read(backbone: Backbone, image
     again = load_prior(tmp_path / "prior.safetensors", backbone)
     assert again.energy.config == prior.energy.config
     assert (again.energy.config.groupwise, again.energy.config.local, again.energy.joint) == (True, True, None)
-    assert again.sampler == prior.sampler == replace(GROUPWISE_SAMPLER, proposals=prior.sampler.proposals)
+    assert again.sampler == prior.sampler == replace(GROUPWISE_SAMPLER, **SMALL_FIT["sampler"])
     assert torch.equal(again.sample(3).images, prior.sample(3).images)
     chains = SamplerConfig(proposals=2, steps=2)
     assert torch.equal(again.sample(3, sampler=chains).images, prior.sample(3, sampler=chains).images)

@@ -63,7 +63,8 @@ def test_checkpointing_keeps_less_and_changes_nothing(make: Make, part: float) -
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(tiny_nvae.trained_tiny, id="nvae"),
+        pytest.param(lambda: tiny_nvae.seeded(groups_per_scale=[2]), id="nvae"),
+        pytest.param(tiny_nvae.trained_tiny, id="nvae of two scales", marks=pytest.mark.long),  # twice the time
         pytest.param(tiny_vdvae.trained_smallest, id="vdvae", marks=pytest.mark.long),  # the compiler takes 20 s
     ],
 )

@@ -82,9 +82,10 @@ def test_of_one_ratio_or_stages_what_counts_is_the_stages_that_may_take_over(
         assert "--ratios one" in need.remedy
 
 
+DEEP, WIDE = "29 groups up to side 8", "21 groups up to side 16"
 SIZES = {
-    "29 groups up to side 8": {"enc_blocks": "8x2,8d2,4x2,4d4,1x1", "dec_blocks": "1x1,4m1,4x9,8m4,8x17", "width": 16},
-    "21 groups up to side 16": {
+    DEEP: {"enc_blocks": "8x2,8d2,4x2,4d4,1x1", "dec_blocks": "1x1,4m1,4x9,8m4,8x17", "width": 16},
+    WIDE: {
         "enc_blocks": "16,16d2,8d2,4d4,1",
         "dec_blocks": "1,4m1,4x2,8m4,8x4,16m8,16x11",
         "width": 12,
@@ -97,8 +98,14 @@ FITS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("course", FITS)
+@pytest.mark.parametrize(
+    ("course", "size"),
+    [
+        *((course, WIDE) for course in FITS),
+        ("staged", DEEP),
+        *(pytest.param(course, DEEP, marks=pytest.mark.long) for course in ("one", "mle")),  # the others tell as much
+    ],
+)
 def test_a_fit_to_tens_of_groups_takes_what_was_expected_within_a_fifth(size: str, course: str) -> None:
     backbone = tiny(**SIZES[size], custom_width_str="", no_bias_above=16, zdim=8).eval().requires_grad_(False)
     changes = {"iterations": 4, "batch_size": 24, "evaluate_every": 2, "warmup": 0, "stage_groupwise": 0.3}

@@ -23,11 +23,12 @@ from closed_form import (
     log_ratio,
     posterior_draws,
 )
+from torch import Tensor
 from toys import LinearGaussian
 
 from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.model.energy import EnergyConfig
-from ebm_prior.model.prior import ANCESTRAL
+from ebm_prior.model.prior import ANCESTRAL, EBMPrior
 from ebm_prior.model.samplers import SamplerChanges, SamplerConfig
 from ebm_prior.training.fit import fit
 from ebm_prior.training.fit_config import FitConfig
@@ -59,6 +60,10 @@ FITS = {
 }
 
 
+def sampled(prior: EBMPrior, n: int, sampler: SamplerConfig) -> Tensor:
+    return flat(prior.sample(n, seed=36, sampler=sampler, chunk=n).z).double()
+
+
 @pytest.mark.parametrize("objective", FITS)
 def test_fit_gains_what_there_is_to_gain(problem: Problem, objective: str) -> None:
     """On images of the toy a fit approaches KL(q ‖ p_β) on fresh latents, from below, and its samples approach q."""
@@ -82,7 +87,7 @@ def test_fit_gains_what_there_is_to_gain(problem: Problem, objective: str) -> No
     assert course[0] < 0.8 * final  # after 20 iterations there is still some way to go
     assert abs(prior.record["held_out"]["tempered"]["nats"] - final) < 0.2  # 2,000 held-out posterior draws
 
-    draws = [flat(prior.sample(2_000, seed=36, sampler=sampler).z).double() for sampler in (ANCESTRAL, prior.sampler)]
+    draws = [sampled(prior, 2_000, sampler) for sampler in (ANCESTRAL, prior.sampler)]
     distance = [float((z.mean(0) - problem.q.mean).norm()) for z in draws]
     assert distance[1] < 0.2 * distance[0]
 
@@ -106,7 +111,7 @@ def test_where_one_ratio_saturates_the_default_goes_on_in_stages() -> None:
     assert prior.record["saturated"]
     assert prior.regime == "calibrated"
     assert prior.record["held_out"]["tempered"]["nats"] > 0.8 * q.kl(p)
-    drawn = flat(prior.sample(2_000, seed=38, sampler=replace(prior.sampler, steps=60)).z).double()
+    drawn = sampled(prior, 2_000, replace(prior.sampler, steps=60))
     assert (drawn.mean(0) - q.mean).norm() < 0.1 * (p.mean - q.mean).norm()
 
 
@@ -151,6 +156,5 @@ def test_stages_add_up_to_a_gain_that_one_ratio_cannot_show(far: int, least: int
     assert 0 < missing < 0.1 * possible
     assert abs(claimed - (possible - missing)) < 0.03 * possible
     assert abs(float(f.mean()) - claimed) < 0.05 * possible  # log Z is 0
-    longer = replace(prior.sampler, steps=100)  # from p_β, up to 49 nats away
-    drawn = flat(prior.sample(1_000, seed=38, sampler=longer).z).double()
+    drawn = sampled(prior, 1_000, replace(prior.sampler, steps=100))  # from p_β, up to 49 nats away
     assert (drawn.mean(0) - q.mean).norm() < 0.05 * (p.mean - q.mean).norm()

@@ -66,7 +66,7 @@ def test_log_z_of_each_group_is_0(fitted: EBMPrior) -> None:
         assert abs(group["log_z"]) < 0.3
         assert group["log_z_error"] < 0.1
         assert 0.8 < group["tau"] < 1.2
-    log_z, ess = fitted.log_normalizer(n=20_000)
+    log_z, ess = fitted.log_normalizer(n=20_000, chunk=4096)
     assert abs(log_z) < 0.1
     assert ess > 0.1
 
@@ -82,7 +82,7 @@ def test_f_has_the_same_mean_over_draws_as_over_posterior_latents(problem: Probl
 
 def test_draws_by_group_have_the_posteriors_moments(problem: Problem, fitted: EBMPrior) -> None:
     assert fitted.sampler.by_group
-    z = flat(fitted.sample(4_000, seed=1).z).double()
+    z = flat(fitted.sample(4_000, seed=1, chunk=4096).z).double()
     mean, covariance = problem.q
     sd = covariance.diagonal().sqrt()
     assert ((z.mean(0) - mean) / sd).abs().max() < 0.1  # the standard error is .016

@@ -109,7 +109,10 @@ def test_a_killed_process_goes_on(workshop: Workshop, small_options: list[str], 
     arguments += ["--iterations", 120, "--evaluate-every", 10, "--patience", 100, "--seed", 5]
     arguments += {
         "nce": [],
-        "staged": ["--ratios", "staged", "--stage-particles", 16, "--stage-held-out", 16, "--stage-ess", 0.9],
+        "staged": [
+            *("--ratios", "staged", "--stage-particles", 16, "--stage-held-out", 16, "--stage-ess", 0.9),
+            *("--iterations", 60, "--evaluate-every", 5),
+        ],
         "mle": ["--objective", "mle", "--chains", "persistent", "--chain-steps", 2],
     }[objective]
     check_kills(workshop, arguments, tmp_path, "prior.safetensors", logged(1), logged(4))

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
 
+import torch
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["ebm_prior.cli.main", *(f"ebm_prior.{name}" for name in ("api", "runs.fit", "runs.pretrain", "runs.train"))]
@@ -76,6 +78,7 @@ def _run(words: list[str], environment: dict[str, str], out: Connection, err: Co
     for number, pipe in ((1, out), (2, err)):
         os.dup2(pipe.fileno(), number)
         pipe.close()
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # too late for torch to see by itself
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     if words[0] == "-m":
         sys.argv = words[1:]

@@ -15,7 +15,7 @@ from listener import Listener
 from run_folders import metrics
 from small_fits import CHAIN, OBJECTIVES, SATURATING, small
 from toys import LinearGaussian
-from workshop import Workshop
+from workshop import SMALL_FIT, Workshop
 
 from ebm_prior.compute.randomness import derived_generator
 from ebm_prior.data.images import ImageSource, from_array
@@ -58,7 +58,7 @@ def test_the_sampler_that_is_recorded(backbone: Backbone, images: ImageSource) -
     refiner = replace(OBJECTIVES["mle"], sampler=as_found, regime="refiner")
     assert refiner.recorded_sampler == replace(CHAIN, steps=6)
     assert replace(refiner, sampler=SamplerChanges(steps=9)).recorded_sampler == replace(CHAIN, steps=9)
-    assert fit(backbone, images, small(iterations=1)).sampler == replace(SamplerConfig(), proposals=2)
+    assert fit(backbone, images, small(iterations=1)).sampler == replace(SamplerConfig(), **SMALL_FIT["sampler"])
     assert paper_preset().recorded_sampler.steps == 40
     with pytest.raises(ConfigurationError, match="accepts every step"):
         replace(refiner, sampler=SamplerChanges(adapt_steps=1))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_fits import CHAIN, OBJECTIVES, small
+from workshop import SMALL_FIT
 
 from ebm_prior.data.images import ImageSource
 from ebm_prior.model import drawing
@@ -30,7 +31,7 @@ def test_the_limit_bounds_the_posteriors_norms(backbone: Backbone, images: Image
     assert limit >= 1 + 3 / math.sqrt(2 * dimensions)
     assert float((norms <= limit).double().mean()) > 0.98
     prior = fit(backbone, images, REFINER)
-    assert prior.sampler == replace(CHAIN, steps=2 * CHAIN.steps, norm_limit=limit, proposals=2)
+    assert prior.sampler == replace(CHAIN, norm_limit=limit, **SMALL_FIT["sampler"])
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ class EnergyConfig:
         8, "Largest number of latent groups of one shape that have a head each; where there are more, they share one"
     )
     bound: float = setting(
-        0.0, "Bound to which tanh squashes the heads' inputs; 0: no bound. Stages set a bound of their own"
+        0.0,
+        "Bound to which tanh squashes the heads' inputs; 0: none, but stages and groupwise ratios then set their own",
     )
     # No option: `--ratios groupwise` has it. `joint` is then the width of `Above`; 0: without.
     groupwise: bool = field(default=False, metadata={"later": True})

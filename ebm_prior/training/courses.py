@@ -341,7 +341,7 @@ def first_course(bench: Workbench, config: FitConfig, iteration: int = 0) -> Cou
     if config.objective == "mle":
         return MaximumLikelihood(bench, config, iteration)
     if config.ratios == "groupwise":
-        bench.squash(config.energy.bound)
+        bench.squash(config.energy.bound or _bound(bench, config.stage.bound))
         return GroupwiseRatios(bench, config, iteration)
     return staged(bench, config, iteration) if config.ratios == "staged" else OneRatio(bench, config, iteration)
 
@@ -371,8 +371,7 @@ def staged(
     draws = bench.draws
     generator = derived_generator(config.seed, Purpose.STAGE_START, device=bench.device)
     stage = config.stage.suited(draws.backbone, config.parts)
-    spread = max(bench.average.spread(seen) for seen in bench.held_out)
-    bench.squash(max(stage.bound, BOUND_PER_SPREAD * spread) if stage.bound else 0.0)
+    bench.squash(_bound(bench, stage.bound))
     energy = copy.deepcopy(bench.average)
     energy.load_state_dict(bench.untrained)
     at_once = draws_at_once(config.batch_size // config.parts, bench.device)
@@ -381,6 +380,12 @@ def staged(
     if iteration < course.together:
         return GroupRatios(bench, config, iteration, stages, saturated)
     return course
+
+
+def _bound(bench: Workbench, bound: float) -> float:
+    """`bound`, or more where held-out latents lie further out, as f must still distinguish them; 0 (none) stays 0."""
+    spread = max(bench.average.spread(seen) for seen in bench.held_out)
+    return max(bound, BOUND_PER_SPREAD * spread) if bound else 0.0
 
 
 def _shown(plain: Gain, tempered: Gain) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _run(words: list[str], environment: dict[str, str], out: Connection, err: Co
         os.dup2(pipe.fileno(), number)
         pipe.close()
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # too late for torch to see by itself
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

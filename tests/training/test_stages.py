@@ -142,7 +142,8 @@ def test_a_staged_prior_has_a_ceiling_and_one_ratio_none(backbone: Backbone, ima
     staged = fit(backbone, images, small(iterations=20, ratios="staged", batch_size=64, stage=stage))
     assert staged.record["stages"]
     assert staged.energy.config.bound >= 3
-    z = staged.backbone.infer(staged.backbone.observe(images.batch(range(len(images))))).z
+    observed = staged.backbone.observe(images.batch(range(len(images))), generator=derived_generator(1))
+    z = staged.backbone.infer(observed, generator=derived_generator(2)).z
     assert 0 < (staged.f(z) == staged.ceiling).double().mean() < 0.2  # 1 % of the held-out ones
     gains = math.fsum(stage["gain"] for stage in staged.record["stages"])
     assert staged.record["held_out"]["plain"]["nats"] == pytest.approx(gains + staged.record["clipped"]["gain"])

@@ -162,8 +162,9 @@ def _refuse_unused_settings(config: FitConfig, given: Mapping[str, Any], energy:
         given, ("patience", "ess_floor"), density, "only a calibrated prior has a held-out gain, and a refiner is none"
     )
     refuse_unused(given, ("ratios", "noise_weight"), not mle, "only --objective nce learns density ratios")
+    stages = {key: value for key, value in given.items() if key != "stage_bound" or config.ratios != "groupwise"}
     refuse_unused(
-        given, ("stage_",), "groupwise" != config.ratios != "one", "only --ratios staged and auto have stages"
+        stages, ("stage_",), "groupwise" != config.ratios != "one", "only --ratios staged and auto have stages"
     )
     refuse_unused(given, UNGROUPED, config.ratios != "groupwise", "--ratios groupwise has heads of its own kind")
     refuse_unused(given, HEADS, energy is None, "--energy replaces the heads by an energy without heads")

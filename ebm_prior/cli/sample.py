@@ -30,7 +30,7 @@ from ebm_prior.cli.types import PATH, PRIOR_FILE, require_suffix
 from ebm_prior.model.passes import Passes
 from ebm_prior.model.prior import EBMPrior
 from ebm_prior.model.samplers import SamplerConfig
-from ebm_prior.model.traces import Diagnosis, diagnose, long_enough
+from ebm_prior.model.traces import SHORTEST, Diagnosis, diagnose, long_enough
 from ebm_prior.reports import mixing, summaries
 from ebm_prior.runs import samples
 from ebm_prior.settings import read_parts, resolve
@@ -129,7 +129,7 @@ def sample(
     if not out.suffix and processes.first:
         own(out)
     loaded = opened_prior(prior, passes, checkpoint=checkpoint, force=force, calibrated=calibrated).sampling
-    sampler = resolve(loaded.sampler, given | {"steps": None if steps == AUTO else steps}, stored["sampler"])
+    sampler = resolve(loaded.sampler, given | {"steps": SHORTEST if steps == AUTO else steps}, stored["sampler"])
     kept = Kept.LATENTS if samples.holds_latents(out) else Kept.PIXELS
     preflight(for_samples(loaded, number, chunk, sampler, passes, kept=kept), passes.device)
     loaded.backbone = passes.apply(loaded.backbone)

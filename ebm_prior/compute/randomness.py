@@ -75,6 +75,7 @@ class Purpose(IntEnum):
     ANNEALING = 71
     ANNEALING_POSTERIOR = 72
     DIAGNOSIS = 73
+    LIKELIHOOD_CHOICE = 74
     BLOCK = 0xB10C
     BATCH_NORM = 0xBA7C
     ELBO = 0xE1B0

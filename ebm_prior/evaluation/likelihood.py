@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from torch import Tensor
 
-from ebm_prior.compute.randomness import chunks
-from ebm_prior.evaluation.outliers import order_of
+from ebm_prior.compute.randomness import Purpose, chunks, derived_generator
 from ebm_prior.interfaces import SILENT, Images, Progress
 from ebm_prior.model.arguments import require_calibrated
 from ebm_prior.model.bounds import Bounds
@@ -69,9 +68,10 @@ def measure_likelihood(
     n = min(config.samples, len(images))
     forms = [Form(0, mode=mode, energy=energy) for mode in BOUNDS_ON_X.values() for energy in (False, True)]
     progress.begin("posterior latents", n)
-    rows = order_of(images, n, config.seed)[:n].sort().values
-    scores = _scores(prior, images, rows, forms, config, progress)
-    begun = rows[: -(-config.annealing.total // 2)]
+    generator = derived_generator(config.seed, Purpose.LIKELIHOOD_CHOICE)
+    chosen = torch.randperm(len(images), generator=generator)[:n]  # in an order that says nothing of their classes
+    scores = _scores(prior, images, chosen.sort().values, forms, config, progress)
+    begun = chosen[: -(-config.annealing.total // 2)]
     bounds = prior.log_normalizer(
         method="ais",
         images=images.batch(begun),

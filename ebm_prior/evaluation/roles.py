@@ -66,7 +66,7 @@ class HeldOutGauge:
             sampler=sampler,
             processes=processes,
         )
-        return frechet_distance(FeatureStatistics.of(torch.cat(drawn)), self.reference)
+        return processes.of_first(lambda: frechet_distance(FeatureStatistics.of(torch.cat(drawn)), self.reference))
 
 
 def features_of(images: Tensor, classifier: FeatureClassifier) -> Tensor:

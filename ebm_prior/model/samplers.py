@@ -72,7 +72,9 @@ class SamplerConfig:
     )
     steps: int = setting(40, "Steps of the Markov kernel after the choice among the proposals")
     step_size: float = setting(0.15, "Step size of the Markov kernel: s of Eq. 12 for langevin, δ for pcn-langevin")
-    adapt_steps: int = setting(0, "Number of first steps in which pcn-langevin adapts its step size, at most all")
+    adapt_steps: int = setting(
+        0, "Number of first steps in which pcn-langevin adapts its step size, at most all; later steps are exact"
+    )
     leapfrogs: int = setting(
         1, "Leapfrog steps in each step of pcn-langevin; more than 1 make it Hamiltonian Monte Carlo"
     )
@@ -96,7 +98,9 @@ class SamplerConfig:
         cold = "must be 1 unless the kernel is langevin with at least one step"
         require(self, "temperature", self.temperature == 1 or noisy, cold)
         require(self, "leapfrogs", self.leapfrogs == 1 or exact, "must be 1 unless the kernel is pcn-langevin")
-        fixed = "must be 0 unless the kernel is pcn-langevin (langevin accepts every step, so it cannot adapt)"
+        fixed = (
+            "must be 0 unless the kernel is pcn-langevin (langevin accepts every step, so it cannot adapt): set both"
+        )
         require(self, "adapt_steps", self.adapt_steps == 0 or exact, fixed)
         together = "must be 0 with by_group: it is a limit of all latent groups together"
         require(self, "norm_limit", self.norm_limit == 0 or not self.by_group, together)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.compute.randomness import BlockGenerator, Purpose, derived_seed
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.model.drawing import draw
 from ebm_prior.model.mixing import FEWEST_TIMES, Mixing
 from ebm_prior.model.prior import EBMPrior
@@ -43,7 +43,8 @@ class Diagnosis(NamedTuple):
 def diagnose(prior: EBMPrior, sampler: SamplerConfig, *, chains: int = CHAINS, seed: int = 0) -> Diagnosis:
     """Run chains as the sampler does, from draws of the backbone's prior and resampling on, and say whether they mix.
 
-    Raises ConfigurationError for a sampler without chains, or with chains of single groups.
+    Raises ConfigurationError for a sampler without chains, or with chains of single groups, and DivergenceError where
+    a chain leaves the finite numbers.
     """
     if sampler.by_group or not sampler.steps:
         raise ConfigurationError(
@@ -61,6 +62,8 @@ def diagnose(prior: EBMPrior, sampler: SamplerConfig, *, chains: int = CHAINS, s
     draw(graphed(prior.potential, device), propose, sampler, generator, keep)
     names = ["f", *(f"‖ε‖ {group.name}" for group in backbone.groups)]
     columns = torch.stack(rows[: sampler.steps], dim=1)  # (quantities, steps, chains)
+    if not columns.isfinite().all():
+        raise DivergenceError("chains of the diagnosis are no longer finite numbers: give them a smaller --step-size")
     return Diagnosis(chains, sampler.steps, {n: Mixing.of(column) for n, column in zip(names, columns, strict=True)})
 
 

@@ -334,7 +334,8 @@ def chain(prior: EBMPrior, n: int, steps: int, at: Sequence[int], *, seed: int, 
     state = start(potential, backbone.standard_normal(n, generator=generator))
     keep(-1, state)
     step_size = torch.full_like(state.value, sampler.step_size)
-    run_chain(kernel_of(sampler), state, potential, steps, step_size=step_size, generator=generator, callback=keep)
+    told: dict[str, Any] = {"step_size": step_size, "adapt_steps": sampler.adapt_steps, "generator": generator}
+    run_chain(kernel_of(sampler), state, potential, steps, callback=keep, **told)
     return Chains(kept, torch.stack(terms).numpy())
 
 

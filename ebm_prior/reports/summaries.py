@@ -46,7 +46,8 @@ def _said_of_roles(result: Mapping[str, Any]) -> list[str]:
     """What each role of a fitted prior is for; for a deep hierarchy without a refiner, how to add one."""
     if "roles" in result:
         return _what_for(result["sampled_by"] == "refiner", result["roles"])
-    if (result["stages"] or result.get("groups")) and "refine" not in result["config"]:
+    none_tried = "refine" not in result["config"] and not result.get("saturated")  # after which one follows by itself
+    if (result["stages"] or result.get("groups")) and none_tried:
         return ["for nearer samples, add a refiner: the same command with --resume --refine 900"]
     return []
 

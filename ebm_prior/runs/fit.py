@@ -30,7 +30,7 @@ from ebm_prior.runs.folder import Run, run_inputs
 from ebm_prior.runs.samples import write_comparison
 from ebm_prior.runs.training import pictures, timed
 from ebm_prior.runs.watch import UNWATCHED, Watch
-from ebm_prior.storage.checkpoint import bundled, load_prior, save_prior
+from ebm_prior.storage.checkpoint import bundled, save_prior
 from ebm_prior.storage.registry import energy_named
 from ebm_prior.storage.weights import fingerprint
 from ebm_prior.training.fit import fit
@@ -64,6 +64,28 @@ def fit_into(
     Where training diverges twice, the best prior so far is written before DivergenceError is raised. Only the first of
     the `processes` writes files and reports to `progress`.
     """
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress, "processes": processes}
+    how |= {"checkpoint": checkpoint, "bn_readjust": bn_readjust, "energy": energy, "passes": passes, "watch": watch}
+    return _fitted(directory, backbone, images, config, **how)[1]
+
+
+def _fitted(
+    directory: Path,
+    backbone: Backbone,
+    images: ImageSource,
+    config: FitConfig,
+    *,
+    checkpoint: str,
+    bn_readjust: bool = False,
+    energy: str | None,
+    passes: Passes = PLAIN,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress,
+    processes: Processes,
+    watch: Watch = UNWATCHED,
+) -> tuple[EBMPrior, dict[str, Any]]:
+    """The prior, which all processes have, beside the result of `fit_into`."""
     watch.require()
     settings = _bn_settings(config.seed) if bn_readjust else None
     inputs = {"backbone": fingerprint(backbone), "bn_readjust": settings, **run_inputs(backbone, images)}
@@ -98,7 +120,7 @@ def fit_into(
         keep(prior, None)
     if processes.first:
         write_comparison(prior, picture, seed=config.seed, progress=progress)
-    return {"prior": str(path), "picture": str(picture), **counted, **second, **_summary(prior)}
+    return prior, {"prior": str(path), "picture": str(picture), **counted, **second, **_summary(prior)}
 
 
 def _refined(
@@ -106,17 +128,15 @@ def _refined(
 ) -> dict[str, Any]:
     """Fit the refiner that follows a fit as a run in `directory`, and choose the role that draws the samples.
 
-    how: the other arguments of `fit_into`. Returns {"refiner": its result}, or nothing where no refiner is fitted.
+    how: the other arguments of `_fitted`. Returns {"refiner": its result}, or nothing where no refiner is fitted.
     """
-    processes: Processes = how["processes"]
     results: dict[str, Any] = {}
 
     def train(second: FitConfig) -> EBMPrior:
-        results["refiner"] = fit_into(directory, prior.backbone, images, second, **how)
-        processes.of_first(lambda: None)  # the others wait until the first has written the file
-        return load_prior(results["refiner"]["prior"], prior.backbone)
+        refiner, results["refiner"] = _fitted(directory, prior.backbone, images, second, **how)
+        return refiner
 
-    add_refiner(prior, images, config, train, processes, how["progress"])
+    add_refiner(prior, images, config, train, how["processes"], how["progress"])
     return results
 
 

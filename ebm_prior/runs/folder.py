@@ -72,7 +72,8 @@ class Run:
     def _begin(self, normal: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         directory, record = self.directory, self.directory / "config.json"
         if record.exists() and resume:
-            self._check_same(record, normal)
+            if self._check_same(record, normal):
+                self._record(normal)
             return
         if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
             if not _is_run(record):
@@ -86,11 +87,15 @@ class Run:
             old = ("state.pt", METRICS, PROGRESS, "samples-*.png", f"{BOARD}/events.out.tfevents.*")
             for path in (path for name in old for path in directory.glob(name)):
                 path.unlink(missing_ok=True)
+        self._record(normal)
+
+    def _record(self, normal: Mapping[str, Any]) -> None:
         versions = {"ebm_prior": ebm_prior.__version__, "torch": torch.__version__, "python": platform.python_version()}
         text = json.dumps(sealed_record({**normal, "versions": versions}), indent=2, sort_keys=True) + "\n"
-        write_atomically(record, text.encode())
+        write_atomically(self.directory / "config.json", text.encode())
 
-    def _check_same(self, record: Path, now: Mapping[str, Any]) -> None:
+    def _check_same(self, record: Path, now: Mapping[str, Any]) -> bool:
+        """Whether `now` has settings that the run's record lacks. Raises ConfigurationError where one has changed."""
         before = read_run_record(record)
         old, new = ({k: v for part in now for k, v in _flat(run[part]).items()} for run in (before, now))
         if old.get("images", 0) == new.get("images"):  # the same pixels; their name and place do not matter
@@ -103,6 +108,7 @@ class Run:
                 f"cannot resume {self.directory}, which was begun with other settings: {few(changed, separator='; ')}. "
                 "Give the same again (threads: by OMP_NUM_THREADS), or another --out"
             )
+        return bool(later)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; it must have the key "iteration"."""

@@ -67,6 +67,25 @@ def test_the_gain_of_the_best_f_is_the_kullback_leibler_divergence(measured: dic
     assert found["iw"]["f"]["at_upper"] > found["elbo"]["f"]["at_upper"]  # f varies over q(z | x), so that K draws help
 
 
+def test_chains_begin_at_images_of_the_whole_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at its first ones, which in a sorted set are of one class."""
+    backbone = LinearGaussian().double().eval().requires_grad_(False)
+    images, begun = torch.linspace(0, 1, 400, dtype=torch.float64)[:, None, None, None].expand(-1, 1, 2, 2), []
+    log_normalizer = EBMPrior.log_normalizer
+
+    def seen(prior: EBMPrior, **how: Any) -> Any:
+        begun.append(how["images"][:, 0, 0, 0])
+        return log_normalizer(prior, **how)
+
+    monkeypatch.setattr(EBMPrior, "log_normalizer", seen)
+    quick = AnnealingConfig(repetitions=8, chains=4, moves=2)
+    prior = EBMPrior(backbone, Problem.of(backbone).best)  # type: ignore[arg-type]
+    measure_likelihood(prior, ArrayImages(images.contiguous()), LikelihoodConfig(samples=400, draws=1, annealing=quick))
+    assert len(begun[0]) == 16
+    assert begun[0].min() < 0.25
+    assert begun[0].max() > 0.75
+
+
 def test_the_words(measured: dict[str, Any]) -> None:
     said = likelihood_text(measured["found"])
     assert "400 images of closed form, 8 posterior draws each, seed 0" in said

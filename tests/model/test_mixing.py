@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from closed_form import Problem
 from numpy.typing import NDArray
 from toys import LinearGaussian
 
-from ebm_prior.errors import ConfigurationError
+from ebm_prior.errors import ConfigurationError, DivergenceError
 from ebm_prior.model import mixing, traces
 from ebm_prior.model.mixing import Mixing
 from ebm_prior.model.prior import EBMPrior
-from ebm_prior.model.samplers import SamplerConfig
+from ebm_prior.model.samplers import ChainState, SamplerConfig
 from ebm_prior.model.traces import Diagnosis, diagnose, long_enough
 
 Array = NDArray[np.float64]
@@ -116,6 +117,19 @@ def test_steps_that_are_long_enough(prior: EBMPrior) -> None:
     assert quick.steps == math.ceil(10 * by.longest_time) <= by.steps
     slower, _ = long_enough(prior, replace(STICKY, step_size=0.1))
     assert slower.steps > 2 * quick.steps
+
+
+def test_chains_that_leave_the_numbers_are_no_short_chains(prior: EBMPrior, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a refiner may before they begin anew."""
+
+    def exploding(potential: Any, propose: Any, sampler: SamplerConfig, generator: Any, keep: Any) -> None:
+        for step in range(sampler.steps):
+            value = torch.full((16,), math.inf if step == 30 else 0.0).double()
+            keep(step, ChainState(propose(), value, []), None)
+
+    monkeypatch.setattr(traces, "draw", exploding)
+    with pytest.raises(DivergenceError, match="no longer finite numbers"):
+        long_enough(prior, STICKY)
 
 
 def test_samplers_without_chains_of_all_groups_are_refused(prior: EBMPrior) -> None:

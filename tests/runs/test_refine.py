@@ -164,20 +164,23 @@ def test_a_finished_fit_is_given_a_refiner_later(
     into(tmp_path / "later", workshop, backbone, images, small())
     whole = (joint / "prior.safetensors").read_bytes()
     assert into(tmp_path / "later", workshop, backbone, images, TWO, resume=True) == whole
+    with pytest.raises(ConfigurationError, match="refine: 4 before, None now"):  # it would lose the refiner
+        into(tmp_path / "later", workshop, backbone, images, small(), resume=True)
+    assert (tmp_path / "later" / "prior.safetensors").read_bytes() == whole
 
 
 def test_a_refiner_that_diverges_costs_nothing_but_itself(
     workshop: Workshop, backbone: Backbone, images: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     into(tmp_path / "alone", workshop, backbone, images, small())
-    into_folder = runs.fit_into
+    fitted = runs._fitted
 
-    def broken(directory: Path, *rest: Any, **how: Any) -> dict[str, Any]:
+    def broken(directory: Path, *rest: Any, **how: Any) -> tuple[EBMPrior, dict[str, Any]]:
         if directory.name == REFINER:
             raise DivergenceError("its chains left")
-        return into_folder(directory, *rest, **how)
+        return fitted(directory, *rest, **how)
 
-    monkeypatch.setattr(runs, "fit_into", broken)
+    monkeypatch.setattr(runs, "_fitted", broken)
     said = Listener()
     into(tmp_path / "both", workshop, backbone, images, TWO, progress=said)
     assert "the prior has no refiner: its chains left" in said.remarks

@@ -230,7 +230,8 @@ def refining(config: FitConfig, record: Mapping[str, Any]) -> FitConfig | None:
 
     It is the preset with the heads, the parts, the seed and the held-out images of the fit. Its iterations are
     `config.refine`. Where that is None, a refiner follows a ratio that has saturated. Its chains then take as many
-    steps through the network as the draws of the stages took, so that the second fit lasts about as long as the first.
+    steps through the network as if the draws of the stages had moved in all their iterations, so that the second fit
+    lasts about as long as the first.
     """
     preset, iterations, saturated = refiner_preset(), config.refine, record.get("saturated")
     batch = -(-preset.batch_size // config.parts) * config.parts

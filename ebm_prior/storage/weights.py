@@ -169,7 +169,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
 def build_strictly(build: Callable[[], Module], tensors: Mapping[str, Tensor], path: Path) -> Module:
     """The module that `build` makes, with the weights `tensors`. No memory is allocated before the two are compared.
 
-    The module is built on torch's device meta, compared with the tensors, and then holds these tensors. Its numbers are
+    The module is built on the device meta, compared with the tensors, and then holds copies of them. Its numbers are
     float64 where the file has float64, else float32. Raises CheckpointError where they do not fit or `build` fails.
     """
     try:
@@ -182,7 +182,9 @@ def build_strictly(build: Callable[[], Module], tensors: Mapping[str, Tensor], p
     check_state(tensors, module.state_dict(), path)
     require_finite(tensors, path)
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
-    given = {name: tensor.to(wide) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    # Copies: views of a file lie at any address, and sums round differently where a vector register does not fit.
+    kinds = {name: wide if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+    given = {name: tensor.to(kinds[name], copy=True) for name, tensor in tensors.items()}
     module.load_state_dict(given, assign=True)
     return module
 

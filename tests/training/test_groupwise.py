@@ -140,6 +140,13 @@ def test_a_prior_of_groupwise_ratios_is_saved_and_read(backbone: Backbone, image
     assert torch.equal(again.sample(3, sampler=chains).images, prior.sample(3, sampler=chains).images)
 
 
+def test_heads_see_their_inputs_within_a_bound(backbone: Backbone, images: ImageSource) -> None:
+    """As in stages, so that no single far-out element raises f; or within the one that is asked for."""
+    assert fit(backbone, images, OBJECTIVES["groupwise"]).energy.config.bound >= 3
+    own = replace(OBJECTIVES["groupwise"], energy=replace(OBJECTIVES["groupwise"].energy, bound=7.0))
+    assert fit(backbone, images, own).energy.config.bound == 7
+
+
 def test_what_groupwise_ratios_cannot_be(backbone: Backbone, images: ImageSource) -> None:
     with pytest.raises(ConfigurationError, match="must be one or auto unless the objective is nce"):
         small(ratios="groupwise", objective="mle")
